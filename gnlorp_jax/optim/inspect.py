@@ -1,0 +1,223 @@
+"""What an optimizer state holds: bytes, refreshes, subspaces; and a dry run.
+
+Everything is read from the state itself, so it works for any optimizer that
+contains the parts of this package, inside a user's own `optax.chain` too.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim import labels
+from gnlorp_jax.optim.low_rank import LowRankState
+from gnlorp_jax.optim.skip_nonfinite import SkipNonfiniteState
+from gnlorp_jax.optim.subspace import Subspace
+
+# Fields of optimizer states, and what a person calls them.
+_COMPONENTS = {'mu': 'moments', 'nu': 'moments', 'basis': 'bases'}
+
+
+def _bytes(leaf: Any) -> int:
+  return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of all arrays of a tree (or of their shapes)."""
+  return sum(map(_bytes, jax.tree.leaves(tree)))
+
+
+def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
+  """Bytes of an optimizer state by component.
+
+  Args:
+    opt_state: A state, or its shapes from `jax.eval_shape`.
+
+  Returns:
+    ``{'moments': ..., 'bases': ..., 'other': ...}`` (counts, statistics).
+  """
+  total = {'moments': 0, 'bases': 0, 'other': 0}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+    fields = [getattr(key, 'name', None) for key in path]
+    component = next(
+      (_COMPONENTS[f] for f in fields if f in _COMPONENTS), 'other'
+    )
+    total[component] += _bytes(leaf)
+  return total
+
+
+def _states_of(opt_state: optax.OptState, kind: type) -> Iterator[Any]:
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda node: isinstance(node, kind)
+  ):
+    if isinstance(node, kind):
+      yield node
+
+
+def skipped_steps(opt_state: optax.OptState) -> jax.Array:
+  """Steps left out for gradients that were not finite, int32."""
+  states = _states_of(opt_state, SkipNonfiniteState)
+  return sum((s.skipped for s in states), start=jnp.zeros([], jnp.int32))
+
+
+class SubspaceStats(NamedTuple):
+  """What the last refreshes of one kernel did, averaged over its stack."""
+
+  refreshes: jax.Array  # float32 [], refreshes of a matrix so far
+  overlap: jax.Array  # float32 [], of the last two subspaces, in [0, 1]
+  energy: jax.Array  # float32 [], share of the gradient captured, in [0, 1]
+
+
+def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
+  """Refresh count, overlap and captured energy of every projected kernel.
+
+  All three were computed at the refreshes, inside the step: reading them costs
+  nothing, and the function may be jitted.
+
+  Args:
+    opt_state: A state that holds `LowRankState`s.
+
+  Returns:
+    The statistics by parameter path. Overlap is ``|Q_old^T Q_new|^2 / r`` (at a
+    first refresh Q_old is the random start), energy ``|G Q|^2 / |G|^2``.
+  """
+  stats = {}
+  for state in _states_of(opt_state, LowRankState):
+    for path, subspace in jax.tree_util.tree_leaves_with_path(
+      state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
+    ):
+      stats[labels.path_name(path)] = SubspaceStats(
+        refreshes=jnp.mean(subspace.refresh_count, dtype=jnp.float32),
+        overlap=jnp.mean(subspace.overlap),
+        energy=jnp.mean(subspace.energy),
+      )
+  return stats
+
+
+class ReportRow(NamedTuple):
+  """What an optimizer does with one parameter."""
+
+  name: str
+  shape: tuple[int, ...]
+  label: str
+  rank: int | None  # None where nothing is projected
+  side: str  # compressed axes: 'in', 'out', 'in+out' or ''
+  state_bytes: int
+  adamw_bytes: int  # two float32 moments
+  reason: str
+
+
+def report(
+  params: optax.Params,
+  tx: optax.GradientTransformation,
+  param_labels: labels.ParamLabels | None = None,
+) -> list[ReportRow]:
+  """Dry run: what `tx` would do with every parameter, and why.
+
+  Nothing is allocated: only shapes are computed.
+
+  Args:
+    params: Parameters, or their shapes.
+    tx: An alias of this package, or a chain that holds one.
+    param_labels: The labels `tx` was built with.
+
+  Returns:
+    One row per parameter, in the order of the tree. `format_report` makes a
+    table of them.
+
+  Raises:
+    ValueError: As `labels.assign`.
+  """
+  shapes = jax.eval_shape(lambda p: p, params)
+  opt_state = jax.eval_shape(tx.init, shapes)
+  held: dict[str, list[tuple[str, Any]]] = {}
+  paths = jax.tree_util.tree_leaves_with_path(shapes)
+  keys = {path: labels.path_name(path) for path, _ in paths}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+    owner = _owner(path, keys)
+    if owner is not None:
+      held.setdefault(owner, []).append((labels.path_name(path), leaf))
+  assigned = jax.tree.leaves(
+    labels.assign(shapes, param_labels),
+    is_leaf=lambda x: isinstance(x, labels.Assignment),
+  )
+  rows = []
+  for (path, leaf), assignment in zip(paths, assigned, strict=True):
+    name = keys[path]
+    owned = held.get(name, [])
+    bases = {
+      axis: leaf.shape
+      for axis in ('in', 'out')
+      for state_name, leaf in owned
+      if state_name.endswith(f'{name}/basis/{axis}')
+    }
+    rank = min((shape[-1] for shape in bases.values()), default=None)
+    reason = assignment.reason
+    if rank is not None and rank >= min(leaf.shape[-2:]):
+      reason += '; rank fills the shorter axis: nothing is compressed there'
+    rows.append(
+      ReportRow(
+        name=name,
+        shape=leaf.shape,
+        label=assignment.label,
+        rank=rank,
+        side='+'.join(bases),
+        state_bytes=sum(_bytes(leaf) for _, leaf in owned),
+        adamw_bytes=8 * math.prod(leaf.shape),
+        reason=reason,
+      )
+    )
+  return rows
+
+
+def _owner(path: tuple[Any, ...], keys: dict[Any, str]) -> str | None:
+  """The parameter whose path stands inside the path of a state leaf."""
+  best = None
+  for key, name in keys.items():
+    n = len(key)
+    if any(path[i : i + n] == key for i in range(len(path) - n + 1)):
+      if best is None or n > best[0]:
+        best = (n, name)
+  return best[1] if best else None
+
+
+def format_report(rows: list[ReportRow]) -> str:
+  """The rows as an aligned table with totals, for a terminal."""
+  cells = [
+    ('parameter', 'shape', 'label', 'rank', 'side', 'state', 'AdamW', 'why')
+  ]
+  cells += [
+    (
+      row.name,
+      'x'.join(map(str, row.shape)) or 'scalar',
+      row.label,
+      str(row.rank or '-'),
+      row.side or '-',
+      format_bytes(row.state_bytes),
+      format_bytes(row.adamw_bytes),
+      row.reason,
+    )
+    for row in rows
+  ]
+  total = sum(row.state_bytes for row in rows)
+  adamw = sum(row.adamw_bytes for row in rows)
+  saved = f'{1 - total / adamw:.1%} less than AdamW' if adamw else ''
+  sums = (format_bytes(total), format_bytes(adamw), saved)
+  cells.append(('total', '', '', '', '', *sums))
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join(
+    '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    for row in cells
+  )
+
+
+def format_bytes(count: float) -> str:
+  """Bytes for a person: ``512 B``, ``1.5 KiB``, ``2.0 MiB``, ..."""
+  for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    if count < 1024:
+      return f'{count:.0f} B' if unit == 'B' else f'{count:.1f} {unit}'
+    count /= 1024
+  return f'{count:.1f} TiB'

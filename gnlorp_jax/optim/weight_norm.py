@@ -1,0 +1,203 @@
+r"""Weight normalisation as an optimizer wrapper: W = g v / |v|.
+
+Shape suffixes in this file:
+  IO    a kernel's input and output axes, the last two of its array
+  1O    one value per output unit, [*, 1, out]
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim.adam import check_choice
+
+NormState = Literal['synced', 'tracked']
+
+
+class WeightNormState(NamedTuple):
+  """State of `with_weight_norm`."""
+
+  v_norm: optax.Params | None  # float32 [*, 1, out] if tracked, else None
+  direction: optax.OptState  # over v, shaped like the parameters
+  magnitude: optax.OptState  # over g, [*, 1, out]
+
+
+def column_norm(x_IO: jax.Array) -> jax.Array:
+  """Length of the weights of each output unit, ``[*, 1, out]``, float32."""
+  return jnp.linalg.norm(x_IO.astype(jnp.float32), axis=-2, keepdims=True)
+
+
+def decompose(w_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Magnitude and unit direction of a kernel.
+
+  Args:
+    w_IO: Kernel, ``[*, in, out]``.
+
+  Returns:
+    ``g``, ``[*, 1, out]``, and ``u = W / g``, ``[*, in, out]``, both float32;
+    a zero column has g = 0 and u = 0.
+  """
+  g_1O = column_norm(w_IO)
+  return g_1O, w_IO.astype(jnp.float32) / jnp.where(g_1O > 0, g_1O, 1)
+
+
+def recompose(g_1O: jax.Array, v_IO: jax.Array) -> jax.Array:
+  """The kernel ``W = g v / |v|``; where ``|v| = 0`` it is 0."""
+  norm_1O = column_norm(v_IO)
+  return v_IO * (g_1O / jnp.where(norm_1O > 0, norm_1O, 1))
+
+
+def pull_back(
+  grad_IO: jax.Array, g_1O: jax.Array, u_IO: jax.Array, v_norm_1O: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  r"""Gradients of g and v from the gradient of W.
+
+  .. math::
+    \partial g = \langle \partial W, u \rangle, \qquad
+    \partial v = \frac{g}{|v|} (\partial W - u \, \partial g)
+
+  A zero column has no direction yet: its v receives the gradient of W itself.
+
+  Args:
+    grad_IO: :math:`\partial W`, ``[*, in, out]``, any floating dtype.
+    g_1O: Magnitudes, ``[*, 1, out]``.
+    u_IO: Unit directions, ``[*, in, out]``.
+    v_norm_1O: :math:`|v|`, ``[*, 1, out]``.
+
+  Returns:
+    :math:`\partial g`, ``[*, 1, out]``, and :math:`\partial v`, ``[*, in,
+    out]``, float32.
+
+  References:
+    Salimans & Kingma, `Weight Normalization`, 2016, arXiv:1602.07868, eq. 3.
+  """
+  grad_IO = grad_IO.astype(jnp.float32)
+  dg_1O = jnp.sum(grad_IO * u_IO, axis=-2, keepdims=True)
+  ratio_1O = jnp.where(g_1O > 0, g_1O / jnp.where(g_1O > 0, v_norm_1O, 1), 1)
+  return dg_1O, ratio_1O * (grad_IO - u_IO * dg_1O)
+
+
+class _Parts(NamedTuple):
+  """A kernel's g and v with their gradients, all float32."""
+
+  g_1O: jax.Array
+  v_IO: jax.Array
+  dg_1O: jax.Array
+  dv_IO: jax.Array
+
+
+def _split(
+  grad_IO: jax.Array, w_IO: jax.Array, v_norm_1O: jax.Array | None = None
+) -> _Parts:
+  """Decomposes a kernel and its gradient; |v| = g unless it is given."""
+  g_1O, u_IO = decompose(w_IO)
+  if v_norm_1O is None:
+    v_norm_1O = g_1O
+  # A zero column, or one that was zero when its length was recorded.
+  v_norm_1O = jnp.where(v_norm_1O > 0, v_norm_1O, g_1O)
+  dg_1O, dv_IO = pull_back(grad_IO, g_1O, u_IO, v_norm_1O)
+  return _Parts(g_1O, u_IO * v_norm_1O, dg_1O, dv_IO)
+
+
+def _change(
+  w_IO: jax.Array, g_1O: jax.Array, new_g_1O: jax.Array, new_v_IO: jax.Array
+) -> jax.Array:
+  """W' - W, float32; a zero column takes the plain step of v."""
+  new_w_IO = jnp.where(g_1O > 0, recompose(new_g_1O, new_v_IO), new_v_IO)
+  return new_w_IO - w_IO.astype(jnp.float32)
+
+
+def with_weight_norm(
+  direction: optax.GradientTransformation,
+  magnitude: optax.GradientTransformation,
+  *,
+  norm_state: NormState = 'synced',
+) -> optax.GradientTransformationExtraArgs:
+  r"""Optimizes kernels as magnitude times direction, W = g v / |v|.
+
+  Every step starts from the kernel itself: g is its length per output unit, v
+  the kernel, so no second copy of it is stored. `direction` updates v and
+  `magnitude` updates g by their exact gradients; the update returned is
+  :math:`W' - W = g' v' / |v'| - W`. The two are whole optimizers, learning
+  rate and sign included, since W' is not linear in their updates.
+
+  A zero column (a fresh classifier, a LoRA factor) takes the plain step of
+  `direction` until it has a direction.
+
+  Args:
+    direction: Optimizer of v, ``[*, in, out]``.
+    magnitude: Optimizer of g, ``[*, 1, out]``.
+    norm_state: ``synced`` sets |v| back to g after every step and needs no
+      state. ``tracked`` keeps |v| as one scalar per output unit, as classical
+      weight normalisation does: it only grows, and tempers later steps.
+
+  Returns:
+    A transformation whose updates are float32, so that adding them to bfloat16
+    parameters rounds once. Its `update` needs `params`.
+
+  Raises:
+    ValueError: If `norm_state` is unknown; at `update`, if `params` is missing.
+
+  Examples:
+    >>> tx = with_weight_norm(optax.sgd(0.1), optax.sgd(0.1))
+    >>> params = {'kernel': jnp.eye(2)}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates['kernel']
+    Array([[-0.1,  0. ],
+           [ 0. , -0.1]], dtype=float32)
+
+  References:
+    Huang et al., `GradNormLoRP`, 2024, arXiv:2412.19616, weight normalisation.
+
+  Note:
+    The public PyTorch optimizer passes the gradient of W to v unchanged and
+    resets the magnitude every step; `released` does the same.
+  """
+  check_choice('norm_state', norm_state, get_args(NormState))
+  direction_tx = optax.with_extra_args_support(direction)
+  magnitude_tx = optax.with_extra_args_support(magnitude)
+
+  def init_fn(params: optax.Params) -> WeightNormState:
+    tracked = norm_state == 'tracked'
+    return WeightNormState(
+      v_norm=jax.tree.map(column_norm, params) if tracked else None,
+      direction=direction_tx.init(params),
+      magnitude=magnitude_tx.init(jax.tree.map(column_norm, params)),
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: WeightNormState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, WeightNormState]:
+    if params is None:
+      raise ValueError(optax.NO_PARAMS_MSG)
+    if state.v_norm is None:
+      parts = jax.tree.map(_split, updates, params)
+    else:
+      parts = jax.tree.map(_split, updates, params, state.v_norm)
+
+    def part(index: int) -> optax.Params:
+      return jax.tree.map(
+        lambda p: p[index], parts, is_leaf=lambda p: isinstance(p, _Parts)
+      )
+
+    g, v, dg, dv = map(part, range(4))
+    v_step, direction_state = direction_tx.update(
+      dv, state.direction, v, **extra_args
+    )
+    g_step, magnitude_state = magnitude_tx.update(
+      dg, state.magnitude, g, **extra_args
+    )
+    new_v = jax.tree.map(jnp.add, v, v_step)
+    new_g = jax.tree.map(jnp.add, g, g_step)
+    v_norm = None if state.v_norm is None else jax.tree.map(column_norm, new_v)
+    return (
+      jax.tree.map(_change, params, g, new_g, new_v),
+      WeightNormState(v_norm, direction_state, magnitude_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
