@@ -11,14 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim.checks import check_choice, check_params
+
 EpsMode = Literal['standard', 'hf']
 DecayOrder = Literal['before', 'after']
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-  """Raises a `ValueError` that names the choices unless `value` is one."""
-  if value not in choices:
-    raise ValueError(f'Unknown {name} {value!r}; expected one of {choices}.')
 
 
 def scale_by_adam(
@@ -135,8 +131,7 @@ def descend(
     state: tuple[optax.OptState, optax.OptState],
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, tuple[optax.OptState, optax.OptState]]:
-    if params is None:
-      raise ValueError(optax.NO_PARAMS_MSG)
+    check_params(params)
     updates, step_state = step.update(updates, state[0], params)
     stepped = jax.tree.map(jnp.add, params, updates)
     decay, shrink_state = shrink.update(

@@ -4,8 +4,6 @@ Every alias labels the parameters (`labels`), treats each group with its own
 chain, and steps over gradients that are not finite.
 """
 
-from typing import Any
-
 import optax
 
 from gnlorp_jax.optim.adam import (
@@ -14,6 +12,7 @@ from gnlorp_jax.optim.adam import (
   descend,
   scale_by_adam,
 )
+from gnlorp_jax.optim.checks import check_interval
 from gnlorp_jax.optim.labels import ParamLabels, labels
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.projections import Projection
@@ -233,10 +232,10 @@ def _adam_step(
   decay_order: DecayOrder = 'before',
 ) -> optax.GradientTransformation:
   """AdamW for one group of parameters, or for magnitudes."""
-  _check_interval('b1', b1, 0, 1)
-  _check_interval('b2', b2, 0, 1)
-  _check_interval('eps', eps, 0, float('inf'))
-  _check_interval('weight_decay', weight_decay, 0, float('inf'))
+  check_interval('b1', b1, 0, 1)
+  check_interval('b2', b2, 0, 1)
+  check_interval('eps', eps, 0, float('inf'))
+  check_interval('weight_decay', weight_decay, 0, float('inf'))
   return optax.chain(
     scale_by_adam(b1, b2, eps, eps_mode=eps_mode),
     descend(learning_rate, weight_decay, decay_order=decay_order),
@@ -255,9 +254,3 @@ def _by_label(
     'frozen': optax.set_to_zero(),
   }
   return skip_nonfinite(optax.partition(transforms, labels(param_labels)))
-
-
-def _check_interval(name: str, value: Any, low: float, high: float) -> None:
-  """Raises unless low <= value < high; traced values cannot be checked."""
-  if isinstance(value, int | float) and not low <= value < high:
-    raise ValueError(f'{name} must be in [{low}, {high}), got {value}.')

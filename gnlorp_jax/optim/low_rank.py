@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim import projections
-from gnlorp_jax.optim.adam import check_choice
+from gnlorp_jax.optim.checks import check_choice, check_int
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.refresh import refresh_due, refresh_schedule
@@ -93,8 +93,8 @@ def with_low_rank_projection(
     ``spread_refreshes=False``. `optax.contrib.galore` compresses the longer
     axis (``side='long'``) and skips leaves of more than two axes.
   """
-  rank = _check_int('rank', rank)
-  gap = _check_int('update_proj_gap', update_proj_gap)
+  check_int('rank', rank)
+  check_int('update_proj_gap', update_proj_gap)
   check_choice('side', side, get_args(Side))
   if isinstance(projection, str):
     projection = projections.get(projection)
@@ -142,7 +142,7 @@ def with_low_rank_projection(
     def refresh(grad: jax.Array, subspace: Subspace, index: int) -> Subspace:
       stack = math.prod(grad.shape[:-2])
       schedule = refresh_schedule(
-        stack, index, num_leaves, gap, spread_refreshes
+        stack, index, num_leaves, update_proj_gap, spread_refreshes
       )
       return refresh_due(grad, subspace, state.count, schedule, method)
 
@@ -161,19 +161,6 @@ def with_low_rank_projection(
     return updates, LowRankState(count, subspace, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_int(name: str, value: int) -> int:
-  """`value`, if it is a Python int of at least 1."""
-  if not isinstance(value, int):
-    raise ValueError(
-      f'{name} must be a Python int, got {value!r}: it fixes shapes or the '
-      "program. With optax.inject_hyperparams, list it in static_args=('rank', "
-      "'update_proj_gap')."
-    )
-  if value < 1:
-    raise ValueError(f'{name} must be at least 1, got {value}.')
-  return value
 
 
 def _turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.adam import EpsMode, descend, scale_by_adam
+from gnlorp_jax.optim.checks import check_params
 from gnlorp_jax.optim.labels import ParamLabels, labels, path_name
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.projections import Projection
@@ -84,8 +85,7 @@ def with_released_weight_norm(
     state: ReleasedState,
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, ReleasedState]:
-    if params is None:
-      raise ValueError(optax.NO_PARAMS_MSG)
+    check_params(params)
     v = state.v
     norm = by_path(_unit_norm, v)
     dg = by_path(

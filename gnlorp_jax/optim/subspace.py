@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 
-from gnlorp_jax.optim.adam import check_choice
+from gnlorp_jax.optim.checks import check_choice
 from gnlorp_jax.optim.projections.base import Basis, Projection
 
 Side = Literal['short', 'long', 'in', 'out', 'both']

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnlorp_jax.optim.adam import check_choice
+from gnlorp_jax.optim.checks import check_choice, check_params
 
 NormState = Literal['synced', 'tracked']
 
@@ -173,8 +173,7 @@ def with_weight_norm(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, WeightNormState]:
-    if params is None:
-      raise ValueError(optax.NO_PARAMS_MSG)
+    check_params(params)
     if state.v_norm is None:
       parts = jax.tree.map(_split, updates, params)
     else:

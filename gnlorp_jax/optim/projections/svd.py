@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.adam import check_choice
+from gnlorp_jax.optim.checks import check_choice
 from gnlorp_jax.optim.projections.base import Projection
 
 Solver = Literal['power', 'eigh', 'exact']
@@ -182,11 +182,12 @@ def cholesky_qr(columns_NR: jax.Array, *, shifted: bool) -> jax.Array:
   rank = columns_NR.shape[-1]
   shift = 4 * EPS * rank if shifted else 0.0
   eye_RR = jnp.eye(rank, dtype=columns_NR.dtype)
-  gram_RR = columns_NR.mT @ columns_NR + shift * eye_RR
-  lower_RR = jnp.linalg.cholesky(gram_RR)
+  gram_RR = columns_NR.mT @ columns_NR
+  eye_RR = jnp.broadcast_to(eye_RR, gram_RR.shape)
+  lower_RR = jnp.linalg.cholesky(gram_RR + shift * eye_RR)
   inverse_RR = jax.lax.linalg.triangular_solve(
     lower_RR,
-    jnp.broadcast_to(eye_RR, lower_RR.shape),
+    eye_RR,
     left_side=True,
     lower=True,
   )

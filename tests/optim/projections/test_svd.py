@@ -1,0 +1,214 @@
+"""The SVD projection against NumPy's float64 SVD, on easy and hard matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnlorp_jax.optim import projections
+from gnlorp_jax.optim.projections.svd import (
+  cholesky_qr,
+  normalise_signs,
+  random_basis,
+)
+
+SOLVERS = ('exact', 'eigh', 'power')
+
+
+def matrix(kind, m=48, n=32):
+  """Test gradients, scaled to a largest entry of 1 as a refresh does."""
+  rng = np.random.default_rng(1)
+  u, _ = np.linalg.qr(rng.standard_normal((m, min(m, n))))
+  v, _ = np.linalg.qr(rng.standard_normal((n, min(m, n))))
+  index = np.arange(1, min(m, n) + 1)
+  spectra = {
+    'slow': index**-0.5,
+    'fast': index**-2.0,
+    'steep': index**-8.0,
+    'rank 3': (index <= 3) * 1.0,
+    'rank 1': (index <= 1) * 1.0,
+    'zero': index * 0.0,
+    'equal': np.ones(len(index)),
+  }
+  if kind == 'dead rows':
+    a = rng.standard_normal((m, n))
+    a[::2] = 0
+    a[:, :20] = 0
+  elif kind == 'copies':
+    a = np.repeat(rng.standard_normal((m, 2)), n // 2, axis=1)
+  elif kind == 'one entry':
+    a = np.zeros((m, n))
+    a[3, 5] = 1
+  else:
+    a = (u * spectra[kind]) @ v.T
+  return a / max(np.abs(a).max(), 1e-30)
+
+
+KINDS = 'slow fast steep equal copies zero'.split() + [
+  'rank 3',
+  'rank 1',
+  'dead rows',
+  'one entry',
+]
+
+
+def refreshed(solver, a_MN, rank, rounds=1, **options):
+  svd = projections.get('svd', solver=solver, **options)
+  refresh = jax.jit(svd.refresh)
+  basis = svd.init(a_MN.shape, rank)
+  for count in range(rounds):
+    basis = refresh(jnp.asarray(a_MN, jnp.float32), basis, count)
+  return np.asarray(basis)
+
+
+def captured(a_MN, basis_NR):
+  """Share of the best rank-r energy that a basis captures."""
+  s = np.linalg.svd(a_MN, compute_uv=False)
+  best = np.sum(s[: basis_NR.shape[-1]] ** 2)
+  return np.sum((a_MN @ basis_NR.astype(np.float64)) ** 2) / max(best, 1e-30)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_basis_is_orthonormal_for_every_gradient(solver, kind):
+  basis_NR = refreshed(solver, matrix(kind), rank=8, rounds=3)
+  np.testing.assert_allclose(basis_NR.T @ basis_NR, np.eye(8), atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(48, 32), (32, 48), (32, 32)])
+@pytest.mark.parametrize('solver', ['exact', 'eigh'])
+def test_basis_reaches_the_best_energy(solver, shape):
+  for kind in ('slow', 'fast', 'steep', 'rank 3', 'copies', 'dead rows'):
+    if kind == 'copies' and shape[1] % 2:
+      continue
+    a_MN = matrix(kind, *shape)
+    assert captured(a_MN, refreshed(solver, a_MN, 8)) > 1 - 1e-5, kind
+
+
+def test_power_iteration_converges_from_a_warm_start():
+  a_MN = matrix('slow')
+  shares = [
+    captured(a_MN, refreshed('power', a_MN, 8, rounds)) for rounds in (1, 5, 40)
+  ]
+  assert shares[0] > 0.85  # From a random start, on a slowly falling spectrum.
+  assert shares[0] < shares[1] < shares[2]
+  assert shares[2] > 0.999
+
+
+def test_power_iteration_captures_a_decaying_gradient_at_once():
+  a_MN = matrix('fast')
+  assert captured(a_MN, refreshed('power', a_MN, 8)) > 0.993
+
+
+def test_power_iterations_add_up():
+  a_MN = matrix('slow')
+  once = refreshed('power', a_MN, 8, rounds=3)
+  thrice = refreshed('power', a_MN, 8, iterations=3)
+  np.testing.assert_allclose(once, thrice, atol=1e-5)
+
+
+def test_power_iteration_keeps_signs_from_refresh_to_refresh():
+  a_MN = matrix('fast')
+  before = refreshed('power', a_MN, 8, rounds=20)
+  after = refreshed('power', -a_MN, 8, rounds=21)
+  # The subspace of -A is that of A; had the signs flipped, moments would meet
+  # a mirrored basis.
+  start = projections.get('svd').refresh(
+    jnp.asarray(-a_MN, jnp.float32), jnp.asarray(before), 0
+  )
+  assert np.diag(before.T @ start).min() > 0.99
+  assert captured(a_MN, after) > 0.9999
+
+
+def test_undetermined_directions_keep_the_old_basis():
+  a_MN = matrix('rank 3')
+  svd = projections.get('svd')
+  old = svd.init(a_MN.shape, 8)
+  new = svd.refresh(jnp.asarray(a_MN, jnp.float32), old, 0)
+  assert captured(a_MN, np.asarray(new)) > 1 - 1e-5
+  zero = svd.refresh(jnp.zeros(a_MN.shape), old, 0)
+  np.testing.assert_allclose(zero, old, atol=1e-5)
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_full_rank_basis_loses_nothing(solver):
+  a_MN = matrix('slow', 48, 16)
+  basis_NR = refreshed(solver, a_MN, 16)
+  np.testing.assert_allclose(a_MN @ basis_NR @ basis_NR.T, a_MN, atol=1e-5)
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_stacked_matrices_equal_single_ones(solver):
+  stack = np.stack([matrix(k) for k in ('slow', 'fast', 'rank 3')])
+  stacked = refreshed(solver, stack[None], 4)
+  for i, a_MN in enumerate(stack):
+    single = refreshed(solver, a_MN, 4)
+    # Beyond the rank of the third matrix exact solvers choose freely.
+    width = 3 if i == 2 else 4
+    np.testing.assert_allclose(
+      stacked[0, i, :, :width], single[:, :width], atol=2e-4
+    )
+
+
+@pytest.mark.parametrize('solver', ['exact', 'eigh'])
+def test_exact_solvers_find_numpys_singular_vectors(solver):
+  a_MN = matrix('fast')
+  vt = np.linalg.svd(a_MN)[2][:4]
+  sign = np.sign(vt[np.arange(4), np.abs(vt).argmax(1)])
+  basis_NR = refreshed(solver, a_MN, 4)
+  np.testing.assert_allclose(basis_NR, (vt * sign[:, None]).T, atol=1e-4)
+
+
+def test_projecting_back_and_forth_is_the_identity_on_coordinates():
+  svd = projections.get('svd')
+  basis_NR = random_basis((6, 5), 3)
+  low_MR = jax.random.normal(jax.random.key(1), (6, 3))
+  again = svd.project(svd.project_back(low_MR, basis_NR), basis_NR)
+  np.testing.assert_allclose(again, low_MR, atol=1e-5)
+
+
+def test_projection_of_bfloat16_is_accumulated_in_float32():
+  a_MN = jnp.asarray(matrix('slow'), jnp.bfloat16)
+  basis_NR = random_basis(a_MN.shape, 4)
+  low_MR = projections.get('svd').project(a_MN, basis_NR)
+  exact = np.asarray(a_MN, np.float64) @ np.asarray(
+    basis_NR.astype(jnp.bfloat16), np.float64
+  )
+  assert low_MR.dtype == jnp.float32
+  np.testing.assert_allclose(low_MR, exact, atol=1e-5)
+
+
+def test_unshifted_pass_would_fail_where_the_shifted_one_does_not():
+  columns = jnp.ones((16, 4)) / 4.0
+  assert not np.isfinite(cholesky_qr(columns, shifted=False)).all()
+  assert np.isfinite(cholesky_qr(columns, shifted=True)).all()
+
+
+def test_signs_are_normalised_by_the_largest_entry():
+  basis = jnp.array([[0.6, -0.6], [-0.8, 0.8]])
+  np.testing.assert_allclose(
+    normalise_signs(basis), jnp.array([[-0.6, -0.6], [0.8, 0.8]])
+  )
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    (
+      {'solver': 'qr'},
+      "Unknown solver 'qr'; expected one of ('power', 'eigh', 'exact').",
+    ),
+    ({'iterations': 0}, 'iterations must be at least 1, got 0.'),
+  ],
+)
+def test_bad_option_is_an_error(options, text):
+  with pytest.raises(ValueError) as error:
+    projections.get('svd', **options)
+  assert str(error.value) == text
+
+
+def test_unknown_projection_is_an_error():
+  with pytest.raises(ValueError) as error:
+    projections.get('foo')
+  text = f"Unknown projection 'foo'; expected one of {projections.names()}."
+  assert str(error.value) == text

@@ -1,0 +1,305 @@
+"""Low-rank projection: sides, schedule, equivalences and hard gradients."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gnlorp_jax.optim import projections
+from gnlorp_jax.optim.low_rank import with_low_rank_projection
+from gnlorp_jax.optim.refresh import refresh_schedule
+from gnlorp_jax.optim.subspace import compressed_axes
+
+SIDES = ('short', 'long', 'in', 'out', 'both')
+
+
+def normal(shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def wrapped(rank=3, gap=4, scale=1.0, solver='exact', inner=None, **options):
+  return with_low_rank_projection(
+    inner or optax.identity(),
+    rank,
+    gap,
+    scale,
+    projection=projections.get('svd', solver=solver),
+    **options,
+  )
+
+
+def best_approximation(grad, rank):
+  u, s, vt = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
+  return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+@pytest.mark.parametrize(
+  ('side', 'wide', 'tall', 'square'),
+  [
+    ('short', ('in',), ('out',), ('in',)),
+    ('long', ('out',), ('in',), ('out',)),
+    ('in', ('in',), ('in',), ('in',)),
+    ('out', ('out',), ('out',), ('out',)),
+    ('both', ('in', 'out'), ('in', 'out'), ('in', 'out')),
+  ],
+)
+def test_side_names_the_compressed_axes(side, wide, tall, square):
+  # Flax kernels (in, out): GaLore's std compresses `in` of wide and square.
+  assert compressed_axes((7, 4, 6), side) == wide
+  assert compressed_axes((6, 4), side) == tall
+  assert compressed_axes((4, 4), side) == square
+
+
+@pytest.mark.parametrize('shape', [(9, 6), (6, 9), (6, 6), (2, 3, 6, 9)])
+@pytest.mark.parametrize('side', SIDES)
+def test_first_update_is_the_best_low_rank_approximation(side, shape):
+  grad = normal(shape)
+  tx = wrapped(rank=3, side=side, scale=0.5)
+  updates, _ = tx.update(grad, tx.init(grad))
+  np.testing.assert_allclose(
+    updates, 0.5 * best_approximation(grad, 3), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('side', 'basis', 'low'),
+  [
+    ('short', {'in': (5, 6, 2)}, (5, 9, 2)),
+    ('long', {'out': (5, 9, 2)}, (5, 6, 2)),
+    ('both', {'in': (5, 6, 2), 'out': (5, 9, 2)}, (5, 2, 2)),
+  ],
+)
+def test_state_has_the_documented_shapes(side, basis, low):
+  tx = wrapped(rank=2, side=side, inner=optax.scale_by_adam())
+  state = tx.init({'kernel': jnp.zeros((5, 6, 9))})
+  subspace = state.subspace['kernel']
+  assert jax.tree.map(jnp.shape, subspace.basis) == basis
+  assert subspace.refresh_count.shape == subspace.energy.shape == (5,)
+  assert state.inner_state.mu['kernel'].shape == low
+
+
+@pytest.mark.parametrize('side', SIDES)
+@pytest.mark.parametrize('solver', ['exact', 'eigh', 'power'])
+@pytest.mark.parametrize('spread', [False, True])
+def test_stack_of_kernels_equals_each_by_itself(solver, side, spread):
+  grads = normal((7, 3, 6, 8))  # Seven steps of three matrices.
+  tx = wrapped(solver=solver, side=side, spread_refreshes=spread)
+  state = tx.init(grads[0])
+  update = jax.jit(tx.update)
+  single = wrapped(solver=solver, side=side, spread_refreshes=False)
+  states = [single.init(grads[0, i]) for i in range(3)]
+  single_update = jax.jit(single.update)
+  refreshes = []
+  for t, grad in enumerate(grads):
+    updates, state = update(grad, state)
+    refreshes.append(np.asarray(state.subspace.refresh_count))
+    if spread:  # A matrix by itself has another phase: compare until then.
+      if t > 0:
+        continue
+    for i in range(3):
+      expected, states[i] = single_update(grad[i], states[i])
+      np.testing.assert_allclose(updates[i], expected, atol=3e-5)
+  if spread:  # After the first step, one matrix at a time.
+    assert (np.diff(np.sum(refreshes, axis=1)) <= 1).all()
+    assert refreshes[-1].min() >= 2
+
+
+@pytest.mark.parametrize('stack', [1, 3, 8, 11])
+@pytest.mark.parametrize('gap', [1, 2, 7, 10])
+@pytest.mark.parametrize('spread', [False, True])
+def test_schedule_refreshes_every_matrix_once_per_interval(stack, gap, spread):
+  for leaf in range(3):
+    schedule = refresh_schedule(stack, leaf, 3, gap, spread)
+    for start in (0, 5):  # Any window of `gap` steps holds each matrix once.
+      seen = np.zeros(stack, int)
+      for count in range(start, start + gap):
+        is_due, first = schedule.due(jnp.int32(count))
+        if is_due:
+          seen[int(first) : int(first) + schedule.block] += 1
+      assert (seen >= 1).all()
+      assert seen.sum() < stack + schedule.block  # A block may overlap.
+
+
+def test_unspread_schedule_follows_published_code():
+  schedule = refresh_schedule(4, 2, 3, gap=5, spread=False)
+  due = [bool(schedule.due(jnp.int32(c))[0]) for c in range(11)]
+  assert np.flatnonzero(due).tolist() == [0, 5, 10]
+  assert schedule.block == 4
+
+
+def test_spread_schedule_keeps_steps_alike():
+  # LLaMA-60M: seven kernels of eight layers, T = 200.
+  due = np.zeros(200, int)
+  for leaf in range(7):
+    schedule = refresh_schedule(8, leaf, 7, 200, spread=True)
+    for count in range(200):
+      due[count] += bool(schedule.due(np.int32(count))[0]) * schedule.block
+  assert due.sum() == 56
+  assert due.max() == 1
+
+
+def test_basis_stays_between_refreshes_and_follows_at_one():
+  tx = wrapped(rank=2, gap=3)
+  grads = [normal((6, 8), seed) for seed in range(4)]
+  state = tx.init(grads[0])
+  bases = []
+  for grad in grads:
+    _, state = tx.update(grad, state)
+    bases.append(np.asarray(state.subspace.basis['in']))
+  np.testing.assert_array_equal(bases[0], bases[2])
+  assert np.abs(bases[3] - bases[2]).max() > 0.1
+
+
+@pytest.mark.parametrize('solver', ['exact', 'eigh', 'power'])
+@pytest.mark.parametrize('value', [0.0, jnp.nan, jnp.inf])
+def test_unusable_gradient_keeps_the_basis(solver, value):
+  tx = wrapped(gap=1, solver=solver)
+  good = normal((2, 6, 8))
+  _, state = tx.update(good, tx.init(good))
+  bad = good.at[1].set(value)
+  _, after = tx.update(bad, state)
+  np.testing.assert_array_equal(
+    after.subspace.basis['in'][1], state.subspace.basis['in'][1]
+  )
+  assert after.subspace.refresh_count.tolist() == [2, 1]
+  assert np.isfinite(after.subspace.energy).all()
+
+
+def test_first_basis_waits_for_the_first_usable_gradient():
+  tx = wrapped(gap=100)
+  good = normal((2, 6, 8))
+  late = good.at[1].set(0)
+  state = tx.init(good)
+  for grad in (late, late, good, good):
+    updates, state = tx.update(grad, state)
+  assert state.subspace.refresh_count.tolist() == [1, 1]
+  np.testing.assert_allclose(
+    updates[1], best_approximation(good[1], 3), atol=1e-5
+  )
+
+
+def test_extreme_scales_fit_a_basis():
+  for scale in (1e-25, 1e25):
+    grad = normal((6, 8)) * scale
+    tx = wrapped(solver='power')
+    updates, state = tx.update(grad, tx.init(grad))
+    assert np.isfinite(updates).all()
+    assert 0.5 < state.subspace.energy <= 1.0
+
+
+def test_energy_and_overlap_are_those_of_the_subspaces():
+  tx = wrapped(rank=2, gap=1)
+  first, second = normal((6, 8)), normal((6, 8), 1)
+  _, state = tx.update(first, tx.init(first))
+  old = np.asarray(state.subspace.basis['in'], np.float64)
+  _, state = tx.update(second, state)
+  new = np.asarray(state.subspace.basis['in'], np.float64)
+  s = np.linalg.svd(np.asarray(second, np.float64), compute_uv=False)
+  np.testing.assert_allclose(
+    state.subspace.energy, np.sum(s[:2] ** 2) / np.sum(s**2), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    state.subspace.overlap, np.sum((old.T @ new) ** 2) / 2, rtol=1e-4
+  )
+
+
+def test_accumulating_before_or_after_projection_is_the_same():
+  # Linearity: the seam that lets gradients be summed in the small space.
+  tx = wrapped(rank=3, gap=100)
+  parts = normal((4, 6, 8))
+  _, state = tx.update(parts[0], tx.init(parts[0]))
+  together, _ = tx.update(jnp.sum(parts, axis=0), state)
+  apart = sum(tx.update(part, state)[0] for part in parts)
+  np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+def test_rank_above_the_short_axis_is_clipped_and_logged(caplog):
+  tx = wrapped(rank=100)
+  with caplog.at_level(logging.INFO):
+    state = tx.init({'kernel': jnp.zeros((6, 8))})
+  assert state.subspace['kernel'].basis['in'].shape == (6, 6)
+  assert caplog.messages == [
+    "rank 100 exceeds the shorter axis of 'kernel' [6, 8]: clipped to 6, which "
+    'compresses nothing on that axis.'
+  ]
+  grad = normal((6, 8))
+  updates, _ = tx.update({'kernel': grad}, state)
+  np.testing.assert_allclose(updates['kernel'], grad, atol=1e-5)
+
+
+@pytest.mark.parametrize('side', ['short', 'both'])
+def test_no_full_size_array_is_kept_or_copied(side):
+  # One float32 update is the only full-size array a donated step may make.
+  shape = (4, 64, 96)
+  tx = wrapped(rank=4, side=side, inner=optax.scale_by_adam(), solver='power')
+  grad = jnp.zeros(shape)
+  state = jax.eval_shape(tx.init, grad)
+  step = jax.jit(tx.update, donate_argnums=(0, 1))
+  memory = step.lower(grad, state).compile().memory_analysis()
+  full = grad.size * 4
+  # The first fit scales a float32 copy of the stack's gradient.
+  assert memory.temp_size_in_bytes < 3.5 * full
+  assert memory.alias_size_in_bytes >= full
+
+
+def test_no_svd_runs_between_refreshes():
+  # Under vmap, lax.cond would become a select that computes both branches.
+  tx = wrapped(gap=50)
+  grad = normal((2, 6, 8))
+  text = jax.jit(tx.update).lower(grad, tx.init(grad)).as_text()
+  assert 'stablehlo.case' in text
+  top_level = text.split('func.func public')[1].split('stablehlo.case')[0]
+  assert 'gesdd' not in top_level
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    ({'rank': 0}, 'rank must be at least 1, got 0.'),
+    (
+      {'rank': 2.5},
+      'rank must be a Python int, got 2.5: it fixes shapes or the program. '
+      "With optax.inject_hyperparams, list it in static_args=('rank', "
+      "'update_proj_gap').",
+    ),
+    ({'gap': 0}, 'update_proj_gap must be at least 1, got 0.'),
+    (
+      {'side': 'left'},
+      "Unknown side 'left'; expected one of ('short', 'long', 'in', 'out', "
+      "'both').",
+    ),
+  ],
+)
+def test_bad_option_is_an_error(options, text):
+  with pytest.raises(ValueError) as error:
+    wrapped(**options)
+  assert str(error.value) == text
+
+
+def test_vector_cannot_be_projected():
+  with pytest.raises(ValueError) as error:
+    wrapped().init({'bias': jnp.zeros(4)})
+  assert str(error.value) == (
+    "Parameter 'bias' of shape [4] cannot be projected: a kernel has at least "
+    "two axes, [*, in, out]. Label it 'full'."
+  )
+
+
+def test_projected_sgd_descends_where_the_gradient_is_low_rank():
+  target = normal((12, 3)) @ normal((3, 10), 1)
+  tx = optax.chain(wrapped(rank=3, gap=5, solver='power'), optax.sgd(0.2))
+  w = jnp.zeros((12, 10))
+  state = tx.init(w)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(w, state):
+    updates, state = tx.update(w - target, state)
+    return optax.apply_updates(w, updates), state
+
+  for _ in range(60):
+    w, state = step(w, state)
+  np.testing.assert_allclose(w, target, atol=1e-3)
