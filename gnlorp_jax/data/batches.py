@@ -1,0 +1,145 @@
+"""A file of token ids to batches for training and evaluation."""
+
+import math
+
+import grain
+import numpy as np
+
+from gnlorp_jax.data.text import TokenFile
+
+
+def batches(
+  token_file: TokenFile,
+  *,
+  batch_size: int,
+  seq_len: int,
+  seed: int = 0,
+  shuffle: bool = True,
+  repeat: bool = True,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 2,
+) -> grain.DatasetIterator:
+  """Iterates over batches, reproducibly and resumably.
+
+  Each element is a dict with, B being `batch_size / process_count`,
+
+  * `inputs`: int32 ``[B, T]``, ids;
+  * `targets`: int32 ``[B, T]``, the id that follows each input;
+  * `weights`: float32 ``[B, T]``, 1 where the target counts. Packed, that is
+    everywhere. Padded, it is 0 where the target is padding and at the last
+    position, which has no target.
+
+  Packed sequence i holds the tokens i T to i T + T, the last only as a target.
+
+  The iterator's `get_state()` returns a small dict fit for JSON: the number of
+  batches taken. `set_state(state)` on an iterator made with the same arguments
+  (`prefetch` and the processes may differ) goes on with the next batch.
+
+  Args:
+    token_file: Tokens, from `prepare` or `split`.
+    batch_size: Sequences per batch over all processes.
+    seq_len: T, tokens per sequence; for a padded file its own length.
+    seed: Decides the order, together with the number of the epoch.
+    shuffle: Whether to visit the sequences in a new random order every epoch.
+    repeat: Whether to go on for ever; batches then reach over the end of an
+      epoch. Otherwise each sequence comes once, and sequences of weight 0 are
+      added to fill the last batch: an evaluation leaves nothing out.
+    process_index: Which process this is; it reads only its rows of each batch.
+    process_count: Number of processes. Their rows, joined in order, are the
+      batch a single process would get.
+    prefetch: Number of batches prepared ahead by a background thread.
+
+  Returns:
+    The iterator. `close()` ends its thread.
+
+  Raises:
+    ValueError: If a size is out of range or the file is too small.
+  """
+  if min(batch_size, seq_len, process_count) < 1 or prefetch < 0:
+    raise ValueError(
+      f'batch_size={batch_size}, seq_len={seq_len} and process_count='
+      f'{process_count} must be at least 1, and prefetch={prefetch} at least 0.'
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'process_index={process_index} must be in [0, process_count='
+      f'{process_count}).'
+    )
+  if batch_size % process_count:
+    raise ValueError(
+      f'batch_size={batch_size} must be a multiple of process_count='
+      f'{process_count}.'
+    )
+  if token_file.seq_len not in (None, seq_len):
+    raise ValueError(
+      f'seq_len={seq_len} differs from the padded token file, whose rows have '
+      f'{token_file.seq_len} tokens. Use that length or prepare it anew.'
+    )
+  _check_size(token_file, batch_size if repeat else 1, seq_len)
+
+  dataset = grain.MapDataset.source(
+    _Sequences(token_file, seq_len, multiple_of=1 if repeat else batch_size)
+  )
+  if shuffle:
+    dataset = dataset.shuffle(seed=seed)
+  if repeat:
+    dataset = dataset.repeat()
+  dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+  # Consecutive local batches make up a global one.
+  dataset = dataset[process_index::process_count]
+  options = grain.ReadOptions(
+    num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
+  )
+  return iter(dataset.to_iter_dataset(options))
+
+
+def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
+  available = token_file.num_sequences(seq_len)
+  if available >= sequences:
+    return
+  size = token_file.stop - token_file.start
+  if token_file.mode == 'packed':
+    has, needs = f'{size} tokens', f'{sequences} x {seq_len} + 1'
+  else:
+    has, needs = f'{size} documents', f'{sequences}'
+  raise ValueError(
+    f'The data has {has}, which is less than one batch: it needs {needs}. Use '
+    'more text, or a smaller batch_size or seq_len.'
+  )
+
+
+class _Sequences:
+  """Random access to training sequences."""
+
+  def __init__(self, token_file: TokenFile, seq_len: int, multiple_of: int):
+    self._items = token_file.items()
+    self._packed = token_file.mode == 'packed'
+    self._eos_id = token_file.eos_id
+    self._pad_id = token_file.pad_id
+    self._seq_len = seq_len
+    self._real = token_file.num_sequences(seq_len)
+    self._length = math.ceil(self._real / multiple_of) * multiple_of
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    length = self._seq_len
+    if index >= self._real:
+      window = np.full(length + 1, self._pad_id, np.int32)
+      counted = 0
+    elif self._packed:
+      start = index * length
+      window = self._items[start : start + length + 1].astype(np.int32)
+      counted = length
+    else:
+      row = self._items[index].astype(np.int32)
+      window = np.append(row, np.int32(self._pad_id))
+      # The first end-of-sequence token is the last target of the document.
+      counted = int(np.argmax(row == self._eos_id))
+    return {
+      'inputs': window[:-1],
+      'targets': window[1:],
+      'weights': (np.arange(length) < counted).astype(np.float32),
+    }
