@@ -1,0 +1,271 @@
+"""The composition root: from a configuration to the parts of a run.
+
+The only module that knows optimizers, models, data and training at once.
+"""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from gnlorp_jax import optim
+from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
+from gnlorp_jax.data import batches, text
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.models import hf, llama
+from gnlorp_jax.training import losses, sharding, state
+
+_logger = logging.getLogger(__name__)
+
+# Fields of OptimConfig that only mean something where gradients are projected.
+_LOW_RANK_FIELDS = (
+  'rank',
+  'update_proj_gap',
+  'scale',
+  'projection',
+  'solver',
+  'side',
+  'spread_refreshes',
+)
+
+
+class Run(NamedTuple):
+  """Everything a training loop needs, built and checked."""
+
+  config: TrainConfig  # With the architecture that is really used.
+  model: llama.Model
+  tokenizer: tokenizers.Tokenizer
+  schedule: optax.Schedule
+  tx: optax.GradientTransformation
+  param_labels: tuple[tuple[str, str], ...]
+  mesh: jax.sharding.Mesh
+  loss_fn: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+  train_batches: Any  # A grain iterator: next(), get_state(), set_state().
+  eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+  new_state: Callable[[], state.TrainState]
+  abstract_state: state.TrainState
+  metadata: dict[str, Any]  # What a checkpoint must agree with.
+
+
+def build(config: TrainConfig) -> Run:
+  """Builds a run; cheap checks come before slow work.
+
+  Args:
+    config: The configuration.
+
+  Returns:
+    The parts of the run. No parameter is allocated yet.
+
+  Raises:
+    ValueError: If parts of the configuration do not fit each other, the data
+      or the devices.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  sharding.check_batch(config.batch_size, config.micro_batches, mesh)
+  config = dataclasses.replace(config, model=architecture(config))
+  model = llama.make(config.model)
+  schedule = learning_rate_schedule(config.optim, config.steps)
+  param_labels = config.optim.param_labels or llama.LABEL_RULES
+  tx = optimizer(config.optim, schedule, param_labels)
+  key = jax.random.key(config.seed)
+  abstract = state.abstract(model.init, tx, key, mesh)
+
+  tokenizer = load_tokenizer(config)
+  text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
+  train_file, validation_file = token_files(config.data, tokenizer)
+  shape = {'batch_size': config.batch_size, 'seq_len': config.data.seq_len}
+  processes = {
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  return Run(
+    config=config,
+    model=model,
+    tokenizer=tokenizer,
+    schedule=schedule,
+    tx=tx,
+    param_labels=param_labels,
+    mesh=mesh,
+    loss_fn=functools.partial(
+      language_model_loss, model, config.loss_chunk_tokens
+    ),
+    train_batches=batches.batches(
+      train_file, seed=config.seed, **shape, **processes
+    ),
+    eval_batches=lambda: batches.batches(
+      validation_file, shuffle=False, repeat=False, **shape, **processes
+    ),
+    new_state=functools.partial(_new_state, config, model, tx, key, mesh),
+    abstract_state=abstract,
+    metadata=_metadata(config, tokenizer),
+  )
+
+
+def architecture(config: TrainConfig) -> llama.LlamaConfig:
+  """The model's configuration: as given, or that of the folder to start from.
+
+  Raises:
+    ValueError: If the folder holds no LLaMA, or its sequences are too short.
+  """
+  if config.init_from is None:
+    return config.model
+  found = llama.config_from_hf(hf.load_config(config.init_from))
+  if config.data.seq_len > found.max_seq_len:
+    raise ValueError(
+      f'data.seq_len={config.data.seq_len} is longer than the model in '
+      f'{config.init_from} accepts: max_seq_len={found.max_seq_len}. Lower it.'
+    )
+  return dataclasses.replace(
+    found,
+    param_dtype=config.model.param_dtype,
+    compute_dtype=config.model.compute_dtype,
+    remat=config.model.remat,
+  )
+
+
+def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+  """Linear warm-up, then a cosine down to a share of the peak.
+
+  The first update already has ``peak / warmup`` (a schedule that starts at 0
+  would waste a step); the last one has ``final_fraction * peak``.
+  """
+  warmup = max(round(config.warmup_fraction * steps), 1)
+  peak = config.learning_rate
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)),
+      optax.cosine_decay_schedule(
+        peak, max(steps - warmup - 1, 1), config.final_fraction
+      ),
+    ],
+    [warmup],
+  )
+
+
+def optimizer(
+  config: OptimConfig,
+  schedule: optax.Schedule,
+  param_labels: tuple[tuple[str, str], ...],
+) -> optax.GradientTransformation:
+  """The optimizer by its name, behind the clipping of gradients.
+
+  An option that the optimizer has no use for is named in a warning.
+  """
+  options = {
+    name: getattr(config, name)
+    for name in ('b1', 'b2', 'eps', 'eps_mode', 'weight_decay')
+    if getattr(config, name) is not None
+  }
+  unused: set[str] = set()
+  if config.name == 'adamw':
+    unused = {*_LOW_RANK_FIELDS, 'norm_state'}
+  else:
+    options |= {
+      name: getattr(config, name)
+      for name in _LOW_RANK_FIELDS
+      if name not in ('projection', 'solver')
+    }
+    method = {'solver': config.solver} if config.projection == 'svd' else {}
+    options['projection'] = optim.projections.get(config.projection, **method)
+    if config.name == 'gradnormlorp':
+      options['norm_state'] = config.norm_state
+    else:
+      unused = {'norm_state'}
+  defaults = OptimConfig()
+  for name in sorted(unused):
+    if getattr(config, name) != getattr(defaults, name):
+      _logger.warning(
+        'optim.%s=%r has no effect with optim.name=%r.',
+        name,
+        getattr(config, name),
+        config.name,
+      )
+  tx = getattr(optim, config.name)(
+    schedule, param_labels=param_labels, **options
+  )
+  if config.clip_global_norm is None:
+    return tx
+  return optax.chain(optax.clip_by_global_norm(config.clip_global_norm), tx)
+
+
+def load_tokenizer(config: TrainConfig) -> tokenizers.Tokenizer:
+  """The tokenizer; a BPE is trained as large as the model's vocabulary."""
+  return tokenizers.load(
+    config.data.tokenizer,
+    source=config.data.source,
+    vocab_size=config.model.vocab_size,
+    cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
+  )
+
+
+def token_files(
+  config: DataConfig, tokenizer: tokenizers.Tokenizer
+) -> tuple[text.TokenFile, text.TokenFile]:
+  """Training and validation tokens."""
+  prepare = functools.partial(
+    text.prepare,
+    tokenizer=tokenizer,
+    mode=config.mode,
+    seq_len=config.seq_len if config.mode == 'padded' else None,
+    cache_dir=pathlib.Path(config.cache_dir).expanduser(),
+  )
+  train_file = prepare(config.source)
+  if config.validation_source is None:
+    return text.split(train_file, config.validation_fraction)
+  return train_file, prepare(config.validation_source)
+
+
+def language_model_loss(
+  model: llama.Model,
+  chunk_tokens: int,
+  params: Any,
+  batch: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of a batch's next-token losses, and the sum of weights."""
+  return losses.chunked_cross_entropy(
+    functools.partial(model.logits, params),
+    model.hidden(params, batch['inputs']),
+    batch['targets'],
+    batch['weights'],
+    chunk_tokens=chunk_tokens,
+  )
+
+
+def _new_state(
+  config: TrainConfig,
+  model: llama.Model,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: jax.sharding.Mesh,
+) -> state.TrainState:
+  if config.init_from is None:
+    return state.create(model.init, tx, key, mesh)
+  shapes = jax.eval_shape(model.init, key)
+  params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
+  return state.from_params(params, tx, mesh)
+
+
+def _metadata(
+  config: TrainConfig, tokenizer: tokenizers.Tokenizer
+) -> dict[str, Any]:
+  """What cannot change within a run: it decides shapes or the order of data."""
+  model = dataclasses.asdict(config.model)
+  for free in ('compute_dtype', 'remat', 'max_seq_len', 'initializer_std'):
+    del model[free]
+  shaping = ('name', 'rank', 'projection', 'side', 'norm_state')
+  return {
+    **model,
+    **{f'optim.{name}': getattr(config.optim, name) for name in shaping},
+    'data.source': config.data.source,
+    'data.mode': config.data.mode,
+    'data.seq_len': config.data.seq_len,
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'tokenizer': tokenizer.fingerprint,
+  }

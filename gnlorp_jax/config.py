@@ -1,0 +1,321 @@
+"""What a run is: typed, frozen, validated settings, and how they are given.
+
+A configuration is a `TrainConfig`. It comes from a Python file that holds one
+under the name ``config`` (see `configs/`), with any field overridden on the
+command line. The docstring under a field is its help text there.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import re
+import sys
+from typing import Any, Literal
+
+import tyro
+
+from gnlorp_jax.models.llama import LlamaConfig
+
+
+def _check_positive(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    if value < 1:
+      raise ValueError(
+        f'{type(config).__name__}.{name} must be at least 1, got {value}.'
+      )
+
+
+def _check_interval(config: Any, name: str, low: float, high: float) -> None:
+  value = getattr(config, name)
+  if not low <= value <= high:
+    raise ValueError(
+      f'{type(config).__name__}.{name} must be in [{low}, {high}], got {value}.'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Text and how it becomes tokens."""
+
+  source: str = 'stdlib'
+  """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
+  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets; 'stdlib' for
+  the sources of the running Python's standard library."""
+  validation_source: str | None = None
+  """Validation text, named like `source`; None holds out the end of it."""
+  validation_fraction: float = 0.05
+  """Share of `source` held out where there is no `validation_source`."""
+  tokenizer: str = 'bpe'
+  """A tokenizer.json, a folder with one, a Hugging Face name, or 'bpe' to train
+  one on the text, as large as the model's vocabulary."""
+  mode: Literal['packed', 'padded'] = 'packed'
+  """'packed' joins documents and cuts them every `seq_len` tokens; 'padded'
+  puts one document in a row, cut or padded, as the GaLore protocol does."""
+  seq_len: int = 128
+  """Tokens per sequence, at most the model's max_seq_len."""
+  cache_dir: str = '~/.cache/gnlorp_jax'
+  """Where tokenized text and trained tokenizers are kept between runs."""
+
+  def __post_init__(self):
+    _check_positive(self, 'seq_len')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """Optimizer, its subspaces, and the learning-rate schedule."""
+
+  name: Literal['gradnormlorp', 'galore', 'adamw'] = 'gradnormlorp'
+  """The optimizer."""
+  learning_rate: float = 1e-2
+  """Peak learning rate."""
+  warmup_fraction: float = 0.1
+  """Share of the steps over which the learning rate rises to its peak."""
+  final_fraction: float = 0.1
+  """Where the cosine ends, as a share of the peak."""
+  rank: int = 128
+  """Rank of the subspaces; clipped to a matrix's shorter axis."""
+  update_proj_gap: int = 200
+  """Steps between two refreshes of a subspace."""
+  scale: float = 0.25
+  """Multiplies the updates of projected matrices."""
+  projection: str = 'svd'
+  """How a subspace is chosen: a module of gnlorp_jax.optim.projections."""
+  solver: Literal['power', 'eigh', 'exact'] = 'power'
+  """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
+  of the Gram matrix, or a full SVD."""
+  side: Literal['short', 'long', 'in', 'out', 'both'] = 'short'
+  """Which axis of a matrix is compressed."""
+  spread_refreshes: bool = True
+  """Refresh one matrix at a time instead of all in one step."""
+  norm_state: Literal['synced', 'tracked'] = 'synced'
+  """Whether the direction's length is reset to the magnitude after each step
+  (no state) or kept, as classical weight normalisation does."""
+  b1: float = 0.9
+  """Decay of the first moment."""
+  b2: float = 0.999
+  """Decay of the second moment."""
+  eps: float | None = None
+  """Added to the root of the second moment; None is the optimizer's default."""
+  eps_mode: Literal['standard', 'hf'] | None = None
+  """Where eps stands; None is the optimizer's default."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay."""
+  clip_global_norm: float | None = 1.0
+  """Gradients are scaled down to this global norm; None does not clip."""
+  param_labels: tuple[tuple[str, str], ...] | None = None
+  """Ordered pairs (regex, label) over parameter paths; the labels are low_rank,
+  full and frozen. None is the model's own: attention and MLP are projected."""
+
+  def __post_init__(self):
+    _check_positive(self, 'rank', 'update_proj_gap')
+    if self.learning_rate <= 0:
+      raise ValueError(
+        f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'
+      )
+    if self.clip_global_norm is not None and self.clip_global_norm <= 0:
+      raise ValueError(
+        'OptimConfig.clip_global_norm must be positive, got '
+        f'{self.clip_global_norm}. Use None not to clip.'
+      )
+    _check_interval(self, 'warmup_fraction', 0, 1)
+    _check_interval(self, 'final_fraction', 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How devices are arranged."""
+
+  data: int = -1
+  """Number of copies of the state; -1 takes all devices that `fsdp` leaves."""
+  fsdp: int = 1
+  """Number of pieces each copy is split into."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """The text generated at the end of a run."""
+
+  prompt: str = '\n'
+  """What the text continues."""
+  num_tokens: int = 100
+  """Length of the continuation, in tokens; 0 generates none."""
+  temperature: float = 0.8
+  """Randomness: 0 takes the likeliest token."""
+  top_k: int = 50
+  """Tokens to choose among at each position."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Pre-training of a LLaMA. Every field can be set on the command line."""
+
+  run_dir: str = 'runs/stdlib'
+  """Where checkpoints, metrics, plot and export go. A run directory that holds
+  checkpoints is resumed."""
+  steps: int = 500
+  """Optimizer steps."""
+  batch_size: int = 16
+  """Sequences per step, over all devices."""
+  micro_batches: int = 1
+  """Pieces of a batch that are worked through one after the other, to save
+  activation memory."""
+  seed: int = 0
+  """Decides initial weights, order of the data, and samples."""
+  init_from: str | None = None
+  """Hugging Face folder of a LLaMA to start from; its architecture replaces
+  `model`, except for the dtypes and remat."""
+  eval_every: int = 100
+  """Steps between two evaluations on the validation text."""
+  eval_batches: int | None = None
+  """Batches of an evaluation; None evaluates all of the validation text."""
+  checkpoint_every: int = 100
+  """Steps between two checkpoints."""
+  checkpoint_keep: int = 3
+  """Number of checkpoints kept."""
+  log_every: int = 10
+  """Steps between two lines of metrics."""
+  loss_chunk_tokens: int = 2048
+  """Tokens whose logits exist at once in the loss."""
+  dry_run: bool = False
+  """Only report what would happen to every parameter, and how many bytes the
+  optimizer takes."""
+  model: LlamaConfig = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+  )
+  """Architecture and dtypes."""
+  data: DataConfig = DataConfig()
+  """Text and tokens."""
+  optim: OptimConfig = OptimConfig(rank=32)
+  """Optimizer and schedule."""
+  mesh: MeshConfig = MeshConfig()
+  """Devices."""
+  sample: SampleConfig = SampleConfig()
+  """Text generated at the end."""
+
+  def __post_init__(self):
+    _check_positive(
+      self,
+      'steps',
+      'batch_size',
+      'micro_batches',
+      'eval_every',
+      'checkpoint_every',
+      'checkpoint_keep',
+      'log_every',
+      'loss_chunk_tokens',
+    )
+    # With init_from the folder's own length counts; it is checked there.
+    if self.init_from is None and self.data.seq_len > self.model.max_seq_len:
+      raise ValueError(
+        f'data.seq_len={self.data.seq_len} is longer than the model accepts: '
+        f'model.max_seq_len={self.model.max_seq_len}. Lower the former or '
+        'raise the latter.'
+      )
+
+
+def load(path: str | pathlib.Path) -> TrainConfig:
+  """Reads a configuration file.
+
+  Args:
+    path: A Python file that defines ``config = TrainConfig(...)``.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: If there is no such file or it defines no configuration.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    beside = sorted(str(p) for p in path.parent.glob('*.py'))
+    near = difflib.get_close_matches(str(path), beside, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else f' Files there: {beside}.'
+    raise ValueError(f'No configuration file {str(path)!r}.{hint}')
+  spec = importlib.util.spec_from_file_location('run_config', path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = getattr(module, 'config', None)
+  if not isinstance(config, TrainConfig):
+    raise ValueError(
+      f'{str(path)!r} defines no configuration: it must assign a TrainConfig '
+      "to the name 'config'."
+    )
+  return config
+
+
+def parse(args: list[str], description: str) -> TrainConfig:
+  """Makes a configuration from the command line.
+
+  ``--config FILE`` chooses the file that overrides start from; without it they
+  start from the defaults of `TrainConfig`.
+
+  Args:
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If a field does not exist or a value is not allowed.
+  """
+  default, args = _default(args)
+  _check_fields(args, default)
+  return tyro.cli(
+    TrainConfig,
+    default=default,
+    args=args,
+    description=description,
+    config=(tyro.conf.FlagCreatePairsOff,),
+  )
+
+
+def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
+  """Takes ``--config FILE`` or ``--config=FILE`` off the command line."""
+  for i, word in enumerate(args):
+    if word == '--config':
+      if i + 1 == len(args):
+        raise ValueError('--config needs the path of a configuration file.')
+      return load(args[i + 1]), args[:i] + args[i + 2 :]
+    if word.startswith('--config='):
+      return load(word.split('=', 1)[1]), args[:i] + args[i + 1 :]
+  return TrainConfig(), args
+
+
+def _check_fields(args: list[str], default: TrainConfig) -> None:
+  """Names the nearest field for an option that does not exist."""
+  for word in args:
+    if not word.startswith('--') or word in ('--help', '--'):
+      continue
+    option = word.split('=')[0]
+    *groups, field = re.sub('-', '_', option[2:]).split('.')
+    node: Any = default
+    for group in groups:
+      node = getattr(node, group, None)
+    if not dataclasses.is_dataclass(node):
+      node, field = default, '.'.join([*groups, field])
+    names = [f.name for f in dataclasses.fields(node)]
+    plain = field.removeprefix('no_')
+    if field in names or plain in names:
+      continue
+    near = difflib.get_close_matches(field, names, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+      f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
+      f'Fields: {names}.'
+    )
+
+
+def exit_with_message(error: ValueError) -> None:
+  """Ends the program with the message of a user's mistake, no traceback."""
+  sys.stderr.write(f'error: {error}\n')
+  raise SystemExit(2)

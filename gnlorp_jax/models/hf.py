@@ -1,0 +1,291 @@
+"""Weights in the layout of Hugging Face: import and export, without PyTorch.
+
+A model describes its layout by a table of rows (our path, their name,
+transposed), such as `llama.HF_TENSORS`. A path joins the keys of the nested
+dict with '/'. A name with '{layer}' in it stands for one tensor per layer,
+which we keep as one array with a leading layer axis. A transposed matrix is
+[in, out] with us and [out, in] there.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from types import EllipsisType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+Table = Sequence[tuple[str, str, bool]]
+
+_CONFIG = 'config.json'
+_WEIGHTS = 'model.safetensors'
+_SHARD = 'model-{number:05d}-of-{count:05d}.safetensors'
+_INDEX = 'model.safetensors.index.json'
+
+# Constants that early versions of transformers saved among the weights.
+_BUFFERS = ('rotary_emb.inv_freq',)
+
+
+def load_config(folder: str | os.PathLike) -> dict[str, Any]:
+  """Reads the configuration of a checkpoint.
+
+  Args:
+    folder: Folder with a `config.json`.
+
+  Returns:
+    The JSON object.
+
+  Raises:
+    ValueError: If the file is absent or holds no JSON object.
+  """
+  return _read_object(pathlib.Path(folder) / _CONFIG)
+
+
+def load_params(
+  folder: str | os.PathLike, table: Table, abstract_params: dict[str, Any]
+) -> dict[str, Any]:
+  """Reads the weights of a checkpoint into the layout of a model.
+
+  Only one parameter at a time is held in host memory.
+
+  Args:
+    folder: Folder with `model.safetensors`, or with several such files and
+      `model.safetensors.index.json`.
+    table: The model's rows (our path, their name, transposed). Rows whose path
+      is not in `abstract_params`, as of a tied head, are passed over.
+    abstract_params: Nested dict with the shape, the dtype and, if set, the
+      sharding of every parameter: `jax.eval_shape` of the model's init.
+
+  Returns:
+    Arrays in the layout of `abstract_params`, cast to its dtypes.
+
+  Raises:
+    ValueError: If a file is absent or damaged, or if tensors are missing, left
+      over or of another shape, all of which are named.
+  """
+  leaves = traverse_util.flatten_dict(abstract_params, sep='/')
+  tensors = _tensors(table, leaves)
+  params = {}
+  with contextlib.ExitStack() as stack:
+    files = _open(pathlib.Path(folder), stack)
+    _check_fit(
+      {tensor.name: tensor.shape for tensor in tensors},
+      {name: tuple(f.get_slice(name).get_shape()) for name, f in files.items()},
+    )
+    for path, group in itertools.groupby(tensors, lambda tensor: tensor.path):
+      leaf = leaves[path]
+      host = np.empty(leaf.shape, leaf.dtype)
+      for tensor in group:
+        value = files[tensor.name].get_tensor(tensor.name)
+        host[tensor.index] = value.T if tensor.transpose else value
+      params[path] = jax.device_put(host, leaf.sharding)
+  return traverse_util.unflatten_dict(params, sep='/')
+
+
+def check_export_folder(folder: str | os.PathLike) -> None:
+  """Raises ValueError where `export` would refuse; worth asking before a run.
+
+  Args:
+    folder: The folder to be created.
+
+  Raises:
+    ValueError: If something other than an empty folder is there already.
+  """
+  path = pathlib.Path(folder)
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise ValueError(
+      f'Cannot export to {path}: it exists, and an export overwrites nothing. '
+      'Choose another folder or remove it.'
+    )
+
+
+def export(
+  folder: str | os.PathLike,
+  params: dict[str, Any],
+  table: Table,
+  hf_config: dict[str, Any],
+  max_shard_bytes: int = 5 * 2**30,
+) -> None:
+  """Writes a checkpoint that transformers reads with `from_pretrained`.
+
+  The folder appears when it is complete: it is written under another name in
+  the same place, then renamed. Every tensor keeps its dtype.
+
+  Args:
+    folder: Folder to create.
+    params: Nested dict of arrays, each wholly addressable by this process.
+    table: The model's rows (our path, their name, transposed).
+    hf_config: Contents of `config.json`.
+    max_shard_bytes: Size above which the weights are split into several files,
+      and the size of one in bytes, unless a single tensor is larger.
+
+  Raises:
+    ValueError: If the folder holds something already.
+  """
+  folder = pathlib.Path(folder).absolute()
+  check_export_folder(folder)
+  leaves = traverse_util.flatten_dict(params, sep='/')
+  shards = _shards(_tensors(table, leaves), max_shard_bytes)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{folder.name}.', dir=folder.parent
+  ) as temporary:
+    stage = pathlib.Path(temporary) / folder.name
+    stage.mkdir()
+    for name, shard in shards.items():
+      safetensors.numpy.save_file(
+        {
+          tensor.name: _to_numpy(leaves[tensor.path], tensor)
+          for tensor in shard
+        },
+        stage / name,
+        metadata={'format': 'pt'},  # transformers insists on it.
+      )
+    if len(shards) > 1:
+      _write_object(stage / _INDEX, _index(shards))
+    _write_object(stage / _CONFIG, hf_config)
+    stage.rename(folder)
+
+
+class _Tensor(NamedTuple):
+  """One tensor of a checkpoint."""
+
+  name: str
+  path: str
+  index: int | EllipsisType  # layer of the array at that path, or all of it
+  transpose: bool
+  shape: tuple[int, ...]  # in the checkpoint
+  nbytes: int  # in our dtype
+
+
+def _tensors(table: Table, leaves: dict[str, Any]) -> list[_Tensor]:
+  """The checkpoint's tensors for these parameters, those of a path together."""
+  unnamed = sorted(set(leaves) - {path for path, _, _ in table})
+  if unnamed:
+    raise ValueError(
+      f'No Hugging Face name for the parameters {unnamed}; add rows for them '
+      'to the table.'
+    )
+  tensors = []
+  for path, template, transpose in table:
+    if path not in leaves:
+      continue
+    shape, dtype = leaves[path].shape, leaves[path].dtype
+    stacked = '{layer}' in template
+    shape_there = shape[1:] if stacked else shape
+    for index in range(shape[0]) if stacked else (...,):
+      tensors.append(
+        _Tensor(
+          name=template.format(layer=index),
+          path=path,
+          index=index,
+          transpose=transpose,
+          shape=shape_there[::-1] if transpose else shape_there,
+          nbytes=math.prod(shape_there) * dtype.itemsize,
+        )
+      )
+  return tensors
+
+
+def _to_numpy(leaf: jax.Array, tensor: _Tensor) -> np.ndarray:
+  value = np.asarray(leaf[tensor.index])
+  return np.ascontiguousarray(value.T if tensor.transpose else value)
+
+
+def _check_fit(
+  expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+  missing = [name for name in expected if name not in found]
+  extra = [name for name in found if name not in expected]
+  shape = [
+    f'{name}: {found[name]} in the checkpoint, {expected[name]} in the model'
+    for name in expected
+    if name in found and found[name] != expected[name]
+  ]
+  if missing or extra or shape:
+    raise ValueError(
+      f'Checkpoint does not fit model. Missing: {missing}. Extra: {extra}. '
+      f'Shape: {shape}.'
+    )
+
+
+def _open(
+  folder: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, safetensors.safe_open]:
+  """The file that holds each tensor, by the tensor's name; nothing is read."""
+  if (folder / _WEIGHTS).is_file():
+    names = [_WEIGHTS]
+  elif (folder / _INDEX).is_file():
+    index = _read_object(folder / _INDEX)
+    if not isinstance(index.get('weight_map'), dict):
+      raise ValueError(f'{folder / _INDEX} has no object "weight_map".')
+    names = sorted(set(index['weight_map'].values()))
+  else:
+    raise ValueError(
+      f'{folder} holds neither {_WEIGHTS} nor {_INDEX}. Other formats are not '
+      "read; convert them with transformers' save_pretrained."
+    )
+  files = {}
+  for name in names:
+    try:
+      file = stack.enter_context(safetensors.safe_open(folder / name, 'numpy'))
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ValueError(f'Cannot read {folder / name}: {error}') from error
+    files.update({tensor: file for tensor in file.keys()})
+  return {
+    name: file for name, file in files.items() if not name.endswith(_BUFFERS)
+  }
+
+
+def _shards(
+  tensors: Iterable[_Tensor], max_bytes: int
+) -> dict[str, list[_Tensor]]:
+  """Divides the tensors, in order, among files of limited size."""
+  shards, room = [], 0
+  for tensor in tensors:
+    if not shards or tensor.nbytes > room:
+      shards.append([])
+      room = max_bytes
+    shards[-1].append(tensor)
+    room -= tensor.nbytes
+  if len(shards) == 1:
+    return {_WEIGHTS: shards[0]}
+  return {
+    _SHARD.format(number=i, count=len(shards)): shard
+    for i, shard in enumerate(shards, start=1)
+  }
+
+
+def _index(shards: dict[str, list[_Tensor]]) -> dict[str, Any]:
+  """Contents of the index that tells which file holds a tensor."""
+  return {
+    'metadata': {
+      'total_size': sum(t.nbytes for shard in shards.values() for t in shard)
+    },
+    'weight_map': {
+      t.name: name for name, shard in shards.items() for t in shard
+    },
+  }
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise ValueError(f'Cannot read {path}: {error}') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} must hold a JSON object, not {value!r}.')
+  return value
+
+
+def _write_object(path: pathlib.Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,360 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+Orbax writes them: asynchronously, sharded, and into place by one rename, so
+that a killed run leaves either a whole checkpoint or none. What is added here
+is the proof that what is read is what was written. Each checkpoint carries a
+record with the shape, dtype and checksum of every array; one that fails its
+record, or cannot be read, is moved aside, and the one before it is used.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import pathlib
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gnlorp_jax.training import integrity
+
+_logger = logging.getLogger(__name__)
+
+# These say something about the machine, not about the checkpoint: it may be
+# whole, so it must not be moved aside.
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
+class Checkpointer:
+  """Saves and restores the checkpoints of one run directory.
+
+  Use it as a context manager, or call `close`: a checkpoint may still be on
+  its way to the disk.
+
+  Args:
+    directory: Where the checkpoints are, one folder per step; it is made.
+    keep: Number of newest checkpoints to keep, at least 1. With more than 1
+      there is one to fall back to.
+    read_only: Leaves the directory untouched, as another process may be
+      writing to it.
+
+  Raises:
+    ValueError: If `keep` is less than 1.
+    OSError: If the directory cannot be written.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep: int = 3,
+    read_only: bool = False,
+  ):
+    if keep < 1:
+      raise ValueError(f'keep={keep} must be at least 1.')
+    self._directory = pathlib.Path(directory).absolute()
+    self._read_only = read_only
+    self._current_step = None
+    logging.getLogger('absl').addFilter(_keep_log_record)
+    if not read_only:
+      _check_writable(self._directory)
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=(
+          ocp.checkpoint_managers.preservation_policy.LatestN(keep)
+        ),
+        create=not read_only,
+        # What a killed run left unfinished would fill the disk.
+        cleanup_tmp_directories=not read_only,
+      ),
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    data_state: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    wait: bool = False,
+  ) -> None:
+    """Saves a checkpoint, and deletes the oldest ones beyond `keep`.
+
+    Returns when the state has been copied to host memory: it may be donated
+    right away. A step that this object saved or restored last is not saved
+    again.
+
+    Args:
+      step: Number of steps taken.
+      state: Pytree of arrays of at most 32 bits per entry.
+      data_state: Position in the data, as JSON can hold it.
+      metadata: What must be known before the state can be restored, such as
+        the architecture; as JSON can hold it.
+      wait: Whether to return only when everything is on disk.
+
+    Raises:
+      ValueError: If the directory is read-only, or holds a later step.
+      OSError: If this checkpoint, or an earlier one still on its way, could
+        not be written.
+    """
+    if self._read_only:
+      raise ValueError(
+        f'{self._directory} was opened with read_only=True: nothing can be '
+        'saved to it.'
+      )
+    if step != self._current_step:
+      self._write(step, state, data_state, metadata)
+      self._current_step = step
+    if wait:
+      with self._explain_failed_write():
+        self._manager.wait_until_finished()
+
+  def restore_latest(
+    self, abstract_state: Any
+  ) -> tuple[Any, dict[str, Any], dict[str, Any]] | None:
+    """Restores the newest checkpoint that is whole.
+
+    Damaged ones are reported and, unless read-only, renamed to
+    ``<step>.corrupt``, where they block nothing.
+
+    Args:
+      abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings. The mesh
+        may be another one than at the time of saving.
+
+    Returns:
+      The state, the data state and the metadata as they were saved, or None
+      if there is no checkpoint.
+
+    Raises:
+      ValueError: If the state has other arrays than the checkpoint, or if
+        there are checkpoints but none is whole.
+    """
+
+    def read(step):
+      record = self._read_record(step)
+      self._check_fits(step, record['arrays'], abstract_state)
+      state = self._read_state(step, abstract_state, record['arrays'])
+      return state, record['data_state'], record['metadata']
+
+    found = self._newest_whole(read)
+    if found is None:
+      return None
+    self._current_step, restored, damaged_steps = found
+    if damaged_steps and not self._read_only:
+      self._move_aside(damaged_steps)
+    return restored
+
+  def latest_metadata(self) -> dict[str, Any] | None:
+    """Reads the metadata of the newest checkpoint without its arrays.
+
+    Returns:
+      The metadata, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: If there are checkpoints but none can be read.
+    """
+    found = self._newest_whole(lambda step: self._read_record(step)['metadata'])
+    return None if found is None else found[1]
+
+  def close(self) -> None:
+    """Waits until everything is on disk.
+
+    Raises:
+      OSError: If a checkpoint could not be written.
+    """
+    with self._explain_failed_write():
+      self._manager.close()
+
+  def _write(self, step, state, data_state, metadata):
+    latest = self._manager.latest_step()
+    if latest is not None and step <= latest:
+      raise ValueError(
+        f'Step {step} cannot be saved: {self._directory} already holds step '
+        f'{latest}. Resume from it or use another run directory.'
+      )
+    record = {
+      'data_state': data_state,
+      'metadata': metadata,
+      'arrays': integrity.describe(state),
+    }
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      record=ocp.args.JsonSave(integrity.seal(record)),
+    )
+    with self._explain_failed_write():
+      self._manager.save(step, args=args, force=True)
+
+  def _newest_whole(self, read):
+    """Tries checkpoints from the newest on.
+
+    Returns:
+      The first step that `read` can read, what it returned, and the steps
+      that it could not read; None if there is no checkpoint.
+    """
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      with _unheard_complaints():
+        try:
+          return step, read(step), list(damaged)
+        except integrity.DamagedError as error:
+          damaged[step] = str(error)
+      _logger.warning(
+        'The checkpoint of step %d in %s is damaged: %s.',
+        step,
+        self._directory,
+        damaged[step],
+      )
+    if damaged:
+      reasons = '; '.join(
+        f'step {step}: {why}' for step, why in damaged.items()
+      )
+      raise ValueError(
+        f'No checkpoint in {self._directory} can be restored ({reasons}). '
+        'Repair one or use another run directory.'
+      )
+    return None
+
+  def _read_record(self, step):
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    with _failures_as_damage():
+      return integrity.unseal(self._manager.restore(step, args=args)['record'])
+
+  def _read_state(self, step, abstract_state, arrays):
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    with _failures_as_damage():
+      state = self._manager.restore(step, args=args)['state']
+    integrity.check_contents(state, arrays)
+    return state
+
+  def _check_fits(self, step, arrays, abstract_state):
+    try:
+      integrity.check_same_types(
+        arrays, integrity.describe_types(abstract_state)
+      )
+    except ValueError as error:
+      raise ValueError(
+        f'Checkpoint of step {step} in {self._directory} does not fit the '
+        f'state. {error} Use another run directory or the same settings.'
+      ) from None
+
+  def _move_aside(self, steps):
+    if jax.process_index() == 0:
+      for step in steps:
+        source = self._directory / str(step)
+        target = _free_name(self._directory / f'{step}.corrupt')
+        source.rename(target)
+        _logger.warning('Moved %s to %s.', source, target.name)
+    ocp.multihost.sync_global_processes('gnlorp_jax:moved_aside')
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _explain_failed_write(self):
+    try:
+      yield
+    except Exception as error:
+      raise OSError(
+        f'A checkpoint could not be written to {self._directory}: '
+        f'{_first_line(error)}. Checkpoints that were complete are untouched. '
+        'Check the free space and the permissions.'
+      ) from error
+
+
+def check_compatible(
+  saved: dict[str, Any],
+  current: dict[str, Any],
+  directory: str | pathlib.Path,
+) -> None:
+  """Checks that a checkpoint was made with the architecture at hand.
+
+  Args:
+    saved: The architecture in the checkpoint's metadata.
+    current: The architecture of this run.
+    directory: Where the checkpoint is, for the error's text.
+
+  Raises:
+    ValueError: If any field differs; all that do are listed.
+  """
+  current = json.loads(json.dumps(current))  # A tuple is saved as a list.
+  absent = '(absent)'
+  differences = [
+    f'{name} {saved.get(name, absent)} != {current.get(name, absent)}'
+    for name in sorted(saved.keys() | current.keys())
+    if saved.get(name, absent) != current.get(name, absent)
+  ]
+  if differences:
+    raise ValueError(
+      f'Checkpoint in {directory} was made with another architecture: '
+      f'{", ".join(differences)}. Use another run directory or the same '
+      'settings.'
+    )
+
+
+@contextlib.contextmanager
+def _failures_as_damage():
+  """Turns whatever goes wrong while reading into `integrity.DamagedError`."""
+  try:
+    yield
+  except (integrity.DamagedError, *_NOT_DAMAGE):
+    raise
+  except Exception as error:
+    raise integrity.DamagedError(
+      f'{type(error).__name__}: {_first_line(error)}'
+    ) from error
+
+
+@contextlib.contextmanager
+def _unheard_complaints():
+  """Silences the coroutines that a failed read of Orbax leaves behind.
+
+  They complain when they are collected, which happens here and now.
+  """
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda unraisable: None
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
+      yield
+      gc.collect()
+  finally:
+    sys.unraisablehook = hook
+
+
+def _first_line(error):
+  return str(error).partition('\n')[0].rstrip('.')
+
+
+def _free_name(path):
+  """The path itself, or with the first number appended that is not taken."""
+  numbered = (path.with_name(f'{path.name}{n}') for n in itertools.count(2))
+  return next(p for p in itertools.chain([path], numbered) if not p.exists())
+
+
+def _check_writable(directory):
+  """Fails now rather than at the first save, hours into a run."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      pass
+  except OSError as error:
+    raise OSError(
+      f'Checkpoint directory {directory} cannot be written: {error.strerror}. '
+      'Choose another directory or correct its permissions.'
+    ) from error
+
+
+def _keep_log_record(record):
+  """Drops what Orbax tells at each save, and the errors that it also raises."""
+  from_orbax = 'orbax' in pathlib.Path(record.pathname).parts
+  return not from_orbax or record.levelno == logging.WARNING

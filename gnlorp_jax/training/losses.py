@@ -1,0 +1,89 @@
+"""Cross-entropy of a language model, without its logits ever existing at once.
+
+Shape suffixes in this file:
+  B  sequences
+  T  positions of a sequence
+  C  positions of a chunk
+  N  chunks
+  D  features
+  V  vocabulary
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def chunked_cross_entropy(
+  logits_fn: Callable[[jax.Array], jax.Array],
+  x_BTD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  *,
+  chunk_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of the cross-entropies of all positions.
+
+  Computes ``sum_bt w_bt (logsumexp(z_bt) - z_bt[y_bt])`` with the logits
+  ``z = logits_fn(x)``, weights w and targets y. Positions are worked through
+  in chunks, and the backward pass computes each chunk's logits afresh, so that
+  only one chunk's logits exist at a time. Chunks are cut along T, never along
+  B: each chunk keeps the sharding of the batch.
+
+  Args:
+    logits_fn: Maps features ``[B, C, D]`` to float32 logits ``[B, C, V]``,
+      each position by itself.
+    x_BTD: Features, any floating dtype.
+    targets_BT: Integers in [0, V), also where the weight is 0.
+    weights_BT: Non-negative weights; 0 leaves a position out.
+    chunk_tokens: Largest number of positions in a chunk, all sequences and
+      devices together, at least 1. A chunk holds at least one position of
+      every sequence, however many there are.
+
+  Returns:
+    The weighted sum of the losses and the sum of the weights, float32 scalars.
+
+  Raises:
+    ValueError: If `chunk_tokens` is less than 1.
+
+  Note:
+    The gradients of arrays inside `logits_fn` are added up over the chunks in
+    their own dtype. Keep a float32 head, or cast it inside `logits_fn`, where
+    many chunks of a bfloat16 head would round too often.
+  """
+  if chunk_tokens < 1:
+    raise ValueError(f'chunk_tokens={chunk_tokens} must be at least 1.')
+  batch, positions = targets_BT.shape
+  largest = max(1, chunk_tokens // batch)
+  num_chunks = -(-positions // largest)
+
+  @jax.checkpoint
+  def chunk_loss(x_BCD, targets_BC, weights_BC):
+    losses_BC = optax.softmax_cross_entropy_with_integer_labels(
+      logits_fn(x_BCD), targets_BC
+    )
+    return jnp.sum(losses_BC * weights_BC, dtype=jnp.float32)
+
+  def add_chunk(loss_sum, chunk):
+    return loss_sum + chunk_loss(*chunk), None
+
+  chunks = jax.tree.map(
+    lambda array: _split_positions(array, num_chunks),
+    (x_BTD, targets_BT, weights_BT.astype(jnp.float32)),
+  )
+  loss_sum, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)
+  return loss_sum, jnp.sum(weights_BT, dtype=jnp.float32)
+
+
+def _split_positions(x_BTX, num_chunks):
+  """Cuts axis 1 into equal chunks, ``[N, B, C, ...]``, padded with zeros."""
+  batch, positions = x_BTX.shape[:2]
+  length = -(-positions // num_chunks)
+  padding = [(0, 0)] * x_BTX.ndim
+  padding[1] = (0, num_chunks * length - positions)
+  x_BNCX = jnp.pad(x_BTX, padding).reshape(
+    batch, num_chunks, length, *x_BTX.shape[2:]
+  )
+  return jnp.moveaxis(x_BNCX, 1, 0)

@@ -1,0 +1,189 @@
+"""One training step, and one evaluation step, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.training import sharding
+from gnlorp_jax.training.state import TrainState, shardings
+
+Batch = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  *,
+  num_micro_batches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Builds the function that takes one optimizer step.
+
+  The gradient is that of the weighted mean loss over the whole batch, ``sum_i
+  w_i l_i / sum_i w_i``. Micro-batches add up the gradients of the numerator, in
+  float32, and divide once: they save memory and change nothing else, however
+  unevenly the weights are spread over them.
+
+  Args:
+    loss_fn: Maps parameters and a batch to the weighted sum of the losses and
+      the sum of the weights, float32 scalars.
+    tx: The optimizer. It receives gradients in the dtypes of the parameters,
+      as `jax.grad` gives them. Its updates may be float32 where parameters are
+      not: their sum is rounded once.
+    num_micro_batches: Pieces the batch is worked through in, one after the
+      other; must divide the batch size.
+
+  Returns:
+    A pure function ``(state, batch) -> (state, metrics)``. Metrics are float32
+    scalars: ``loss`` (the weighted mean), ``weight_sum``, and the global norms
+    ``grad_norm`` (as `tx` receives it), ``update_norm`` (as `tx` returns it)
+    and ``weight_norm`` (of the new parameters). A batch whose weights are all
+    0 has loss 0 and gradient 0.
+
+  Raises:
+    ValueError: If `num_micro_batches` is less than 1.
+  """
+  if num_micro_batches < 1:
+    raise ValueError(
+      f'num_micro_batches={num_micro_batches} must be at least 1.'
+    )
+  accumulate = _accumulator(
+    jax.value_and_grad(loss_fn, has_aux=True), num_micro_batches
+  )
+
+  def train_step(state, batch):
+    (loss_sum, weight_sum), grad_sums = accumulate(state.params, batch)
+    divisor = jnp.where(weight_sum > 0, weight_sum, 1)
+    grads = jax.tree.map(
+      lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype),
+      grad_sums,
+      state.params,
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+      'loss': loss_sum / divisor,
+      'weight_sum': weight_sum,
+      'grad_norm': _global_norm(grads),
+      'update_norm': _global_norm(updates),
+      'weight_norm': _global_norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_eval_step(
+  loss_fn: LossFn,
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  """Builds the function that evaluates one batch.
+
+  Args:
+    loss_fn: As in `make_train_step`.
+
+  Returns:
+    A pure function ``(params, batch) -> (loss_sum, weight_sum)``. Add both up
+    over the batches and divide once: the mean of the batches' means is another
+    number where their weights differ.
+  """
+
+  def eval_step(params, batch):
+    return loss_fn(params, batch)
+
+  return eval_step
+
+
+def jit_train_step(
+  train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+  state: TrainState,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Compiles a training step for a mesh.
+
+  Args:
+    train_step: What `make_train_step` returned.
+    state: A state in its shardings, real or abstract.
+    mesh: The mesh of those shardings; batches come from `put_batch`.
+
+  Returns:
+    The compiled step. It donates the state: the old one's memory becomes the
+    new one's, and the old one must not be used again.
+  """
+  state_shardings = shardings(state)
+  return jax.jit(
+    train_step,
+    in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(state_shardings, NamedSharding(mesh, P())),
+    donate_argnums=0,
+  )
+
+
+def jit_eval_step(
+  eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]],
+  params: Any,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  """Compiles an evaluation step for a mesh; nothing is donated.
+
+  Args:
+    eval_step: What `make_eval_step` returned.
+    params: Parameters in their shardings, real or abstract.
+    mesh: The mesh of those shardings; batches come from `put_batch`.
+
+  Returns:
+    The compiled step.
+  """
+  return jax.jit(
+    eval_step,
+    in_shardings=(shardings(params), sharding.batch_sharding(mesh)),
+    out_shardings=NamedSharding(mesh, P()),
+  )
+
+
+def _accumulator(value_and_grad, num_micro_batches):
+  """Sums values and gradients over the micro-batches of a batch."""
+  if num_micro_batches == 1:
+    return value_and_grad
+
+  def accumulate(params, batch):
+    def add(total, micro_batch):
+      return jax.tree.map(
+        jnp.add, total, value_and_grad(params, micro_batch)
+      ), None
+
+    zero = jnp.zeros((), jnp.float32)
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    micro_batches = jax.tree.map(
+      lambda rows: _split_rows(rows, num_micro_batches), batch
+    )
+    total, _ = jax.lax.scan(add, ((zero, zero), grads), micro_batches)
+    return total
+
+  return accumulate
+
+
+def _split_rows(rows, num_micro_batches):
+  """Cuts ``[B, ...]`` into ``[K, B/K, ...]``, micro-batch k taking rows k::K.
+
+  Rows that lie on one device stay there: every device contributes to every
+  micro-batch, and nothing is sent.
+  """
+  per_micro_batch, rest = divmod(rows.shape[0], num_micro_batches)
+  if rest:
+    raise ValueError(
+      f'A batch of {rows.shape[0]} rows cannot be split into '
+      f'num_micro_batches={num_micro_batches}: it must be a multiple.'
+    )
+  shape = (per_micro_batch, num_micro_batches, *rows.shape[1:])
+  return jnp.moveaxis(rows.reshape(shape), 1, 0)
+
+
+def _global_norm(tree):
+  """Euclidean norm of all entries, summed in float32."""
+  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

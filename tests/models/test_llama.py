@@ -1,0 +1,408 @@
+import doctest
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
+
+from gnlorp_jax.models import generate, hf, layers, llama
+
+SMALL = {
+  'vocab_size': 61,
+  'hidden_size': 32,
+  'intermediate_size': 44,
+  'num_layers': 3,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'max_seq_len': 16,
+}
+
+
+@functools.cache
+def build(std=0.1, **overrides):
+  """A small model, random parameters and a batch of tokens.
+
+  The parameters are drawn by NumPy, since compiling init takes seconds, and
+  widely, so that no part of the network is close to linear.
+  """
+  model = llama.make(llama.LlamaConfig(**{**SMALL, **overrides}))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(
+      rng.normal(scale=std, size=leaf.shape), leaf.dtype
+    ),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  norms = {'attn_norm', 'mlp_norm', 'norm'}
+  params = jax.tree.map_with_path(
+    lambda path, leaf: leaf + any(key.key in norms for key in path), params
+  )
+  return model, params, jnp.asarray(rng.integers(0, 61, (2, 12)), jnp.int32)
+
+
+def mean_loss(model, params, tokens):
+  """Mean cross-entropy of the next token."""
+  log_probs = jax.nn.log_softmax(model.apply(params, tokens[:, :-1]))
+  picked = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)
+  return -picked.mean()
+
+
+def paths(params):
+  return traverse_util.flatten_dict(params, sep='/')
+
+
+def relative_error(got, expected):
+  got, expected = (
+    jnp.concatenate([x.astype(jnp.float32).ravel() for x in jax.tree.leaves(t)])
+    for t in (got, expected)
+  )
+  return jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    ({'num_layers': 0}, 'num_layers=0 must be positive.'),
+    ({'num_kv_heads': -2}, 'num_kv_heads=-2 must be positive.'),
+    ({'rms_norm_eps': 0.0}, 'rms_norm_eps=0.0 must be positive.'),
+    (
+      {'hidden_size': 30},
+      'hidden_size=30 must be a multiple of num_heads=4.',
+    ),
+    (
+      {'hidden_size': 36},
+      'hidden_size / num_heads = 9 must be even: rotary positions turn pairs '
+      'of features. Change hidden_size or num_heads.',
+    ),
+    (
+      {'num_kv_heads': 3},
+      'num_heads=4 must be a multiple of num_kv_heads=3.',
+    ),
+    (
+      {'param_dtype': 'float16'},
+      "Unknown param_dtype 'float16'; expected one of ('bfloat16', 'float32').",
+    ),
+    (
+      {'compute_dtype': 'int8'},
+      "Unknown compute_dtype 'int8'; expected one of ('bfloat16', 'float32').",
+    ),
+  ],
+)
+def test_config_refuses_impossible_values(change, text):
+  with pytest.raises(ValueError) as error:
+    llama.LlamaConfig(**{**SMALL, **change})
+  assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+  'name, total, projected',
+  [
+    ('9m', 9.00, 0.80),
+    ('20m', 19.55, 3.16),
+    ('35m', 35.20, 10.62),
+    ('40m', 42.39, 15.76),
+    ('60m', 58.07, 25.30),
+    ('71m', 70.58, 37.80),
+    ('100m', 100.12, 59.01),
+    ('130m', 134.11, 84.93),
+    ('250m', 247.37, 198.18),
+    ('350m', 367.97, 302.38),
+    ('1b', 1339.08, 1207.91),
+    ('3b', 2685.83, 2521.83),
+    ('7b', 6738.42, 6476.01),
+  ],
+)
+def test_preset_has_published_size(name, total, projected):
+  config = llama.preset(name)
+  abstract = jax.eval_shape(llama.make(config).init, jax.random.key(0))
+  low_rank = sum(
+    math.prod(leaf.shape)
+    for path, leaf in paths(abstract).items()
+    if re.search(llama.LABEL_RULES[0][0], path)
+  )
+  assert round(llama.num_params(config) / 1e6, 2) == total
+  assert round(low_rank / 1e6, 2) == projected
+
+
+def test_presets_are_the_tested_ones():
+  assert len(llama.PRESETS) == 13
+  assert llama.preset('7b').max_seq_len == 2048
+  assert llama.preset('1b').max_seq_len == 1024
+
+
+def test_preset_overrides_fields():
+  config = llama.preset('60m', remat=True, vocab_size=100)
+  assert (config.remat, config.vocab_size, config.hidden_size) == (
+    True,
+    100,
+    512,
+  )
+
+
+def test_preset_names_choices_and_nearest():
+  with pytest.raises(ValueError) as error:
+    llama.preset('60M')
+  assert str(error.value) == (
+    "Unknown model '60M'; expected one of ('9m', '20m', '35m', '40m', '60m', "
+    "'71m', '100m', '130m', '250m', '350m', '1b', '3b', '7b'). "
+    "Did you mean '60m'?"
+  )
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_layout_is_stacked_plain_dict(tied):
+  config = llama.LlamaConfig(**SMALL, tie_embeddings=tied)
+  params = jax.eval_shape(llama.make(config).init, jax.random.key(0))
+  expected = {
+    'embed/embedding': (61, 32),
+    'layers/attn/q_proj/kernel': (3, 32, 32),
+    'layers/attn/k_proj/kernel': (3, 32, 16),
+    'layers/attn/v_proj/kernel': (3, 32, 16),
+    'layers/attn/o_proj/kernel': (3, 32, 32),
+    'layers/mlp/gate_proj/kernel': (3, 32, 44),
+    'layers/mlp/up_proj/kernel': (3, 32, 44),
+    'layers/mlp/down_proj/kernel': (3, 44, 32),
+    'layers/attn_norm/scale': (3, 32),
+    'layers/mlp_norm/scale': (3, 32),
+    'norm/scale': (32,),
+  }
+  if not tied:
+    expected['lm_head/kernel'] = (32, 61)
+  assert {k: v.shape for k, v in paths(params).items()} == expected
+  assert type(params) is dict and type(params['layers']['attn']) is dict
+
+
+def test_init_draws_every_matrix_afresh():
+  config = llama.LlamaConfig(**SMALL, initializer_std=0.5)
+  params = llama.make(config).init(jax.random.key(0))
+  for path, leaf in paths(params).items():
+    if path.endswith('scale'):
+      np.testing.assert_array_equal(leaf, 1)
+    else:
+      # The smallest array has 1536 values: 7 % is four standard errors.
+      assert abs(np.std(leaf) / 0.5 - 1) < 0.07, path
+      assert len(np.unique(leaf)) > 0.99 * leaf.size, path
+
+
+def test_label_rules_project_the_matrices_of_the_blocks():
+  _, params, _ = build()
+  labels = {
+    path: next(
+      label for rule, label in llama.LABEL_RULES if re.search(rule, path)
+    )
+    for path in paths(params)
+  }
+  low_rank = {path for path, label in labels.items() if label == 'low_rank'}
+  assert low_rank == {
+    *(f'layers/attn/{x}_proj/kernel' for x in 'qkvo'),
+    *(f'layers/mlp/{x}_proj/kernel' for x in ('gate', 'up', 'down')),
+  }
+  assert set(labels.values()) == {'low_rank', 'full'}
+
+
+# The function computed.
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_loss_and_gradients_equal_pytorch(tied, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  safetensors_torch = pytest.importorskip('safetensors.torch')
+  model, params, tokens = build(std=0.3, tie_embeddings=tied)
+  hf.export(
+    tmp_path / 'model',
+    params,
+    llama.HF_TENSORS,
+    llama.config_to_hf(model.config),
+  )
+  oracle = transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'model')
+  ids = torch.from_numpy(np.array(tokens, np.int64))
+  loss = oracle(ids, labels=ids).loss
+  loss.backward()
+  (tmp_path / 'gradient').mkdir()
+  safetensors_torch.save_file(
+    {name: p.grad for name, p in oracle.named_parameters()},
+    tmp_path / 'gradient' / 'model.safetensors',
+  )
+  expected = hf.load_params(tmp_path / 'gradient', llama.HF_TENSORS, params)
+
+  value, gradient = jax.jit(
+    jax.value_and_grad(functools.partial(mean_loss, model))
+  )(params, tokens)
+  assert abs(value - loss.item()) < 1e-5
+  for path, want in paths(expected).items():
+    # Both sides work in float32: 2^-24 at each of some hundred operations, one
+    # after the other, is 6e-6 at worst.
+    assert relative_error(paths(gradient)[path], want) < 6e-6, path
+
+
+def through_blocks(model, params, x_BTD):
+  """Applies the blocks in a Python loop."""
+  for i in range(model.config.num_layers):
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
+    x_BTD = model.layer_fns.block(layer, x_BTD)
+  return x_BTD
+
+
+def test_gradient_reaches_only_positions_up_to_the_token():
+  model, params, tokens = build()
+
+  @jax.jit
+  @jax.grad
+  def gradient(x_BTD, position):
+    x_BTD = through_blocks(model, params, x_BTD)
+    return jnp.square(model.layer_fns.head(params, x_BTD[0, position])).sum()
+
+  for position in (0, 5, 11):
+    reached = gradient(model.layer_fns.embed(params, tokens), position)
+    reached = np.any(reached != 0, axis=-1)
+    np.testing.assert_array_equal(reached[0], np.arange(12) <= position)
+    assert not reached[1].any()
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_layer_fns_in_a_loop_equal_apply(tied):
+  model, params, tokens = build(tie_embeddings=tied)
+  rest = {k: v for k, v in params.items() if k != 'layers'}
+  x_BTD = model.layer_fns.embed(rest, tokens)
+  x_BTD = jax.jit(functools.partial(through_blocks, model))(params, x_BTD)
+  expected = model.apply(params, tokens)
+  assert np.std(expected) > 0.05
+  np.testing.assert_allclose(
+    model.layer_fns.head(rest, x_BTD), expected, atol=2e-6
+  )
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_logits_of_pieces_of_hidden_equal_apply(tied):
+  model, params, tokens = build(tie_embeddings=tied)
+  x_BTD = model.hidden(params, tokens)
+  expected = model.apply(params, tokens)
+  np.testing.assert_allclose(model.logits(params, x_BTD), expected, atol=2e-6)
+  np.testing.assert_allclose(
+    model.logits(params, x_BTD[1, 3:5]), expected[1, 3:5], atol=2e-6
+  )
+
+
+def test_remat_changes_memory_but_no_value():
+  # Wide and long enough for activations to matter beside the parameters.
+  sizes = {'intermediate_size': 256, 'num_layers': 6, 'max_seq_len': 64}
+  tokens = jax.random.randint(jax.random.key(1), (4, 64), 0, 61)
+  results, temporary = [], []
+  for remat in (False, True):
+    model, params, _ = build(remat=remat, **sizes)
+    step = jax.jit(jax.value_and_grad(functools.partial(mean_loss, model)))
+    compiled = step.lower(params, tokens).compile()
+    results.append(compiled(params, tokens))
+    temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+  assert abs(results[0][0] - results[1][0]) < 1e-6
+  # The same operations in float32, fused differently.
+  assert relative_error(results[1][1], results[0][1]) < 1e-6
+  assert temporary[1] < 0.6 * temporary[0]
+
+
+def test_bfloat16_stays_close_to_float32():
+  model, params, tokens = build(
+    compute_dtype='bfloat16', param_dtype='bfloat16'
+  )
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+  assert jax.eval_shape(model.hidden, params, tokens).dtype == jnp.bfloat16
+  exact, _, _ = build()
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+  def gradient(model, params):
+    def loss(params):
+      logits = model.apply(params, tokens)
+      return jnp.square(logits).mean(), logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+  got, logits = gradient(model, params)
+  expected, exact_logits = gradient(exact, wide)
+  assert logits.dtype == jnp.float32
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got))
+  # bfloat16 rounds by at most 2^-9 of a value, here at some 40 places one after
+  # the other, at random: 2^-9 sqrt(40) = 1.2 %. Backward as many again.
+  assert 1e-4 < relative_error(logits, exact_logits) < 0.012
+  assert 1e-4 < relative_error(got, expected) < 0.017
+
+
+def test_float32_parameters_compute_in_bfloat16():
+  model, params, tokens = build(compute_dtype='bfloat16')
+  assert jax.eval_shape(model.hidden, params, tokens).dtype == jnp.bfloat16
+  gradient = jax.eval_shape(
+    jax.grad(functools.partial(mean_loss, model)), params, tokens
+  )
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+def test_cudnn_attention_equals_xla_on_gpu(monkeypatch):
+  sizes = {'hidden_size': 256, 'max_seq_len': 128, 'compute_dtype': 'bfloat16'}
+  tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
+  gradients = []
+  for implementation in ('cudnn', 'xla'):
+    monkeypatch.setattr(
+      layers, 'attention_implementation', lambda *_, i=implementation: i
+    )
+    model, params, _ = build(**sizes)
+    step = jax.jit(jax.grad(lambda *a, m=model: mean_loss(m, *a)))
+    compiled = step.lower(params, tokens).compile()
+    assert ('fmha' in compiled.as_text()) == (implementation == 'cudnn')
+    gradients.append(compiled(params, tokens))
+  # Both round to bfloat16, as in the tests above.
+  assert relative_error(*gradients) < 0.017
+
+
+def test_longer_sequence_is_refused_when_traced():
+  model, params, _ = build()
+  tokens = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+  for function in (model.apply, model.hidden, model.layer_fns.embed):
+    with pytest.raises(ValueError) as error:
+      jax.eval_shape(function, params, tokens)
+    assert str(error.value) == (
+      'Sequence of 17 tokens is longer than max_seq_len=16. Use shorter '
+      'sequences or raise max_seq_len.'
+    )
+
+
+def matmul_flops(jaxpr):
+  """Floating-point operations of all matrix products in a jaxpr."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contract, _), _ = equation.params['dimension_numbers']
+      lhs = equation.invars[0].aval.shape
+      terms = math.prod(lhs[axis] for axis in contract)
+      total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
+    repeats = equation.params.get('length', 1)
+    for inner in jaxprs_in_params(equation.params):
+      total += repeats * matmul_flops(inner)
+  return total
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('num_kv_heads', [1, 4])
+def test_flops_per_token_equal_those_of_the_traced_step(tied, num_kv_heads):
+  model, params, tokens = build(tie_embeddings=tied, num_kv_heads=num_kv_heads)
+  step = jax.grad(functools.partial(mean_loss, model))
+  counted = matmul_flops(jax.make_jaxpr(step)(params, tokens[:, :9]).jaxpr)
+  assert counted == 2 * 8 * llama.flops_per_token(model.config, 8)
+
+
+@pytest.mark.parametrize('module', [llama, generate])
+def test_examples_in_docstrings_hold(module):
+  results = doctest.testmod(module)
+  assert results.attempted > 0 and results.failed == 0

@@ -1,0 +1,111 @@
+"""The dry run and what is read from states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gnlorp_jax.optim import adamw, galore, gradnormlorp, inspect
+
+SHAPES = {
+  'embed': {'embedding': jax.ShapeDtypeStruct((50, 16), jnp.float32)},
+  'layers': {'up': {'kernel': jax.ShapeDtypeStruct((4, 16, 40), jnp.float32)}},
+  'norm': {'scale': jax.ShapeDtypeStruct((16,), jnp.float32)},
+}
+
+
+def rows_of(tx, **options):
+  return {row.name: row for row in inspect.report(SHAPES, tx, **options)}
+
+
+def test_report_states_what_happens_to_each_parameter():
+  rows = rows_of(gradnormlorp(1e-2, rank=8))
+  up = rows['layers/up/kernel']
+  assert (up.label, up.rank, up.side) == ('low_rank', 8, 'in')
+  assert up.reason == 'default: a kernel'
+  # Two moments [4, 40, 8], basis [4, 16, 8], two moments of g [4, 1, 40], and
+  # three numbers per matrix; all of four bytes.
+  assert up.state_bytes == 4 * (2 * 4 * 40 * 8 + 4 * 16 * 8 + 2 * 4 * 40 + 12)
+  assert up.adamw_bytes == 8 * 4 * 16 * 40
+  embed = rows['embed/embedding']
+  assert (embed.label, embed.rank, embed.side) == ('full', None, '')
+  assert embed.state_bytes == embed.adamw_bytes == 8 * 50 * 16
+
+
+def test_report_follows_rules_and_chains():
+  rules = [('embed', 'frozen'), ('.*', 'full')]
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0), adamw(1e-3, param_labels=rules)
+  )
+  rows = rows_of(tx, param_labels=rules)
+  assert rows['embed/embedding'].state_bytes == 0
+  assert rows['embed/embedding'].reason == "rule 'embed'"
+  assert rows['norm/scale'].state_bytes == 8 * 16
+
+
+def test_report_says_when_nothing_is_compressed():
+  row = rows_of(galore(1e-2, rank=100, side='both'))['layers/up/kernel']
+  assert (row.rank, row.side) == (16, 'in+out')
+  assert row.reason.endswith(
+    '; rank fills the shorter axis: nothing is compressed there'
+  )
+
+
+def test_report_bytes_add_up_to_the_state():
+  for tx in (adamw(1e-3), galore(1e-2, rank=4), gradnormlorp(1e-2, rank=4)):
+    state = jax.eval_shape(tx.init, SHAPES)
+    rows = inspect.report(SHAPES, tx)
+    scalars = sum(  # Step counts belong to no parameter.
+      leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not leaf.shape
+    )
+    total = sum(inspect.state_bytes(state).values())
+    assert sum(row.state_bytes for row in rows) + scalars == total
+    assert total == inspect.tree_bytes(state)
+
+
+def test_owner_is_the_longest_path_that_fits():
+  shapes = {
+    'kernel': jax.ShapeDtypeStruct((8, 8), jnp.float32),
+    'outer': {'kernel': jax.ShapeDtypeStruct((16, 16), jnp.float32)},
+  }
+  rows = {r.name: r for r in inspect.report(shapes, adamw(1e-3))}
+  assert rows['kernel'].state_bytes == 8 * 64
+  assert rows['outer/kernel'].state_bytes == 8 * 256
+
+
+def test_format_report_shows_totals():
+  text = inspect.format_report(inspect.report(SHAPES, adamw(1e-3)))
+  lines = text.splitlines()
+  assert lines[0].split() == (
+    'parameter shape label rank side state AdamW why'.split()
+  )
+  assert 'layers/up/kernel  4x16x40' in text
+  assert lines[-1].startswith('total') and '0.0% less than AdamW' in lines[-1]
+
+
+@pytest.mark.parametrize(
+  ('count', 'text'),
+  [(0, '0 B'), (1023, '1023 B'), (1536, '1.5 KiB'), (2**41, '2.0 TiB')],
+)
+def test_bytes_are_readable(count, text):
+  assert inspect.format_bytes(count) == text
+
+
+def test_subspace_stats_and_skipped_steps_are_read_from_any_chain():
+  params = jax.tree.map(
+    lambda s: jax.random.normal(jax.random.key(0), s.shape), SHAPES
+  )
+  tx = optax.chain(optax.clip_by_global_norm(1.0), galore(1e-2, 4, 5))
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for _ in range(5):
+    _, state = update(params, state, params)
+  _, state = update(jax.tree.map(lambda p: p * np.nan, params), state, params)
+  stats = jax.jit(inspect.subspace_stats)(state)
+  assert list(stats) == ['layers/up/kernel']
+  # The first fit, and one refresh of three matrices since (phase 0 is next).
+  assert 1 < stats['layers/up/kernel'].refreshes < 2.1
+  assert 0 < stats['layers/up/kernel'].energy < 1
+  assert int(inspect.skipped_steps(state)) == 1
+  assert inspect.subspace_stats(optax.adam(1e-3).init(params)) == {}

@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.training import sharding
+from gnlorp_jax.training.losses import chunked_cross_entropy
+
+# Shape suffixes: B sequences, T positions, D features, V vocabulary.
+B, T, D, V = 4, 12, 8, 50
+
+
+@pytest.fixture(scope='module')
+def problem():
+  rng = np.random.default_rng(0)
+  return {
+    'x_BTD': rng.normal(size=(B, T, D)).astype(np.float32),
+    'head_DV': rng.normal(size=(D, V)).astype(np.float32),
+    'targets_BT': rng.integers(0, V, (B, T), dtype=np.int32),
+    'weights_BT': rng.uniform(0, 2, (B, T)).astype(np.float32),
+  }
+
+
+def chunked(x_BTD, head_DV, targets_BT, weights_BT, chunk_tokens):
+  def logits_fn(x_BCD):
+    return (x_BCD @ head_DV).astype(jnp.float32)
+
+  return chunked_cross_entropy(
+    logits_fn, x_BTD, targets_BT, weights_BT, chunk_tokens=chunk_tokens
+  )
+
+
+def float64_oracle(x_BTD, head_DV, targets_BT, weights_BT):
+  """Loss sum, and its gradients with respect to features and head."""
+  x_BTD, head_DV = x_BTD.astype(np.float64), head_DV.astype(np.float64)
+  logits_BTV = x_BTD @ head_DV
+  logits_BTV -= logits_BTV.max(-1, keepdims=True)
+  probs_BTV = np.exp(logits_BTV)
+  probs_BTV /= probs_BTV.sum(-1, keepdims=True)
+  one_hot_BTV = np.eye(V)[targets_BT]
+  loss = -np.sum(weights_BT * np.log(np.sum(probs_BTV * one_hot_BTV, -1)))
+  grad_BTV = weights_BT[..., None] * (probs_BTV - one_hot_BTV)
+  grad_head_DV = np.einsum('BTD,BTV->DV', x_BTD, grad_BTV)
+  return loss, grad_BTV @ head_DV.T, grad_head_DV
+
+
+@pytest.mark.parametrize(
+  'chunk_tokens', [1, B, 3 * B, 5 * B, 5 * B + 3, B * T, 10**6]
+)
+def test_loss_and_gradients_equal_plain_formula(problem, chunk_tokens):
+  def loss_fn(x_BTD, head_DV):
+    loss, weight = chunked(
+      x_BTD,
+      head_DV,
+      problem['targets_BT'],
+      problem['weights_BT'],
+      chunk_tokens,
+    )
+    return loss, weight
+
+  (loss, weight), grads = jax.jit(
+    jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+  )(problem['x_BTD'], problem['head_DV'])
+  oracle_loss, *oracle_grads = float64_oracle(**problem)
+  np.testing.assert_allclose(loss, oracle_loss, rtol=1e-6)
+  np.testing.assert_allclose(weight, problem['weights_BT'].sum(), rtol=1e-6)
+  for grad, oracle_grad in zip(grads, oracle_grads, strict=True):
+    # 1e-6 of the largest entry: small entries are differences of large ones.
+    np.testing.assert_allclose(
+      grad, oracle_grad, rtol=1e-6, atol=1e-6 * np.abs(oracle_grad).max()
+    )
+
+
+def test_loss_equals_torch(problem):
+  torch = pytest.importorskip('torch')
+  loss, _ = chunked(**problem, chunk_tokens=5 * B)
+  logits = torch.from_numpy(problem['x_BTD'] @ problem['head_DV'])
+  losses = torch.nn.functional.cross_entropy(
+    logits.reshape(-1, V),
+    torch.from_numpy(problem['targets_BT']).long().reshape(-1),
+    reduction='none',
+  )
+  weights = torch.from_numpy(problem['weights_BT']).reshape(-1)
+  np.testing.assert_allclose(loss, (losses * weights).sum(), rtol=1e-6)
+
+
+def test_results_are_float32_for_bfloat16_features(problem):
+  bfloat16 = problem | {
+    'x_BTD': jnp.asarray(problem['x_BTD'], jnp.bfloat16),
+    'head_DV': jnp.asarray(problem['head_DV'], jnp.bfloat16),
+  }
+  loss, weight = chunked(**bfloat16, chunk_tokens=3 * B)
+  assert loss.dtype == weight.dtype == jnp.float32
+  # bfloat16 keeps 8 bits: each product is off by up to 2**-8.
+  np.testing.assert_allclose(loss, float64_oracle(**problem)[0], rtol=2**-8)
+
+
+@pytest.mark.parametrize('scale', [1e4, 1e30])
+def test_large_logits_are_safe(problem, scale):
+  scaled = problem | {'head_DV': problem['head_DV'] * np.float32(scale)}
+
+  def loss_fn(x_BTD):
+    return chunked(**(scaled | {'x_BTD': x_BTD}), chunk_tokens=3 * B)[0]
+
+  loss, grad = jax.value_and_grad(loss_fn)(problem['x_BTD'])
+  logits = problem['x_BTD'] @ scaled['head_DV'].astype(np.float64)
+  target = np.take_along_axis(logits, problem['targets_BT'][..., None], -1)
+  # So far apart, the logarithm of the sum of exponentials is the maximum.
+  oracle = np.sum(problem['weights_BT'] * (logits.max(-1) - target[..., 0]))
+  np.testing.assert_allclose(loss, oracle, rtol=1e-4)
+  assert np.all(np.isfinite(grad))
+
+
+def test_zero_weight_leaves_a_position_out(problem):
+  weights_BT = problem['weights_BT'].copy()
+  weights_BT[:, 7:] = 0
+  short = {
+    name: value[:, :7] for name, value in problem.items() if name != 'head_DV'
+  }
+  full = problem | {'weights_BT': weights_BT}
+  loss, weight = chunked(**full, chunk_tokens=5 * B)
+  short_loss, short_weight = chunked(
+    **short, head_DV=problem['head_DV'], chunk_tokens=5 * B
+  )
+  np.testing.assert_allclose(loss, short_loss, rtol=1e-6)
+  np.testing.assert_allclose(weight, short_weight, rtol=1e-6)
+
+
+def test_all_weights_zero_gives_zero_loss_and_gradient(problem):
+  zero = problem | {'weights_BT': np.zeros((B, T), np.float32)}
+
+  def loss_fn(head_DV):
+    return chunked(**(zero | {'head_DV': head_DV}), chunk_tokens=5 * B)
+
+  (loss, weight), grad = jax.value_and_grad(loss_fn, has_aux=True)(
+    problem['head_DV']
+  )
+  assert (loss, weight) == (0, 0)
+  np.testing.assert_array_equal(grad, 0)
+
+
+def compiled_gradient(chunk_tokens, mesh=None, batch=8):
+  positions, features, vocabulary = 64, 16, 4096
+  replicated = mesh and NamedSharding(mesh, P())
+  split = mesh and sharding.batch_sharding(mesh)
+
+  def shape(sharding, dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+  def loss_fn(head_DV, *args):
+    return chunked(args[0], head_DV, *args[1:], chunk_tokens)[0]
+
+  return (
+    jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
+    .lower(
+      shape(replicated, jnp.float32, features, vocabulary),
+      shape(split, jnp.float32, batch, positions, features),
+      shape(split, jnp.int32, batch, positions),
+      shape(split, jnp.float32, batch, positions),
+    )
+    .compile()
+  )
+
+
+def test_logits_never_exist_at_once():
+  all_logits = 8 * 64 * 4096 * 4
+  whole = compiled_gradient(8 * 64).memory_analysis()
+  chunks = compiled_gradient(8 * 4).memory_analysis()
+  assert whole.temp_size_in_bytes >= all_logits
+  # A chunk is a sixteenth of the tokens; its logits, their gradient and the
+  # gradient of the head are held together.
+  assert chunks.temp_size_in_bytes < all_logits / 4
+
+
+def test_chunks_keep_the_sharding_of_the_batch():
+  mesh = sharding.make_mesh(2, 2)
+  chunks = compiled_gradient(8 * 4, mesh)
+  one_device = compiled_gradient(8 * 4, batch=2)
+  # Each device works on its two sequences as if they were alone ...
+  assert chunks.memory_analysis().temp_size_in_bytes <= (
+    1.1 * one_device.memory_analysis().temp_size_in_bytes
+  )
+  # ... and only sums are exchanged.
+  text = chunks.as_text()
+  assert 'all-reduce' in text
+  for collective in ('all-gather', 'all-to-all', 'collective-permute'):
+    assert collective not in text
+
+
+def test_sharded_loss_equals_unsharded(problem):
+  mesh = sharding.make_mesh(2, 2)
+  split = sharding.batch_sharding(mesh)
+  sharded = problem | {
+    name: jax.device_put(problem[name], split)
+    for name in ('x_BTD', 'targets_BT', 'weights_BT')
+  }
+  fn = jax.jit(chunked, static_argnames='chunk_tokens')
+  loss, _ = fn(**sharded, chunk_tokens=3 * B)
+  expected, _ = fn(**problem, chunk_tokens=3 * B)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_chunk_of_no_tokens_is_an_error(problem):
+  with pytest.raises(ValueError, match='^chunk_tokens=0 must be at least 1.$'):
+    chunked(**problem, chunk_tokens=0)

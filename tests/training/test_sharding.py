@@ -1,0 +1,168 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.training import sharding
+
+
+def spec_of(shape, mesh, min_size=1):
+  return sharding.shard_largest_axis('fsdp', min_size)(shape, mesh)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'shape'),
+  [
+    ({}, (4, 1)),
+    ({'fsdp': 2}, (2, 2)),
+    ({'data': 1, 'fsdp': -1}, (1, 4)),
+    ({'data': 2, 'fsdp': 2}, (2, 2)),
+  ],
+)
+def test_mesh_takes_all_devices(sizes, shape):
+  mesh = sharding.make_mesh(**sizes)
+  assert mesh.devices.shape == shape
+  assert mesh.axis_names == ('data', 'fsdp')
+  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+def test_mesh_uses_first_devices_when_smaller():
+  mesh = sharding.make_mesh(1, 2)
+  assert set(mesh.devices.flat) == set(jax.devices()[:2])
+
+
+def test_mesh_uses_given_devices():
+  mesh = sharding.make_mesh(devices=jax.devices()[2:])
+  assert set(mesh.devices.flat) == set(jax.devices()[2:])
+
+
+@pytest.mark.parametrize(
+  ('data', 'fsdp', 'text'),
+  [
+    (
+      3,
+      1,
+      'data=3, fsdp=1 does not fit 4 devices: the product of the sizes must '
+      'divide 4.',
+    ),
+    (
+      -1,
+      3,
+      'data=-1, fsdp=3 does not fit 4 devices: the product of the sizes must '
+      'divide 4.',
+    ),
+    (
+      8,
+      1,
+      'data=8, fsdp=1 does not fit 4 devices: the product of the sizes must '
+      'divide 4.',
+    ),
+    (
+      -1,
+      -1,
+      'data=-1, fsdp=-1 is no mesh: sizes must be at least 1, and only one of '
+      'them may be -1, the rest of the devices.',
+    ),
+    (
+      0,
+      1,
+      'data=0, fsdp=1 is no mesh: sizes must be at least 1, and only one of '
+      'them may be -1, the rest of the devices.',
+    ),
+  ],
+)
+def test_mesh_error_states_the_rule(data, fsdp, text):
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    sharding.make_mesh(data, fsdp)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'spec'),
+  [
+    ((64, 32), P('fsdp', None)),
+    ((32, 64), P(None, 'fsdp')),
+    ((32, 32), P(None, 'fsdp')),  # A tie goes to the last axis.
+    ((128, 8, 4), P(None, 'fsdp', None)),  # Never the stacked layers.
+    ((65, 32), P(None, 'fsdp')),  # The longer axis does not divide.
+    ((65, 33), P()),
+    ((8,), P('fsdp')),
+    ((), P()),
+  ],
+)
+def test_largest_axis_is_sharded(shape, spec):
+  assert spec_of(shape, sharding.make_mesh(2, 2)) == spec
+
+
+def test_small_array_is_replicated():
+  mesh = sharding.make_mesh(2, 2)
+  assert spec_of((16, 16), mesh, min_size=257) == P()
+  assert spec_of((16, 16), mesh, min_size=256) == P(None, 'fsdp')
+
+
+def test_moments_follow_the_longer_axis_of_their_matrix():
+  mesh = sharding.make_mesh(1, 4)
+  assert spec_of((2, 512, 128), mesh) == P(None, 'fsdp', None)
+  assert spec_of((2, 512, 16), mesh) == P(None, 'fsdp', None)
+  assert spec_of((2, 128, 512), mesh) == P(None, None, 'fsdp')
+  assert spec_of((2, 16, 512), mesh) == P(None, None, 'fsdp')
+
+
+def test_first_matching_rule_wins():
+  mesh = sharding.make_mesh(2, 2)
+  tree = {
+    'embed': jax.ShapeDtypeStruct((8, 8), np.float32),
+    'block': {'kernel': jax.ShapeDtypeStruct((8, 8), np.float32)},
+  }
+  rules = (
+    ('embed', sharding.replicate),
+    ('block/kernel$', lambda shape, mesh: P('data')),
+    ('.*', lambda shape, mesh: P('fsdp')),
+  )
+  shardings = sharding.infer_shardings(tree, mesh, rules)
+  assert shardings['embed'].spec == P()
+  assert shardings['block']['kernel'].spec == P('data')
+
+
+def test_uncovered_path_is_an_error():
+  mesh = sharding.make_mesh(2, 2)
+  tree = {
+    'embed': jax.ShapeDtypeStruct((8,), np.float32),
+    'block': [jax.ShapeDtypeStruct((8,), np.float32)],
+  }
+  text = (
+    "No sharding rule covers ['block/0']; the rules are ['embed']. End the "
+    "table with ('.*', replicate)."
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    sharding.infer_shardings(tree, mesh, (('embed', sharding.replicate),))
+
+
+def test_batch_is_split_over_all_devices():
+  mesh = sharding.make_mesh(2, 2)
+  rows = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
+  batch = sharding.put_batch({'inputs': rows}, mesh)
+  np.testing.assert_array_equal(batch['inputs'], rows)
+  shards = batch['inputs'].addressable_shards
+  assert len({shard.device for shard in shards}) == 4
+  assert {shard.data.shape for shard in shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize(('batch_size', 'micro_batches'), [(8, 2), (4, 1)])
+def test_batch_that_splits_is_accepted(batch_size, micro_batches):
+  sharding.check_batch(batch_size, micro_batches, sharding.make_mesh(2, 2))
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'choices'), [(6, '8'), (12, '8 or 16'), (0, '8'), (-8, '8')]
+)
+def test_batch_that_does_not_split_is_an_error(batch_size, choices):
+  text = (
+    f'batch_size={batch_size} cannot be split over data=2, fsdp=2 and '
+    'micro_batches=2: it must be a multiple of data*fsdp*micro_batches=8. '
+    f'Use {choices}.'
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    sharding.check_batch(batch_size, 2, sharding.make_mesh(2, 2))
