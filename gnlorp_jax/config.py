@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib.util
 import pathlib
-import re
 import sys
 from typing import Any, Literal
 
@@ -67,9 +66,9 @@ class OptimConfig:
   """Optimizer, its subspaces, and the learning-rate schedule."""
 
   name: Literal['gradnormlorp', 'galore', 'adamw'] = 'gradnormlorp'
-  """The optimizer."""
+  """Which optimizer trains the model."""
   learning_rate: float = 1e-2
-  """Peak learning rate."""
+  """Learning rate at its peak, after the warm-up."""
   warmup_fraction: float = 0.1
   """Share of the steps over which the learning rate rises to its peak."""
   final_fraction: float = 0.1
@@ -101,7 +100,7 @@ class OptimConfig:
   eps_mode: Literal['standard', 'hf'] | None = None
   """Where eps stands; None is the optimizer's default."""
   weight_decay: float = 0.0
-  """Decoupled weight decay."""
+  """Decoupled weight decay of all trained weights."""
   clip_global_norm: float | None = 1.0
   """Gradients are scaled down to this global norm; None does not clip."""
   param_labels: tuple[tuple[str, str], ...] | None = None
@@ -155,7 +154,7 @@ class TrainConfig:
   """Where checkpoints, metrics, plot and export go. A run directory that holds
   checkpoints is resumed."""
   steps: int = 500
-  """Optimizer steps."""
+  """Number of optimizer steps of the whole run."""
   batch_size: int = 16
   """Sequences per step, over all devices."""
   micro_batches: int = 1
@@ -294,25 +293,26 @@ def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
 def _check_fields(args: list[str], default: TrainConfig) -> None:
   """Names the nearest field for an option that does not exist."""
   for word in args:
-    if not word.startswith('--') or word in ('--help', '--'):
-      continue
-    option = word.split('=')[0]
-    *groups, field = re.sub('-', '_', option[2:]).split('.')
-    node: Any = default
-    for group in groups:
-      node = getattr(node, group, None)
-    if not dataclasses.is_dataclass(node):
-      node, field = default, '.'.join([*groups, field])
+    if word.startswith('--') and word != '--help':
+      _check_option(word.split('=')[0], default)
+
+
+def _check_option(option: str, default: TrainConfig) -> None:
+  """Follows an option such as ``--optim.rank`` through the fields."""
+  node: Any = default
+  for field in option[2:].replace('-', '_').split('.'):
     names = [f.name for f in dataclasses.fields(node)]
-    plain = field.removeprefix('no_')
-    if field in names or plain in names:
-      continue
-    near = difflib.get_close_matches(field, names, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
-      f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
-      f'Fields: {names}.'
-    )
+    known = field if field in names else field.removeprefix('no_')  # A flag.
+    if known not in names:
+      near = difflib.get_close_matches(field, names, n=1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(
+        f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
+        f'Fields: {names}.'
+      )
+    node = getattr(node, known)
+    if not dataclasses.is_dataclass(node):
+      return  # tyro judges the rest.
 
 
 def exit_with_message(error: ValueError) -> None:

@@ -19,9 +19,9 @@ import difflib
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
-import math
 import os
 import pathlib
 import sysconfig
@@ -220,9 +220,15 @@ def _stdlib_files() -> list[pathlib.Path]:
       f"Data source 'stdlib' is empty: no Python files in {root}. Name a text "
       'file or folder instead.'
     )
-  # Every n-th file, so that the sample is spread over the whole library.
-  total = sum(path.stat().st_size for path in files)
-  return files[:: math.ceil(total / _STDLIB_BYTES)]
+  # In an order that mixes the whole library, so that any part of it, such as a
+  # held-out end, is a sample of all.
+  files.sort(key=lambda p: zlib.crc32(str(p.relative_to(root)).encode()))
+  sizes = itertools.accumulate(path.stat().st_size for path in files)
+  return [
+    path
+    for path, size in zip(files, sizes, strict=True)
+    if size <= _STDLIB_BYTES
+  ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -210,6 +210,7 @@ class Checkpointer:
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
           damaged[step] = str(error)
+        gc.collect()
       _logger.warning(
         'The checkpoint of step %d in %s is damaged: %s.',
         step,
@@ -318,7 +319,7 @@ def _failures_as_damage():
 def _unheard_complaints():
   """Silences the coroutines that a failed read of Orbax leaves behind.
 
-  They complain when they are collected, which happens here and now.
+  They complain when they are collected, so that must happen in here.
   """
   hook = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: None
@@ -326,7 +327,6 @@ def _unheard_complaints():
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
       yield
-      gc.collect()
   finally:
     sys.unraisablehook = hook
 

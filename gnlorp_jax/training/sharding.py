@@ -90,6 +90,10 @@ def shard_largest_axis(axis_name: str, min_size: int = 2**14) -> ShardingRule:
     A rule. It picks the larger of the last two axes among those that the mesh
     axis divides, the last one at a tie, and replicates where it divides none.
     Leading axes, where the layers are stacked, stay whole.
+
+  Note:
+    A stack of vectors ``[L, d]`` looks like a matrix. Its layers are split only
+    where the mesh axis divides L and not d; a rule of its own prevents that.
   """
 
   def rule(shape, mesh):

@@ -1,0 +1,30 @@
+"""LLaMA-1b with the GaLore protocol on C4: one GPU, bfloat16.
+
+Command:
+  python train_lm.py --config configs/llama_1b.py \
+    --data.source 'C4/*.json.gz' \
+    --data.validation-source C4_VALIDATION.json.gz \
+    --data.tokenizer T5_FOLDER
+
+The steps, batch, rank and learning rate of arXiv:2403.03507, appendix; the
+published perplexities are in its table 2. Ours has not been run yet.
+"""
+
+import dataclasses
+
+from configs import llama_60m
+from gnlorp_jax.models import llama
+
+config = dataclasses.replace(
+  llama_60m.config,
+  run_dir='runs/llama_1b',
+  steps=100_000,
+  micro_batches=32,
+  model=dataclasses.replace(
+    llama.PRESETS['1b'],
+    param_dtype='bfloat16',
+    compute_dtype='bfloat16',
+    remat=True,
+  ),
+  optim=dataclasses.replace(llama_60m.config.optim, rank=512),
+)

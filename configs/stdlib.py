@@ -1,0 +1,13 @@
+"""The embedded default, spelled out: what `python train_lm.py` runs.
+
+Command:
+  python train_lm.py --config configs/stdlib.py
+
+Trains a LLaMA of 1.9 million parameters on about 4 MB of the running Python's
+standard library, in about two minutes on two CPU cores; the validation loss
+falls from 8.3 to about 4.5.
+"""
+
+from gnlorp_jax.config import TrainConfig
+
+config = TrainConfig()

@@ -1,0 +1,181 @@
+"""What a run leaves behind: speed, memory, plot, sample, export, summary."""
+
+import json
+import logging
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from gnlorp_jax import optim
+from gnlorp_jax.build import Run
+from gnlorp_jax.models import hf, llama
+from gnlorp_jax.models.generate import generate
+from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
+from gnlorp_jax.training import metrics
+from gnlorp_jax.training.state import TrainState
+
+_logger = logging.getLogger(__name__)
+
+# Dense bfloat16 peak of a device in FLOP/s, by what jax calls it (makers' data
+# sheets, without sparsity).
+_PEAK_FLOPS = {
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA GeForce RTX 4090': 165e12,
+}
+
+
+def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
+  """Tokens per second, and model FLOP utilisation where the peak is known."""
+  row = {'train/tokens_per_second': tokens_per_second}
+  peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  if peak is not None:
+    flops = llama.flops_per_token(run.config.model, run.config.data.seq_len)
+    row['train/mfu'] = tokens_per_second * flops / (peak * run.mesh.size)
+  return row
+
+
+def dry_run(run: Run) -> str:
+  """What would happen to every parameter, as a table."""
+  params = run.abstract_state.params
+  rows = optim.report(params, run.tx, run.param_labels)
+  return optim.format_report(rows)
+
+
+def memory(run: Run) -> dict[str, dict[str, int]]:
+  """Bytes of this run by component, beside those of AdamW.
+
+  AdamW is counted with two float32 moments per parameter, which is what
+  `optim.adamw` holds; gradients have the parameters' dtype in both.
+  """
+  params = run.abstract_state.params
+  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+  ours = {
+    'parameters': tree_bytes(params),
+    'gradients': tree_bytes(params),
+    **state_bytes(run.abstract_state.opt_state),
+  }
+  adamw = {**dict.fromkeys(ours, 0), 'moments': 8 * entries}
+  for name in ('parameters', 'gradients'):
+    adamw[name] = ours[name]
+  return {name: {'this run': ours[name], 'adamw': adamw[name]} for name in ours}
+
+
+def finish(run: Run, state: TrainState) -> None:
+  """Writes plot, sample, export and summary, and shows them.
+
+  Args:
+    run: The run.
+    state: Its last state.
+  """
+  folder = pathlib.Path(run.config.run_dir)
+  metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  sample = sample_text(run, state.params)
+  (folder / 'sample.txt').write_text(sample, encoding='utf-8')
+  export(run, state.params, folder / 'hf')
+  summary = summarise(run, folder / 'metrics.jsonl')
+  (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  show(run, summary, sample)
+
+
+def sample_text(run: Run, params: Any) -> str:
+  """A continuation of the configured prompt, prompt included."""
+  settings = run.config.sample
+  if settings.num_tokens == 0:
+    return ''
+  (prompt_T,) = run.tokenizer.encode_batch([settings.prompt])
+  prompt_T = prompt_T[:-1]  # Without the end of sequence.
+  if prompt_T.size == 0:
+    prompt_T = np.array([run.tokenizer.eos_id])
+  new_T = generate(
+    run.model.apply,
+    params,
+    prompt_T,
+    settings.num_tokens,
+    max_seq_len=run.config.model.max_seq_len,
+    temperature=settings.temperature,
+    top_k=min(settings.top_k, run.tokenizer.vocab_size),
+    key=jax.random.key(run.config.seed),
+    eos_id=run.tokenizer.eos_id,
+  )
+  return settings.prompt + run.tokenizer.decode(new_T)
+
+
+def export(run: Run, params: Any, folder: pathlib.Path) -> None:
+  """Writes a Hugging Face folder, in place of that of an earlier finish."""
+  shutil.rmtree(folder, ignore_errors=True)
+  tokenizer = run.tokenizer
+  hf_config = llama.config_to_hf(
+    run.config.model,
+    bos_token_id=tokenizer.bos_id,
+    eos_token_id=tokenizer.eos_id,
+    pad_token_id=tokenizer.pad_id,
+  )
+  hf.export(folder, params, llama.HF_TENSORS, hf_config)
+  tokenizer.save(folder)
+
+
+def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
+  """The run in numbers: losses, speed, memory."""
+  rows = metrics.read_metrics(metrics_path)
+  evals = [row['eval/loss'] for row in rows if 'eval/loss' in row]
+  speeds = [
+    row['train/tokens_per_second']
+    for row in rows
+    if 'train/tokens_per_second' in row
+  ]
+  summary: dict[str, Any] = {
+    'optimizer': run.config.optim.name,
+    'parameters': sum(
+      leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)
+    ),
+    'steps': run.config.steps,
+    'first_eval_loss': evals[0],
+    'last_eval_loss': evals[-1],
+    'last_eval_perplexity': float(np.exp(evals[-1])),
+    'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
+    'memory_bytes': memory(run),
+    'device': jax.devices()[0].device_kind,
+  }
+  device_memory = jax.devices()[0].memory_stats()  # None on a CPU.
+  if device_memory:
+    summary['peak_device_bytes'] = device_memory['peak_bytes_in_use']
+  if speeds:
+    summary['mfu'] = speed(run, float(np.median(speeds))).get('train/mfu')
+  return summary
+
+
+def show(run: Run, summary: dict[str, Any], sample: str) -> None:
+  """Prints the end of a run for the person who waited for it."""
+  console = rich.console.Console()
+  table = rich.table.Table(title='Memory', title_justify='left')
+  table.add_column('component')
+  table.add_column(f'this run ({summary["optimizer"]})', justify='right')
+  table.add_column('AdamW', justify='right')
+  totals = {'this run': 0, 'adamw': 0}
+  for name, sizes in summary['memory_bytes'].items():
+    table.add_row(name, *(format_bytes(size) for size in sizes.values()))
+    totals = {key: totals[key] + sizes[key] for key in totals}
+  table.add_section()
+  table.add_row('total', *(format_bytes(size) for size in totals.values()))
+  console.print(table)
+  if sample:
+    console.rule('Sample', align='left')
+    console.print(sample, markup=False, highlight=False)
+    console.rule()
+  first, last = summary['first_eval_loss'], summary['last_eval_loss']
+  console.print(
+    f'Validation loss {first:.3f} -> {last:.3f} '
+    f'({1 - last / first:.0%} lower), perplexity '
+    f'{summary["last_eval_perplexity"]:.1f}. '
+    f'Plot, sample, metrics and the Hugging Face export (hf/) are in '
+    f'{run.config.run_dir}.',
+    highlight=False,
+  )

@@ -1,0 +1,245 @@
+"""What a run tells while it trains: metrics on disk, a progress bar, a plot."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import rich.console
+import rich.progress
+import tensorboardX
+
+_logger = logging.getLogger(__name__)
+
+METRICS_FILE = 'metrics.jsonl'
+
+
+class MetricsWriter:
+  """Writes metrics to ``metrics.jsonl`` and as TensorBoard events.
+
+  Only one process of a run may have one. The file holds one JSON object per
+  line, written out at once. A number that is not finite, which JSON does not
+  have, is null there and left out of the events.
+
+  Args:
+    run_dir: Folder to write into; it is made.
+    resume_step: The step of the checkpoint that training goes on from. What
+      was written for later steps is dropped, as it will be written again. None
+      starts afresh.
+  """
+
+  def __init__(
+    self, run_dir: str | pathlib.Path, resume_step: int | None = None
+  ):
+    run_dir = pathlib.Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / METRICS_FILE
+    _drop_later_lines(path, -1 if resume_step is None else resume_step)
+    self._file = path.open('a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(
+      str(run_dir),
+      purge_step=0 if resume_step is None else resume_step + 1,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Writes the metrics of one step.
+
+    Args:
+      step: The step they belong to.
+      metrics: Scalars by name, such as ``{'train/loss': 3.2}``.
+    """
+    values = {name: _finite_or_none(value) for name, value in metrics.items()}
+    line = json.dumps({'step': int(step)} | values, allow_nan=False)
+    self._file.write(line + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      if value is not None:
+        self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Closes both files."""
+    self._file.close()
+    self._events.close()
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a ``metrics.jsonl``, leaving out a last line that was cut off.
+
+  Args:
+    path: The file.
+
+  Returns:
+    One dict per line, with ``step`` and the metrics; None stands for a number
+    that was not finite.
+  """
+  text = pathlib.Path(path).read_text(encoding='utf-8')
+  complete, _, _ = text.rpartition('\n')
+  return [json.loads(line) for line in complete.splitlines()]
+
+
+def _finite_or_none(value):
+  value = float(value)
+  return value if math.isfinite(value) else None
+
+
+def _drop_later_lines(path, resume_step):
+  """Rewrites the file without a torn line and without later steps."""
+  if not path.exists():
+    return
+  lines = [line for line in read_metrics(path) if line['step'] <= resume_step]
+  # A kill while writing must leave the old file: the new one replaces it whole.
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8'
+  )
+  os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def progress(
+  total: int,
+  start: int = 0,
+  *,
+  plain_interval: float = 30.0,
+  console: rich.console.Console | None = None,
+) -> Iterator[Callable[[int, float, float], None]]:
+  """Shows how far training is: a live bar, or lines where there is no terminal.
+
+  Args:
+    total: Number of steps of the whole run.
+    start: Number of steps taken before.
+    plain_interval: Without a terminal, seconds between two lines of the log.
+    console: Where to show the bar; None is the standard output.
+
+  Yields:
+    A function ``(step, loss, tokens_per_second)`` to call now and then.
+  """
+  console = console or rich.console.Console()
+  if not console.is_terminal:
+    yield _plain_progress(total, start, plain_interval)
+    return
+  columns = (
+    rich.progress.TextColumn('step {task.completed:,}/{task.total:,}'),
+    rich.progress.BarColumn(bar_width=None),
+    rich.progress.TextColumn('loss {task.fields[loss]}'),
+    rich.progress.TextColumn('{task.fields[rate]} tokens/s'),
+    rich.progress.TextColumn('ETA'),
+    rich.progress.TimeRemainingColumn(),
+  )
+  with rich.progress.Progress(*columns, console=console, expand=True) as bar:
+    task = bar.add_task('', total=total, completed=start, loss='-', rate='-')
+
+    def update(step, loss, tokens_per_second):
+      bar.update(
+        task,
+        completed=step,
+        loss=f'{loss:.4f}',
+        rate=f'{tokens_per_second:,.0f}',
+      )
+
+    yield update
+
+
+def _plain_progress(total, start, interval):
+  """Logs a line when the last one is `interval` seconds ago, and at the end."""
+  began = time.monotonic()
+  last = -math.inf
+
+  def update(step, loss, tokens_per_second):
+    nonlocal last
+    now = time.monotonic()
+    if now - last < interval and step < total:
+      return
+    last = now
+    steps = step - start
+    seconds_left = (now - began) / steps * (total - step) if steps else math.nan
+    _logger.info(
+      'step %s/%s, loss %.4f, %s tokens/s, ETA %s',
+      f'{step:,}',
+      f'{total:,}',
+      loss,
+      f'{tokens_per_second:,.0f}',
+      _duration(seconds_left),
+    )
+
+  return update
+
+
+def _duration(seconds):
+  """Seconds as hours, minutes and seconds: '1:02:03'."""
+  if not math.isfinite(seconds):
+    return 'unknown'
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
+
+
+def plot_losses(
+  metrics_jsonl: str | pathlib.Path, png: str | pathlib.Path
+) -> None:
+  """Draws the training and validation loss of a run over its steps.
+
+  Args:
+    metrics_jsonl: A file that `MetricsWriter` wrote, with ``train/loss`` and
+      ``eval/loss``; either may be missing, and gaps are left open.
+    png: The picture to write.
+  """
+  lines = read_metrics(metrics_jsonl)
+  train_steps, train_losses = _series(lines, 'train/loss')
+  eval_steps, eval_losses = _series(lines, 'eval/loss')
+  figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout='constrained')
+  axes = figure.add_subplot()
+  if train_steps.size:
+    axes.plot(train_steps, train_losses, color='#9ecae1', lw=0.8, label='train')
+    axes.plot(
+      train_steps,
+      _smooth(train_losses),
+      color='#08519c',
+      lw=1.8,
+      label='train, smoothed',
+    )
+  if eval_steps.size:
+    axes.plot(
+      eval_steps,
+      eval_losses,
+      color='#d94801',
+      lw=1.5,
+      marker='o',
+      ms=4,
+      label='validation',
+    )
+  axes.set(xlabel='step', ylabel='loss (nats per token)')
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+  axes.grid(color='0.9')
+  axes.spines[['top', 'right']].set_visible(False)
+  if axes.lines:
+    axes.legend(frameon=False)
+  figure.savefig(png, dpi=150)
+
+
+def _series(lines, name):
+  """Steps and values of one metric; NaN where the value was not finite."""
+  points = [(line['step'], line[name]) for line in lines if name in line]
+  values = np.array(points, np.float64).reshape(-1, 2)
+  return values[:, 0], values[:, 1]
+
+
+def _smooth(values):
+  """Mean of the finite values in a centred window, 2 % of the series wide."""
+  window = np.ones(2 * (len(values) // 100) + 1)
+  finite = np.isfinite(values)
+  count = np.convolve(finite, window, mode='same')
+  total = np.convolve(np.where(finite, values, 0), window, mode='same')
+  return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,0 +1,201 @@
+import io
+import json
+import logging
+import math
+import struct
+
+import numpy as np
+import pytest
+import rich.console
+from tensorboardX.proto import event_pb2
+
+from gnlorp_jax.training import metrics
+from gnlorp_jax.training.metrics import MetricsWriter, progress
+
+
+def read_lines(run_dir):
+  """The lines of a run, by a parser that takes nothing but JSON."""
+
+  def reject(constant):
+    raise ValueError(f'{constant} is not JSON')
+
+  text = (run_dir / 'metrics.jsonl').read_text()
+  return [json.loads(line, parse_constant=reject) for line in text.splitlines()]
+
+
+def read_events(run_dir):
+  """The events of all event files of a run, oldest first."""
+  events = []
+  for path in sorted(run_dir.glob('events.out.tfevents.*')):
+    content = path.read_bytes()
+    while content:
+      (length,) = struct.unpack('<Q', content[:8])
+      events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+      content = content[16 + length :]
+  return events
+
+
+def write_steps(run_dir, steps, resume_step=None):
+  with MetricsWriter(run_dir, resume_step) as writer:
+    for step in steps:
+      writer.write(step, {'train/loss': 1 / step})
+
+
+def test_metrics_are_one_json_object_per_line(tmp_path):
+  with MetricsWriter(tmp_path / 'run') as writer:
+    writer.write(1, {'train/loss': np.float32(2.5), 'train/tokens': 7})
+    writer.write(np.int32(2), {'eval/loss': 2.25})
+  assert read_lines(tmp_path / 'run') == [
+    {'step': 1, 'train/loss': 2.5, 'train/tokens': 7},
+    {'step': 2, 'eval/loss': 2.25},
+  ]
+
+
+def test_line_is_readable_as_soon_as_it_is_written(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(1, {'train/loss': 2.5})
+    assert read_lines(tmp_path) == [{'step': 1, 'train/loss': 2.5}]
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_number_that_is_not_finite_is_null(tmp_path, value):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(1, {'train/loss': value, 'train/grad_norm': 1.0})
+  assert read_lines(tmp_path) == [
+    {'step': 1, 'train/loss': None, 'train/grad_norm': 1.0}
+  ]
+
+
+def test_metrics_are_tensorboard_events(tmp_path):
+  write_steps(tmp_path, [1, 2])
+  scalars = [
+    (event.step, value.tag, value.simple_value)
+    for event in read_events(tmp_path)
+    for value in event.summary.value
+  ]
+  assert scalars == [(1, 'train/loss', 1.0), (2, 'train/loss', 0.5)]
+
+
+def test_resumed_run_holds_each_step_once(tmp_path):
+  write_steps(tmp_path, [1, 2, 3, 4, 5])
+  write_steps(tmp_path, [4, 5, 6], resume_step=3)
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  # TensorBoard drops what came before from this step on.
+  starts = [e.step for e in read_events(tmp_path) if e.HasField('session_log')]
+  assert starts[-1] == 4
+
+
+def test_torn_last_line_is_dropped(tmp_path):
+  write_steps(tmp_path, [1, 2])
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 3, "train/lo')
+  lines = metrics.read_metrics(tmp_path / 'metrics.jsonl')
+  assert [line['step'] for line in lines] == [1, 2]
+  write_steps(tmp_path, [3], resume_step=2)
+  assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 3]
+
+
+def test_fresh_run_starts_an_empty_file(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(0, {'eval/loss': 3.0})
+  write_steps(tmp_path, [1])
+  assert [line['step'] for line in read_lines(tmp_path)] == [1]
+
+
+def test_terminal_shows_a_bar():
+  screen = io.StringIO()
+  console = rich.console.Console(file=screen, force_terminal=True, width=100)
+  with progress(100, start=50, console=console) as update:
+    update(60, 2.34567, 12345.6)
+  shown = screen.getvalue()
+  assert 'step 50/100' in shown
+  assert 'loss -' in shown
+  assert 'step 60/100' in shown
+  assert 'loss 2.3457' in shown
+  assert '12,346 tokens/s' in shown
+  assert 'ETA' in shown
+
+
+def run_without_terminal(caplog, monkeypatch, steps, seconds_per_step):
+  now = 1000.0
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now)
+  caplog.set_level(logging.INFO)
+  console = rich.console.Console(file=io.StringIO(), force_terminal=False)
+  with progress(10_000, 9_000, plain_interval=30, console=console) as update:
+    for step in steps:
+      now = 1000.0 + (step - 9_000) * seconds_per_step
+      update(step, 2.34567, 12345.6)
+  assert console.file.getvalue() == ''
+  return caplog.messages
+
+
+def test_no_terminal_logs_a_line_now_and_then(caplog, monkeypatch):
+  messages = run_without_terminal(caplog, monkeypatch, range(9_001, 9_071), 1)
+  assert messages == [
+    'step 9,001/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:16:39',
+    'step 9,031/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:16:09',
+    'step 9,061/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:15:39',
+  ]
+
+
+def test_no_terminal_logs_the_end(caplog, monkeypatch):
+  messages = run_without_terminal(caplog, monkeypatch, (9_999, 10_000), 1)
+  assert messages[-1] == (
+    'step 10,000/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:00:00'
+  )
+  assert len(messages) == 2
+
+
+def test_time_left_is_unknown_before_the_first_step(caplog, monkeypatch):
+  (message,) = run_without_terminal(caplog, monkeypatch, (9_000,), 1)
+  assert message.endswith('ETA unknown')
+
+
+def plotted(tmp_path, monkeypatch, lines):
+  """Draws the lines of a run; returns the axes and the picture's header."""
+  figures = []
+  figure_class = metrics.matplotlib.figure.Figure
+
+  def remember(*args, **kwargs):
+    figures.append(figure_class(*args, **kwargs))
+    return figures[-1]
+
+  monkeypatch.setattr(metrics.matplotlib.figure, 'Figure', remember)
+  with MetricsWriter(tmp_path) as writer:
+    for step, values in lines:
+      writer.write(step, values)
+  metrics.plot_losses(tmp_path / 'metrics.jsonl', tmp_path / 'loss.png')
+  assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  return figures[0].axes[0]
+
+
+def test_plot_shows_both_losses(tmp_path, monkeypatch):
+  lines = [(step, {'train/loss': 1 / step, 'lr': 0.1}) for step in (1, 2, 3)]
+  lines.append((3, {'eval/loss': 0.5}))
+  axes = plotted(tmp_path, monkeypatch, lines)
+  curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+  assert set(curves) == {'train', 'train, smoothed', 'validation'}
+  np.testing.assert_allclose(curves['train'], [[1, 1], [2, 1 / 2], [3, 1 / 3]])
+  np.testing.assert_allclose(curves['validation'], [[3, 0.5]])
+  assert axes.get_xlabel() == 'step'
+  assert axes.get_ylabel() == 'loss (nats per token)'
+
+
+def test_plot_leaves_gaps_and_smooths_over_them(tmp_path, monkeypatch):
+  losses = np.tile([1.0, 3.0], 100)
+  losses[50] = math.nan
+  axes = plotted(
+    tmp_path,
+    monkeypatch,
+    [(step, {'train/loss': loss}) for step, loss in enumerate(losses)],
+  )
+  raw, smoothed = (line.get_ydata() for line in axes.lines)
+  np.testing.assert_array_equal(raw, losses)
+  # Two per cent of 200 are five values: the one and two to each side.
+  expected = [np.nanmean(losses[max(0, i - 2) : i + 3]) for i in range(200)]
+  np.testing.assert_allclose(smoothed, expected)
+
+
+def test_plot_of_a_run_without_losses_is_empty(tmp_path, monkeypatch):
+  axes = plotted(tmp_path, monkeypatch, [(1, {'lr': 0.1})])
+  assert len(axes.lines) == 0

@@ -1,0 +1,201 @@
+"""Pre-trains a LLaMA with GradNormLoRP: text in, a trained model out.
+
+Without options, and without network, it trains a small model on the sources of
+the running Python's standard library. Configurations for real runs are in
+configs/: choose one with --config FILE and override any field. The same command
+in the same run directory resumes where it stopped.
+
+  python train_lm.py
+  python train_lm.py --config configs/llama_60m.py --data.source 'c4/*.json.gz'
+"""
+
+import logging
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import rich.logging
+
+from gnlorp_jax import build, config, optim, results
+from gnlorp_jax.training import metrics, sharding, step
+from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
+from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.state import TrainState
+
+_logger = logging.getLogger('train_lm')
+
+
+def main(args: list[str]) -> None:
+  """Runs the command line `args`; a user's mistake ends with one message."""
+  logging.basicConfig(
+    level=logging.INFO,
+    format='%(message)s',
+    handlers=[rich.logging.RichHandler(show_path=False)],
+    force=True,  # absl has put its own handler there already.
+  )
+  for chatty in ('absl', 'jax', 'orbax'):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+  try:
+    run = build.build(config.parse(args, __doc__))
+    if run.config.dry_run:
+      sys.stdout.write(results.dry_run(run) + '\n')
+      return
+    state = train(run)
+  except ValueError as error:
+    config.exit_with_message(error)
+  results.finish(run, state)
+
+
+def train(run: build.Run) -> TrainState:
+  """Trains to the last step, or to a signal that asks to stop."""
+  settings = run.config
+  folder = pathlib.Path(settings.run_dir)
+  with (
+    Checkpointer(
+      folder / 'checkpoints', keep=settings.checkpoint_keep
+    ) as saved,
+    StopRequest() as stop,
+  ):
+    state = resume_or_start(run, saved)
+    first = int(state.step)
+    train_step = step.jit_train_step(
+      step.make_train_step(
+        run.loss_fn, run.tx, num_micro_batches=settings.micro_batches
+      ),
+      run.abstract_state,
+      run.mesh,
+    )
+    evaluate = Evaluation(run)
+    stats = jax.jit(training_stats)
+
+    def save(number: int) -> None:
+      position = run.train_batches.get_state()
+      saved.save(number, state, position, run.metadata)
+
+    with (
+      metrics.MetricsWriter(folder, first or None) as writer,
+      metrics.progress(settings.steps, first) as show_progress,
+    ):
+      if first == 0:
+        writer.write(0, evaluate(state.params))
+      clock = Clock(run)
+      for number in range(first + 1, settings.steps + 1):
+        batch = sharding.put_batch(next(run.train_batches), run.mesh)
+        state, values = train_step(state, batch)
+        is_last = number == settings.steps
+        if number % settings.log_every == 0 or is_last or number == first + 1:
+          values = {f'train/{name}': v for name, v in values.items()}
+          values |= stats(state.opt_state)
+          row = clock.row(number, jax.device_get(values))
+          writer.write(number, row)
+          show_progress(
+            number, row['train/loss'], row.get('train/tokens_per_second', 0)
+          )
+        if number % settings.eval_every == 0 or is_last:
+          writer.write(number, evaluate(state.params))
+          clock.restart(number)
+        if number % settings.checkpoint_every == 0 or is_last:
+          save(number)
+          clock.restart(number)
+        if stop.received and not is_last:
+          save(number)
+          saved.close()
+          _logger.warning(
+            '%s: saved step %d of %d in %s. The same command continues.',
+            stop.received.name,
+            number,
+            settings.steps,
+            folder,
+          )
+          raise SystemExit(128 + stop.received)
+  return state
+
+
+def resume_or_start(run: build.Run, saved: Checkpointer) -> TrainState:
+  """The newest whole checkpoint of the run directory, or a fresh state."""
+  metadata = saved.latest_metadata()
+  if metadata is None:
+    return run.new_state()
+  check_compatible(metadata, run.metadata, run.config.run_dir)
+  state, position, _ = saved.restore_latest(run.abstract_state)
+  run.train_batches.set_state(position)
+  _logger.info('Resuming %s at step %d.', run.config.run_dir, int(state.step))
+  return state
+
+
+def training_stats(opt_state: Any) -> dict[str, jax.Array]:
+  """What the optimizer did, per kernel and for all kernels together."""
+  subspaces = optim.inspect.subspace_stats(opt_state)
+  stats = {'optim/skipped_steps': optim.inspect.skipped_steps(opt_state)}
+  for field in optim.inspect.SubspaceStats._fields:
+    values = {name: getattr(s, field) for name, s in subspaces.items()}
+    stats |= {f'{field}/{name}': value for name, value in values.items()}
+    if values:
+      stats[f'{field}/low_rank'] = sum(values.values()) / len(values)
+  return stats
+
+
+class Clock:
+  """Adds to a row of metrics what follows from time and from the schedule."""
+
+  def __init__(self, run: build.Run):
+    self._run = run
+    self._state_bytes = optim.inspect.tree_bytes(run.abstract_state.opt_state)
+    self._tokens = run.config.batch_size * run.config.data.seq_len
+    self._since: tuple[int, float] | None = None  # Set after compilation.
+
+  def row(self, number: int, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The metrics of step `number`; `values` must be on the host already."""
+    row = {name: float(value) for name, value in values.items()}
+    # The schedule counts the steps that were taken, not those left out.
+    updates = number - 1 - int(row['optim/skipped_steps'])
+    row |= {
+      'train/perplexity': float(np.exp(row['train/loss'])),
+      'train/tokens': number * self._tokens,
+      'optim/learning_rate': float(self._run.schedule(updates)),
+      'optim/state_bytes': self._state_bytes,
+    }
+    now = time.perf_counter()
+    if self._since is not None and number > self._since[0]:
+      steps = number - self._since[0]
+      row |= results.speed(
+        self._run, steps * self._tokens / (now - self._since[1])
+      )
+    self._since = number, now
+    return row
+
+  def restart(self, number: int) -> None:
+    """Leaves the time since the last row out of the next one's speed."""
+    self._since = number, time.perf_counter()
+
+
+class Evaluation:
+  """Mean loss over the validation text, each token counted once."""
+
+  def __init__(self, run: build.Run):
+    self._run = run
+    self._step = step.jit_eval_step(
+      step.make_eval_step(run.loss_fn), run.abstract_state.params, run.mesh
+    )
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """Validation loss and perplexity of `params`."""
+    limit = self._run.config.eval_batches
+    batches = self._run.eval_batches()
+    sums = []
+    for number, batch in enumerate(batches):
+      if limit is not None and number >= limit:
+        break
+      placed = sharding.put_batch(batch, self._run.mesh)
+      sums.append(self._step(params, placed))
+    batches.close()
+    losses, weights = np.asarray(jax.device_get(sums), np.float64).T
+    loss = float(losses.sum() / max(weights.sum(), 1))
+    return {'eval/loss': loss, 'eval/perplexity': float(np.exp(loss))}
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
