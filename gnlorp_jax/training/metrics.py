@@ -238,7 +238,8 @@ def _series(lines, name):
 
 def _smooth(values):
   """Mean of the finite values around each: five, or 2 % of a long series."""
-  window = np.ones(2 * max(len(values) // 100, 2) + 1)
+  side = min(max(len(values) // 100, 2), (len(values) - 1) // 2)
+  window = np.ones(2 * side + 1)
   finite = np.isfinite(values)
   count = np.convolve(finite, window, mode='same')
   total = np.convolve(np.where(finite, values, 0), window, mode='same')
