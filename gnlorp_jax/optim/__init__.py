@@ -9,6 +9,7 @@ from gnlorp_jax.optim.gradnormlorp import galore as galore
 from gnlorp_jax.optim.gradnormlorp import gradnormlorp as gradnormlorp
 from gnlorp_jax.optim.inspect import format_report as format_report
 from gnlorp_jax.optim.inspect import report as report
+from gnlorp_jax.optim.kernel_axes import with_kernel_axes as with_kernel_axes
 from gnlorp_jax.optim.low_rank import LowRankState as LowRankState
 from gnlorp_jax.optim.low_rank import (
   with_low_rank_projection as with_low_rank_projection,

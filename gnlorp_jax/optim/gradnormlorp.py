@@ -13,6 +13,7 @@ from gnlorp_jax.optim.adam import (
   scale_by_adam,
 )
 from gnlorp_jax.optim.checks import check_interval
+from gnlorp_jax.optim.kernel_axes import KernelAxes, with_kernel_axes
 from gnlorp_jax.optim.labels import ParamLabels, labels
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.projections import Projection
@@ -37,6 +38,7 @@ def gradnormlorp(
   eps_mode: EpsMode = 'hf',
   weight_decay: float = 0.0,
   param_labels: ParamLabels | None = None,
+  kernel_axes: KernelAxes = (),
 ) -> optax.GradientTransformationExtraArgs:
   r"""GradNormLoRP: weight normalisation with projected directions.
 
@@ -64,6 +66,9 @@ def gradnormlorp(
     param_labels: Rules ``(regex, label)`` or what `optax.partition` takes, with
       the labels ``low_rank``, ``full``, ``frozen``; None for the defaults. See
       `labels.assign` and, for a dry run, `inspect.report`.
+    kernel_axes: Rules ``(regex, num_in, num_out)`` for kernels with more than
+      one input or output axis, such as those of Flax's attention modules; see
+      `with_kernel_axes`. Any other kernel is ``[*, in, out]``.
 
   Returns:
     A complete optimizer; its `update` needs `params`, its updates are float32.
@@ -102,7 +107,9 @@ def gradnormlorp(
   )
   full = _adam_step(learning_rate, b1, b2, eps, eps_mode, weight_decay)
   return _by_label(
-    low_rank=with_weight_norm(direction, full, norm_state=norm_state),
+    low_rank=with_kernel_axes(
+      with_weight_norm(direction, full, norm_state=norm_state), kernel_axes
+    ),
     full=full,
     param_labels=param_labels,
   )
@@ -124,6 +131,7 @@ def galore(
   weight_decay: float = 0.0,
   decay_order: DecayOrder = 'after',
   param_labels: ParamLabels | None = None,
+  kernel_axes: KernelAxes = (),
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore: Adam on projected gradients.
 
@@ -143,6 +151,7 @@ def galore(
     weight_decay: Decoupled decay of all weights, at least 0.
     decay_order: ``after`` or ``before``, see `descend`.
     param_labels: As in `gradnormlorp`.
+    kernel_axes: As in `gradnormlorp`.
 
   Returns:
     A complete optimizer; its updates are float32.
@@ -177,7 +186,11 @@ def galore(
   full = _adam_step(
     learning_rate, b1, b2, eps, eps_mode, weight_decay, decay_order
   )
-  return _by_label(low_rank=low_rank, full=full, param_labels=param_labels)
+  return _by_label(
+    low_rank=with_kernel_axes(low_rank, kernel_axes),
+    full=full,
+    param_labels=param_labels,
+  )
 
 
 def adamw(

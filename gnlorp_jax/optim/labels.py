@@ -20,6 +20,10 @@ _FULL_RANK_NAMES = re.compile(
   r'embed|head|logits|classifier|score|pooler|norm|vocab', re.IGNORECASE
 )
 
+# Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
+# under these names; a scan may stack [layers, d, d] under the same ones.
+_ATTENTION_NAMES = re.compile(r'(^|/)(query|key|value|out)/kernel$')
+
 Rules = Sequence[tuple[str, str]]
 ParamLabels = Rules | Callable[[optax.Params], Any] | Any
 
@@ -40,12 +44,19 @@ def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   """Label of a parameter that no rule speaks about.
 
   Kernels of dense layers, stacked or not, are projected; everything that is no
-  kernel, and kernels of embeddings, heads and norms, is not.
+  kernel, and kernels of embeddings, heads and norms, is not. Neither is a
+  kernel that may be a stack of matrices or one matrix with heads.
   """
   if not re.search(r'(^|/)kernel$', name):
     return Assignment('full', "default: its name does not end in 'kernel'")
   if len(shape) < 2:
     return Assignment('full', f'default: {len(shape)} axis, no matrix')
+  if len(shape) > 2 and _ATTENTION_NAMES.search(name):
+    return Assignment(
+      'full',
+      'default: a stack of matrices or an attention kernel with heads? Label '
+      'it low_rank, with kernel_axes for heads',
+    )
   special = _FULL_RANK_NAMES.search(name)
   if special:
     return Assignment('full', f'default: {special.group()!r} in its name')

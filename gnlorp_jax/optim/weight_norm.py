@@ -144,9 +144,9 @@ def with_weight_norm(
     >>> tx = with_weight_norm(optax.sgd(0.1), optax.sgd(0.1))
     >>> params = {'kernel': jnp.eye(2)}
     >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> updates['kernel']
-    Array([[-0.1,  0. ],
-           [ 0. , -0.1]], dtype=float32)
+    >>> print(np.round(updates['kernel'], 3))
+    [[-0.1  0. ]
+     [ 0.  -0.1]]
 
   References:
     Huang et al., `GradNormLoRP`, 2024, arXiv:2412.19616, weight normalisation.

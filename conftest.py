@@ -19,11 +19,14 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['MPLBACKEND'] = 'Agg'
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+SHARED = pathlib.Path(__file__).resolve().parents[1] / 'shared'
 
 
 @pytest.fixture(scope='session')
@@ -32,3 +35,9 @@ def shared():
   if not SHARED.is_dir():
     pytest.skip(f'reference data folder {SHARED} is not on this machine')
   return SHARED
+
+
+@pytest.fixture(autouse=True)
+def doctest_imports(doctest_namespace):
+  """What the examples in docstrings may use without importing it."""
+  doctest_namespace.update(jax=jax, jnp=jnp, np=np, optax=optax)
