@@ -139,7 +139,8 @@ def run(
 ) -> tuple[np.ndarray, float | None]:
   """Losses of `steps` training steps, and the eval loss after 300."""
   params = initial_params()
-  current = state.TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+  step_0, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+  current = state.TrainState(step_0, skipped, params, tx.init(params))
   train_step = jax.jit(step.make_train_step(loss_fn, tx), donate_argnums=0)
   eval_step = jax.jit(step.make_eval_step(loss_fn))
 

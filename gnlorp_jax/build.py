@@ -186,8 +186,9 @@ def optimizer(
         getattr(config, name),
         config.name,
       )
+  # The training step leaves out bad steps itself.
   tx = getattr(optim, config.name)(
-    schedule, param_labels=param_labels, **options
+    schedule, param_labels=param_labels, skip_nonfinite=False, **options
   )
   if config.clip_global_norm is None:
     return tx

@@ -14,9 +14,9 @@ from gnlorp_jax.optim.low_rank import LowRankState as LowRankState
 from gnlorp_jax.optim.low_rank import (
   with_low_rank_projection as with_low_rank_projection,
 )
+from gnlorp_jax.optim.nonfinite import skip_nonfinite as skip_nonfinite
 from gnlorp_jax.optim.projections import Projection as Projection
 from gnlorp_jax.optim.released import (
   released_gradnormlorp as released_gradnormlorp,
 )
-from gnlorp_jax.optim.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from gnlorp_jax.optim.weight_norm import with_weight_norm as with_weight_norm

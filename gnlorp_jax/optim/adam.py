@@ -113,10 +113,13 @@ def descend(
     The closing link of a chain; with decay its `update` needs `params`.
 
   Raises:
-    ValueError: If `decay_order` is unknown.
+    ValueError: If `decay_order` is unknown; at `update`, if there is decay and
+      `params` is missing.
   """
   check_choice('decay_order', decay_order, get_args(DecayOrder))
   step = optax.scale_by_learning_rate(learning_rate)
+  if isinstance(weight_decay, int | float) and weight_decay == 0:
+    return step
   if decay_order == 'before':
     return optax.chain(optax.add_decayed_weights(weight_decay), step)
   # (1 - eta lambda)(w + u) - w = u - eta (lambda (w + u)): the step itself is

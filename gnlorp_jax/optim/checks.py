@@ -1,5 +1,6 @@
 """Argument checks of the library: the value, the rule, the fix."""
 
+import numbers
 from typing import Any
 
 import optax
@@ -12,12 +13,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_int(name: str, value: int) -> None:
-  """Raises a `ValueError` unless `value` is a Python int of at least 1."""
-  if not isinstance(value, int):
+  """Raises a `ValueError` unless `value` is an integer of at least 1."""
+  if not isinstance(value, numbers.Integral) or isinstance(value, bool):
     raise ValueError(
-      f'{name} must be a Python int, got {value!r}: it fixes shapes or the '
-      "program. With optax.inject_hyperparams, list it in static_args=('rank', "
-      "'update_proj_gap')."
+      f'{name} must be an integer known at build time, got {value!r}: it fixes '
+      'shapes or the program. With optax.inject_hyperparams, list it in '
+      "static_args=('rank', 'update_proj_gap')."
     )
   if value < 1:
     raise ValueError(f'{name} must be at least 1, got {value}.')

@@ -4,8 +4,14 @@ Every alias labels the parameters (`labels`), treats each group with its own
 chain, and steps over gradients that are not finite.
 """
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import optax
 
+from gnlorp_jax.optim import nonfinite
 from gnlorp_jax.optim.adam import (
   DecayOrder,
   EpsMode,
@@ -17,9 +23,10 @@ from gnlorp_jax.optim.kernel_axes import KernelAxes, with_kernel_axes
 from gnlorp_jax.optim.labels import ParamLabels, labels
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.projections import Projection
-from gnlorp_jax.optim.skip_nonfinite import skip_nonfinite
 from gnlorp_jax.optim.subspace import Side
 from gnlorp_jax.optim.weight_norm import NormState, with_weight_norm
+
+_logger = logging.getLogger(__name__)
 
 
 def gradnormlorp(
@@ -39,6 +46,7 @@ def gradnormlorp(
   weight_decay: float = 0.0,
   param_labels: ParamLabels | None = None,
   kernel_axes: KernelAxes = (),
+  skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   r"""GradNormLoRP: weight normalisation with projected directions.
 
@@ -69,6 +77,9 @@ def gradnormlorp(
     kernel_axes: Rules ``(regex, num_in, num_out)`` for kernels with more than
       one input or output axis, such as those of Flax's attention modules; see
       `with_kernel_axes`. Any other kernel is ``[*, in, out]``.
+    skip_nonfinite: Leave out and count the steps whose gradients are not
+      finite. False where the training step does so around the whole update,
+      which needs less memory; see `skip_nonfinite`.
 
   Returns:
     A complete optimizer; its `update` needs `params`, its updates are float32.
@@ -106,13 +117,13 @@ def gradnormlorp(
     descend(learning_rate),
   )
   full = _adam_step(learning_rate, b1, b2, eps, eps_mode, weight_decay)
-  return _by_label(
-    low_rank=with_kernel_axes(
-      with_weight_norm(direction, full, norm_state=norm_state), kernel_axes
-    ),
-    full=full,
-    param_labels=param_labels,
+  low_rank = with_weight_norm(direction, full, norm_state=norm_state)
+  tx = _by_label(
+    with_kernel_axes(low_rank, kernel_axes),
+    full,
+    _low_rank_labels(param_labels),
   )
+  return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
 
 
 def galore(
@@ -132,6 +143,7 @@ def galore(
   decay_order: DecayOrder = 'after',
   param_labels: ParamLabels | None = None,
   kernel_axes: KernelAxes = (),
+  skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore: Adam on projected gradients.
 
@@ -152,6 +164,7 @@ def galore(
     decay_order: ``after`` or ``before``, see `descend`.
     param_labels: As in `gradnormlorp`.
     kernel_axes: As in `gradnormlorp`.
+    skip_nonfinite: As in `gradnormlorp`.
 
   Returns:
     A complete optimizer; its updates are float32.
@@ -186,11 +199,12 @@ def galore(
   full = _adam_step(
     learning_rate, b1, b2, eps, eps_mode, weight_decay, decay_order
   )
-  return _by_label(
-    low_rank=with_kernel_axes(low_rank, kernel_axes),
-    full=full,
-    param_labels=param_labels,
+  tx = _by_label(
+    with_kernel_axes(low_rank, kernel_axes),
+    full,
+    _low_rank_labels(param_labels),
   )
+  return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
 
 
 def adamw(
@@ -203,6 +217,7 @@ def adamw(
   weight_decay: float = 0.0,
   decay_order: DecayOrder = 'before',
   param_labels: ParamLabels | None = None,
+  skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW on every parameter, with float32 moments: the full-rank baseline.
 
@@ -215,6 +230,7 @@ def adamw(
     weight_decay: Decoupled decay of all weights, at least 0.
     decay_order: ``before`` or ``after``, see `descend`.
     param_labels: As in `gradnormlorp`; ``low_rank`` is treated as ``full``.
+    skip_nonfinite: As in `gradnormlorp`.
 
   Returns:
     A complete optimizer; its updates are float32.
@@ -232,7 +248,8 @@ def adamw(
   full = _adam_step(
     learning_rate, b1, b2, eps, eps_mode, weight_decay, decay_order
   )
-  return _by_label(low_rank=full, full=full, param_labels=param_labels)
+  tx = _by_label(full, full, labels(param_labels))
+  return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
 
 
 def _adam_step(
@@ -258,7 +275,7 @@ def _adam_step(
 def _by_label(
   low_rank: optax.GradientTransformation,
   full: optax.GradientTransformation,
-  param_labels: ParamLabels | None,
+  label_fn: Callable[[optax.Params], Any],
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of all parameters from that of each label."""
   transforms = {
@@ -266,4 +283,23 @@ def _by_label(
     'full': full,
     'frozen': optax.set_to_zero(),
   }
-  return skip_nonfinite(optax.partition(transforms, labels(param_labels)))
+  return optax.partition(transforms, label_fn)
+
+
+def _low_rank_labels(
+  param_labels: ParamLabels | None,
+) -> Callable[[optax.Params], Any]:
+  """`labels`, with a warning where it leaves nothing to be projected."""
+  plain = labels(param_labels)
+
+  def label_fn(params: optax.Params) -> Any:
+    tree = plain(params)
+    found = jax.tree.leaves(tree)
+    if found and 'low_rank' not in found:
+      _logger.warning(
+        'No parameter is labelled low_rank: rank has no effect, and this is '
+        'plain Adam. See param_labels, and report() for the reasons.'
+      )
+    return tree
+
+  return label_fn

@@ -14,7 +14,7 @@ import optax
 
 from gnlorp_jax.optim import labels
 from gnlorp_jax.optim.low_rank import LowRankState
-from gnlorp_jax.optim.skip_nonfinite import SkipNonfiniteState
+from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.subspace import Subspace
 
 # Fields of optimizer states, and what a person calls them.

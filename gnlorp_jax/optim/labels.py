@@ -17,7 +17,9 @@ LABELS = ('low_rank', 'full', 'frozen')
 # Kernels that stay full-rank by default. Their gradients are sparse over rows
 # (embeddings) or over classes (heads), and published runs do not project them.
 _FULL_RANK_NAMES = re.compile(
-  r'embed|head|logits|classifier|score|pooler|norm|vocab', re.IGNORECASE
+  r'(?<![^/])(\w*embed\w*|lm_head|head|logits|classifier|score|pooler'
+  r'|\w*norm\w*|vocab)(?![^/])',
+  re.IGNORECASE,
 )
 
 # Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
@@ -45,17 +47,19 @@ def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
 
   Kernels of dense layers, stacked or not, are projected; everything that is no
   kernel, and kernels of embeddings, heads and norms, is not. Neither is a
-  kernel that may be a stack of matrices or one matrix with heads.
+  kernel that may be a stack of matrices or one matrix with several axes in or
+  out, as those of convolutions and of attention with heads.
   """
-  if not re.search(r'(^|/)kernel$', name):
+  # Flax's boxed parameters end in `/value`.
+  if not re.search(r'(^|/)kernel(/value)?$', name):
     return Assignment('full', "default: its name does not end in 'kernel'")
   if len(shape) < 2:
     return Assignment('full', f'default: {len(shape)} axis, no matrix')
-  if len(shape) > 2 and _ATTENTION_NAMES.search(name):
+  if len(shape) > 3 or (len(shape) == 3 and _ATTENTION_NAMES.search(name)):
     return Assignment(
       'full',
-      'default: a stack of matrices or an attention kernel with heads? Label '
-      'it low_rank, with kernel_axes for heads',
+      f'default: {len(shape)} axes may be a stack of matrices or one with '
+      'several axes in or out; label it, and give kernel_axes for the latter',
     )
   special = _FULL_RANK_NAMES.search(name)
   if special:

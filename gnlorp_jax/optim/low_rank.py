@@ -62,7 +62,8 @@ def with_low_rank_projection(
 
   Args:
     inner: Transformation of the projected gradients; it sees no parameters.
-    rank: :math:`r`, at least 1; clipped to a matrix's shorter axis (logged).
+    rank: :math:`r`, at least 1; clipped to a matrix's shorter axis, with a
+      warning in the log.
     update_proj_gap: :math:`T`, steps between two refreshes of a basis, >= 1.
     scale: :math:`\alpha`, multiplies the expanded update.
     projection: Name of a module of `projections`, or a `Projection`.
@@ -75,8 +76,9 @@ def with_low_rank_projection(
     A transformation whose updates are float32, shaped like the gradients.
 
   Raises:
-    ValueError: If `rank` or `update_proj_gap` is below 1 or no Python int, if
-      `side` or `projection` is unknown, or if a leaf has fewer than two axes.
+    ValueError: If `rank` or `update_proj_gap` is below 1 or no integer, if
+      `side` or `projection` is unknown, or, at `init`, if a leaf has fewer than
+      two axes.
 
   Examples:
     >>> tx = with_low_rank_projection(optax.scale_by_adam(), rank=2)
@@ -96,9 +98,7 @@ def with_low_rank_projection(
   check_int('rank', rank)
   check_int('update_proj_gap', update_proj_gap)
   check_choice('side', side, get_args(Side))
-  if isinstance(projection, str):
-    projection = projections.get(projection)
-  method: Projection = projection
+  method = _as_projection(projection)
   inner_tx = optax.with_extra_args_support(inner)
 
   def init_subspace(path: Any, param: jax.Array) -> Subspace:
@@ -163,6 +163,18 @@ def with_low_rank_projection(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _as_projection(projection: str | Projection) -> Projection:
+  """`projection`, looked up if it is a name."""
+  if isinstance(projection, str):
+    return projections.get(projection)
+  if not isinstance(projection, Projection):
+    raise ValueError(
+      f'projection must be a Projection or one of {projections.names()}, got '
+      f'{projection!r}.'
+    )
+  return projection
+
+
 def _turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
   """The shape of ``toward(x, axis)`` for x of `shape`."""
   *stack, n_in, n_out = shape
@@ -178,7 +190,7 @@ def _effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
     )
   shorter = min(shape[-2:])
   if rank > shorter:
-    _logger.info(
+    _logger.warning(
       'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
       'compresses nothing on that axis.',
       rank,

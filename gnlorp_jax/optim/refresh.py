@@ -6,7 +6,6 @@ Shape suffixes in this file:
 Leading axes of a kernel stack matrices; inside they are flattened to one, [s].
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -102,13 +101,15 @@ def _refit(
     for axis, b in old.basis.items()
   }
   low = project(grad_IO, basis, projection)
+  energy = (_matrix_norm(low) / jnp.maximum(_matrix_norm(grad_IO), 1e-30)) ** 2
   fitted = Subspace(
     basis=basis,
     refresh_count=old.refresh_count + 1,
     overlap=_overlap(old.basis, basis, projection, low.shape[-1]),
-    energy=(_matrix_norm(low) / jnp.maximum(_matrix_norm(grad_IO), 1e-30)) ** 2,
+    energy=energy,
   )
-  return _where(usable, fitted, old)
+  # A factorisation that failed shows in the energy.
+  return _where(usable & jnp.isfinite(energy), fitted, old)
 
 
 def _where(condition_s: jax.Array, x: Subspace, y: Subspace) -> Subspace:
@@ -130,8 +131,12 @@ def refresh_due(
   """Refits what is due of a leaf: nothing, one block, or the first bases.
 
   A matrix whose first basis is still missing (its gradient was zero until now)
-  gets it at its first usable gradient. `lax.switch` stands outside of any
-  vmap: under one it would compute all branches at every step.
+  gets it at its first usable gradient.
+
+  The matrices are refitted one after the other in a loop of as many rounds as
+  needed, mostly none. A loop updates its carry in place, where the branches of
+  a `lax.cond` around the whole stack would each return a copy of it (and under
+  a vmap would be computed at every step).
 
   Args:
     grad_IO: Gradient of the leaf, ``[*, in, out]``.
@@ -153,6 +158,7 @@ def refresh_due(
 
   grad_IO, old = flatten(grad_IO), jax.tree.map(flatten, old)
   is_due, start = schedule.due(count)
+  end = start + jnp.where(is_due, schedule.block, 0)
   unset = old.refresh_count == 0
   pending = jax.lax.cond(
     jnp.any(unset),
@@ -160,25 +166,18 @@ def refresh_due(
     lambda: False,
   )
 
-  def keep() -> Subspace:
-    return old
+  def refit(i: jax.Array, subspace: Subspace) -> Subspace:
+    def part(x: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(x, i, 1)
 
-  def block() -> Subspace:
-    part = functools.partial(
-      jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=schedule.block
-    )
-    put = functools.partial(
-      jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0
-    )
-    new = _refit(part(grad_IO), jax.tree.map(part, old), count, projection)
-    return jax.tree.map(put, old, new)
+    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_update_slice_in_dim(x, new, i, 0)
 
-  def first() -> Subspace:
-    index = jnp.arange(schedule.stack)
-    in_block = (index >= start) & (index < start + schedule.block)
-    new = _refit(grad_IO, old, count, projection)
-    return _where(unset | (is_due & in_block), new, old)
+    mine = jax.tree.map(part, subspace)
+    wanted = (mine.refresh_count == 0) | ((i >= start) & (i < end))
+    new = _where(wanted, _refit(part(grad_IO), mine, count, projection), mine)
+    return jax.tree.map(put, subspace, new)
 
-  branch = jnp.where(pending, 2, is_due.astype(jnp.int32))
-  new = jax.lax.switch(branch, (keep, block, first))
-  return jax.tree.map(restore, new)
+  first = jnp.where(pending, 0, start)
+  last = jnp.where(pending, schedule.stack, end)
+  return jax.tree.map(restore, jax.lax.fori_loop(first, last, refit, old))

@@ -66,6 +66,9 @@ def with_released_weight_norm(
   Returns:
     A transformation whose updates are float32; its `update` needs `params`.
 
+  Raises:
+    ValueError: At `update`, if `params` is missing.
+
   References:
     The public PyTorch code of arXiv:2412.19616.
   """
@@ -146,6 +149,9 @@ def released_gradnormlorp(
 
   Returns:
     A complete optimizer; its updates are float32.
+
+  Raises:
+    ValueError: As `with_low_rank_projection`, `scale_by_adam` and `descend`.
 
   Examples:
     >>> tx = released_gradnormlorp(1e-2, rank=2)

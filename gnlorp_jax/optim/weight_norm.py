@@ -29,76 +29,59 @@ def column_norm(x_IO: jax.Array) -> jax.Array:
   return jnp.linalg.norm(x_IO.astype(jnp.float32), axis=-2, keepdims=True)
 
 
-def decompose(w_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Magnitude and unit direction of a kernel.
-
-  Args:
-    w_IO: Kernel, ``[*, in, out]``.
-
-  Returns:
-    ``g``, ``[*, 1, out]``, and ``u = W / g``, ``[*, in, out]``, both float32;
-    a zero column has g = 0 and u = 0.
-  """
-  g_1O = column_norm(w_IO)
-  return g_1O, w_IO.astype(jnp.float32) / jnp.where(g_1O > 0, g_1O, 1)
-
-
 def recompose(g_1O: jax.Array, v_IO: jax.Array) -> jax.Array:
   """The kernel ``W = g v / |v|``; where ``|v| = 0`` it is 0."""
   norm_1O = column_norm(v_IO)
   return v_IO * (g_1O / jnp.where(norm_1O > 0, norm_1O, 1))
 
 
+class Parts(NamedTuple):
+  """A kernel's g and v with their gradients, all float32."""
+
+  g_1O: jax.Array  # [*, 1, out]
+  v_IO: jax.Array  # [*, in, out]
+  dg_1O: jax.Array  # [*, 1, out]
+  dv_IO: jax.Array  # [*, in, out]
+
+
 def pull_back(
-  grad_IO: jax.Array, g_1O: jax.Array, u_IO: jax.Array, v_norm_1O: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  r"""Gradients of g and v from the gradient of W.
+  grad_IO: jax.Array, w_IO: jax.Array, v_norm_1O: jax.Array | None = None
+) -> Parts:
+  r"""Decomposes a kernel, and its gradient into those of g and v.
+
+  With :math:`u = W / g`,
 
   .. math::
     \partial g = \langle \partial W, u \rangle, \qquad
     \partial v = \frac{g}{|v|} (\partial W - u \, \partial g)
 
+  u is never formed: all but W and its gradient is one number per output unit.
   A zero column has no direction yet: its v receives the gradient of W itself.
 
   Args:
     grad_IO: :math:`\partial W`, ``[*, in, out]``, any floating dtype.
-    g_1O: Magnitudes, ``[*, 1, out]``.
-    u_IO: Unit directions, ``[*, in, out]``.
-    v_norm_1O: :math:`|v|`, ``[*, 1, out]``.
+    w_IO: Kernel, ``[*, in, out]``, any floating dtype.
+    v_norm_1O: :math:`|v|`, ``[*, 1, out]``; None where it equals g, so that
+      v is W.
 
   Returns:
-    :math:`\partial g`, ``[*, 1, out]``, and :math:`\partial v`, ``[*, in,
-    out]``, float32.
+    g, v and their gradients.
 
   References:
     Salimans & Kingma, `Weight Normalization`, 2016, arXiv:1602.07868, eq. 3.
   """
-  grad_IO = grad_IO.astype(jnp.float32)
-  dg_1O = jnp.sum(grad_IO * u_IO, axis=-2, keepdims=True)
-  ratio_1O = jnp.where(g_1O > 0, g_1O / jnp.where(g_1O > 0, v_norm_1O, 1), 1)
-  return dg_1O, ratio_1O * (grad_IO - u_IO * dg_1O)
-
-
-class _Parts(NamedTuple):
-  """A kernel's g and v with their gradients, all float32."""
-
-  g_1O: jax.Array
-  v_IO: jax.Array
-  dg_1O: jax.Array
-  dv_IO: jax.Array
-
-
-def _split(
-  grad_IO: jax.Array, w_IO: jax.Array, v_norm_1O: jax.Array | None = None
-) -> _Parts:
-  """Decomposes a kernel and its gradient; |v| = g unless it is given."""
-  g_1O, u_IO = decompose(w_IO)
+  grad_IO, w_IO = grad_IO.astype(jnp.float32), w_IO.astype(jnp.float32)
+  g_1O = column_norm(w_IO)
+  inverse_1O = jnp.where(g_1O > 0, 1 / jnp.where(g_1O > 0, g_1O, 1), 0)
+  dg_1O = jnp.sum(grad_IO * w_IO, axis=-2, keepdims=True) * inverse_1O
+  tangent_IO = grad_IO - w_IO * (dg_1O * inverse_1O)
   if v_norm_1O is None:
-    v_norm_1O = g_1O
-  # A zero column, or one that was zero when its length was recorded.
+    return Parts(g_1O, w_IO, dg_1O, tangent_IO)
+  # |v| on record is 0 for a column that was zero then; both may be zero now.
   v_norm_1O = jnp.where(v_norm_1O > 0, v_norm_1O, g_1O)
-  dg_1O, dv_IO = pull_back(grad_IO, g_1O, u_IO, v_norm_1O)
-  return _Parts(g_1O, u_IO * v_norm_1O, dg_1O, dv_IO)
+  ratio_1O = jnp.where(g_1O > 0, g_1O / jnp.where(g_1O > 0, v_norm_1O, 1), 1)
+  v_IO = w_IO * (v_norm_1O * inverse_1O)
+  return Parts(g_1O, v_IO, dg_1O, ratio_1O * tangent_IO)
 
 
 def _change(
@@ -175,13 +158,13 @@ def with_weight_norm(
   ) -> tuple[optax.Updates, WeightNormState]:
     check_params(params)
     if state.v_norm is None:
-      parts = jax.tree.map(_split, updates, params)
+      parts = jax.tree.map(pull_back, updates, params)
     else:
-      parts = jax.tree.map(_split, updates, params, state.v_norm)
+      parts = jax.tree.map(pull_back, updates, params, state.v_norm)
 
     def part(index: int) -> optax.Params:
       return jax.tree.map(
-        lambda p: p[index], parts, is_leaf=lambda p: isinstance(p, _Parts)
+        lambda p: p[index], parts, is_leaf=lambda p: isinstance(p, Parts)
       )
 
     g, v, dg, dv = map(part, range(4))

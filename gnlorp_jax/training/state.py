@@ -14,7 +14,8 @@ from gnlorp_jax.training import sharding
 class TrainState(NamedTuple):
   """Everything a step reads and replaces."""
 
-  step: jax.Array  # int32 scalar: the number of steps taken.
+  step: jax.Array  # int32 scalar: the number of batches seen.
+  skipped: jax.Array  # int32 scalar: how many of them changed nothing.
   params: Any  # Pytree of floating-point arrays.
   opt_state: Any  # What the optimizer's `init` returned.
 
@@ -93,7 +94,8 @@ def from_params(
   params = jax.device_put(params, target.params, may_alias=False)
   opt_state = jax.jit(tx.init, out_shardings=target.opt_state)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), target.step)
-  return TrainState(step, params, opt_state)
+  skipped = jax.device_put(jnp.zeros((), jnp.int32), target.skipped)
+  return TrainState(step, skipped, params, opt_state)
 
 
 def shardings(state: TrainState) -> TrainState:
@@ -104,6 +106,11 @@ def shardings(state: TrainState) -> TrainState:
 def _initialiser(init_fn, tx):
   def init(key):
     params = init_fn(key)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(
+      jnp.zeros((), jnp.int32),
+      jnp.zeros((), jnp.int32),
+      params,
+      tx.init(params),
+    )
 
   return init

@@ -30,6 +30,11 @@ def make_train_step(
   float32, and divide once: they save memory and change nothing else, however
   unevenly the weights are spread over them.
 
+  A step whose gradient has a norm that is not finite is left out: parameters
+  and optimizer state stay, and `TrainState.skipped` counts it. One `lax.cond`
+  around the update and its addition costs no memory; inside `tx` it would keep
+  all updates at once, so give a `tx` without a guard of its own.
+
   Args:
     loss_fn: Maps parameters and a batch to the weighted sum of the losses and
       the sum of the weights, float32 scalars.
@@ -43,8 +48,8 @@ def make_train_step(
     A pure function ``(state, batch) -> (state, metrics)``. Metrics are float32
     scalars: ``loss`` (the weighted mean), ``weight_sum``, and the global norms
     ``grad_norm`` (as `tx` receives it), ``update_norm`` (as `tx` returns it)
-    and ``weight_norm`` (of the new parameters). A batch whose weights are all
-    0 has loss 0 and gradient 0.
+    and ``weight_norm`` (of the new parameters), and ``skipped_steps``, int32. A
+    batch whose weights are all 0 has loss 0 and gradient 0.
 
   Raises:
     ValueError: If `num_micro_batches` is less than 1.
@@ -65,16 +70,28 @@ def make_train_step(
       grad_sums,
       state.params,
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    grad_norm = _global_norm(grads)
+
+    def update():
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      return params, opt_state, _global_norm(updates)
+
+    def skip():
+      return state.params, state.opt_state, jnp.zeros((), jnp.float32)
+
+    is_finite = jnp.isfinite(grad_norm)
+    params, opt_state, update_norm = jax.lax.cond(is_finite, update, skip)
+    skipped = state.skipped + jnp.where(is_finite, 0, 1)
     metrics = {
       'loss': loss_sum / divisor,
       'weight_sum': weight_sum,
-      'grad_norm': _global_norm(grads),
-      'update_norm': _global_norm(updates),
+      'grad_norm': grad_norm,
+      'update_norm': update_norm,
       'weight_norm': _global_norm(params),
+      'skipped_steps': skipped,
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, skipped, params, opt_state), metrics
 
   return train_step
 

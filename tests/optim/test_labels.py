@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gnlorp_jax.optim.labels import assign, labels
+from gnlorp_jax.optim.labels import assign, default_assignment, labels
 
 PARAMS = {
   'embed': {'embedding': jnp.zeros((10, 4))},
@@ -39,9 +39,26 @@ def test_default_projects_kernels_but_not_heads(path, label):
   assert label_of(path) == label
 
 
+@pytest.mark.parametrize(
+  ('name', 'shape', 'label'),
+  [
+    ('MultiHeadAttention_0/q_proj/kernel', (2, 4, 4), 'low_rank'),
+    ('head/kernel', (4, 4), 'full'),
+    ('word_embeddings/kernel', (4, 4), 'full'),
+    ('LayerNorm_0/kernel', (4, 4), 'full'),
+    ('dense/kernel/value', (4, 4), 'low_rank'),  # A boxed parameter.
+    ('attn/query/kernel', (4, 2, 2), 'full'),  # Heads, or a stack?
+    ('conv/kernel', (3, 3, 4, 8), 'full'),
+    ('kernel', (4, 4), 'low_rank'),
+  ],
+)
+def test_default_reads_whole_names_and_shapes(name, shape, label):
+  assert default_assignment(name, shape).label == label
+
+
 def test_default_gives_reasons():
   found = assign(PARAMS)
-  assert found['lm_head']['kernel'].reason == "default: 'head' in its name"
+  assert found['lm_head']['kernel'].reason == ("default: 'lm_head' in its name")
   assert found['dense']['bias'].reason == (
     "default: its name does not end in 'kernel'"
   )

@@ -43,7 +43,8 @@ def linear_loss(params, batch):
 
 def linear_state(p, tx):
   params = {'p': jnp.asarray(p)}
-  return state_lib.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+  step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+  return state_lib.TrainState(step, skipped, params, tx.init(params))
 
 
 def test_step_equals_optax_by_hand(tiny_lm):

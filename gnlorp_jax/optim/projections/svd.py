@@ -110,10 +110,11 @@ def top_eigenvectors(grad_MN: jax.Array, basis_NR: jax.Array) -> jax.Array:
   """
   m, n = grad_MN.shape[-2:]
   rank = basis_NR.shape[-1]
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if n <= m:
-    _, vectors_NN = jnp.linalg.eigh(grad_MN.mT @ grad_MN)
+    _, vectors_NN = jnp.linalg.eigh(matmul(grad_MN.mT, grad_MN))
     return normalise_signs(vectors_NN[..., ::-1][..., :rank])
-  _, vectors_MM = jnp.linalg.eigh(grad_MN @ grad_MN.mT)
+  _, vectors_MM = jnp.linalg.eigh(matmul(grad_MN, grad_MN.mT))
   left_MR = vectors_MM[..., ::-1][..., :rank]
   return normalise_signs(orthonormalise(grad_MN.mT @ left_MR, basis_NR))
 
@@ -182,7 +183,10 @@ def cholesky_qr(columns_NR: jax.Array, *, shifted: bool) -> jax.Array:
   rank = columns_NR.shape[-1]
   shift = 4 * EPS * rank if shifted else 0.0
   eye_RR = jnp.eye(rank, dtype=columns_NR.dtype)
-  gram_RR = columns_NR.mT @ columns_NR
+  # The default precision is TF32 or bfloat16 on some accelerators, far above
+  # the shift; this product and the last one decide what orthonormal means.
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  gram_RR = matmul(columns_NR.mT, columns_NR)
   eye_RR = jnp.broadcast_to(eye_RR, gram_RR.shape)
   lower_RR = jnp.linalg.cholesky(gram_RR + shift * eye_RR)
   inverse_RR = jax.lax.linalg.triangular_solve(
@@ -191,7 +195,7 @@ def cholesky_qr(columns_NR: jax.Array, *, shifted: bool) -> jax.Array:
     left_side=True,
     lower=True,
   )
-  return columns_NR @ inverse_RR.mT
+  return matmul(columns_NR, inverse_RR.mT)
 
 
 def unit_scale(x_MN: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gnlorp_jax.optim.skip_nonfinite import skip_nonfinite
+from gnlorp_jax.optim.nonfinite import skip_nonfinite
 
 
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
