@@ -125,7 +125,8 @@ def export(run: Run, params: Any, folder: pathlib.Path) -> None:
 def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
   """The run in numbers: losses, speed, memory."""
   rows = metrics.read_metrics(metrics_path)
-  evals = [row['eval/loss'] for row in rows if 'eval/loss' in row]
+  # A number that was not finite is None in a row, and stays None here.
+  evals = [row for row in rows if 'eval/loss' in row]
   speeds = [
     row['train/tokens_per_second']
     for row in rows
@@ -137,9 +138,9 @@ def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
       leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)
     ),
     'steps': run.config.steps,
-    'first_eval_loss': evals[0],
-    'last_eval_loss': evals[-1],
-    'last_eval_perplexity': float(np.exp(evals[-1])),
+    'first_eval_loss': evals[0]['eval/loss'],
+    'last_eval_loss': evals[-1]['eval/loss'],
+    'last_eval_perplexity': evals[-1]['eval/perplexity'],
     'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
     'memory_bytes': memory(run),
     'device': jax.devices()[0].device_kind,
@@ -171,11 +172,16 @@ def show(run: Run, summary: dict[str, Any], sample: str) -> None:
     console.print(sample, markup=False, highlight=False)
     console.rule()
   first, last = summary['first_eval_loss'], summary['last_eval_loss']
+  if first is None or last is None:
+    outcome = 'The validation loss is not finite.'
+  else:
+    outcome = (
+      f'Validation loss {first:.3f} -> {last:.3f} '
+      f'({1 - last / first:.0%} lower), perplexity '
+      f'{summary["last_eval_perplexity"]:.1f}.'
+    )
   console.print(
-    f'Validation loss {first:.3f} -> {last:.3f} '
-    f'({1 - last / first:.0%} lower), perplexity '
-    f'{summary["last_eval_perplexity"]:.1f}. '
-    f'Plot, sample, metrics and the Hugging Face export (hf/) are in '
+    f'{outcome} Plot, sample, metrics and the Hugging Face export (hf/) are in '
     f'{run.config.run_dir}.',
     highlight=False,
   )

@@ -31,9 +31,9 @@ def make_train_step(
   unevenly the weights are spread over them.
 
   A step whose gradient has a norm that is not finite is left out: parameters
-  and optimizer state stay, and `TrainState.skipped` counts it. One `lax.cond`
-  around the update and its addition costs no memory; inside `tx` it would keep
-  all updates at once, so give a `tx` without a guard of its own.
+  and optimizer state stay, and `TrainState.skipped` counts it. The `lax.cond`
+  spans the update and its addition; a guard inside `tx` would have to hold all
+  updates at once, so give a `tx` without one.
 
   Args:
     loss_fn: Maps parameters and a batch to the weighted sum of the losses and

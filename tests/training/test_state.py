@@ -104,7 +104,7 @@ def test_given_params_on_one_device_survive_donation(tiny_lm):
 
 
 def test_uncovered_state_is_an_error(tiny_lm, mesh):
-  rules = (('^params/', sharding.replicate), ('^step$', sharding.replicate))
+  rules = (('^params/', sharding.replicate), ('^s', sharding.replicate))
   with pytest.raises(ValueError, match=r"covers \['opt_state/0/count'"):
     state_lib.create(
       tiny_lm.init, optax.adamw(1e-3), jax.random.key(0), mesh, rules

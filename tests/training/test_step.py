@@ -147,6 +147,7 @@ def test_state_keeps_its_dtypes(num_micro_batches):
   )
   new_state, metrics = jax.eval_shape(train_step, state, batch)
   chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+  assert metrics.pop('skipped_steps').dtype == jnp.int32
   assert {metric.dtype for metric in metrics.values()} == {jnp.dtype('float32')}
 
 
@@ -160,6 +161,22 @@ def test_batch_without_weight_changes_nothing(num_micro_batches):
   state, metrics = train_step(linear_state(np.ones(3, np.float32), tx), batch)
   np.testing.assert_array_equal(state.params['p'], 1)
   assert metrics['loss'] == metrics['grad_norm'] == 0
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+def test_step_without_a_finite_gradient_is_left_out_and_counted(bad):
+  tx = optax.adam(0.1)
+  train_step = jax.jit(step.make_train_step(linear_loss, tx))
+  good = {'inputs': jnp.ones((2, 3)), 'weights': jnp.ones(2)}
+  poisoned = {**good, 'inputs': good['inputs'].at[0, 1].set(bad)}
+  before, _ = train_step(linear_state(np.ones(3, np.float32), tx), good)
+  after, metrics = train_step(before, poisoned)
+  chex.assert_trees_all_equal(after.params, before.params)
+  chex.assert_trees_all_equal(after.opt_state, before.opt_state)
+  assert (int(after.step), int(after.skipped)) == (2, 1)
+  assert metrics['skipped_steps'] == 1 and metrics['update_norm'] == 0
+  _, metrics = train_step(after, good)
+  assert metrics['skipped_steps'] == 1 and metrics['update_norm'] > 0
 
 
 def test_second_call_does_not_recompile(tiny_lm):
