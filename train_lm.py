@@ -9,6 +9,12 @@ in the same run directory resumes where it stopped.
   python train_lm.py --config configs/llama_60m.py --data.source 'c4/*.json.gz'
 """
 
+import os
+
+# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
+# XLA's own: the small factorisations of a refresh took a hundred times as long.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
 import logging
 import pathlib
 import sys
@@ -43,10 +49,9 @@ def main(args: list[str]) -> None:
     if run.config.dry_run:
       sys.stdout.write(results.dry_run(run) + '\n')
       return
-    state = train(run)
-  except ValueError as error:
+    results.finish(run, train(run))
+  except (ValueError, OSError) as error:
     config.exit_with_message(error)
-  results.finish(run, state)
 
 
 def train(run: build.Run) -> TrainState:
@@ -86,7 +91,9 @@ def train(run: build.Run) -> TrainState:
         batch = sharding.put_batch(next(run.train_batches), run.mesh)
         state, values = train_step(state, batch)
         is_last = number == settings.steps
-        if number % settings.log_every == 0 or is_last or number == first + 1:
+        # Not the first step after a resume: an interrupted run and a whole one
+        # leave the same rows.
+        if number % settings.log_every == 0 or is_last or number == 1:
           values = {f'train/{name}': v for name, v in values.items()}
           values |= stats(state.opt_state)
           row = clock.row(number, jax.device_get(values))
@@ -129,7 +136,7 @@ def resume_or_start(run: build.Run, saved: Checkpointer) -> TrainState:
 def training_stats(opt_state: Any) -> dict[str, jax.Array]:
   """What the optimizer did, per kernel and for all kernels together."""
   subspaces = optim.inspect.subspace_stats(opt_state)
-  stats = {'optim/skipped_steps': optim.inspect.skipped_steps(opt_state)}
+  stats = {}
   for field in optim.inspect.SubspaceStats._fields:
     values = {name: getattr(s, field) for name, s in subspaces.items()}
     stats |= {f'{field}/{name}': value for name, value in values.items()}
@@ -151,7 +158,7 @@ class Clock:
     """The metrics of step `number`; `values` must be on the host already."""
     row = {name: float(value) for name, value in values.items()}
     # The schedule counts the steps that were taken, not those left out.
-    updates = number - 1 - int(row['optim/skipped_steps'])
+    updates = number - 1 - int(row['train/skipped_steps'])
     row |= {
       'train/perplexity': float(np.exp(row['train/loss'])),
       'train/tokens': number * self._tokens,
