@@ -12,6 +12,7 @@ takes about 40 minutes on two CPU cores.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
@@ -24,7 +25,7 @@ import matplotlib.figure
 from gnlorp_jax.training import metrics
 
 LEARNING_RATES = {
-  'adamw': (2e-3, 4e-3, 1e-3),
+  'adamw': (2e-3, 4e-3, 1e-3, 8e-3),
   'galore': (1e-2, 2e-2, 5e-3),
   'gradnormlorp': (1e-2, 2e-2, 5e-3),
 }
@@ -124,9 +125,9 @@ def main() -> None:
   rows = json.loads(args.output.read_text()) if args.output.exists() else []
   done = {(row['optimizer'], row['learning_rate']) for row in rows}
   # The likeliest value of each optimizer first: a partial result is of use.
-  for rates in zip(*LEARNING_RATES.values(), strict=True):
+  for rates in itertools.zip_longest(*LEARNING_RATES.values()):
     for name, rate in zip(LEARNING_RATES, rates, strict=True):
-      if (name, rate) in done:
+      if rate is None or (name, rate) in done:
         continue
       rows.append(run(name, rate, args))
       args.output.parent.mkdir(parents=True, exist_ok=True)
