@@ -153,7 +153,7 @@ class TrainConfig:
   run_dir: str = 'runs/stdlib'
   """Where checkpoints, metrics, plot and export go. A run directory that holds
   checkpoints is resumed."""
-  steps: int = 500
+  steps: int = 300
   """Number of optimizer steps of the whole run."""
   batch_size: int = 16
   """Sequences per step, over all devices."""
