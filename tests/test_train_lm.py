@@ -1,0 +1,714 @@
+"""Whole runs of train_lm.py: what they leave, how they resume, how they fail.
+
+One tiny run is made once and shared. It is killed, stopped, damaged and
+repeated in copies, which must end as it did, bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.experimental.compilation_cache import compilation_cache
+
+import train_lm
+from gnlorp_jax import build, config
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.models import hf, llama
+from gnlorp_jax.optim import projections
+from gnlorp_jax.training import metrics, sharding, step
+from gnlorp_jax.training.checkpoint import Checkpointer
+
+KERNELS = [
+  *(f'attn/{name}_proj' for name in 'qkvo'),
+  *(f'mlp/{name}_proj' for name in ('gate', 'up', 'down')),
+]
+
+# Runs train_lm.py and sends the process a signal, `delay` seconds after it
+# began to write the metrics ('write') or the checkpoint ('save') of a step.
+SIGNALLED = """
+import os, sys, threading, time
+import train_lm
+
+moment, number, delay, signal = sys.argv[1:5]
+owner = train_lm.metrics.MetricsWriter
+if moment == 'save':
+  owner = train_lm.Checkpointer
+original = getattr(owner, moment)
+
+def shoot():
+  time.sleep(float(delay))
+  os.kill(os.getpid(), int(signal))
+
+def wrapped(self, step, *args):
+  if step == int(number):
+    threading.Thread(target=shoot, daemon=True).start()
+  return original(self, step, *args)
+
+setattr(owner, moment, wrapped)
+train_lm.main(sys.argv[5:])
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """Runs of the same model share what XLA compiled, across processes too."""
+  cache = tmp_path_factory.mktemp('compiled')
+  settings = {
+    'jax_compilation_cache_dir': str(cache),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # Tests before this one compiled without.
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+  """Takes back what `main` does to the loggers of the whole process."""
+  root = logging.getLogger()
+  before = root.level, list(root.handlers)
+  chatty = [logging.getLogger(name) for name in ('absl', 'jax', 'orbax')]
+  levels = [logger.level for logger in chatty]
+  yield
+  root.setLevel(before[0])
+  root.handlers[:] = before[1]
+  for logger, level in zip(chatty, levels, strict=True):
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope='module')
+def options(tmp_path_factory):
+  """Command line of a tiny run, as a function of its run directory."""
+  folder = tmp_path_factory.mktemp('data')
+  rng = random.Random(0)
+  words = [
+    ''.join(rng.choices('abcdefghij', k=rng.randint(2, 6))) for _ in range(50)
+  ]
+  lines = [' '.join(rng.choices(words, k=8)) for _ in range(400)]
+  (folder / 'text.txt').write_text('\n'.join(lines))
+  settings = {
+    'steps': 24,
+    'batch-size': 8,
+    'eval-every': 8,
+    'checkpoint-every': 4,
+    'log-every': 2,
+    'mesh.data': 1,
+    'sample.num-tokens': 16,
+    'model.vocab-size': 300,
+    'model.hidden-size': 32,
+    'model.intermediate-size': 48,
+    'model.num-layers': 2,
+    'model.num-heads': 2,
+    'model.max-seq-len': 16,
+    'data.source': folder / 'text.txt',
+    'data.seq-len': 16,
+    'data.cache-dir': folder / 'cache',
+    'optim.rank': 4,
+    'optim.update-proj-gap': 5,
+  }
+
+  def make(run_dir, **changes):
+    changes = {
+      k.replace('__', '.').replace('_', '-'): changes[k] for k in changes
+    }
+    every = {'run-dir': run_dir} | settings | changes
+    return [w for k, v in every.items() for w in (f'--{k}', str(v))]
+
+  return make
+
+
+def run_main(args):
+  """Runs `main` in this process; returns what it printed, in one line."""
+  output = io.StringIO()
+  with contextlib.redirect_stdout(output):
+    train_lm.main(args)
+  return ' '.join(output.getvalue().split())
+
+
+@pytest.fixture(scope='module')
+def finished(options, tmp_path_factory, compiled_once):
+  """The run that was never interrupted: its folder and what it printed."""
+  folder = tmp_path_factory.mktemp('runs') / 'finished'
+  return types.SimpleNamespace(folder=folder, output=run_main(options(folder)))
+
+
+def read_rows(folder):
+  """The metrics, by a parser that takes nothing but JSON."""
+
+  def reject(constant):
+    raise ValueError(f'{constant} is not JSON')
+
+  text = (folder / 'metrics.jsonl').read_text()
+  return [json.loads(line, parse_constant=reject) for line in text.splitlines()]
+
+
+def read_state(args):
+  """The last checkpoint: state on the host, position in the data."""
+  run = build.build(config.parse(args, ''))
+  directory = pathlib.Path(run.config.run_dir, 'checkpoints')
+  with Checkpointer(directory, read_only=True) as saved:
+    state, position, _ = saved.restore_latest(run.abstract_state)
+  return jax.device_get(state), position
+
+
+def assert_ends_alike(args, expected_args):
+  """Same bits in the last checkpoints, same rows apart from measured time."""
+  state, position = read_state(args)
+  expected, expected_position = read_state(expected_args)
+  assert int(state.step) == 24
+  assert position == expected_position
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), path
+  folder, expected_folder = (
+    pathlib.Path(args[1]),
+    pathlib.Path(expected_args[1]),
+  )
+  timeless = [
+    [
+      {k: v for k, v in row.items() if k != 'train/tokens_per_second'}
+      for row in read_rows(f)
+    ]
+    for f in (folder, expected_folder)
+  ]
+  assert timeless[0] == timeless[1]
+  weights = 'hf/model.safetensors'
+  assert (folder / weights).read_bytes() == (
+    expected_folder / weights
+  ).read_bytes()
+
+
+# What a run leaves.
+
+
+def test_rows_hold_every_metric(finished):
+  rows = read_rows(finished.folder)
+  trained = [row for row in rows if 'train/loss' in row]
+  assert [row['step'] for row in trained] == [1, *range(2, 25, 2)]
+  assert [row['step'] for row in rows if 'eval/loss' in row] == [0, 8, 16, 24]
+  per_kernel = {
+    f'{field}/{name}'
+    for field in ('refreshes', 'overlap', 'energy')
+    for name in ('low_rank', *(f'layers/{k}/kernel' for k in KERNELS))
+  }
+  for number, row in enumerate(trained):
+    expected = {
+      'step',
+      *(f'train/{k}' for k in ('loss', 'perplexity', 'tokens', 'weight_sum')),
+      'train/skipped_steps',
+      *(f'train/{k}_norm' for k in ('grad', 'update', 'weight')),
+      'optim/learning_rate',
+      'optim/state_bytes',
+      *per_kernel,
+    }
+    if number:  # The first row has no time to compare with: it compiled.
+      expected.add('train/tokens_per_second')
+    assert set(row) == expected
+    assert all(np.isfinite(list(row.values())))
+    assert row['train/perplexity'] == pytest.approx(np.exp(row['train/loss']))
+    assert row['train/tokens'] == row['step'] * 8 * 16
+
+
+def test_rows_tell_the_learning_rate_that_was_used(finished):
+  rates = {
+    row['step']: row['optim/learning_rate']
+    for row in read_rows(finished.folder)
+    if 'train/loss' in row
+  }
+  # round(0.1 * 24) = 2 steps of warm-up to 0.01, the last at a tenth of it.
+  assert rates[1] == pytest.approx(0.005)
+  assert rates[2] == pytest.approx(0.01)
+  assert rates[24] == pytest.approx(0.001)
+  # Cosine over the updates 2 to 23, counted from 0: update 13 is that of 14.
+  middle = 0.01 * (0.1 + 0.9 * (1 + np.cos(np.pi * 11 / 21)) / 2)
+  assert rates[14] == pytest.approx(middle)
+
+
+def test_rows_count_the_refreshes_of_every_kernel(finished):
+  last = read_rows(finished.folder)[-2]
+  # Each of the 2 matrices of a leaf: at step 1, then once every 5 steps; the
+  # leaves and matrices take turns, so 24 steps hold 4 or 5 more of them.
+  for kernel in KERNELS:
+    assert 5 <= last[f'refreshes/layers/{kernel}/kernel'] <= 6
+  for field in ('refreshes', 'overlap', 'energy'):
+    values = [last[f'{field}/layers/{kernel}/kernel'] for kernel in KERNELS]
+    assert last[f'{field}/low_rank'] == pytest.approx(np.mean(values))
+  assert 0 < last['energy/low_rank'] <= 1
+
+
+def test_state_bytes_are_those_of_the_state(finished, options):
+  state, _ = read_state(options(finished.folder))
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+  rows = read_rows(finished.folder)
+  assert {row.get('optim/state_bytes', held) for row in rows} == {held}
+
+
+def test_validation_loss_falls_and_the_summary_says_so(finished):
+  losses = [
+    row['eval/loss'] for row in read_rows(finished.folder) if 'eval/loss' in row
+  ]
+  assert losses[-1] < 0.7 * losses[0]
+  # An untrained model knows nothing: ln 300.
+  assert losses[0] == pytest.approx(np.log(300), rel=0.01)
+  summary = json.loads((finished.folder / 'summary.json').read_text())
+  assert summary['first_eval_loss'] == losses[0]
+  assert summary['last_eval_loss'] == losses[-1]
+  assert summary['steps'] == 24
+  assert summary['median_tokens_per_second'] > 0
+  assert (
+    f'Validation loss {losses[0]:.3f} -> {losses[-1]:.3f}' in finished.output
+  )
+
+
+def test_run_leaves_events_picture_and_sample(finished):
+  assert list(finished.folder.glob('events.out.tfevents.*'))
+  png = (finished.folder / 'loss.png').read_bytes()
+  assert png[:8] == b'\x89PNG\r\n\x1a\n' and png[-8:-4] == b'IEND'
+  assert struct.unpack('>2I', png[16:24]) == (1200, 675)
+  sample = (finished.folder / 'sample.txt').read_text()
+  assert len(sample.strip()) > 0
+  assert ' '.join(sample.split()) in finished.output
+
+
+def test_export_is_read_back_exactly(finished, options):
+  state, _ = read_state(options(finished.folder))
+  folder = finished.folder / 'hf'
+  found = llama.config_from_hf(hf.load_config(folder))
+  given = config.parse(options('unused'), '').model
+  assert found == dataclasses.replace(given, num_kv_heads=given.num_heads)
+  shapes = jax.eval_shape(llama.make(found).init, jax.random.key(0))
+  params = hf.load_params(folder, llama.HF_TENSORS, shapes)
+  assert jax.tree.structure(params) == jax.tree.structure(state.params)
+  for a, b in zip(
+    jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_export_is_read_by_transformers(finished):
+  transformers = pytest.importorskip('transformers')
+  folder = finished.folder / 'hf'
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  ours = tokenizers.load(str(folder))
+  (ids,) = ours.encode_batch(['abc def'])
+  assert theirs('abc def')['input_ids'] == ids[:-1].tolist()
+  assert theirs.eos_token_id == ids[-1] == ours.eos_id
+
+
+def test_export_gives_equal_logits_in_pytorch(finished, options):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  folder = finished.folder / 'hf'
+  oracle = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+  state, _ = read_state(options(finished.folder))
+  model = llama.make(llama.config_from_hf(hf.load_config(folder)))
+  tokens_BT = np.random.default_rng(0).integers(0, 300, (2, 16))
+  with torch.no_grad():
+    expected = oracle(torch.from_numpy(tokens_BT)).logits.numpy()
+  logits_BTV = model.apply(state.params, tokens_BT)
+  # float32 in both; logits are of order 1 to 10, summed in another order.
+  np.testing.assert_allclose(logits_BTV, expected, rtol=1e-4, atol=1e-5)
+
+
+# Starting and resuming.
+
+
+def test_init_from_starts_with_the_exported_weights(
+  finished, options, tmp_path
+):
+  run_main(options(tmp_path / 'run', init_from=finished.folder / 'hf'))
+  last = read_rows(finished.folder)[-1]
+  first = read_rows(tmp_path / 'run')[0]
+  assert first['step'] == 0
+  assert first['eval/loss'] == last['eval/loss']
+
+
+def test_dry_run_reports_and_trains_nothing(options, tmp_path, capsys):
+  train_lm.main([*options(tmp_path / 'run'), '--dry-run'])
+  table = capsys.readouterr().out
+  lines = [line.split() for line in table.splitlines()]
+  header = ['parameter', 'shape', 'label', 'rank', 'side', 'state', 'AdamW']
+  start = next(i for i, line in enumerate(lines) if line[:7] == header)
+  rows = {line[0]: line for line in lines[start + 1 :]}
+  assert rows['layers/attn/q_proj/kernel'][1:5] == [
+    '2x32x32', 'low_rank', '4', 'in',
+  ]  # fmt: skip
+  assert rows['embed/embedding'][1:5] == ['300x32', 'full', '-', '-']
+  assert 'less than AdamW' in table
+  assert not (tmp_path / 'run').exists()
+
+
+def start_signalled(args, cache, moment, number, delay, number_of_signal):
+  """Runs train_lm.py in a process that a signal reaches at that moment."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      *('-c', SIGNALLED, moment, str(number), str(delay)),
+      *(str(int(number_of_signal)), *args),
+    ],
+    env=os.environ | cache,
+    cwd=pathlib.Path(train_lm.__file__).parent,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  return done.returncode, done.stdout + done.stderr
+
+
+def test_run_that_is_killed_and_stopped_ends_as_if_it_never_was(
+  finished, options, tmp_path, compiled_once
+):
+  folder = tmp_path / 'run'
+  args = options(folder)
+  rng = random.Random(0)
+  # After the first step and before the first checkpoint; while one is being
+  # written; anywhere.
+  moments = [
+    ('write', 2, 0.0),
+    ('save', 8, rng.uniform(0, 0.02)),
+    ('write', rng.randrange(10, 16, 2), rng.uniform(0, 0.05)),
+  ]
+  for moment, number, delay in moments:
+    code, output = start_signalled(
+      args, compiled_once, moment, number, delay, signal.SIGKILL
+    )
+    assert code == -signal.SIGKILL, output
+    steps = [
+      row['step'] for row in metrics.read_metrics(folder / 'metrics.jsonl')
+    ]
+    assert number - 2 <= steps[-1] < 24
+    left = [path.name for path in (folder / 'checkpoints').iterdir()]
+    if moment == 'write':  # During a save it may be complete or not.
+      assert any(name.isdigit() for name in left) == (number > 2), left
+
+  code, output = start_signalled(
+    args, compiled_once, 'write', 18, 0.0, signal.SIGTERM
+  )
+  flat = ' '.join(output.split())
+  assert code == 128 + signal.SIGTERM, output
+  # A save waits for the one before: at step 10 that of step 4 was complete.
+  assert re.search(r'Resuming .* at step (4|8|12|16)\.', flat), flat
+  said = re.search(r'SIGTERM: saved step (\d+) of 24 in', flat)
+  assert said, flat
+  assert flat.endswith('The same command continues.')
+  assert 'Traceback' not in flat
+
+  flat = run_main(args)
+  assert f'at step {said[1]}.' in flat  # The path before it is wrapped.
+  assert_ends_alike(args, options(finished.folder))
+
+
+def truncate(path):
+  with open(path, 'r+b') as file:
+    file.truncate(path.stat().st_size // 2)
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+  finished, options, tmp_path
+):
+  folder = tmp_path / 'run'
+  shutil.copytree(finished.folder, folder)
+  newest = folder / 'checkpoints' / '24'
+  files = [path for path in newest.rglob('*') if path.is_file()]
+  truncate(max(files, key=lambda path: path.stat().st_size))
+  output = run_main(options(folder))
+  assert 'The checkpoint of step 24 in' in output
+  assert 'is damaged' in output
+  assert 'at step 20.' in output
+  assert_ends_alike(options(folder), options(finished.folder))
+
+
+def test_finished_run_can_be_repeated(finished, options, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(finished.folder, folder)
+  left = ('loss.png', 'sample.txt', 'summary.json', 'hf/model.safetensors')
+  for name in left:
+    (folder / name).unlink()
+  run_main(options(folder))
+  for name in left:
+    assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
+  assert read_rows(folder) == read_rows(finished.folder)
+
+
+# More devices than one.
+
+
+def ten_steps(args):
+  """Takes ten steps of a configuration; the run and its parameters by step."""
+  run = build.build(config.parse(args, ''))
+  state = run.new_state()
+  take_step = step.jit_train_step(
+    step.make_train_step(
+      run.loss_fn, run.tx, num_micro_batches=run.config.micro_batches
+    ),
+    run.abstract_state,
+    run.mesh,
+  )
+  visited = [jax.device_get(state.params)]
+  for _ in range(10):
+    batch = sharding.put_batch(next(run.train_batches), run.mesh)
+    state, _ = take_step(state, batch)
+    visited.append(jax.device_get(state.params))
+  return state, visited
+
+
+def distance(a, b):
+  squares = jax.tree.map(lambda x, y: np.sum((x - y) ** 2, dtype=float), a, b)
+  return np.sqrt(sum(jax.tree.leaves(squares)))
+
+
+@pytest.fixture
+def quick_to_compile():
+  """Halves the time to compile; ten small steps need no fast code."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.mark.usefixtures('quick_to_compile')
+@pytest.mark.parametrize(
+  ('name', 'micro_batches'), [('gradnormlorp', 2), ('galore', 1)]
+)
+def test_four_devices_take_the_steps_of_one(
+  options, tmp_path, name, micro_batches
+):
+  # Large enough that the rules split kernels and moments; a projected kernel
+  # on either side (more of them only take longer to compile).
+  common = {
+    'model__hidden_size': 64,
+    'model__intermediate_size': 512,
+    'model__num_layers': 4,
+    'optim__rank': 8,
+    'optim__update_proj_gap': 4,
+    'optim__name': name,
+  }
+  labels = ['--optim.param-labels', '(q|down)_proj', 'low_rank', '.*', 'full']
+  _, expected = ten_steps([*options(tmp_path, **common), *labels])
+  state, visited = ten_steps(
+    [
+      *options(
+        tmp_path,
+        **common,
+        mesh__data=2,
+        mesh__fsdp=2,
+        micro_batches=micro_batches,
+      ),
+      *labels,
+    ]
+  )
+
+  # The moments of a projected kernel are in two pieces, and really so.
+  split = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if sharding.path_string(path).endswith('u/layers/mlp/down_proj/kernel')
+    and leaf.shape == (4, 512, 8)
+  ]
+  assert len(split) == 2  # mu and nu.
+  for leaf in split:
+    shapes = {shard.data.shape for shard in leaf.addressable_shards}
+    assert len(leaf.sharding.device_set) == 4 and shapes == {(4, 256, 8)}
+
+  # A sum over devices is taken in another order than on one: gradients differ
+  # by float32 rounding, about 1e-7 of their largest entry. Adam divides each
+  # entry by its own size, which makes that 1e-6 of the way travelled (measured
+  # at steps 1 to 6). A refresh turns the subspace by rounding over the gap of
+  # singular values: 1e-5 from step 7 on, in q_proj, whose early gradient is of
+  # low rank. Micro-batches on one device differ from no micro-batches by just
+  # as much; a device left out of a sum makes it 1e-1.
+  for number in range(1, 11):
+    way = distance(expected[number], expected[0])
+    assert distance(visited[number], expected[number]) < 5e-5 * way, number
+
+
+# Gradients and weights that are not finite.
+
+
+class Poisoned:
+  """Batches of which some have weights, hence gradients, that are NaN."""
+
+  def __init__(self, batches, numbers):
+    self._batches = batches
+    self._numbers = iter(numbers)
+    self._next = next(self._numbers)
+    self._count = 0
+
+  def __next__(self):
+    self._count += 1
+    batch = next(self._batches)
+    if self._count == self._next:
+      self._next = next(self._numbers, None)
+      batch = batch | {'weights': batch['weights'] * np.float32('nan')}
+    return batch
+
+  def get_state(self):
+    return self._batches.get_state()
+
+
+def test_steps_of_nan_gradients_are_left_out_and_counted(
+  finished, options, tmp_path, monkeypatch
+):
+  batches = build.batches.batches
+
+  def poisoned(*args, repeat=True, **kwargs):
+    found = batches(*args, repeat=repeat, **kwargs)
+    return Poisoned(found, (3, 4, 9)) if repeat else found
+
+  monkeypatch.setattr(build.batches, 'batches', poisoned)
+  run_main(options(tmp_path / 'run', log_every=1))
+  rows = {
+    r['step']: r for r in read_rows(tmp_path / 'run') if 'train/loss' in r
+  }
+  skipped = {number: row['train/skipped_steps'] for number, row in rows.items()}
+  assert [skipped[n] for n in (2, 3, 4, 5, 8, 9, 24)] == [0, 1, 2, 2, 2, 3, 3]
+  for number, row in rows.items():
+    bad = number in (3, 4, 9)
+    assert (row['train/loss'] is None) == bad
+    assert (row['train/update_norm'] == 0) == bad
+    if bad:
+      for name in ('train/weight_norm', 'refreshes/low_rank'):
+        assert row[name] == rows[number - 1][name]
+  # The schedule waits for the steps left out.
+  undisturbed = {row['step']: row for row in read_rows(finished.folder)}
+  for number, without in ((6, 4), (8, 6), (23, 20)):
+    rate = rows[number]['optim/learning_rate']
+    assert rate == undisturbed[without]['optim/learning_rate']
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['last_eval_loss'] < 0.8 * summary['first_eval_loss']
+
+
+def test_run_with_nan_weights_ends_and_says_so(finished, options, tmp_path):
+  start = shutil.copytree(finished.folder / 'hf', tmp_path / 'start')
+  tensors = safetensors.numpy.load_file(start / 'model.safetensors')
+  tensors['lm_head.weight'][7, 3] = np.nan
+  safetensors.numpy.save_file(
+    tensors, start / 'model.safetensors', metadata={'format': 'pt'}
+  )
+  output = run_main(options(tmp_path / 'run', init_from=start))
+  rows = read_rows(tmp_path / 'run')
+  for row in rows:
+    assert row.get('train/loss') is None and row.get('eval/loss') is None
+  assert rows[-2]['train/skipped_steps'] == 24
+  text = (tmp_path / 'run' / 'summary.json').read_text()
+  assert 'NaN' not in text
+  assert json.loads(text)['last_eval_loss'] is None
+  assert 'The validation loss is not finite.' in output
+
+
+# What users get wrong.
+
+
+def message_of(args, capsys):
+  """What a person reads on the standard error who typed `args`."""
+  with pytest.raises(SystemExit) as stop:
+    train_lm.main(args)
+  assert stop.value.code == 2
+  message = capsys.readouterr().err
+  assert 'Traceback' not in message
+  return ' '.join(message.replace('│', ' ').split())
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    (
+      {'optim__rnak': 3},
+      "OptimConfig has no field 'rnak' (from --optim.rnak). Did you mean "
+      "'rank'? Fields: ['name', 'learning_rate',",
+    ),
+    ({'optim__rank': 0}, 'OptimConfig.rank must be at least 1, got 0.'),
+    (
+      {'batch_size': 6, 'mesh__data': 4},
+      'batch_size=6 cannot be split over data=4, fsdp=1 and micro_batches=1: '
+      'it must be a multiple of data*fsdp*micro_batches=4. Use 4 or 8.',
+    ),
+    (
+      {'mesh__data': 3},
+      'data=3, fsdp=1 does not fit 4 devices: the product of the sizes must '
+      'divide 4.',
+    ),
+    (
+      {'model__vocab_size': 250},
+      "Tokenizer 'bpe' cannot have vocab_size=250: it needs an entry for each "
+      'of the 256 bytes, the end of sequence and padding. Use at least 258.',
+    ),
+    (
+      {'data__seq_len': 32},
+      'data.seq_len=32 is longer than the model accepts: model.max_seq_len=16. '
+      'Lower the former or raise the latter.',
+    ),
+    (
+      {'data__source': 'nowhere.txt'},
+      "Unknown data source 'nowhere.txt': no such file, folder or glob, and "
+      "not 'stdlib' or 'tfds:NAME'.",
+    ),
+    (
+      {'optim__projection': 'foo'},
+      f"Unknown projection 'foo'; expected one of {projections.names()}.",
+    ),
+    ({'config': 'nowhere.py'}, "No configuration file 'nowhere.py'."),
+  ],
+)
+def test_mistake_is_told_in_one_message(
+  options, tmp_path, capsys, changes, text
+):
+  folder = tmp_path / 'run'
+  assert text in message_of(options(folder, **changes), capsys)
+  assert not folder.exists()
+
+
+def test_tokenizer_larger_than_the_model_is_told(
+  finished, options, tmp_path, capsys
+):
+  args = options(
+    tmp_path / 'run',
+    data__tokenizer=finished.folder / 'hf',
+    model__vocab_size=290,
+  )
+  assert message_of(args, capsys) == (
+    'error: The tokenizer produces ids up to 299, but the model has '
+    'vocab_size=290: every id must be below it. Give the model a vocab_size of '
+    'at least 300 or choose another tokenizer.'
+  )
+
+
+def test_resuming_another_run_is_told(finished, options, capsys):
+  args = options(finished.folder, model__hidden_size=16, optim__rank=2, seed=1)
+  assert message_of(args, capsys) == (
+    f'error: Checkpoint in {finished.folder} was made with another '
+    'architecture: hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
+    'another run directory or the same settings.'
+  )
+
+
+def test_run_directory_that_cannot_be_written_is_told(
+  options, tmp_path, capsys
+):
+  (tmp_path / 'file').write_text('')
+  folder = tmp_path / 'file' / 'run'
+  assert message_of(options(folder), capsys) == (
+    f'error: Checkpoint directory {folder / "checkpoints"} cannot be written: '
+    'Not a directory. Choose another directory or correct its permissions.'
+  )
