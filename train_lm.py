@@ -38,17 +38,23 @@ def main(args: list[str]) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
   logging.basicConfig(
     level=logging.INFO,
-    format='%(message)s',
-    handlers=[rich.logging.RichHandler(show_path=False)],
+    format='%(message)s' if sys.stdout.isatty() else '%(asctime)s %(message)s',
+    handlers=[
+      rich.logging.RichHandler(show_path=False)
+      if sys.stdout.isatty()
+      else logging.StreamHandler(sys.stdout)
+    ],
     force=True,  # absl has put its own handler there already.
   )
   for chatty in ('absl', 'jax', 'orbax'):
     logging.getLogger(chatty).setLevel(logging.WARNING)
   try:
-    run = build.build(config.parse(args, __doc__))
-    if run.config.dry_run:
-      sys.stdout.write(results.dry_run(run) + '\n')
+    settings = config.parse(args, __doc__)
+    if settings.dry_run:
+      rows = build.dry_run(settings)
+      sys.stdout.write(optim.format_report(rows) + '\n')
       return
+    run = build.build(settings)
     results.finish(run, train(run))
   except (ValueError, OSError) as error:
     config.exit_with_message(error)
@@ -86,7 +92,7 @@ def train(run: build.Run) -> TrainState:
     ):
       if first == 0:
         writer.write(0, evaluate(state.params))
-      clock = Clock(run)
+      clock, health = Clock(run), Health(first, int(state.skipped))
       for number in range(first + 1, settings.steps + 1):
         batch = sharding.put_batch(next(run.train_batches), run.mesh)
         state, values = train_step(state, batch)
@@ -98,6 +104,7 @@ def train(run: build.Run) -> TrainState:
           values |= stats(state.opt_state)
           row = clock.row(number, jax.device_get(values))
           writer.write(number, row)
+          health.check(number, row)
           show_progress(
             number, row['train/loss'], row.get('train/tokens_per_second', 0)
           )
@@ -130,6 +137,8 @@ def resume_or_start(run: build.Run, saved: Checkpointer) -> TrainState:
   state, position, _ = saved.restore_latest(run.abstract_state)
   run.train_batches.set_state(position)
   _logger.info('Resuming %s at step %d.', run.config.run_dir, int(state.step))
+  if run.config.init_from is not None:
+    _logger.info('init_from=%r is not read again.', run.config.init_from)
   return state
 
 
@@ -177,6 +186,43 @@ class Clock:
   def restart(self, number: int) -> None:
     """Leaves the time since the last row out of the next one's speed."""
     self._since = number, time.perf_counter()
+
+
+class Health:
+  """Tells of steps that were left out, and ends a run that cannot recover."""
+
+  LIMIT = 100  # Steps in a row without a finite gradient.
+
+  def __init__(self, number: int, skipped: int):
+    self._last = number, skipped
+    self._last_good = number
+
+  def check(self, number: int, row: dict[str, Any]) -> None:
+    """Judges a row of metrics; raises ValueError if going on is pointless."""
+    if not np.isfinite(row['train/weight_norm']):
+      raise ValueError(
+        f'The weights are not finite at step {number}, and no step can mend '
+        'them. Start from weights that are.'
+      )
+    steps = number - self._last[0]
+    skipped = int(row['train/skipped_steps']) - self._last[1]
+    self._last = number, int(row['train/skipped_steps'])
+    if skipped < steps:
+      self._last_good = number
+    if skipped:
+      _logger.warning(
+        'Step %d: %d of the last %d steps had a gradient that is not finite '
+        'and were left out.',
+        number,
+        skipped,
+        steps,
+      )
+    if number - self._last_good >= self.LIMIT:
+      raise ValueError(
+        f'No gradient was finite in the last {number - self._last_good} steps: '
+        'training has diverged. Restart with a lower optim.learning_rate or '
+        'with clipping; check the data around this step.'
+      )
 
 
 class Evaluation:

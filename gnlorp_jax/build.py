@@ -43,7 +43,6 @@ class Run(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   schedule: optax.Schedule
   tx: optax.GradientTransformation
-  param_labels: tuple[tuple[str, str], ...]
   mesh: jax.sharding.Mesh
   loss_fn: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
   train_batches: Any  # A grain iterator: next(), get_state(), set_state().
@@ -71,8 +70,7 @@ def build(config: TrainConfig) -> Run:
   config = dataclasses.replace(config, model=architecture(config))
   model = llama.make(config.model)
   schedule = learning_rate_schedule(config.optim, config.steps)
-  param_labels = config.optim.param_labels or llama.LABEL_RULES
-  tx = optimizer(config.optim, schedule, param_labels)
+  tx = optimizer(config.optim, schedule, labels_of(config.optim))
   key = jax.random.key(config.seed)
   abstract = state.abstract(model.init, tx, key, mesh)
 
@@ -90,7 +88,6 @@ def build(config: TrainConfig) -> Run:
     tokenizer=tokenizer,
     schedule=schedule,
     tx=tx,
-    param_labels=param_labels,
     mesh=mesh,
     loss_fn=functools.partial(
       language_model_loss, model, config.loss_chunk_tokens
@@ -105,6 +102,21 @@ def build(config: TrainConfig) -> Run:
     abstract_state=abstract,
     metadata=_metadata(config, tokenizer),
   )
+
+
+def dry_run(config: TrainConfig) -> list[optim.inspect.ReportRow]:
+  """What would happen to every parameter; reads no data, allocates nothing."""
+  model = llama.make(architecture(config))
+  schedule = learning_rate_schedule(config.optim, config.steps)
+  rules = labels_of(config.optim)
+  tx = optimizer(config.optim, schedule, rules)
+  shapes = jax.eval_shape(model.init, jax.random.key(config.seed))
+  return optim.report(shapes, tx, rules)
+
+
+def labels_of(config: OptimConfig) -> tuple[tuple[str, str], ...]:
+  """The label rules: those of the configuration, or the model's own."""
+  return config.param_labels or llama.LABEL_RULES
 
 
 def architecture(config: TrainConfig) -> llama.LlamaConfig:
@@ -177,9 +189,10 @@ def optimizer(
       options['norm_state'] = config.norm_state
     else:
       unused = {'norm_state'}
-  defaults = OptimConfig()
   for name in sorted(unused):
-    if getattr(config, name) != getattr(defaults, name):
+    # A run's default rank is not the optimizer's: neither was asked for.
+    defaults = (getattr(c, name) for c in (OptimConfig(), TrainConfig().optim))
+    if getattr(config, name) not in defaults:
       _logger.warning(
         'optim.%s=%r has no effect with optim.name=%r.',
         name,

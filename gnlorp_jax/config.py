@@ -315,7 +315,7 @@ def _check_option(option: str, default: TrainConfig) -> None:
       return  # tyro judges the rest.
 
 
-def exit_with_message(error: ValueError) -> None:
+def exit_with_message(error: Exception) -> None:
   """Ends the program with the message of a user's mistake, no traceback."""
   sys.stderr.write(f'error: {error}\n')
   raise SystemExit(2)

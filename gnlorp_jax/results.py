@@ -11,7 +11,6 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax import optim
 from gnlorp_jax.build import Run
 from gnlorp_jax.models import hf, llama
 from gnlorp_jax.models.generate import generate
@@ -40,13 +39,6 @@ def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
     flops = llama.flops_per_token(run.config.model, run.config.data.seq_len)
     row['train/mfu'] = tokens_per_second * flops / (peak * run.mesh.size)
   return row
-
-
-def dry_run(run: Run) -> str:
-  """What would happen to every parameter, as a table."""
-  params = run.abstract_state.params
-  rows = optim.report(params, run.tx, run.param_labels)
-  return optim.format_report(rows)
 
 
 def memory(run: Run) -> dict[str, dict[str, int]]:

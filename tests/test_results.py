@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gnlorp_jax import build, results
+from gnlorp_jax import build, optim, results
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
 from gnlorp_jax.training import metrics, sharding
@@ -37,7 +37,6 @@ def make_run(name='gradnormlorp', run_dir='unused', data=1, **model):
   return types.SimpleNamespace(
     config=config,
     tx=tx,
-    param_labels=llama.LABEL_RULES,
     mesh=mesh,
     abstract_state=state_lib.abstract(
       llama.make(config.model).init, tx, jax.random.key(0), mesh
@@ -89,7 +88,7 @@ def test_memory_of_bfloat16_parameters_keeps_float32_moments():
 
 def test_dry_run_totals_are_those_of_the_state():
   run = make_run('galore')
-  lines = results.dry_run(run).splitlines()
+  lines = optim.format_report(build.dry_run(run.config)).splitlines()
   down = next(line for line in lines if line.startswith('layers/mlp/down_proj'))
   assert down.split()[1:5] == [f'{L}x{F}x{D}', 'low_rank', str(R), 'out']
   shown = 4 * (2 * (FULL + LOW_RANK) + BASES) / 1024

@@ -599,22 +599,37 @@ def test_steps_of_nan_gradients_are_left_out_and_counted(
   assert summary['last_eval_loss'] < 0.8 * summary['first_eval_loss']
 
 
-def test_run_with_nan_weights_ends_and_says_so(finished, options, tmp_path):
+def test_run_with_nan_weights_ends_and_says_so(
+  finished, options, tmp_path, capsys
+):
   start = shutil.copytree(finished.folder / 'hf', tmp_path / 'start')
   tensors = safetensors.numpy.load_file(start / 'model.safetensors')
   tensors['lm_head.weight'][7, 3] = np.nan
   safetensors.numpy.save_file(
     tensors, start / 'model.safetensors', metadata={'format': 'pt'}
   )
-  output = run_main(options(tmp_path / 'run', init_from=start))
+  message = message_of(options(tmp_path / 'run', init_from=start), capsys)
+  assert 'The weights are not finite at step 1, and no step can' in message
   rows = read_rows(tmp_path / 'run')
   for row in rows:
     assert row.get('train/loss') is None and row.get('eval/loss') is None
-  assert rows[-2]['train/skipped_steps'] == 24
-  text = (tmp_path / 'run' / 'summary.json').read_text()
-  assert 'NaN' not in text
-  assert json.loads(text)['last_eval_loss'] is None
-  assert 'The validation loss is not finite.' in output
+  assert rows[-1]['train/skipped_steps'] == 1
+
+
+def test_health_warns_of_skipped_steps_and_ends_what_has_diverged(caplog):
+  health = train_lm.Health(10, 3)
+  row = {'train/weight_norm': 1.0}
+  with caplog.at_level(logging.WARNING):
+    health.check(20, {**row, 'train/skipped_steps': 3})
+    assert not caplog.messages
+    health.check(30, {**row, 'train/skipped_steps': 5})
+    assert caplog.messages == [
+      'Step 30: 2 of the last 10 steps had a gradient that is not finite and '
+      'were left out.'
+    ]
+    health.check(120, {**row, 'train/skipped_steps': 95})
+    with pytest.raises(ValueError, match='No gradient was finite in the last'):
+      health.check(130, {**row, 'train/skipped_steps': 105})
 
 
 # What users get wrong.

@@ -14,7 +14,8 @@ import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
 _logger = logging.getLogger(__name__)
 
@@ -43,9 +44,12 @@ class MetricsWriter:
     path = run_dir / METRICS_FILE
     _drop_later_lines(path, -1 if resume_step is None else resume_step)
     self._file = path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(
-      str(run_dir),
-      purge_step=0 if resume_step is None else resume_step + 1,
+    # Written in this thread: tensorboardX's SummaryWriter has one of its own,
+    # which dies on a full disk and leaves its caller waiting for ever.
+    self._events = EventsWriter(str(run_dir / 'events'), f'.{os.getpid()}')
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write_event(
+      0 if resume_step is None else resume_step + 1, session_log=start
     )
 
   def __enter__(self):
@@ -65,9 +69,17 @@ class MetricsWriter:
     line = json.dumps({'step': int(step)} | values, allow_nan=False)
     self._file.write(line + '\n')
     self._file.flush()
-    for name, value in values.items():
-      if value is not None:
-        self._events.add_scalar(name, value, step)
+    scalars = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+      if value is not None
+    ]
+    self._write_event(step, summary=summary_pb2.Summary(value=scalars))
+
+  def _write_event(self, step: int, **content: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), step=int(step), **content)
+    self._events.write_event(event)
+    self._events.flush()
 
   def close(self) -> None:
     """Closes both files."""
