@@ -3,7 +3,8 @@
 Without options, and without network, it trains a small model on the sources of
 the running Python's standard library. Configurations for real runs are in
 configs/: choose one with --config FILE and override any field. The same command
-in the same run directory resumes where it stopped.
+in the same run directory resumes where it stopped. With TRAIN_LM_TRACEBACK set
+in the environment, an error shows where it arose.
 
   python train_lm.py
   python train_lm.py --config configs/llama_60m.py --data.source 'c4/*.json.gz'
@@ -57,6 +58,8 @@ def main(args: list[str]) -> None:
     run = build.build(settings)
     results.finish(run, train(run))
   except (ValueError, OSError) as error:
+    if 'TRAIN_LM_TRACEBACK' in os.environ:
+      raise
     config.exit_with_message(error)
 
 
@@ -135,6 +138,11 @@ def resume_or_start(run: build.Run, saved: Checkpointer) -> TrainState:
     return run.new_state()
   check_compatible(metadata, run.metadata, run.config.run_dir)
   state, position, _ = saved.restore_latest(run.abstract_state)
+  if int(state.step) > run.config.steps:
+    raise ValueError(
+      f'{run.config.run_dir} holds step {int(state.step)}, beyond '
+      f'steps={run.config.steps}. Raise steps or use another run directory.'
+    )
   run.train_batches.set_state(position)
   _logger.info('Resuming %s at step %d.', run.config.run_dir, int(state.step))
   if run.config.init_from is not None:

@@ -7,9 +7,9 @@
 # Writes benchmarks/results/gpu_llama_60m.json (tokens/s, model FLOP
 # utilisation, peak memory, loss curve) and .png.
 set -euo pipefail
+text=$(realpath "${1:?folder with *train*.json.gz and *validation*.json.gz}")
+tokenizer=$(realpath "${2:?tokenizer.json or a folder with one}")
 cd "$(dirname "$0")/.."
-text=${1:?folder with *train*.json.gz and *validation*.json.gz}
-tokenizer=${2:?tokenizer.json or a folder with one}
 exec "${PYTHON:-python3}" -m benchmarks.timed_run --minutes 8 \
   --name gpu_llama_60m -- \
   --config configs/llama_60m.py \

@@ -14,6 +14,7 @@ takes about 40 minutes on two CPU cores.
 import argparse
 import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     mark = '**' if id(row) in winners else ''
     lines.append(
       f'| {row["optimizer"]} | {row["learning_rate"]:g} '
-      f'| {mark}{loss:.4f}{mark} | {2.718281828**loss:.1f} '
+      f'| {mark}{loss:.4f}{mark} | {math.exp(loss):.1f} '
       f'| {row["state_bytes"] / 2**20:.1f} |'
     )
   return '\n'.join(lines) + '\n'

@@ -6,8 +6,8 @@ Command:
     --data.validation-source C4_VALIDATION.json.gz \
     --data.tokenizer T5_FOLDER
 
-The steps, batch, rank and learning rate of arXiv:2403.03507, appendix; the
-published perplexities are in its table 2. Ours has not been run yet.
+The steps, batch, rank and learning rate of arXiv:2403.03507, table 2 and
+appendix, where the published perplexities are. Ours has not been run yet.
 """
 
 import dataclasses

@@ -8,7 +8,8 @@ Command:
 
 1.3 billion tokens (padding counted), 10,000 steps of 512 x 256. Published
 perplexities on C4 with this protocol: AdamW 34.06, GaLore 34.88
-(arXiv:2403.03507, table 2); ours has not been run to the end yet.
+(arXiv:2403.03507, table 2); ours has not been run to the end yet. There the
+loss is a mean over micro-batches, here over tokens.
 """
 
 import dataclasses

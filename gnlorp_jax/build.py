@@ -65,6 +65,11 @@ def build(config: TrainConfig) -> Run:
     ValueError: If parts of the configuration do not fit each other, the data
       or the devices.
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'This is one of {jax.process_count()} processes: train_lm.py runs in '
+      'one, with all its devices.'
+    )
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch(config.batch_size, config.micro_batches, mesh)
   config = dataclasses.replace(config, model=architecture(config))
@@ -78,10 +83,6 @@ def build(config: TrainConfig) -> Run:
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   train_file, validation_file = token_files(config.data, tokenizer)
   shape = {'batch_size': config.batch_size, 'seq_len': config.data.seq_len}
-  processes = {
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
   return Run(
     config=config,
     model=model,
@@ -92,15 +93,13 @@ def build(config: TrainConfig) -> Run:
     loss_fn=functools.partial(
       language_model_loss, model, config.loss_chunk_tokens
     ),
-    train_batches=batches.batches(
-      train_file, seed=config.seed, **shape, **processes
-    ),
+    train_batches=batches.batches(train_file, seed=config.seed, **shape),
     eval_batches=lambda: batches.batches(
-      validation_file, shuffle=False, repeat=False, **shape, **processes
+      validation_file, shuffle=False, repeat=False, **shape
     ),
     new_state=functools.partial(_new_state, config, model, tx, key, mesh),
     abstract_state=abstract,
-    metadata=_metadata(config, tokenizer),
+    metadata=_metadata(config, tokenizer, train_file),
   )
 
 
@@ -209,9 +208,24 @@ def optimizer(
 
 
 def load_tokenizer(config: TrainConfig) -> tokenizers.Tokenizer:
-  """The tokenizer; a BPE is trained as large as the model's vocabulary."""
+  """The tokenizer; a BPE is trained as large as the model's vocabulary.
+
+  A model that `init_from` loads knows its own tokens: unless another tokenizer
+  is named, the folder's is used.
+
+  Raises:
+    ValueError: If the folder to start from has no tokenizer and none is named.
+  """
+  spec = config.data.tokenizer
+  if config.init_from is not None and spec == 'bpe':
+    if not (pathlib.Path(config.init_from) / 'tokenizer.json').is_file():
+      raise ValueError(
+        f'{config.init_from} has no tokenizer.json, and its weights fit no '
+        'other tokens: name the tokenizer as data.tokenizer.'
+      )
+    spec = config.init_from
   return tokenizers.load(
-    config.data.tokenizer,
+    spec,
     source=config.data.source,
     vocab_size=config.model.vocab_size,
     cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
@@ -261,12 +275,19 @@ def _new_state(
   if config.init_from is None:
     return state.create(model.init, tx, key, mesh)
   shapes = jax.eval_shape(model.init, key)
+  shapes = jax.tree.map(
+    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+    shapes,
+    sharding.infer_shardings(shapes, mesh),
+  )
   params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
   return state.from_params(params, tx, mesh)
 
 
 def _metadata(
-  config: TrainConfig, tokenizer: tokenizers.Tokenizer
+  config: TrainConfig,
+  tokenizer: tokenizers.Tokenizer,
+  train_file: text.TokenFile,
 ) -> dict[str, Any]:
   """What cannot change within a run: it decides shapes or the order of data."""
   model = dataclasses.asdict(config.model)
@@ -279,6 +300,8 @@ def _metadata(
     'data.source': config.data.source,
     'data.mode': config.data.mode,
     'data.seq_len': config.data.seq_len,
+    'data.training_part': [train_file.start, train_file.stop],
+    'data.tokens': train_file.tokens,
     'batch_size': config.batch_size,
     'seed': config.seed,
     'tokenizer': tokenizer.fingerprint,

@@ -59,6 +59,11 @@ class DataConfig:
 
   def __post_init__(self):
     _check_positive(self, 'seq_len')
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(
+        'DataConfig.validation_fraction must lie between 0 and 1, got '
+        f'{self.validation_fraction}.'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,11 @@ class SampleConfig:
   top_k: int = 50
   """Tokens to choose among at each position."""
 
+  def __post_init__(self):
+    _check_positive(self, 'top_k')
+    _check_interval(self, 'num_tokens', 0, float('inf'))
+    _check_interval(self, 'temperature', 0, float('inf'))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -210,6 +220,8 @@ class TrainConfig:
       'log_every',
       'loss_chunk_tokens',
     )
+    if self.eval_batches is not None:
+      _check_positive(self, 'eval_batches')
     # With init_from the folder's own length counts; it is checked there.
     if self.init_from is None and self.data.seq_len > self.model.max_seq_len:
       raise ValueError(
@@ -274,7 +286,6 @@ def parse(args: list[str], description: str) -> TrainConfig:
     default=default,
     args=args,
     description=description,
-    config=(tyro.conf.FlagCreatePairsOff,),
   )
 
 

@@ -69,9 +69,9 @@ def finish(run: Run, state: TrainState) -> None:
   """
   folder = pathlib.Path(run.config.run_dir)
   metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  export(run, state.params, folder / 'hf')
   sample = sample_text(run, state.params)
   (folder / 'sample.txt').write_text(sample, encoding='utf-8')
-  export(run, state.params, folder / 'hf')
   summary = summarise(run, folder / 'metrics.jsonl')
   (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
   show(run, summary, sample)
@@ -139,7 +139,7 @@ def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
   }
   device_memory = jax.devices()[0].memory_stats()  # None on a CPU.
   if device_memory:
-    summary['peak_device_bytes'] = device_memory['peak_bytes_in_use']
+    summary['peak_device_bytes'] = device_memory.get('peak_bytes_in_use')
   if speeds:
     summary['mfu'] = speed(run, float(np.median(speeds))).get('train/mfu')
   return summary

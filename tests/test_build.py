@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 
 from gnlorp_jax import build, optim
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
@@ -294,14 +295,18 @@ def test_sequences_too_long_for_the_folder_are_an_error(tmp_path):
   )
 
 
-def metadata(tokenizer='f', **changes):
+def metadata(tokenizer='f', part=(0, 90), **changes):
   config = TrainConfig(model=TINY, data=DataConfig(seq_len=8))
   for name, value in changes.items():
     group, _, field = name.rpartition('__')
     if group:
       value = dataclasses.replace(getattr(config, group), **{field: value})
     config = dataclasses.replace(config, **{group or field: value})
-  return build._metadata(config, types.SimpleNamespace(fingerprint=tokenizer))
+  return build._metadata(
+    config,
+    types.SimpleNamespace(fingerprint=tokenizer),
+    types.SimpleNamespace(start=part[0], stop=part[1], tokens=100),
+  )
 
 
 @pytest.mark.parametrize(
@@ -316,6 +321,7 @@ def metadata(tokenizer='f', **changes):
     ({'batch_size': 8}, 'batch_size 16 != 8'),
     ({'seed': 1}, 'seed 0 != 1'),
     ({'tokenizer': 'g'}, 'tokenizer f != g'),
+    ({'part': (0, 80)}, 'data.training_part [0, 90] != [0, 80]'),
   ],
 )
 def test_what_shapes_a_run_cannot_change_within_it(changes, difference):
@@ -340,6 +346,21 @@ def test_what_shapes_a_run_cannot_change_within_it(changes, difference):
 def test_what_does_not_shape_a_run_may_change_within_it(changes):
   saved = json.loads(json.dumps(metadata()))
   check_compatible(saved, metadata(**changes), 'folder')
+
+
+def test_start_from_weights_uses_their_tokenizer(tmp_path):
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({'</s>': 0, 'a': 1}, unk_token='</s>')
+  )
+  config = TrainConfig(init_from=str(tmp_path))
+  with pytest.raises(ValueError) as error:
+    build.load_tokenizer(config)
+  assert str(error.value) == (
+    f'{tmp_path} has no tokenizer.json, and its weights fit no other tokens: '
+    'name the tokenizer as data.tokenizer.'
+  )
+  words.save(str(tmp_path / 'tokenizer.json'))
+  assert build.load_tokenizer(config).vocab_size == 2
 
 
 # The loss.

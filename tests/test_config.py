@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import pytest
 
@@ -84,13 +85,12 @@ def test_help_explains_every_field(capsys):
       if dataclasses.is_dataclass(value):
         yield from fields(value, f'{prefix}{field.name}.')
       else:
-        name = f'no-{field.name}' if value is True else field.name
-        yield f'--{prefix}{name}'.replace('_', '-')
+        yield f'--{prefix}{field.name}'.replace('_', '-')
 
   options = list(fields(TrainConfig()))
   assert len(options) > 40
   for option in options:
-    after = flat.split(option + ' ', 1)
+    after = re.split(f'{option},? ', flat, maxsplit=1)
     assert len(after) == 2, option
     # Prose stands between an option and its default.
     explanation = after[1].split('(default', 1)[0]
@@ -144,6 +144,19 @@ def test_unknown_field_names_the_nearest(args, text, capsys):
       ['--data.seq-len', '4096'],
       'data.seq_len=4096 is longer than the model accepts: '
       'model.max_seq_len=128. Lower the former or raise the latter.',
+    ),
+    (
+      ['--sample.top-k', '0'],
+      'SampleConfig.top_k must be at least 1, got 0.',
+    ),
+    (
+      ['--sample.num-tokens', '-5'],
+      'SampleConfig.num_tokens must be in [0, inf], got -5.',
+    ),
+    (['--eval-batches', '0'], 'TrainConfig.eval_batches must be at least 1'),
+    (
+      ['--data.validation-fraction', '3'],
+      'DataConfig.validation_fraction must lie between 0 and 1, got 3.0.',
     ),
     (
       ['--model.num-heads', '3'],

@@ -28,6 +28,7 @@ def test_folder_imports_nothing_of_the_others(folder):
     for path in files
     for module in imported_modules(path)
     if module.startswith('gnlorp_jax')
-    and not (module == 'gnlorp_jax' or module.startswith(allowed))
+    and f'{module}.' != 'gnlorp_jax.'
+    and not f'{module}.'.startswith(f'{allowed}.')
   }
   assert not foreign

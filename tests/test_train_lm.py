@@ -344,6 +344,14 @@ def test_init_from_starts_with_the_exported_weights(
   assert first['eval/loss'] == last['eval/loss']
 
 
+def test_fewer_steps_than_the_run_holds_is_an_error(
+  finished, options, tmp_path, capsys
+):
+  folder = shutil.copytree(finished.folder, tmp_path / 'run')
+  message = message_of([*options(folder), '--steps', '5'], capsys)
+  assert 'holds step 24, beyond steps=5. Raise steps or use another' in message
+
+
 def test_dry_run_reports_and_trains_nothing(options, tmp_path, capsys):
   train_lm.main([*options(tmp_path / 'run'), '--dry-run'])
   table = capsys.readouterr().out

@@ -9,6 +9,7 @@ Shape suffixes in this file:
   V  vocabulary
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -59,7 +60,8 @@ def chunked_cross_entropy(
   largest = max(1, chunk_tokens // batch)
   num_chunks = -(-positions // largest)
 
-  @jax.checkpoint
+  # Inside a scan nothing can be merged with the forward pass anyway.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def chunk_loss(x_BCD, targets_BC, weights_BC):
     losses_BC = optax.softmax_cross_entropy_with_integer_labels(
       logits_fn(x_BCD), targets_BC
