@@ -2,8 +2,9 @@
 
 Every run is `train_lm.py` on equal data, steps and seed; the learning rate of
 each optimizer is tuned over the values below. Results go to a JSON file after
-every run (finished runs are not repeated), and at the end to a Markdown table
-and a plot.
+every run, and at the end to a plot and, as a Markdown table, to the standard
+output. Runs that the file holds already are not repeated: remove it when the
+data or the options change.
 
   python -m benchmarks.optimizers_lm --data 'wikipedia_en/*train*' \
     --validation 'wikipedia_en/*validation*' --tokenizer t5
@@ -31,7 +32,6 @@ LEARNING_RATES = {
   'gradnormlorp': (1e-2, 2e-2, 5e-3),
 }
 RESULTS = pathlib.Path('benchmarks/results/optimizers_lm.json')
-TABLE = pathlib.Path('docs/optimizers_lm.md')
 PLOT = pathlib.Path('docs/optimizers_lm.png')
 
 
@@ -133,8 +133,6 @@ def main() -> None:
       rows.append(run(name, rate, args))
       args.output.parent.mkdir(parents=True, exist_ok=True)
       args.output.write_text(json.dumps(rows, indent=1) + '\n')
-  TABLE.parent.mkdir(exist_ok=True)
-  TABLE.write_text(table(rows))
   plot(rows, PLOT)
   sys.stdout.write(table(rows))
 
