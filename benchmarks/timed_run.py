@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+from gnlorp_jax import build, config
 from gnlorp_jax.training import metrics
 
 MEASURED_STEPS = 30
@@ -74,6 +75,9 @@ def main() -> None:
   add('options', nargs='*', help='options of train_lm.py, after --')
   args = parser.parse_args()
   probe, folder = RUNS / f'{args.name}-probe', RUNS / args.name
+  # Tokenising is done once and for all, and not part of the time.
+  settings = config.parse(args.options, '')
+  build.token_files(settings.data, build.load_tokenizer(settings))
   used = train(probe, MEASURED_STEPS, args.options)
   summary = json.loads((probe / 'summary.json').read_text())
   step = seconds_per_step(probe, summary['median_tokens_per_second'])

@@ -34,6 +34,8 @@ from gnlorp_jax.optim import projections
 from gnlorp_jax.training import metrics, sharding, step
 from gnlorp_jax.training.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.slow
+
 KERNELS = [
   *(f'attn/{name}_proj' for name in 'qkvo'),
   *(f'mlp/{name}_proj' for name in ('gate', 'up', 'down')),
