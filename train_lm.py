@@ -96,9 +96,13 @@ def train(run: build.Run) -> TrainState:
       if first == 0:
         writer.write(0, evaluate(state.params))
       clock, health = Clock(run), Health(first, int(state.skipped))
+      running = None
       for number in range(first + 1, settings.steps + 1):
         batch = sharding.put_batch(next(run.train_batches), run.mesh)
         state, values = train_step(state, batch)
+        # One step ahead of the device, no more: a signal is honoured soon.
+        jax.block_until_ready(running)
+        running = values['loss']
         is_last = number == settings.steps
         # Not the first step after a resume: an interrupted run and a whole one
         # leave the same rows.
@@ -108,9 +112,10 @@ def train(run: build.Run) -> TrainState:
           row = clock.row(number, jax.device_get(values))
           writer.write(number, row)
           health.check(number, row)
-          show_progress(
-            number, row['train/loss'], row.get('train/tokens_per_second', 0)
-          )
+          if 'train/tokens_per_second' in row:  # Not while compiling.
+            show_progress(
+              number, row['train/loss'], row['train/tokens_per_second']
+            )
         if number % settings.eval_every == 0 or is_last:
           writer.write(number, evaluate(state.params))
           clock.restart(number)
@@ -144,6 +149,14 @@ def resume_or_start(run: build.Run, saved: Checkpointer) -> TrainState:
       f'steps={run.config.steps}. Raise steps or use another run directory.'
     )
   run.train_batches.set_state(position)
+  if int(state.step) == run.config.steps:
+    _logger.info(
+      '%s is finished at step %d: its results are written anew. Raise steps to '
+      'go on.',
+      run.config.run_dir,
+      run.config.steps,
+    )
+    return state
   _logger.info('Resuming %s at step %d.', run.config.run_dir, int(state.step))
   if run.config.init_from is not None:
     _logger.info('init_from=%r is not read again.', run.config.init_from)

@@ -92,7 +92,7 @@ class OptimConfig:
   side: Literal['short', 'long', 'in', 'out', 'both'] = 'short'
   """Which axis of a matrix is compressed."""
   spread_refreshes: bool = True
-  """Refresh one matrix at a time instead of all in one step."""
+  """Whether to refresh one matrix at a time instead of all in one step."""
   norm_state: Literal['synced', 'tracked'] = 'synced'
   """Whether the direction's length is reset to the magnitude after each step
   (no state) or kept, as classical weight normalisation does."""
@@ -316,6 +316,7 @@ def _check_option(option: str, default: TrainConfig) -> None:
     known = field if field in names else field.removeprefix('no_')  # A flag.
     if known not in names:
       near = difflib.get_close_matches(field, names, n=1)
+      near = near or [f for f in _nested(node) if f.endswith(f'.{field}')]
       hint = f' Did you mean {near[0]!r}?' if near else ''
       raise ValueError(
         f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
@@ -324,6 +325,16 @@ def _check_option(option: str, default: TrainConfig) -> None:
     node = getattr(node, known)
     if not dataclasses.is_dataclass(node):
       return  # tyro judges the rest.
+
+
+def _nested(node: Any) -> list[str]:
+  """Dotted names of the fields of a configuration's groups."""
+  return [
+    f'{group.name}.{field.name}'
+    for group in dataclasses.fields(node)
+    if dataclasses.is_dataclass(getattr(node, group.name))
+    for field in dataclasses.fields(getattr(node, group.name))
+  ]
 
 
 def exit_with_message(error: Exception) -> None:

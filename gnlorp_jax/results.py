@@ -167,9 +167,10 @@ def show(run: Run, summary: dict[str, Any], sample: str) -> None:
   if first is None or last is None:
     outcome = 'The validation loss is not finite.'
   else:
+    change = 'lower' if last <= first else 'higher'
     outcome = (
       f'Validation loss {first:.3f} -> {last:.3f} '
-      f'({1 - last / first:.0%} lower), perplexity '
+      f'({abs(1 - last / first):.0%} {change}), perplexity '
       f'{summary["last_eval_perplexity"]:.1f}.'
     )
   console.print(

@@ -328,7 +328,7 @@ def test_what_shapes_a_run_cannot_change_within_it(changes, difference):
   saved = json.loads(json.dumps(metadata()))
   with pytest.raises(ValueError) as error:
     check_compatible(saved, metadata(**changes), 'folder')
-  assert f'architecture: {difference}. Use' in str(error.value)
+  assert f'settings: {difference}. Use' in str(error.value)
 
 
 @pytest.mark.parametrize(

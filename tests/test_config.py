@@ -115,6 +115,11 @@ def test_help_explains_every_field(capsys):
       "TrainConfig has no field 'mdoel' (from --mdoel.num-layers). Did you "
       "mean 'model'?",
     ),
+    (
+      ['--learning-rate', '1'],
+      "TrainConfig has no field 'learning_rate' (from --learning-rate). Did "
+      "you mean 'optim.learning_rate'? Fields: [",
+    ),
     (['--config'], '--config needs the path of a configuration file.'),
   ],
 )

@@ -101,11 +101,13 @@ def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
   size = token_file.stop - token_file.start
   if token_file.mode == 'packed':
     has, needs = f'{size} tokens', f'{sequences} x {seq_len} + 1'
+    other = ' or seq_len'
   else:
     has, needs = f'{size} documents', f'{sequences}'
+    other = ", or mode 'packed'"
   raise ValueError(
     f'The data has {has}, which is less than one batch: it needs {needs}. Use '
-    'more text, or a smaller batch_size or seq_len.'
+    f'more text, or a smaller batch_size{other}.'
   )
 
 

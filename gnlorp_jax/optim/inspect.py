@@ -129,7 +129,8 @@ def report(
     table of them.
 
   Raises:
-    ValueError: As `labels.assign`.
+    ValueError: As `labels.assign`, and if the labels are seen not to be those
+      of `tx`.
   """
   shapes = jax.eval_shape(lambda p: p, params)
   opt_state = jax.eval_shape(tx.init, shapes)
@@ -154,6 +155,12 @@ def report(
       for state_name, leaf in owned
       if state_name.endswith(f'{name}/basis/{axis}')
     }
+    label = assignment.label
+    if (bases and label != 'low_rank') or bool(owned) == (label == 'frozen'):
+      raise ValueError(
+        f'param_labels call {name!r} {label!r}, but tx treats it otherwise. '
+        'Give report() the param_labels that tx was built with.'
+      )
     rank = min((shape[-1] for shape in bases.values()), default=None)
     reason = assignment.reason
     if rank is not None and rank >= min(leaf.shape[-2:]):
@@ -162,7 +169,7 @@ def report(
       ReportRow(
         name=name,
         shape=leaf.shape,
-        label=assignment.label,
+        label=label,
         rank=rank,
         side='+'.join(bases),
         state_bytes=sum(_bytes(leaf) for _, leaf in owned),
@@ -204,7 +211,9 @@ def format_report(rows: list[ReportRow]) -> str:
   ]
   total = sum(row.state_bytes for row in rows)
   adamw = sum(row.adamw_bytes for row in rows)
-  saved = f'{1 - total / adamw:.1%} less than AdamW' if adamw else ''
+  more_or_less = 'less' if total <= adamw else 'more'
+  saved = f'{abs(1 - total / adamw):.1%} {more_or_less} than AdamW'
+  saved = saved if adamw else ''
   sums = (format_bytes(total), format_bytes(adamw), saved)
   cells.append(('total', '', '', '', '', *sums))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -192,7 +192,8 @@ def _effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
   if rank > shorter:
     _logger.warning(
       'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
-      'compresses nothing on that axis.',
+      'compresses nothing on that axis. If it has several axes in or out, give '
+      'kernel_axes.',
       rank,
       name,
       list(shape),

@@ -296,7 +296,7 @@ def check_compatible(
   ]
   if differences:
     raise ValueError(
-      f'Checkpoint in {directory} was made with another architecture: '
+      f'Checkpoint in {directory} was made with other settings: '
       f'{", ".join(differences)}. Use another run directory or the same '
       'settings.'
     )

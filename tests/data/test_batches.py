@@ -239,7 +239,7 @@ def test_too_little_data_is_an_error_with_the_numbers(packed, padded):
     iterate(padded, batch_size=6)
   assert str(error.value) == (
     'The data has 5 documents, which is less than one batch: it needs 6. Use '
-    'more text, or a smaller batch_size or seq_len.'
+    "more text, or a smaller batch_size, or mode 'packed'."
   )
   # An evaluation fills its batches up, but one sequence there must be.
   take(iterate(packed, seq_len=43, repeat=False))

@@ -74,6 +74,18 @@ def test_owner_is_the_longest_path_that_fits():
   assert rows['outer/kernel'].state_bytes == 8 * 256
 
 
+def test_report_with_other_labels_than_the_optimizer_is_an_error():
+  rules = [('embed', 'frozen'), ('.*', 'full')]
+  with pytest.raises(ValueError) as error:
+    inspect.report(SHAPES, adamw(1e-3, param_labels=rules))
+  assert str(error.value) == (
+    "param_labels call 'embed/embedding' 'full', but tx treats it otherwise. "
+    'Give report() the param_labels that tx was built with.'
+  )
+  with pytest.raises(ValueError, match="call 'layers/up/kernel' 'full'"):
+    inspect.report(SHAPES, galore(1e-3, rank=4), [('.*', 'full')])
+
+
 def test_format_report_shows_totals():
   text = inspect.format_report(inspect.report(SHAPES, adamw(1e-3)))
   lines = text.splitlines()
