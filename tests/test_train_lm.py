@@ -722,8 +722,8 @@ def test_tokenizer_larger_than_the_model_is_told(
 def test_resuming_another_run_is_told(finished, options, capsys):
   args = options(finished.folder, model__hidden_size=16, optim__rank=2, seed=1)
   assert message_of(args, capsys) == (
-    f'error: Checkpoint in {finished.folder} was made with another '
-    'architecture: hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
+    f'error: Checkpoint in {finished.folder} was made with other '
+    'settings: hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
     'another run directory or the same settings.'
   )
 
