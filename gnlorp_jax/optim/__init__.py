@@ -4,18 +4,20 @@ from gnlorp_jax.optim import inspect as inspect
 from gnlorp_jax.optim import projections as projections
 from gnlorp_jax.optim.adam import descend as descend
 from gnlorp_jax.optim.adam import scale_by_adam as scale_by_adam
-from gnlorp_jax.optim.gradnormlorp import adamw as adamw
-from gnlorp_jax.optim.gradnormlorp import galore as galore
+from gnlorp_jax.optim.adamw import adamw as adamw
+from gnlorp_jax.optim.galore import galore as galore
 from gnlorp_jax.optim.gradnormlorp import gradnormlorp as gradnormlorp
 from gnlorp_jax.optim.inspect import format_report as format_report
 from gnlorp_jax.optim.inspect import report as report
 from gnlorp_jax.optim.kernel_axes import with_kernel_axes as with_kernel_axes
 from gnlorp_jax.optim.low_rank import LowRankState as LowRankState
+from gnlorp_jax.optim.low_rank import Recovery as Recovery
 from gnlorp_jax.optim.low_rank import (
   with_low_rank_projection as with_low_rank_projection,
 )
 from gnlorp_jax.optim.nonfinite import skip_nonfinite as skip_nonfinite
 from gnlorp_jax.optim.projections import Projection as Projection
+from gnlorp_jax.optim.refresh import LazyRefresh as LazyRefresh
 from gnlorp_jax.optim.released import (
   released_gradnormlorp as released_gradnormlorp,
 )

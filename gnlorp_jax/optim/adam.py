@@ -5,15 +5,21 @@ stands relative to the bias correction, and whether decoupled weight decay acts
 before or after the step. Both are arguments here, and nowhere else.
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gnlorp_jax.optim.checks import check_choice, check_params
+from gnlorp_jax.optim.checks import (
+  check_choice,
+  check_interval,
+  check_params,
+)
+from gnlorp_jax.optim.refresh import MomentRule, Transport
 
 EpsMode = Literal['standard', 'hf']
+MomentsOnRefresh = Literal['keep', 'reset', 'rotate']
 DecayOrder = Literal['before', 'after']
 
 
@@ -23,6 +29,8 @@ def scale_by_adam(
   eps: float = 1e-8,
   *,
   eps_mode: EpsMode = 'standard',
+  bias_correction: bool = True,
+  count_per_matrix: bool = False,
 ) -> optax.GradientTransformation:
   r"""Adam's direction, with float32 moments whatever the gradients' dtype.
 
@@ -38,15 +46,20 @@ def scale_by_adam(
   Args:
     b1: Decay of the first moment, in [0, 1).
     b2: Decay of the second moment, in [0, 1).
-    eps: Added to the root of the second moment.
+    eps: Added to the root of the second moment, at least 0.
     eps_mode: ``standard`` (Optax, ``torch.optim``) or ``hf`` (the AdamW of
       older transformers releases, from which GaLore and GradNormLoRP descend).
+    bias_correction: False leaves out the corrections, :math:`c_i = 1`; a method
+      that compares lengths puts `scale_by_bias_correction` behind them.
+    count_per_matrix: Counts the steps of every matrix ``[*, m, n]`` by itself,
+      so that the moments of one can start again or move to another basis.
 
   Returns:
-    A transformation whose state is an `optax.ScaleByAdamState`.
+    A transformation whose state is an `optax.ScaleByAdamState`; its `count` is
+    int32 ``[]``, or with `count_per_matrix` a tree of int32 ``[*]``.
 
   Raises:
-    ValueError: If `eps_mode` is unknown.
+    ValueError: If `eps_mode` is unknown or a number out of its interval.
 
   References:
     Kingma & Ba, `Adam`, 2014, arXiv:1412.6980, algorithm 1.
@@ -57,15 +70,29 @@ def scale_by_adam(
     always float32.
   """
   check_choice('eps_mode', eps_mode, get_args(EpsMode))
+  check_interval('b1', b1, 0, 1)
+  check_interval('b2', b2, 0, 1)
+  check_interval('eps', eps, 0, float('inf'))
 
   def zeros(params: optax.Params) -> optax.Params:
     return optax.tree.zeros_like(params, dtype=jnp.float32)
 
   def init_fn(params: optax.Params) -> optax.ScaleByAdamState:
+    count = jnp.zeros([], jnp.int32)
+    if count_per_matrix:
+      count = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), params)
     # Two calls: one shared buffer could not be donated twice.
     return optax.ScaleByAdamState(
-      count=jnp.zeros([], jnp.int32), mu=zeros(params), nu=zeros(params)
+      count=count, mu=zeros(params), nu=zeros(params)
     )
+
+  def direction(m: jax.Array, v: jax.Array, count: jax.Array) -> jax.Array:
+    if not bias_correction:
+      return m / (jnp.sqrt(v) + eps)
+    c1, c2 = _corrections(b1, b2, count)
+    if eps_mode == 'standard':
+      return (m / c1) / (jnp.sqrt(v / c2) + eps)
+    return (jnp.sqrt(c2) / c1) * m / (jnp.sqrt(v) + eps)
 
   def update_fn(
     updates: optax.Updates,
@@ -74,21 +101,128 @@ def scale_by_adam(
   ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
     del params
     updates = optax.tree.cast(updates, jnp.float32)
-    count = optax.safe_increment(state.count)
+    count = jax.tree.map(optax.safe_increment, state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment(updates, state.nu, b2, 2)
-    c1, c2 = 1 - b1**count, 1 - b2**count
-    if eps_mode == 'standard':
-      direction = jax.tree.map(
-        lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu
+    if count_per_matrix:
+      updates = jax.tree.map(
+        lambda m, v, t: direction(m, v, t[..., None, None]), mu, nu, count
       )
     else:
-      direction = jax.tree.map(
-        lambda m, v: (jnp.sqrt(c2) / c1) * m / (jnp.sqrt(v) + eps), mu, nu
-      )
-    return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+      updates = jax.tree.map(lambda m, v: direction(m, v, count), mu, nu)
+    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _corrections(
+  b1: float, b2: float, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The bias corrections c_1 and c_2 after `count` steps."""
+  return 1 - b1**count, 1 - b2**count
+
+
+class BiasCorrectionState(NamedTuple):
+  """State of `scale_by_bias_correction`."""
+
+  count: jax.Array  # type: ignore[assignment]  # int32 [], updates so far
+
+
+def scale_by_bias_correction(
+  b1: float, b2: float
+) -> optax.GradientTransformation:
+  r"""Multiplies by :math:`\sqrt{c_2} / c_1`, Adam's step size correction.
+
+  For methods that compare the lengths of directions before the corrections, as
+  APOLLO and Fira do; see `scale_by_adam` without `bias_correction`.
+
+  Args:
+    b1: Decay of the first moment, in [0, 1).
+    b2: Decay of the second moment, in [0, 1).
+
+  Returns:
+    A link of a chain.
+  """
+
+  def init_fn(params: optax.Params) -> BiasCorrectionState:
+    del params
+    return BiasCorrectionState(jnp.zeros([], jnp.int32))
+
+  def update_fn(
+    updates: optax.Updates,
+    state: BiasCorrectionState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, BiasCorrectionState]:
+    del params
+    count = optax.safe_increment(state.count)
+    c1, c2 = _corrections(b1, b2, count)
+    factor = jnp.sqrt(c2) / c1
+    updates = jax.tree.map(lambda u: factor * u, updates)
+    return updates, BiasCorrectionState(count)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def moment_rule(
+  mode: MomentsOnRefresh, b1: float, b2: float
+) -> MomentRule | None:
+  """What a refresh of the basis does to Adam's moments.
+
+  Args:
+    mode: ``keep`` leaves them as they are, ``reset`` starts Adam again for
+      that matrix, ``rotate`` moves them to the new basis, see `rotate_moments`.
+    b1: Decay of the first moment, in [0, 1).
+    b2: Decay of the second moment, in [0, 1).
+
+  Returns:
+    The `on_refresh` of `with_low_rank_projection`; None for ``keep``.
+
+  Raises:
+    ValueError: If `mode` is unknown.
+  """
+  check_choice('moments_on_refresh', mode, get_args(MomentsOnRefresh))
+  if mode == 'keep':
+    return None
+  if mode == 'reset':
+    return lambda moments, transport: jax.tree.map(jnp.zeros_like, moments)
+  return rotate_moments(b1, b2)
+
+
+def rotate_moments(b1: float, b2: float) -> MomentRule:
+  r"""Moves Adam's moments from the old basis to the new one.
+
+  With :math:`X = Q_{old}^T Q_{new}` the first moment becomes :math:`m X`. The
+  second is split into the square of the mean and a variance, and the variance
+  of independent coordinates moves with the squares of X:
+
+  .. math:: v' = c_2 \, | (v / c_2 - (m / c_1)^2) X^{\circ 2} + (m X / c_1)^2 |
+
+  For a selection of columns, as the DCT's, this keeps the moments of the
+  columns that stay and zeros those of new ones.
+
+  Args:
+    b1: Decay of the first moment, in [0, 1).
+    b2: Decay of the second moment, in [0, 1).
+
+  Returns:
+    A rule for `with_low_rank_projection`.
+
+  References:
+    Robert et al., `LDAdam`, 2024, arXiv:2410.16103, algorithm 1.
+  """
+
+  def rule(
+    moments: optax.ScaleByAdamState, transport: Transport
+  ) -> optax.ScaleByAdamState:
+    # A matrix without steps has zero moments, whatever they are divided by.
+    count = jnp.maximum(moments.count, 1)[..., None, None]
+    c1, c2 = _corrections(b1, b2, count)
+    mu = transport(moments.mu, 1)
+    variance = moments.nu / c2 - (moments.mu / c1) ** 2
+    nu = c2 * jnp.abs(transport(variance, 2) + (mu / c1) ** 2)
+    return optax.ScaleByAdamState(count=moments.count, mu=mu, nu=nu)
+
+  return rule
 
 
 def descend(

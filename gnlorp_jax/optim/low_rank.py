@@ -1,11 +1,19 @@
 """Runs an optimizer inside a low-rank subspace of the gradients.
 
 A wrapper, because `optax.chain` cannot project before and back after a link.
-What a basis is, a `Projection` knows; when it is refitted, `refresh`.
+Every low-rank method of this package is this wrapper with other parts: what a
+basis is (`Projection`), when it is refitted (`refresh`), what runs in the
+subspace (`inner`), and how the update leaves it (`Recovery`).
+
+Shape suffixes in this file:
+  IO    a kernel's input and output axes, the last two of its array
+  MN    the same two axes, turned so that the basis lives on N
+  R     rank of the subspace
 """
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -16,16 +24,42 @@ from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.checks import check_choice, check_int
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.projections.base import Projection
-from gnlorp_jax.optim.refresh import refresh_due, refresh_schedule
+from gnlorp_jax.optim.refresh import (
+  LazyRefresh,
+  MomentRule,
+  check_lazy,
+  refresh_due,
+  refresh_schedules,
+)
 from gnlorp_jax.optim.subspace import (
+  LazyState,
   Side,
   Subspace,
   compressed_axes,
   project,
   project_back,
+  toward,
 )
 
 _logger = logging.getLogger(__name__)
+
+
+class Recovery(NamedTuple):
+  """How a full-size update is made of what happened in the subspace.
+
+  Attributes:
+    init: ``init(shape) -> state`` for gradients of `shape` ``[*, m, n]``; every
+      array of the state has the leading axes.
+    apply: ``apply(grad_MN, low_MR, direction_MR, back, state) -> (update_MN,
+      state)``: `low` are the gradient's coordinates, `direction` what `inner`
+      made of them, and ``back(x_MR) -> x_MN`` expands coordinates.
+  """
+
+  init: Callable[[tuple[int, ...]], Any]
+  apply: Callable[
+    [jax.Array, jax.Array, jax.Array, Callable[[jax.Array], jax.Array], Any],
+    tuple[jax.Array, Any],
+  ]
 
 
 class LowRankState(NamedTuple):
@@ -35,6 +69,7 @@ class LowRankState(NamedTuple):
   count: jax.Array  # type: ignore[assignment]
   subspace: optax.Params  # a Subspace for each parameter
   inner_state: optax.OptState  # inner's, over the projected gradients
+  recovery: Any = None  # a state of the Recovery for each parameter, or None
 
 
 def with_low_rank_projection(
@@ -46,19 +81,21 @@ def with_low_rank_projection(
   projection: str | Projection = 'svd',
   side: Side = 'short',
   spread_refreshes: bool = True,
+  lazy_refresh: LazyRefresh | None = None,
+  on_refresh: MomentRule | None = None,
+  recovery: Recovery | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs `inner` on projected gradients and expands its updates.
 
-  For each matrix :math:`G` of a leaf ``[*, in, out]``, with orthonormal bases
-  :math:`P, Q` of the compressed axes (the other one is the identity),
+  For each matrix :math:`G` of a leaf ``[*, in, out]``, with bases :math:`P, Q`
+  of the compressed axes (the other one is the identity),
 
   .. math:: R = P^T G Q, \qquad U = \alpha P \, \mathrm{inner}(R) \, Q^T.
 
-  Every `update_proj_gap` steps a basis is refitted to the gradient at hand;
-  inner's moments stay as they are. Gradients of rank below `rank` and zero
-  gradients are safe. A gradient that is not finite never reaches a basis; to
-  keep it from `inner` too, wrap the whole optimizer in `skip_nonfinite`, as the
-  aliases do.
+  Every `update_proj_gap` steps a basis is refitted to the gradient at hand.
+  Gradients of rank below `rank` and zero gradients are safe. A gradient that is
+  not finite never reaches a basis; to keep it from `inner` too, wrap the whole
+  optimizer in `skip_nonfinite`, as the aliases do.
 
   Args:
     inner: Transformation of the projected gradients; it sees no parameters.
@@ -71,14 +108,20 @@ def with_low_rank_projection(
     spread_refreshes: Refresh one matrix at a time, spread over the interval, so
       that no step stalls (the first step fits all of them). False refreshes all
       at steps 1, T + 1, 2T + 1, ..., as published code does.
+    lazy_refresh: Lets the intervals of subspaces at rest grow; None keeps them.
+    on_refresh: What a refresh does to the moments of `inner`, such as
+      `adam.rotate_moments`; it needs one `adam.scale_by_adam` with
+      ``count_per_matrix`` in `inner`. None keeps the moments as they are.
+    recovery: Makes the full-size update; None expands `inner`'s. `scale`
+      multiplies its result too.
 
   Returns:
     A transformation whose updates are float32, shaped like the gradients.
 
   Raises:
     ValueError: If `rank` or `update_proj_gap` is below 1 or no integer, if
-      `side` or `projection` is unknown, or, at `init`, if a leaf has fewer than
-      two axes.
+      `side` or `projection` is unknown, if `recovery` meets ``side='both'``,
+      or, at `init`, if a leaf has fewer than two axes.
 
   Examples:
     >>> tx = with_low_rank_projection(optax.scale_by_adam(), rank=2)
@@ -98,24 +141,48 @@ def with_low_rank_projection(
   check_int('rank', rank)
   check_int('update_proj_gap', update_proj_gap)
   check_choice('side', side, get_args(Side))
+  check_lazy(lazy_refresh)
+  if recovery is not None and side == 'both':
+    raise ValueError(
+      "side='both' leaves no whole axis, along which this method's recovery "
+      "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'."
+    )
   method = _as_projection(projection)
   inner_tx = optax.with_extra_args_support(inner)
 
-  def init_subspace(path: Any, param: jax.Array) -> Subspace:
+  def init_subspace(path: Any, param: jax.Array, seed: int) -> Subspace:
     stack = param.shape[:-2]
     effective = _effective_rank(rank, path_name(path), param.shape)
+    lazy = None
+    if lazy_refresh is not None:
+      lazy = LazyState(
+        gap=jnp.full(stack, update_proj_gap, jnp.int32),
+        similarity=jnp.zeros((*stack, lazy_refresh.queue), jnp.float32),
+        saved=jnp.zeros(stack, jnp.int32),
+      )
     return Subspace(
       basis={
-        axis: method.init(_turned_shape(param.shape, axis), effective)
+        axis: method.init(_turned_shape(param.shape, axis), effective, seed)
         for axis in compressed_axes(param.shape, side)
       },
       refresh_count=jnp.zeros(stack, jnp.int32),
       overlap=jnp.zeros(stack, jnp.float32),
       energy=jnp.zeros(stack, jnp.float32),
+      lazy=lazy,
     )
 
+  def init_recovery(param: jax.Array) -> Any:
+    assert recovery is not None
+    (axis,) = compressed_axes(param.shape, side)
+    return recovery.init(_turned_shape(param.shape, axis))
+
   def init_fn(params: optax.Params) -> LowRankState:
-    subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
+    treedef = jax.tree.structure(params)
+    num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
+    positions = jax.tree.unflatten(treedef, range(num_leaves))
+    subspace = jax.tree_util.tree_map_with_path(
+      init_subspace, params, positions
+    )
 
     def zero_low(param: jax.Array, subspace: Subspace) -> jax.Array:
       low = jax.eval_shape(
@@ -123,11 +190,33 @@ def with_low_rank_projection(
       )
       return jnp.zeros(low.shape, low.dtype)
 
+    inner_state = inner_tx.init(jax.tree.map(zero_low, params, subspace))
+    if on_refresh is not None:
+      _moments(inner_state)
     return LowRankState(
       count=jnp.zeros([], jnp.int32),
       subspace=subspace,
-      inner_state=inner_tx.init(jax.tree.map(zero_low, params, subspace)),
+      inner_state=inner_state,
+      recovery=recovery and jax.tree.map(init_recovery, params),
     )
+
+  def recover(
+    grad_IO: jax.Array,
+    low_MR: jax.Array,
+    direction_MR: jax.Array,
+    subspace: Subspace,
+    state: Any,
+  ) -> tuple[jax.Array, Any]:
+    assert recovery is not None
+    ((axis, basis),) = subspace.basis.items()
+    update_MN, state = recovery.apply(
+      toward(grad_IO, axis),
+      low_MR,
+      direction_MR,
+      lambda x_MR: method.project_back(x_MR, basis),
+      state,
+    )
+    return scale * toward(update_MN, axis), state
 
   def update_fn(
     updates: optax.Updates,
@@ -136,31 +225,106 @@ def with_low_rank_projection(
     **extra_args: Any,
   ) -> tuple[optax.Updates, LowRankState]:
     del params
-    treedef = jax.tree.structure(updates)
-    num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
-
-    def refresh(grad: jax.Array, subspace: Subspace, index: int) -> Subspace:
-      stack = math.prod(grad.shape[:-2])
-      schedule = refresh_schedule(
-        stack, index, num_leaves, update_proj_gap, spread_refreshes
+    grads = jax.tree.leaves(updates)
+    treedef: Any = jax.tree.structure(updates)
+    schedules = refresh_schedules(
+      [math.prod(grad.shape[:-2]) for grad in grads],
+      update_proj_gap,
+      spread_refreshes,
+    )
+    inner_state = state.inner_state
+    moments = [None] * len(grads)
+    if on_refresh is not None:
+      moments = _split_moments(_moments(inner_state), treedef)
+    refreshed = [
+      refresh_due(
+        *(grad, old, state.count, schedule, method),
+        *(lazy_refresh, moment, on_refresh),
       )
-      return refresh_due(grad, subspace, state.count, schedule, method)
-
-    indices = jax.tree.unflatten(treedef, range(num_leaves))
-    subspace = jax.tree.map(refresh, updates, state.subspace, indices)
+      for grad, old, schedule, moment in zip(
+        grads,
+        treedef.flatten_up_to(state.subspace),
+        schedules,
+        moments,
+        strict=True,
+      )
+    ]
+    subspaces = [subspace for subspace, _ in refreshed]
+    subspace = treedef.unflatten(subspaces)
+    if on_refresh is not None:
+      moved = [moment for _, moment in refreshed]
+      inner_state = _with_moments(inner_state, moved, treedef)
     low = jax.tree.map(
       lambda g, s: project(g, s.basis, method), updates, subspace
     )
-    low, inner_state = inner_tx.update(
-      low, state.inner_state, None, **extra_args
+    direction, inner_state = inner_tx.update(
+      low, inner_state, None, **extra_args
     )
-    updates = jax.tree.map(
-      lambda u, s: scale * project_back(u, s.basis, method), low, subspace
-    )
+    recovery_state = state.recovery
+    if recovery is None:
+      updates = jax.tree.map(
+        lambda u, s: scale * project_back(u, s.basis, method),
+        direction,
+        subspace,
+      )
+    else:
+      pairs = [
+        recover(*leaf)
+        for leaf in zip(
+          grads,
+          *map(treedef.flatten_up_to, (low, direction)),
+          subspaces,
+          treedef.flatten_up_to(state.recovery),
+          strict=True,
+        )
+      ]
+      updates = treedef.unflatten([update for update, _ in pairs])
+      recovery_state = treedef.unflatten([state for _, state in pairs])
     count = optax.safe_increment(state.count)
-    return updates, LowRankState(count, subspace, inner_state)
+    return updates, LowRankState(count, subspace, inner_state, recovery_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_adam(node: Any) -> bool:
+  return isinstance(node, optax.ScaleByAdamState)
+
+
+def _moments(inner_state: optax.OptState) -> optax.ScaleByAdamState:
+  """The moments in a state, which has a count for every matrix."""
+  nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
+  found = [node for node in nodes if _is_adam(node)]
+  if [jax.tree.structure(node.count) for node in found] != [
+    jax.tree.structure(node.mu) for node in found[:1]
+  ]:
+    raise ValueError(
+      'on_refresh moves the moments of one scale_by_adam(..., '
+      f'count_per_matrix=True), but inner holds {len(found)} states of Adam, '
+      'or one with a common count. Use that as inner, or on_refresh=None.'
+    )
+  return found[0]
+
+
+def _split_moments(
+  state: optax.ScaleByAdamState, treedef: Any
+) -> list[optax.ScaleByAdamState]:
+  """The moments of each leaf by itself."""
+  trees = map(treedef.flatten_up_to, state)
+  return [optax.ScaleByAdamState(*leaf) for leaf in zip(*trees, strict=True)]
+
+
+def _with_moments(
+  inner_state: optax.OptState,
+  moments: list[optax.ScaleByAdamState],
+  treedef: Any,
+) -> optax.OptState:
+  """The state with the moments of all leaves replaced."""
+  new = optax.ScaleByAdamState(
+    *map(treedef.unflatten, zip(*moments, strict=True))
+  )
+  return jax.tree.map(
+    lambda node: new if _is_adam(node) else node, inner_state, is_leaf=_is_adam
+  )
 
 
 def _as_projection(projection: str | Projection) -> Projection:

@@ -2,60 +2,97 @@
 
 Shape suffixes in this file:
   IO    a kernel's input and output axes, the last two of its array
-  RR    both axes of length rank
+  RN    rank of the subspace, and the axis its basis lives on
 Leading axes of a kernel stack matrices; inside they are flattened to one, [s].
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gnlorp_jax.optim.checks import check_choice, check_int, check_interval
+from gnlorp_jax.optim.projections import base
 from gnlorp_jax.optim.projections.base import Basis, Projection
-from gnlorp_jax.optim.subspace import Subspace, project, toward
+from gnlorp_jax.optim.subspace import LazyState, Subspace, project, toward
+
+Similarity = Literal['overlap', 'abs_cosine', 'cosine']
+
+# Moves arrays that live in a subspace, the moments, from the old basis to the
+# new one: transport(low, power), see `projections.base.transport`.
+Transport = Callable[[jax.Array, int], jax.Array]
+# What a refresh does to the moments of one leaf: rule(moments, transport).
+MomentRule = Callable[[Any, Transport], Any]
+
+
+class LazyRefresh(NamedTuple):
+  r"""Layer-adaptive refreshes: a matrix whose subspace rests waits longer.
+
+  Each matrix has an interval of its own, at first `update_proj_gap`. At every
+  refresh the similarity of the old and the new subspace enters a queue; when
+  the queue is full and its mean reaches `threshold`, the interval is multiplied
+  by `factor`.
+
+  Attributes:
+    threshold: Mean similarity from which the interval grows, in [-1, 1].
+    factor: Growth of the interval, an integer of at least 2.
+    queue: Length of the queue, at least 1.
+    similarity: ``overlap``: :math:`|Q_{old}^T Q_{new}|^2 / r`, in [0, 1];
+      ``abs_cosine``: that of the two first basis vectors; ``cosine``: the same
+      with its sign, the published rule.
+
+  References:
+    Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296, section 3.2.
+
+  Note:
+    The published code compares first singular vectors, sign included, although
+    a subspace that rests may come back with the sign flipped. It keeps the old
+    vector in full precision; here it is read from the stored basis. As there,
+    the queue is not emptied when the interval grows.
+  """
+
+  threshold: float = 0.4
+  factor: int = 2
+  queue: int = 5
+  similarity: Similarity = 'overlap'
+
+
+def check_lazy(lazy: LazyRefresh | None) -> None:
+  """Raises a `ValueError` if a field of `lazy` is out of its interval."""
+  if lazy is None:
+    return
+  check_interval('LazyRefresh.threshold', lazy.threshold, -1, 1 + 1e-9)
+  check_int('LazyRefresh.factor', lazy.factor)
+  check_int('LazyRefresh.queue', lazy.queue)
+  check_choice('LazyRefresh.similarity', lazy.similarity, get_args(Similarity))
 
 
 class Schedule(NamedTuple):
-  """Which block of a stack of matrices is refreshed when.
+  """When the matrices of a leaf are due: every `gap` steps from an offset."""
 
-  The `stack` matrices of a leaf are refreshed in blocks of `block`, one block
-  a time, block e at the steps whose count is ``offset + e * gap // blocks``
-  modulo `gap`.
-  """
-
-  stack: int
-  block: int
   gap: int
-  offset: int
+  offset_s: np.ndarray  # int32 [s], in [0, gap)
 
-  @property
-  def blocks(self) -> int:
-    """Number of blocks; no more than `gap`."""
-    return -(-self.stack // self.block)
-
-  def due(self, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether a block is due at `count`, and the first matrix of it."""
-    phase = jnp.mod(count - self.offset, self.gap)
-    e = -(-phase * self.blocks // self.gap)
-    is_due = (e < self.blocks) & (e * self.gap // self.blocks == phase)
-    start = jnp.clip(e * self.block, 0, self.stack - self.block)
-    return is_due, start
+  def due(self, count: jax.Array, gap_s: jax.Array | int) -> jax.Array:
+    """Which matrices are due, bool [s], where each has its own interval."""
+    return jnp.mod(count - self.offset_s, gap_s) == 0
 
 
-def refresh_schedule(
-  stack: int, leaf: int, num_leaves: int, gap: int, spread: bool
-) -> Schedule:
-  """The refreshes of one leaf, spread over the interval or all at once.
+def refresh_schedules(
+  stacks: list[int], gap: int, spread: bool
+) -> list[Schedule]:
+  """A schedule for each leaf, given how many matrices each one stacks.
 
-  Spread, a step refreshes one matrix where ``gap`` allows: the leaves take
-  turns, and so do the matrices of each. Otherwise all are refreshed at steps
-  1, T + 1, 2T + 1, ..., as published code does.
+  Spread, the matrices of all leaves take turns, so that a step refreshes one
+  of them where ``gap`` allows. Otherwise all are due at steps 1, T + 1,
+  2T + 1, ..., as in published code.
   """
-  if not spread:
-    return Schedule(stack, block=stack, gap=gap, offset=0)
-  block = -(-stack // gap)
-  blocks = -(-stack // block)
-  return Schedule(stack, block, gap, leaf * gap // (num_leaves * blocks))
+  total = sum(stacks)
+  offsets = np.arange(total) * gap // max(total, 1) * int(spread)
+  parts = np.split(offsets.astype(np.int32), np.cumsum(stacks))[:-1]
+  return [Schedule(gap, part) for part in parts]
 
 
 def _matrix_norm(x: jax.Array) -> jax.Array:
@@ -70,19 +107,38 @@ def _overlap(
 ) -> jax.Array:
   """Share of the old subspace that lies in the new one: |Q_old^T Q_new|^2 / r.
 
-  Written with the projection's own functions, so that it holds for every basis
-  type; the mean of both sides where two are compressed.
+  The mean of both sides where two are compressed.
   """
-  shares = []
-  for axis in new:
-    back_RN = projection.project_back(jnp.eye(rank)[None], old[axis])
-    turned_RR = projection.project(back_RN, new[axis])
-    shares.append(_matrix_norm(turned_RR) ** 2 / rank)
+  shares = [
+    _matrix_norm(base.turn(projection, rank, old[axis], new[axis])) ** 2 / rank
+    for axis in new
+  ]
   return jnp.mean(jnp.stack(shares), axis=0)
 
 
+def _first_cosine(
+  old: dict[str, Basis],
+  new: dict[str, Basis],
+  projection: Projection,
+  rank: int,
+) -> jax.Array:
+  """Cosine of the first old and the first new basis vector; mean of sides."""
+  first_RN = jnp.eye(rank)[None, :1]
+  cosines = []
+  for axis in new:
+    a = projection.project_back(first_RN, old[axis])
+    b = projection.project_back(first_RN, new[axis])
+    length = _matrix_norm(a) * _matrix_norm(b)
+    cosines.append(jnp.sum(a * b, axis=(-2, -1)) / jnp.maximum(length, 1e-30))
+  return jnp.mean(jnp.stack(cosines), axis=0)
+
+
 def _refit(
-  grad_IO: jax.Array, old: Subspace, count: jax.Array, projection: Projection
+  grad_IO: jax.Array,
+  old: Subspace,
+  count: jax.Array,
+  projection: Projection,
+  lazy: LazyRefresh | None,
 ) -> Subspace:
   """Refits the bases of a stack ``[s, in, out]``; bad gradients keep the old.
 
@@ -102,17 +158,48 @@ def _refit(
   }
   low = project(grad_IO, basis, projection)
   energy = (_matrix_norm(low) / jnp.maximum(_matrix_norm(grad_IO), 1e-30)) ** 2
+  overlap = _overlap(old.basis, basis, projection, low.shape[-1])
   fitted = Subspace(
     basis=basis,
     refresh_count=old.refresh_count + 1,
-    overlap=_overlap(old.basis, basis, projection, low.shape[-1]),
+    overlap=overlap,
     energy=energy,
+    lazy=old.lazy,
   )
+  if lazy is not None:
+    similarity = overlap
+    if lazy.similarity != 'overlap':
+      similarity = _first_cosine(old.basis, basis, projection, low.shape[-1])
+    if lazy.similarity == 'abs_cosine':
+      similarity = jnp.abs(similarity)
+    fitted = fitted._replace(lazy=_lengthen(fitted, similarity, lazy))
   # A factorisation that failed shows in the energy.
   return _where(usable & jnp.isfinite(energy), fitted, old)
 
 
-def _where(condition_s: jax.Array, x: Subspace, y: Subspace) -> Subspace:
+def _lengthen(
+  subspace: Subspace, similarity_s: jax.Array, lazy: LazyRefresh
+) -> LazyState:
+  """Queues a similarity and lengthens the intervals of subspaces at rest."""
+  state = subspace.lazy
+  assert state is not None
+  # The first basis replaces a random start: nothing to compare yet.
+  pushed = subspace.refresh_count - 1
+  queue_sK = jnp.concatenate(
+    [state.similarity[..., 1:], similarity_s[..., None]], axis=-1
+  )
+  queue_sK = jnp.where(pushed[..., None] > 0, queue_sK, state.similarity)
+  rests = (pushed >= lazy.queue) & (jnp.mean(queue_sK, -1) >= lazy.threshold)
+  longest = (2**31 - 1) // lazy.factor
+  longer = jnp.where(state.gap <= longest, state.gap * lazy.factor, state.gap)
+  return LazyState(
+    gap=jnp.where(rests, longer, state.gap),
+    similarity=queue_sK,
+    saved=state.saved,
+  )
+
+
+def _where(condition_s: jax.Array, x: Any, y: Any) -> Any:
   """Per matrix of the stack: `x` where the condition holds, else `y`."""
 
   def select(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -127,8 +214,11 @@ def refresh_due(
   count: jax.Array,
   schedule: Schedule,
   projection: Projection,
-) -> Subspace:
-  """Refits what is due of a leaf: nothing, one block, or the first bases.
+  lazy: LazyRefresh | None = None,
+  moments: Any = None,
+  rule: MomentRule | None = None,
+) -> tuple[Subspace, Any]:
+  """Refits what is due of a leaf, and moves its moments along.
 
   A matrix whose first basis is still missing (its gradient was zero until now)
   gets it at its first usable gradient.
@@ -144,9 +234,13 @@ def refresh_due(
     count: Updates before this one, int32.
     schedule: When which matrix is due.
     projection: How a basis is fitted.
+    lazy: How intervals grow; None keeps them.
+    moments: Pytree of arrays with the same leading axes that live in the
+      subspace; None where there is no `rule`.
+    rule: What a refresh does to the moments.
 
   Returns:
-    The subspace to use in this step.
+    The subspace to use in this step, and the moments in it.
   """
   stack = grad_IO.shape[:-2]
 
@@ -156,28 +250,52 @@ def refresh_due(
   def restore(x: jax.Array) -> jax.Array:
     return x.reshape(*stack, *x.shape[1:])
 
-  grad_IO, old = flatten(grad_IO), jax.tree.map(flatten, old)
-  is_due, start = schedule.due(count)
-  end = start + jnp.where(is_due, schedule.block, 0)
+  grad_IO, old, moments = jax.tree.map(flatten, (grad_IO, old, moments))
+  due = schedule.due(count, schedule.gap)
+  if old.lazy is not None:
+    planned, due = due, schedule.due(count, old.lazy.gap)
+    saved = old.lazy.saved + (planned & ~due)
+    old = old._replace(lazy=old.lazy._replace(saved=saved))
   unset = old.refresh_count == 0
-  pending = jax.lax.cond(
+  due = jax.lax.cond(
     jnp.any(unset),
-    lambda: jnp.any(unset & jnp.any(grad_IO != 0, axis=(-2, -1))),
-    lambda: False,
+    lambda: due | (unset & jnp.any(grad_IO != 0, axis=(-2, -1))),
+    lambda: due,
   )
+  order = jnp.argsort(~due)  # Stable: those that are due come first.
 
-  def refit(i: jax.Array, subspace: Subspace) -> Subspace:
+  def refit(k: jax.Array, carry: tuple[Subspace, Any]) -> tuple[Subspace, Any]:
     def part(x: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_slice_in_dim(x, i, 1)
+      return jax.lax.dynamic_slice_in_dim(x, order[k], 1)
 
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_update_slice_in_dim(x, new, i, 0)
+      return jax.lax.dynamic_update_slice_in_dim(x, new, order[k], 0)
 
-    mine = jax.tree.map(part, subspace)
-    wanted = (mine.refresh_count == 0) | ((i >= start) & (i < end))
-    new = _where(wanted, _refit(part(grad_IO), mine, count, projection), mine)
-    return jax.tree.map(put, subspace, new)
+    mine, moments = jax.tree.map(part, carry)
+    new = _refit(part(grad_IO), mine, count, projection, lazy)
+    if rule is not None:
+      # Neither a first basis nor a failed refit has moments to move.
+      moved = rule(moments, _transport(mine.basis, new.basis, projection))
+      keep = (new.refresh_count == mine.refresh_count) | (
+        mine.refresh_count == 0
+      )
+      moments = _where(keep, moments, moved)
+    return jax.tree.map(put, carry, (new, moments))
 
-  first = jnp.where(pending, 0, start)
-  last = jnp.where(pending, schedule.stack, end)
-  return jax.tree.map(restore, jax.lax.fori_loop(first, last, refit, old))
+  subspace, moments = jax.lax.fori_loop(0, jnp.sum(due), refit, (old, moments))
+  return jax.tree.map(restore, (subspace, moments))
+
+
+def _transport(
+  old: dict[str, Basis], new: dict[str, Basis], projection: Projection
+) -> Transport:
+  """`projections.base.transport` for coordinates of one side or of both."""
+
+  def transport(low: jax.Array, power: int) -> jax.Array:
+    if len(new) == 1:
+      (axis,) = new
+      return base.transport(projection, low, old[axis], new[axis], power)
+    low = base.transport(projection, low, old['out'], new['out'], power)
+    return base.transport(projection, low.mT, old['in'], new['in'], power).mT
+
+  return transport

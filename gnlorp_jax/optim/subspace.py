@@ -17,6 +17,14 @@ from gnlorp_jax.optim.projections.base import Basis, Projection
 Side = Literal['short', 'long', 'in', 'out', 'both']
 
 
+class LazyState(NamedTuple):
+  """How the refreshes of one leaf have slowed down, see `LazyRefresh`."""
+
+  gap: jax.Array  # int32 [*], steps between two refreshes of each matrix now
+  similarity: jax.Array  # float32 [*, queue], of its last subspaces
+  saved: jax.Array  # int32 [*], refreshes left out so far
+
+
 class Subspace(NamedTuple):
   """The subspace of one leaf, and what its last refresh found."""
 
@@ -26,6 +34,7 @@ class Subspace(NamedTuple):
   refresh_count: jax.Array  # int32 [*], refreshes of each matrix so far
   overlap: jax.Array  # float32 [*], of the last two subspaces, in [0, 1]
   energy: jax.Array  # float32 [*], share captured at the refresh, in [0, 1]
+  lazy: LazyState | None = None  # None where the interval is fixed
 
 
 def compressed_axes(shape: tuple[int, ...], side: Side) -> tuple[str, ...]:

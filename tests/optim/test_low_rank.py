@@ -11,7 +11,7 @@ import pytest
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
-from gnlorp_jax.optim.refresh import refresh_schedule
+from gnlorp_jax.optim.refresh import refresh_schedules
 from gnlorp_jax.optim.subspace import compressed_axes
 
 SIDES = ('short', 'long', 'in', 'out', 'both')
@@ -112,38 +112,31 @@ def test_stack_of_kernels_equals_each_by_itself(solver, side, spread):
     assert refreshes[-1].min() >= 2
 
 
-@pytest.mark.parametrize('stack', [1, 3, 8, 11])
+@pytest.mark.parametrize('stacks', [[1], [3, 1, 1], [8, 8, 8], [11]])
 @pytest.mark.parametrize('gap', [1, 2, 7, 10])
 @pytest.mark.parametrize('spread', [False, True])
-def test_schedule_refreshes_every_matrix_once_per_interval(stack, gap, spread):
-  for leaf in range(3):
-    schedule = refresh_schedule(stack, leaf, 3, gap, spread)
+def test_schedule_refreshes_every_matrix_once_per_interval(stacks, gap, spread):
+  schedules = refresh_schedules(stacks, gap, spread)
+  assert [len(schedule.offset_s) for schedule in schedules] == stacks
+  for schedule in schedules:
     for start in (0, 5):  # Any window of `gap` steps holds each matrix once.
-      seen = np.zeros(stack, int)
-      for count in range(start, start + gap):
-        is_due, first = schedule.due(jnp.int32(count))
-        if is_due:
-          seen[int(first) : int(first) + schedule.block] += 1
-      assert (seen >= 1).all()
-      assert seen.sum() < stack + schedule.block  # A block may overlap.
+      due = [schedule.due(c, gap) for c in range(start, start + gap)]
+      np.testing.assert_array_equal(np.sum(due, axis=0), 1)
 
 
 def test_unspread_schedule_follows_published_code():
-  schedule = refresh_schedule(4, 2, 3, gap=5, spread=False)
-  due = [bool(schedule.due(jnp.int32(c))[0]) for c in range(11)]
-  assert np.flatnonzero(due).tolist() == [0, 5, 10]
-  assert schedule.block == 4
+  schedule = refresh_schedules([4, 2], gap=5, spread=False)[0]
+  due = np.array([schedule.due(jnp.int32(c), 5) for c in range(11)])
+  assert np.flatnonzero(due.all(axis=1)).tolist() == [0, 5, 10]
+  assert due.sum() == 3 * 4
 
 
 def test_spread_schedule_keeps_steps_alike():
   # LLaMA-60M: seven kernels of eight layers, T = 200.
-  due = np.zeros(200, int)
-  for leaf in range(7):
-    schedule = refresh_schedule(8, leaf, 7, 200, spread=True)
-    for count in range(200):
-      due[count] += bool(schedule.due(np.int32(count))[0]) * schedule.block
-  assert due.sum() == 56
-  assert due.max() == 1
+  schedules = refresh_schedules([8] * 7, 200, spread=True)
+  due = [sum(s.due(c, 200).sum() for s in schedules) for c in range(200)]
+  assert sum(due) == 56
+  assert max(due) == 1
 
 
 def test_basis_stays_between_refreshes_and_follows_at_one():

@@ -1,4 +1,4 @@
-"""What a projection method is: four pure functions on one orientation.
+"""What a projection method is: a few pure functions on one orientation.
 
 Shape suffixes in this package:
   M, N  the two axes of a gradient, turned so that the basis lives on N
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # Any pytree whose leaves all carry the leading (stacking) axes of the
 # gradient: orthonormal columns, indices, packed integers, a seed.
@@ -23,8 +24,9 @@ class Projection(NamedTuple):
   in the coordinates, so gradients may be summed after projecting.
 
   Attributes:
-    init: ``init(shape, rank) -> basis``: a valid basis for gradients of `shape`
-      ``[*, m, n]`` before any gradient was seen.
+    init: ``init(shape, rank, seed) -> basis``: a valid basis for gradients of
+      `shape` ``[*, m, n]`` before any gradient was seen. `seed`, an int, tells
+      one parameter from another; a basis that is not random ignores it.
     refresh: ``refresh(grad_MN, basis, count) -> basis``: the basis fitted to a
       gradient, starting from the last one; `count` is the number of updates
       before this one, int32. The gradient comes in float32, finite, scaled to a
@@ -32,9 +34,47 @@ class Projection(NamedTuple):
     project: ``project(grad_MN, basis) -> low_MR``: coordinates, float32.
     project_back: ``project_back(low_MR, basis) -> update_MN``: the way back,
       float32.
+    transport: ``transport(low_MR, old, new, power) -> low_MR``: see `transport`
+      below, which is used where this is None.
   """
 
-  init: Callable[[tuple[int, ...], int], Basis]
+  init: Callable[[tuple[int, ...], int, int], Basis]
   refresh: Callable[[jax.Array, Basis, jax.Array], Basis]
   project: Callable[[jax.Array, Basis], jax.Array]
   project_back: Callable[[jax.Array, Basis], jax.Array]
+  transport: Callable[[jax.Array, Basis, Basis, int], jax.Array] | None = None
+
+
+def turn(
+  projection: Projection, rank: int, old: Basis, new: Basis
+) -> jax.Array:
+  """Old basis vectors in new coordinates, ``Q_old^T Q_new``, ``[*, r, r]``."""
+  back_RN = projection.project_back(jnp.eye(rank)[None], old)
+  return projection.project(back_RN, new)
+
+
+def transport(
+  projection: Projection,
+  low_MR: jax.Array,
+  old: Basis,
+  new: Basis,
+  power: int = 1,
+) -> jax.Array:
+  """Moves coordinates from one basis to another.
+
+  Args:
+    projection: The projection of both bases.
+    low_MR: Coordinates in the old basis, ``[*, m, r]``.
+    old: The basis they belong to.
+    new: The basis they shall belong to.
+    power: 1 moves vectors, ``L X`` with ``X = Q_old^T Q_new``; 2 moves
+      variances of independent coordinates, whose weights are squares:
+      ``L X^{o2}``.
+
+  Returns:
+    Coordinates in the new basis, ``[*, m, r]``, float32.
+  """
+  if projection.transport is not None:
+    return projection.transport(low_MR, old, new, power)
+  turn_RR = turn(projection, low_MR.shape[-1], old, new)
+  return low_MR @ turn_RR**power

@@ -66,12 +66,13 @@ def svd(solver: Solver = 'power', *, iterations: int = 1) -> Projection:
   return Projection(random_basis, refresh, project, project_back)
 
 
-def random_basis(shape: tuple[int, ...], rank: int) -> jax.Array:
+def random_basis(shape: tuple[int, ...], rank: int, seed: int = 0) -> jax.Array:
   """Orthonormal columns in a fixed random direction, ``[*, n, r]``, float32.
 
-  The start of a first power iteration. It needs no seed: any basis that no
+  The start of a first power iteration. It ignores the seed: any basis that no
   gradient was made for serves, and equal runs must start alike.
   """
+  del seed
   *stack, _, n = shape
   basis_NR, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (n, rank)))
   return jnp.broadcast_to(basis_NR, (*stack, n, rank))
