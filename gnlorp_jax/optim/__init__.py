@@ -5,6 +5,7 @@ from gnlorp_jax.optim import projections as projections
 from gnlorp_jax.optim.adam import descend as descend
 from gnlorp_jax.optim.adam import scale_by_adam as scale_by_adam
 from gnlorp_jax.optim.adamw import adamw as adamw
+from gnlorp_jax.optim.dct_adamw import dct_adamw as dct_adamw
 from gnlorp_jax.optim.galore import galore as galore
 from gnlorp_jax.optim.gradnormlorp import gradnormlorp as gradnormlorp
 from gnlorp_jax.optim.inspect import format_report as format_report

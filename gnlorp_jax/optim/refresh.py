@@ -109,10 +109,11 @@ def _overlap(
 
   The mean of both sides where two are compressed.
   """
-  shares = [
-    _matrix_norm(base.turn(projection, rank, old[axis], new[axis])) ** 2 / rank
-    for axis in new
-  ]
+  eye_RR = jnp.eye(rank)[None]
+  shares = []
+  for axis in new:
+    turn_RR = base.transport(projection, eye_RR, old[axis], new[axis])
+    shares.append(_matrix_norm(turn_RR) ** 2 / rank)
   return jnp.mean(jnp.stack(shares), axis=0)
 
 

@@ -45,14 +45,6 @@ class Projection(NamedTuple):
   transport: Callable[[jax.Array, Basis, Basis, int], jax.Array] | None = None
 
 
-def turn(
-  projection: Projection, rank: int, old: Basis, new: Basis
-) -> jax.Array:
-  """Old basis vectors in new coordinates, ``Q_old^T Q_new``, ``[*, r, r]``."""
-  back_RN = projection.project_back(jnp.eye(rank)[None], old)
-  return projection.project(back_RN, new)
-
-
 def transport(
   projection: Projection,
   low_MR: jax.Array,
@@ -76,5 +68,6 @@ def transport(
   """
   if projection.transport is not None:
     return projection.transport(low_MR, old, new, power)
-  turn_RR = turn(projection, low_MR.shape[-1], old, new)
+  back_RN = projection.project_back(jnp.eye(low_MR.shape[-1])[None], old)
+  turn_RR = projection.project(back_RN, new)
   return low_MR @ turn_RR**power
