@@ -24,4 +24,7 @@ from gnlorp_jax.optim.projections import Projection as Projection
 from gnlorp_jax.optim.released import (
   released_gradnormlorp as released_gradnormlorp,
 )
+from gnlorp_jax.optim.stochastic_rounding import (
+  stochastic_rounding as stochastic_rounding,
+)
 from gnlorp_jax.optim.weight_norm import with_weight_norm as with_weight_norm
