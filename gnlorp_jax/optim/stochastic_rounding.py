@@ -133,9 +133,9 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
 
   Note:
     The sum is one of float32: what is below half a unit of that, 2**-17 of
-    bfloat16's unit, is lost as ever. Where the hardware flushes subnormal
-    numbers to zero (CPUs under XLA do), so is a step between two neighbours
-    below 2**-119 in magnitude, and its direction's probability with it.
+    bfloat16's unit, is lost as ever. Where the hardware takes subnormal numbers
+    for zero, as CPUs do under XLA, parameters below 2**-118 in magnitude may
+    stay where they are.
   """
 
   def init_fn(params: optax.Params) -> StochasticRoundingState:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from gnlorp_jax.optim.adafactor import scale_by_adafactor
+from gnlorp_jax.optim.low_rank import with_low_rank_projection
 
 SHAPES = {
   'wide': (5, 12),
@@ -123,6 +124,29 @@ def test_the_path_tells_matrices_from_stacked_vectors():
   by_name = scale_by_adafactor(matrix_names='scale').init(params)
   assert by_name.row['kernel'] is None
   assert by_name.row['scale'].shape == (3,)
+
+
+def test_projected_gradients_are_factored_under_the_path_of_their_kernel():
+  params = {'kernel': jnp.ones((3, 12, 8))}
+  tx = with_low_rank_projection(scale_by_adafactor(), rank=2)
+  updates, state = jax.eval_shape(
+    lambda grads: tx.update(grads, tx.init(params)), params
+  )
+  assert updates['kernel'].shape == (3, 12, 8)
+  assert state.inner_state.row['kernel'].shape == (3, 12)
+  assert state.inner_state.col['kernel'].shape == (3, 2)
+
+
+def test_optax_finds_what_is_like_the_parameters():
+  params = {'kernel': jnp.ones((3, 4)), 'bias': jnp.ones(4)}
+  tx = scale_by_adafactor(b1=0.9)
+  seen = optax.tree.map_params(
+    tx, lambda x: 'found', tx.init(params), transform_non_params=lambda x: None
+  )
+  assert seen.count is None
+  assert seen.mu == {'kernel': 'found', 'bias': 'found'}
+  assert seen.row == {'kernel': 'found', 'bias': None}
+  assert seen.nu == {'kernel': None, 'bias': 'found'}
 
 
 def test_a_number_moves_by_the_sign_of_its_gradient():
