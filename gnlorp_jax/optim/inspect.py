@@ -18,7 +18,11 @@ from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.subspace import Subspace
 
 # Fields of optimizer states, and what a person calls them.
-_COMPONENTS = {'mu': 'moments', 'nu': 'moments', 'basis': 'bases'}
+_COMPONENTS = {
+  **dict.fromkeys(('mu', 'nu', 'trace', 'row', 'col'), 'moments'),
+  'basis': 'bases',
+  'error': 'errors',
+}
 
 
 def _bytes(leaf: Any) -> int:
@@ -37,9 +41,10 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
     opt_state: A state, or its shapes from `jax.eval_shape`.
 
   Returns:
-    ``{'moments': ..., 'bases': ..., 'other': ...}`` (counts, statistics).
+    Bytes of ``moments``, ``bases``, ``errors`` (buffers of error feedback) and
+    ``other`` (counts, statistics).
   """
-  total = {'moments': 0, 'bases': 0, 'other': 0}
+  total = {'moments': 0, 'bases': 0, 'errors': 0, 'other': 0}
   for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
     fields = [getattr(key, 'name', None) for key in path]
     component = next(
@@ -69,6 +74,9 @@ class SubspaceStats(NamedTuple):
   refreshes: jax.Array  # float32 [], refreshes of a matrix so far
   overlap: jax.Array  # float32 [], of the last two subspaces, in [0, 1]
   energy: jax.Array  # float32 [], share of the gradient captured, in [0, 1]
+  saved_refreshes: (
+    jax.Array
+  )  # float32 [], refreshes of a matrix left out by laziness
 
 
 def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
@@ -93,6 +101,9 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
         refreshes=jnp.mean(subspace.refresh_count, dtype=jnp.float32),
         overlap=jnp.mean(subspace.overlap),
         energy=jnp.mean(subspace.energy),
+        saved_refreshes=jnp.mean(subspace.lazy.saved, dtype=jnp.float32)
+        if subspace.lazy
+        else jnp.zeros([]),
       )
   return stats
 
