@@ -57,7 +57,11 @@ def memory(run: Run) -> dict[str, dict[str, int]]:
   adamw = {**dict.fromkeys(ours, 0), 'moments': 8 * entries}
   for name in ('parameters', 'gradients'):
     adamw[name] = ours[name]
-  return {name: {'this run': ours[name], 'adamw': adamw[name]} for name in ours}
+  return {
+    name: {'this run': ours[name], 'adamw': adamw[name]}
+    for name in ours
+    if name != 'errors' or ours[name]  # Few optimizers have them.
+  }
 
 
 def finish(run: Run, state: TrainState) -> None:

@@ -211,7 +211,7 @@ def test_rows_hold_every_metric(finished):
   assert [row['step'] for row in rows if 'eval/loss' in row] == [0, 8, 16, 24]
   per_kernel = {
     f'{field}/{name}'
-    for field in ('refreshes', 'overlap', 'energy')
+    for field in ('refreshes', 'overlap', 'energy', 'saved_refreshes')
     for name in ('low_rank', *(f'layers/{k}/kernel' for k in KERNELS))
   }
   for number, row in enumerate(trained):

@@ -17,6 +17,7 @@ from gnlorp_jax.optim.adam import DecayOrder, descend
 from gnlorp_jax.optim.checks import check_interval
 from gnlorp_jax.optim.kernel_axes import KernelAxes, with_kernel_axes
 from gnlorp_jax.optim.labels import ParamLabels, labels
+from gnlorp_jax.optim.quantized_state import quantize_moments
 from gnlorp_jax.optim.weight_norm import NormState, with_weight_norm
 
 _logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def assemble(
     'full': full,
     'frozen': optax.set_to_zero(),
   }
-  tx = optax.partition(transforms, label_fn)
+  tx = quantize_moments(optax.partition(transforms, label_fn), moment_bits)
   return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
 
 

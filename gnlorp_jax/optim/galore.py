@@ -26,6 +26,7 @@ def scale_by_galore(
   projection: str | Projection = 'svd',
   side: Side = 'short',
   spread_refreshes: bool = True,
+  basis_bits: int = 32,
   lazy_refresh: LazyRefresh | None = None,
   moments_on_refresh: MomentsOnRefresh = 'keep',
   b1: float = 0.9,
@@ -55,6 +56,7 @@ def scale_by_galore(
     projection=projection,
     side=side,
     spread_refreshes=spread_refreshes,
+    basis_bits=basis_bits,
     lazy_refresh=lazy_refresh,
     on_refresh=rule,
   )
@@ -69,6 +71,7 @@ def galore(
   projection: str | Projection = 'svd',
   side: Side = 'short',
   spread_refreshes: bool = True,
+  basis_bits: int = 32,
   lazy_refresh: LazyRefresh | None = None,
   moments_on_refresh: MomentsOnRefresh = 'keep',
   b1: float = 0.9,
@@ -94,6 +97,7 @@ def galore(
     side: As in `gradnormlorp`; ``short`` is the reference's ``std``, ``long``
       its ``reverse_std``, ``both`` its ``full``.
     spread_refreshes: As in `gradnormlorp`.
+    basis_bits: As in `gradnormlorp`.
     lazy_refresh: As in `gradnormlorp`.
     moments_on_refresh: As in `gradnormlorp`.
     b1: As in `gradnormlorp`.
@@ -135,6 +139,7 @@ def galore(
       projection=projection,
       side=side,
       spread_refreshes=spread_refreshes,
+      basis_bits=basis_bits,
       lazy_refresh=lazy_refresh,
       moments_on_refresh=moments_on_refresh,
       b1=b1,

@@ -22,6 +22,7 @@ def gradnormlorp(
   projection: str | Projection = 'svd',
   side: Side = 'short',
   spread_refreshes: bool = True,
+  basis_bits: int = 32,
   lazy_refresh: LazyRefresh | None = None,
   moments_on_refresh: MomentsOnRefresh = 'keep',
   norm_state: NormState = 'synced',
@@ -52,6 +53,8 @@ def gradnormlorp(
     side: Axis that is compressed: ``short``, ``long``, ``in``, ``out`` or
       ``both`` (the two-sided form of the paper).
     spread_refreshes: Refresh one matrix at a time instead of all in one step.
+    basis_bits: 32, 16, 8 or 4 bits for every element of the bases, see
+      `quantize_basis`.
     lazy_refresh: Lets a matrix whose subspace rests wait longer for its next
       refresh, see `LazyRefresh`; None refreshes all equally often.
     moments_on_refresh: ``keep``, ``reset`` or ``rotate`` the moments when their
@@ -105,6 +108,7 @@ def gradnormlorp(
       projection=projection,
       side=side,
       spread_refreshes=spread_refreshes,
+      basis_bits=basis_bits,
       lazy_refresh=lazy_refresh,
       moments_on_refresh=moments_on_refresh,
       b1=b1,

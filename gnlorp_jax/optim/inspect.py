@@ -19,7 +19,11 @@ from gnlorp_jax.optim.projections.base import Basis
 from gnlorp_jax.optim.subspace import Subspace
 
 # Fields of optimizer states, and what a person calls them.
-_COMPONENTS = {'mu': 'moments', 'nu': 'moments', 'basis': 'bases'}
+_COMPONENTS = {
+  **dict.fromkeys(('mu', 'nu', 'trace', 'row', 'col'), 'moments'),
+  'basis': 'bases',
+  'error': 'errors',
+}
 
 
 def _bytes(leaf: Any) -> int:
@@ -38,9 +42,10 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
     opt_state: A state, or its shapes from `jax.eval_shape`.
 
   Returns:
-    ``{'moments': ..., 'bases': ..., 'other': ...}`` (counts, statistics).
+    Bytes of ``moments``, ``bases``, ``errors`` (buffers of error feedback) and
+    ``other`` (counts, statistics).
   """
-  total = {'moments': 0, 'bases': 0, 'other': 0}
+  total = {'moments': 0, 'bases': 0, 'errors': 0, 'other': 0}
   for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
     fields = [getattr(key, 'name', None) for key in path]
     component = next(
@@ -70,6 +75,9 @@ class SubspaceStats(NamedTuple):
   refreshes: jax.Array  # float32 [], refreshes of a matrix so far
   overlap: jax.Array  # float32 [], of the last two subspaces, in [0, 1]
   energy: jax.Array  # float32 [], share of the gradient captured, in [0, 1]
+  saved_refreshes: (
+    jax.Array
+  )  # float32 [], refreshes of a matrix left out by laziness
 
 
 def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
@@ -90,6 +98,9 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
       refreshes=jnp.mean(subspace.refresh_count, dtype=jnp.float32),
       overlap=jnp.mean(subspace.overlap),
       energy=jnp.mean(subspace.energy),
+      saved_refreshes=jnp.mean(subspace.lazy.saved, dtype=jnp.float32)
+      if subspace.lazy
+      else jnp.zeros([]),
     )
     for name, subspace in _subspaces(opt_state)
   }
@@ -105,9 +116,12 @@ def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
 
 
 def _rank(basis: Basis) -> int:
-  """A basis says its rank, or else its last array ends with it."""
-  rank = getattr(basis, 'rank', None)
-  return jax.tree.leaves(basis)[-1].shape[-1] if rank is None else rank
+  """A basis says its rank, or else the shape of its last array ends with it."""
+  if hasattr(basis, 'rank'):
+    return basis.rank
+  # Also a quantised array, which holds others, has the shape it stands for.
+  arrays = jax.tree.leaves(basis, is_leaf=lambda x: hasattr(x, 'shape'))
+  return arrays[-1].shape[-1]
 
 
 class ReportRow(NamedTuple):

@@ -22,8 +22,14 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.checks import check_choice, check_int
+from gnlorp_jax.optim.error_feedback import (
+  check_error_bits,
+  decode_error,
+  encode_error,
+)
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.projections.base import Projection
+from gnlorp_jax.optim.quantized_basis import quantize_basis
 from gnlorp_jax.optim.refresh import (
   LazyRefresh,
   MomentRule,
@@ -70,6 +76,7 @@ class LowRankState(NamedTuple):
   subspace: optax.Params  # a Subspace for each parameter
   inner_state: optax.OptState  # inner's, over the projected gradients
   recovery: Any = None  # a state of the Recovery for each parameter, or None
+  error: Any = None  # for each parameter what projecting lost so far, or None
 
 
 def with_low_rank_projection(
@@ -81,8 +88,10 @@ def with_low_rank_projection(
   projection: str | Projection = 'svd',
   side: Side = 'short',
   spread_refreshes: bool = True,
+  basis_bits: int = 32,
   lazy_refresh: LazyRefresh | None = None,
   on_refresh: MomentRule | None = None,
+  error_bits: int | None = None,
   recovery: Recovery | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs `inner` on projected gradients and expands its updates.
@@ -108,10 +117,14 @@ def with_low_rank_projection(
     spread_refreshes: Refresh one matrix at a time, spread over the interval, so
       that no step stalls (the first step fits all of them). False refreshes all
       at steps 1, T + 1, 2T + 1, ..., as published code does.
+    basis_bits: 32, 16, 8 or 4 bits for every element of a basis, see
+      `quantize_basis`.
     lazy_refresh: Lets the intervals of subspaces at rest grow; None keeps them.
     on_refresh: What a refresh does to the moments of `inner`, such as
       `adam.rotate_moments`; it needs one `adam.scale_by_adam` with
       ``count_per_matrix`` in `inner`. None keeps the moments as they are.
+    error_bits: Adds to every gradient what projecting lost of the ones before,
+      a full-size buffer of 32, 8 or 4 bits an element; None forgets it.
     recovery: Makes the full-size update; None expands `inner`'s. `scale`
       multiplies its result too.
 
@@ -147,7 +160,8 @@ def with_low_rank_projection(
       "side='both' leaves no whole axis, along which this method's recovery "
       "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'."
     )
-  method = _as_projection(projection)
+  check_error_bits(error_bits)
+  method = quantize_basis(_as_projection(projection), basis_bits)
   inner_tx = optax.with_extra_args_support(inner)
 
   def init_subspace(path: Any, param: jax.Array, seed: int) -> Subspace:
@@ -179,6 +193,10 @@ def with_low_rank_projection(
     (axis,) = compressed_axes(param.shape, side)
     return recovery.init(_turned_shape(param.shape, axis))
 
+  def init_error(param: jax.Array) -> Any:
+    assert error_bits is not None
+    return encode_error(jnp.zeros(param.shape, jnp.float32), error_bits)
+
   def init_fn(params: optax.Params) -> LowRankState:
     treedef = jax.tree.structure(params)
     num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
@@ -199,12 +217,41 @@ def with_low_rank_projection(
       subspace=subspace,
       inner_state=inner_state,
       recovery=recovery and jax.tree.map(init_recovery, params),
+      error=error_bits and jax.tree.map(init_error, params),
     )
     if on_refresh is not None:
       _moments(inner_state)
       # What the projection cannot move is an error now, not inside a step.
       jax.eval_shape(update_fn, params, state)
     return state
+
+  def refresh(
+    grads: list[jax.Array], state: LowRankState, treedef: Any
+  ) -> tuple[list[Subspace], optax.OptState]:
+    """The subspaces of this step, and inner's state with moments in them."""
+    moments: list[Any] = [None] * len(grads)
+    if on_refresh is not None:
+      moments = _split_moments(_moments(state.inner_state), treedef)
+    schedules = refresh_schedules(
+      [math.prod(grad.shape[:-2]) for grad in grads],
+      update_proj_gap,
+      spread_refreshes,
+    )
+    old = treedef.flatten_up_to(state.subspace)
+    refreshed = [
+      refresh_due(
+        *(grad, mine, state.count, schedule, method),
+        *(lazy_refresh, moment, on_refresh),
+      )
+      for grad, mine, schedule, moment in zip(
+        grads, old, schedules, moments, strict=True
+      )
+    ]
+    inner_state = state.inner_state
+    if on_refresh is not None:
+      moved = [moment for _, moment in refreshed]
+      inner_state = _with_moments(inner_state, moved, treedef)
+    return [subspace for subspace, _ in refreshed], inner_state
 
   def recover(
     grad_IO: jax.Array,
@@ -213,7 +260,9 @@ def with_low_rank_projection(
     subspace: Subspace,
     state: Any,
   ) -> tuple[jax.Array, Any]:
-    assert recovery is not None
+    """The update of a leaf, and the state of its recovery."""
+    if recovery is None:
+      return scale * project_back(direction_MR, subspace.basis, method), None
     ((axis, basis),) = subspace.basis.items()
     update_MN, state = recovery.apply(
       toward(grad_IO, axis),
@@ -231,63 +280,47 @@ def with_low_rank_projection(
     **extra_args: Any,
   ) -> tuple[optax.Updates, LowRankState]:
     del params
+    # Lists of leaves: some of the trees hold a record for each of them.
     grads = jax.tree.leaves(updates)
     treedef: Any = jax.tree.structure(updates)
-    schedules = refresh_schedules(
-      [math.prod(grad.shape[:-2]) for grad in grads],
-      update_proj_gap,
-      spread_refreshes,
-    )
-    inner_state = state.inner_state
-    moments = [None] * len(grads)
-    if on_refresh is not None:
-      moments = _split_moments(_moments(inner_state), treedef)
-    refreshed = [
-      refresh_due(
-        *(grad, old, state.count, schedule, method),
-        *(lazy_refresh, moment, on_refresh),
-      )
-      for grad, old, schedule, moment in zip(
-        grads,
-        treedef.flatten_up_to(state.subspace),
-        schedules,
-        moments,
-        strict=True,
-      )
+    if error_bits is not None:
+      errors = map(decode_error, treedef.flatten_up_to(state.error))
+      grads = list(map(jnp.add, grads, errors))
+    subspaces, inner_state = refresh(grads, state, treedef)
+    bases = [subspace.basis for subspace in subspaces]
+    lows = [
+      project(grad, basis, method)
+      for grad, basis in zip(grads, bases, strict=True)
     ]
-    subspaces = [subspace for subspace, _ in refreshed]
-    subspace = treedef.unflatten(subspaces)
-    if on_refresh is not None:
-      moved = [moment for _, moment in refreshed]
-      inner_state = _with_moments(inner_state, moved, treedef)
-    low = jax.tree.map(
-      lambda g, s: project(g, s.basis, method), updates, subspace
-    )
-    direction, inner_state = inner_tx.update(
-      low, inner_state, None, **extra_args
-    )
-    recovery_state = state.recovery
-    if recovery is None:
-      updates = jax.tree.map(
-        lambda u, s: scale * project_back(u, s.basis, method),
-        direction,
-        subspace,
+    error = None
+    if error_bits is not None:
+      error = treedef.unflatten(
+        encode_error(grad - project_back(low, basis, method), error_bits)
+        for grad, low, basis in zip(grads, lows, bases, strict=True)
       )
-    else:
-      pairs = [
-        recover(*leaf)
-        for leaf in zip(
-          grads,
-          *map(treedef.flatten_up_to, (low, direction)),
-          subspaces,
-          treedef.flatten_up_to(state.recovery),
-          strict=True,
-        )
-      ]
-      updates = treedef.unflatten([update for update, _ in pairs])
-      recovery_state = treedef.unflatten([state for _, state in pairs])
-    count = optax.safe_increment(state.count)
-    return updates, LowRankState(count, subspace, inner_state, recovery_state)
+    directions, inner_state = inner_tx.update(
+      treedef.unflatten(lows), inner_state, None, **extra_args
+    )
+    recovery_states = [None] * len(grads)
+    if recovery is not None:
+      recovery_states = treedef.flatten_up_to(state.recovery)
+    recovered = list(
+      map(
+        recover,
+        grads,
+        lows,
+        treedef.flatten_up_to(directions),
+        subspaces,
+        recovery_states,
+      )
+    )
+    return treedef.unflatten([update for update, _ in recovered]), LowRankState(
+      count=optax.safe_increment(state.count),
+      subspace=treedef.unflatten(subspaces),
+      inner_state=inner_state,
+      recovery=recovery and treedef.unflatten([mine for _, mine in recovered]),
+      error=error,
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -54,8 +54,7 @@ def turn(
   """Old basis vectors in new coordinates, ``Q_old^T Q_new``, ``[*, r, r]``."""
   if projection.turn is not None:
     return projection.turn(old, new)
-  back_RN = projection.project_back(jnp.eye(rank)[None], old)
-  return projection.project(back_RN, new)
+  return transport(projection, jnp.eye(rank)[None], old, new)
 
 
 def transport(
@@ -81,5 +80,6 @@ def transport(
   """
   if projection.transport is not None:
     return projection.transport(low_MR, old, new, power)
-  turn_RR = turn(projection, low_MR.shape[-1], old, new)
+  back_RN = projection.project_back(jnp.eye(low_MR.shape[-1])[None], old)
+  turn_RR = projection.project(back_RN, new)
   return low_MR @ turn_RR**power

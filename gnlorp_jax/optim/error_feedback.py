@@ -1,0 +1,54 @@
+"""Remembers what a projection lost of a gradient, for the next step.
+
+Shape suffixes in this file:
+  IO    a kernel's input and output axes, the last two of its array
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gnlorp_jax.optim.quantization import (
+  QuantizedArray,
+  affine,
+  dequantize,
+  quantize,
+)
+
+
+def check_error_bits(bits: int | None) -> None:
+  """Raises a `ValueError` unless `bits` is None, 32, 8 or 4."""
+  if bits not in (None, 32, 8, 4):
+    raise ValueError(
+      f'error_bits must be None (no error feedback), 32, 8 or 4, got {bits!r}.'
+    )
+
+
+def encode_error(error_IO: jax.Array, bits: int) -> Any:
+  """An error ``[*, in, out]`` as it is stored.
+
+  Args:
+    error_IO: What is left of a gradient, any floating dtype.
+    bits: 32 keeps it in float32; 8 and 4 take evenly spaced codes between the
+      extremes of every output unit.
+
+  Returns:
+    An array, or a `QuantizedArray` of its transpose, whose rows are units.
+
+  Note:
+    The public code of DCT-AdamW decodes 4-bit errors in another order than it
+    encodes them, and its 8-bit code has 16 levels; here both are right. A unit
+    whose entries are all equal divides by zero there.
+  """
+  error_IO = error_IO.astype(jnp.float32)
+  if bits == 32:
+    return error_IO
+  return quantize(error_IO.mT, affine(bits, block=None))
+
+
+def decode_error(error: Any) -> jax.Array:
+  """The error ``[*, in, out]``, float32, that `encode_error` stored."""
+  if isinstance(error, QuantizedArray):
+    return dequantize(error).mT
+  return error
