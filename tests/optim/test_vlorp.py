@@ -14,6 +14,7 @@ from gnlorp_jax.optim.quantization import QuantizedArray
 from gnlorp_jax.optim.vlorp import Factors, factored_root, projfactor, vlorp
 
 ALIASES = {'vlorp': vlorp, 'projfactor': projfactor}
+PROJECT = jax.jit(projections.get('random').project)
 LR, WD, B1, B2, EPS = 0.01, 0.1, 0.9, 0.999, 1e-6
 
 
@@ -35,8 +36,7 @@ def low_rank_state(opt_state):
 def random_matrix(opt_state):
   """P of the kernel 'kernel' as it is in the state, float64, [n / c, r]."""
   (basis,) = low_rank_state(opt_state).subspace['kernel'].basis.values()
-  p_NR = projections.get('random').project(jnp.eye(basis.size), basis)
-  return np.asarray(p_NR, np.float64)
+  return np.asarray(PROJECT(jnp.eye(basis.size), basis), np.float64)
 
 
 class Oracle:
@@ -76,7 +76,6 @@ class Oracle:
     ('vlorp', (8, 12), 'out', 1 / 2, 3),
     ('projfactor', (8, 12), 'in', 4, 1),
     ('projfactor', (12, 8), 'out', 2, 2),
-    ('projfactor', (8, 12), 'out', 1, 3),
     ('projfactor', (8, 8), 'in', 1 / 4, 5),
   ],
 )
@@ -123,10 +122,10 @@ def test_formulas_hold_for_every_matrix_of_a_stack():
   assert factors.col.shape == (3, 8)
   basis = state.subspace['kernel'].basis['in']
   method = projections.get('random', granularity=4)
-  back = np.asarray(
-    method.project_back(method.project(params['kernel'].mT, basis), basis),
-    np.float64,
+  there_and_back = jax.jit(
+    lambda grad: method.project_back(method.project(grad, basis), basis)
   )
+  back = np.asarray(there_and_back(params['kernel'].mT), np.float64)
   for i in range(3):
     square = back[i] ** 2
     v = np.outer(square.sum(1), square.sum(0)) / square.sum()
@@ -204,8 +203,10 @@ def descend(tx, target, steps):
   return float(jnp.mean((params['kernel'] - target) ** 2)), state
 
 
-@pytest.mark.parametrize('distribution', ['normal', 'rademacher'])
-@pytest.mark.parametrize('name', ALIASES)
+@pytest.mark.parametrize(
+  ('name', 'distribution'),
+  [('vlorp', 'rademacher'), ('projfactor', 'normal')],
+)
 def test_regression_descends(name, distribution):
   target = normal((3, 16, 24))
   tx = ALIASES[name](
