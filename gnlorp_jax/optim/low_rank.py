@@ -327,9 +327,10 @@ def _moments(inner_state: optax.OptState) -> optax.ScaleByAdamState:
   """The moments in a state, which has a count for every matrix."""
   nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
   found = [node for node in nodes if _is_adam(node)]
-  if len(found) != 1 or (
-    jax.tree.structure(found[0].count) != jax.tree.structure(found[0].mu)
-  ):
+  kinds: list[Any] = [
+    jax.tree.structure(tree) for node in found for tree in (node.count, node.mu)
+  ]
+  if len(found) != 1 or kinds[0] != kinds[1]:
     raise ValueError(
       'on_refresh moves the moments of one scale_by_adam(..., '
       f'count_per_matrix=True), but inner holds {len(found)} states of Adam, '

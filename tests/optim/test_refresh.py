@@ -196,10 +196,11 @@ def test_rotate_moves_moments_as_written(side):
       low = bases[0].T @ grad @ bases[1]
       m = 0.1 * low + (0.9 * m if m is not None else 0)
       v = 0.01 * low**2 + (0.99 * v if v is not None else 0)
-      # Ours are [out, r] where `in` alone is compressed.
+      # Ours are [out, r] where `in` alone is compressed. Entries are of order
+      # one; float32's singular vectors are good to a few 1e-6.
       turned = np.transpose if side == 'short' else np.asarray
-      np.testing.assert_allclose(turned(states[t - 1].mu[i]), m, atol=3e-6)
-      np.testing.assert_allclose(turned(states[t - 1].nu[i]), v, atol=3e-6)
+      np.testing.assert_allclose(turned(states[t - 1].mu[i]), m, atol=1e-5)
+      np.testing.assert_allclose(turned(states[t - 1].nu[i]), v, atol=1e-5)
 
 
 def test_rotation_by_an_equal_basis_changes_nothing():
