@@ -112,11 +112,10 @@ def _overlap(
 
   The mean of both sides where two are compressed.
   """
-  eye_RR = jnp.eye(rank)[None]
-  shares = []
-  for axis in new:
-    turn_RR = base.transport(projection, eye_RR, old[axis], new[axis])
-    shares.append(_matrix_norm(turn_RR) ** 2 / rank)
+  shares = [
+    _matrix_norm(base.turn(projection, rank, old[axis], new[axis])) ** 2 / rank
+    for axis in new
+  ]
   return jnp.mean(jnp.stack(shares), axis=0)
 
 
@@ -130,6 +129,9 @@ def _first_cosine(
   first_RN = jnp.eye(rank)[None, :1]
   cosines = []
   for axis in new:
+    if projection.turn is not None:
+      cosines.append(projection.turn(old[axis], new[axis])[..., 0, 0])
+      continue
     a = projection.project_back(first_RN, old[axis])
     b = projection.project_back(first_RN, new[axis])
     length = _matrix_norm(a) * _matrix_norm(b)

@@ -121,3 +121,9 @@ def test_subspace_stats_and_skipped_steps_are_read_from_any_chain():
   assert 0 < stats['layers/up/kernel'].energy < 1
   assert int(inspect.skipped_steps(state)) == 1
   assert inspect.subspace_stats(optax.adam(1e-3).init(params)) == {}
+
+
+def test_report_knows_the_rank_of_quantised_bases():
+  rows = rows_of(q_galore(1e-2, rank=6))
+  up = rows['layers/up/kernel']
+  assert (up.rank, up.side) == (6, 'in')
