@@ -31,6 +31,10 @@ _CODECS: dict[int, dict[str, Codec]] = {
   },
 }
 
+# Compiled, so that `init` outside jit is not dozens of programs per shape.
+_quantize = jax.jit(quantize, static_argnames='codec')
+_dequantize = jax.jit(dequantize)
+
 
 def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
   """The codec of the innermost moment field that a key path passes."""
@@ -51,7 +55,7 @@ def encode_moments(
       return leaf
     if leaf.ndim == 0 or math.prod(leaf.shape[-2:]) < min_size:
       return leaf
-    return quantize(leaf, codec)
+    return _quantize(leaf, codec)
 
   return jax.tree_util.tree_map_with_path(encode, state)
 
@@ -63,7 +67,7 @@ def decode_moments(state: optax.OptState) -> optax.OptState:
     return isinstance(node, QuantizedArray)
 
   return jax.tree.map(
-    lambda node: dequantize(node) if is_quantized(node) else node,
+    lambda node: _dequantize(node) if is_quantized(node) else node,
     state,
     is_leaf=is_quantized,
   )
@@ -112,7 +116,9 @@ def quantize_moments(
     bitsandbytes resets the two moments of an element whose gradient is not
     finite; wrap the optimizer in `skip_nonfinite` instead. The 4-bit paper
     scales second moments by rows and columns; blocks of 128 are its second
-    choice, and keep matrices of a stack apart.
+    choice, and keep matrices of a stack apart. As in bitsandbytes, 8-bit second
+    moments below 1.6e-7 of their block's largest become 0, and such an element
+    may step by up to ``mu / eps`` next.
   """
   if bits not in (32, *_CODECS):
     raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')
