@@ -115,10 +115,10 @@ def quantize_moments(
   Note:
     bitsandbytes resets the two moments of an element whose gradient is not
     finite; wrap the optimizer in `skip_nonfinite` instead. The 4-bit paper
-    scales second moments by rows and columns; blocks of 128 are its second
-    choice, and keep matrices of a stack apart. As in bitsandbytes, 8-bit second
-    moments below 1.6e-7 of their block's largest become 0, and such an element
-    may step by up to ``mu / eps`` next.
+    scales second moments by rows and columns, here blocks of 128 do. As in the
+    CUDA kernels of bitsandbytes, 8-bit second moments below 1.6e-7 of their
+    block's largest become 0; should the next gradient of such an element be as
+    small, its step is up to ``mu / eps``.
   """
   if bits not in (32, *_CODECS):
     raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')
