@@ -75,15 +75,13 @@ class SubspaceStats(NamedTuple):
   refreshes: jax.Array  # float32 [], refreshes of a matrix so far
   overlap: jax.Array  # float32 [], of the last two subspaces, in [0, 1]
   energy: jax.Array  # float32 [], share of the gradient captured, in [0, 1]
-  saved_refreshes: (
-    jax.Array
-  )  # float32 [], refreshes of a matrix left out by laziness
+  saved_refreshes: jax.Array  # float32 [], of a matrix, left out by laziness
 
 
 def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
-  """Refresh count, overlap and captured energy of every projected kernel.
+  """Refreshes, overlap and captured energy of every projected kernel.
 
-  All three were computed at the refreshes, inside the step: reading them costs
+  All of it was computed at the refreshes, inside the step: reading them costs
   nothing, and the function may be jitted.
 
   Args:
