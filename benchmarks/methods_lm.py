@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[Factory, tuple[float, ...]]] = {
     lambda rate: optim.galore(rate, **LOW_RANK),
     (1e-2, 5e-3, 2e-2),
   ),
-  'adamw': (lambda rate: optim.adamw(rate, **FULL), (4e-3, 2e-3, 8e-3)),
+  'adamw': (lambda rate: optim.adamw(rate, **FULL), (2e-3, 1e-3, 4e-3)),
 }
 
 
@@ -327,42 +327,56 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-  """Training losses of the best runs, and the evaluation loss of all."""
+  """Training losses of the best runs, and the evaluation losses of all."""
   winners = best(rows)
-  height = max(4.5, 0.32 * len(winners) + 1.2)
-  figure = matplotlib.figure.Figure(figsize=(12, height), layout='constrained')
-  curves, dots = figure.subplots(1, 2, width_ratios=(3, 2))
-  trained = [row for row in rows if row['outcome'] == 'trained']
+  figure = matplotlib.figure.Figure(figsize=(12, 8), layout='constrained')
+  panels = figure.subplot_mosaic(
+    [['loss', 'eval'], ['gap', 'eval']], width_ratios=(3, 2)
+  )
+  window = max(len(next(iter(winners.values()))['train_loss']) // 15, 1)
+  smooth = {
+    name: np.convolve(row['train_loss'], np.ones(window) / window, 'valid')
+    for name, row in winners.items()
+  }
+  # All runs see the same batches: the noise they share hides how they differ.
+  mean = np.mean(list(smooth.values()), axis=0)
+  steps = np.arange(window, window + len(mean))
+  evals = [row['eval_loss'] for row in winners.values()]
+  limit = evals[-1] + max(evals[-1] - evals[0], 0.1)
   for place, (name, row) in enumerate(winners.items()):
-    style = {'color': f'C{place % 10}', 'ls': '-' if place < 10 else '--'}
-    window = max(row['steps'] // 15, 1)
-    smooth = np.convolve(row['train_loss'], np.ones(window) / window, 'valid')
-    steps = np.arange(window, row['steps'] + 1)
+    color, line = f'C{place % 10}', '-' if place < 10 else '--'
+    style = {'color': color, 'ls': line, 'lw': 1.3}
     label = f'{row["eval_loss"]:.3f}  {name}, lr {row["learning_rate"]:g}'
-    curves.plot(steps, smooth, lw=1.3, label=label, **style)
-    for other in (r for r in trained if r['method'] == name):
-      filled = style['color'] if other is row else 'none'
-      x = other['eval_loss']
-      dots.plot(x, place, 'o', mec=style['color'], mfc=filled)
-      dots.annotate(
+    panels['loss'].plot(steps, smooth[name], label=label, **style)
+    panels['gap'].plot(steps, smooth[name] - mean, **style)
+    trained = sorted(
+      (r for r in rows if r['method'] == name and r['outcome'] == 'trained'),
+      key=lambda r: r['eval_loss'],
+    )
+    for number, other in enumerate(trained):
+      point = min(other['eval_loss'], limit), place
+      marker = 'o' if other['eval_loss'] < limit else '>'
+      fill = color if other is row else 'none'
+      panels['eval'].plot(*point, marker, mec=color, mfc=fill)
+      panels['eval'].annotate(
         f'{other["learning_rate"]:g}',
-        (x, place),
-        xytext=(0, 5),
+        point,
+        # Neighbours in turn above and below, where points lie close together.
+        xytext=(0, -13 if number % 2 else 6),
         textcoords='offset points',
         ha='center',
-        fontsize=6,
+        fontsize=7,
       )
-  curves.set(
-    xlabel='step', ylabel=f'training loss, mean of {window} steps (nats)'
-  )
-  curves.legend(title='eval loss, best run of each method', fontsize=8)
-  dots.set(
-    xlabel='eval loss by peak learning rate (filled: best)',
+  panels['loss'].set_ylabel(f'training loss, mean of {window} steps')
+  panels['loss'].legend(title='eval loss, best run of each', fontsize=8)
+  panels['gap'].set(xlabel='step', ylabel='the same, less the mean of all')
+  panels['eval'].set(
+    xlabel='eval loss by peak learning rate\n(filled: best, >: off the scale)',
     yticks=range(len(winners)),
     yticklabels=list(winners),
   )
-  dots.invert_yaxis()
-  for axes in (curves, dots):
+  panels['eval'].invert_yaxis()
+  for axes in panels.values():
     axes.grid(color='0.9')
     axes.set_axisbelow(True)
   path.parent.mkdir(parents=True, exist_ok=True)
