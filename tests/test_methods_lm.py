@@ -118,7 +118,24 @@ def test_loss_and_gradients_are_those_of_the_reference_protocol():
   )
 
 
-def test_rows_hold_every_field_and_divergence_is_said(traced, call, capsys):
+def assert_follows_single_steps(row):
+  """One step after the other, with a rate that is a Python number."""
+  peak = row['learning_rate']
+  tx = optim.galore(reference_curves.schedule(peak, STEPS, 1), 4, 2)
+  params = reference_curves.initial_params(CONFIG)
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  batches = random_tokens()[:STEPS]
+  for batch, loss in zip(batches, row['train_loss'], strict=True):
+    found, grads = value_and_grad(params, batch)
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    updates, state = update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+
+
+def test_one_executable_serves_all_rates_and_rows_say_how_they_ended(
+  traced, call, capsys
+):
   rows = call()
   assert [(row['method'], row['learning_rate']) for row in rows] == [
     ('low_rank', 5e-3),
@@ -149,6 +166,11 @@ def test_rows_hold_every_field_and_divergence_is_said(traced, call, capsys):
     '2/6 full, lr 0.01',
     '3/6 low_rank, lr 0.02',
   ]
+  # Each method: the executable, and the shapes of the state for each row.
+  assert sorted(traced) == ['full'] * 4 + ['low_rank'] * 4
+  # A rate that were compiled in would give equal curves.
+  assert len({tuple(row['train_loss']) for row in rows[:3]}) == 3
+  assert_follows_single_steps(rows[0])
 
 
 @pytest.mark.parametrize(
@@ -164,35 +186,8 @@ def test_outcome(evaluation, train, words):
   assert methods_lm.outcome(evaluation, np.array(train), 4.0) == words
 
 
-def test_one_executable_serves_all_learning_rates(traced, call):
-  rows = call('--methods', 'low_rank')
-  # The compiled run, and the shapes of the state for each row.
-  assert traced == ['low_rank'] * (1 + len(rows))
-  assert [row['compile_seconds'] > 0 for row in rows].count(True) == 1
-  # A rate that were compiled in would give equal curves.
-  assert len({tuple(row['train_loss']) for row in rows}) == 3
-  tx = optim.galore(reference_curves.schedule(5e-3, STEPS, 1), 4, 2)
-  params = reference_curves.initial_params(CONFIG)
-  state = tx.init(params)
-  update = jax.jit(tx.update)
-  batches = random_tokens()[:STEPS]
-  for batch, loss in zip(batches, rows[0]['train_loss'], strict=True):
-    found, grads = value_and_grad(params, batch)
-    np.testing.assert_allclose(found, loss, rtol=1e-5)
-    updates, state = update(grads, state, params)
-    params = jax.tree.map(jnp.add, params, updates)
-
-
-def test_finished_runs_are_skipped(traced, call):
-  first = call('--methods', 'full')
-  traced.clear()
-  assert call('--methods', 'full') == first
-  assert traced == []
-  assert call('--minutes', '0') == first  # No time for the others.
-
-
-def test_report_merges_the_files_of_the_processes(traced, call, tmp_path):
-  assert call('--process', '1/2') is None
+def test_report_merges_and_nothing_runs_twice(traced, call, tmp_path):
+  call('--process', '1/2')
   assert set(traced) == {'low_rank'}
   traced.clear()
   call('--process', '2/2')
@@ -202,6 +197,10 @@ def test_report_merges_the_files_of_the_processes(traced, call, tmp_path):
   assert [row['method'] for row in rows] == ['low_rank'] * 3 + ['full'] * 3
   assert call('--report') == rows  # The parts are still there.
   assert call() == rows
+  assert traced == []
+  (tmp_path / 'out.1of2.json').unlink()
+  (tmp_path / 'out.json').unlink()
+  assert call('--minutes', '0') == rows[3:]  # No time for the others.
   assert traced == []
   assert (tmp_path / 'out.png').stat().st_size > 10_000
 
