@@ -50,10 +50,8 @@ import fnmatch
 import functools
 import importlib
 import importlib.metadata
-import json
 import pathlib
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +63,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from benchmarks import methods
+from benchmarks import methods, record
 from gnlorp_jax.optim import inspect
 
 RESULTS = pathlib.Path('benchmarks/results/optimizer_step.json')
@@ -74,6 +72,9 @@ PEERS = ('optax-galore', 'galore-torch')
 RATE = 1e-6  # So small that weights, which are shared, stay what they are.
 SCALE = 0.25
 GRADIENTS = 3  # Different ones, used in turn.
+# Where a refresh's cost is from.
+DIRECT = 'steps with a refresh'
+INDIRECT = 'mean less median'
 
 
 class Sizes(NamedTuple):
@@ -428,8 +429,8 @@ def refresh_cost(turns: list[Turn], gap: int) -> tuple[float, str]:
       count += 1
   mean = float(np.mean([np.median(x) for x in extra.values()]))
   if direct:
-    return mean * float(flags.mean()), 'steps with a refresh'
-  return mean, 'mean less median'
+    return mean * float(flags.mean()), DIRECT
+  return mean, INDIRECT
 
 
 def worst_step(turns: list[Turn], gap: int) -> tuple[float, float, int]:
@@ -489,7 +490,7 @@ def with_ratios(racers: list[Racer], gap: int) -> list[dict[str, Any]]:
         for a, b in zip(racer.turns, other_racer.turns, strict=False)
       ]
       known[f'median_per_{other}'] = float(np.median(ratios))
-      if other in PEERS:
+      if other in PEERS and other_row['refresh_from'] == DIRECT:
         known[f'refresh_per_{other}'] = (
           known['refresh_s_per_step'] / other_row['refresh_s_per_step']
         )
@@ -573,28 +574,14 @@ def environment() -> dict[str, Any]:
   if cpuinfo.exists():
     lines = [x for x in cpuinfo.read_text().splitlines() if 'model name' in x]
     cpu = lines[0].split(':')[1].strip() if lines else cpu
-  git = subprocess.run(
-    ['git', 'describe', '--always', '--dirty'],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
   return {
     'date': datetime.date.today().isoformat(),
-    'commit': git.stdout.strip() or None,
+    'commit': record.commit(),
     'cpu': cpu,
     'cores': cores(),
     'load_at_start': os.getloadavg()[0],
     'versions': versions,
   }
-
-
-def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes a record so that a reader never meets half of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(record, indent=1) + '\n')
-  partial.replace(path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -744,10 +731,11 @@ def main() -> None:
   except ValueError as error:
     parser.error(str(error))
   sizes = Sizes(*(getattr(args, field) for field in Sizes._fields))
-  record = {'environment': environment(), 'sizes': sizes._asdict()}
+  header = {'environment': environment(), 'sizes': sizes._asdict()}
 
   def save(rows: list[dict[str, Any]]) -> None:
-    write_json(args.output, record | {'rows': rows, 'goals': goals(rows)})
+    found = {**header, 'rows': rows, 'goals': goals(rows)}
+    record.write_json(args.output, found)
 
   rows = benchmark(names, sizes, args.minutes, args.turn, save)
   sys.stdout.write(table(rows) + '\n' + goal_table(goals(rows)))
