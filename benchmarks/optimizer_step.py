@@ -6,10 +6,14 @@ is `update` and `apply_updates` in one jitted function with weights and state
 donated; for PyTorch, `optimizer.step()`. This package's optimizers get one
 stack [layers, in, out] per kernel, as a scan over layers leaves it. The peers
 get one matrix per layer: `optax.contrib.galore` would leave a stack unprojected
-without saying so.
+without saying so. (It compresses the longer axis of a matrix, the others the
+shorter; the products are as large either way, its moments are smaller.)
 
   python -m benchmarks.optimizer_step --minutes 60
   python -m benchmarks.optimizer_step --methods 'gradnormlorp*' '*galore*'
+
+The machine should have nothing else to do: the threads of PyTorch wait for each
+other at every operation, so that one core lost costs them many times its share.
 
 All methods run in one process, in turns of a few steps, so that a machine that
 slows down slows them all. The turns go on until every method has made as many
@@ -72,6 +76,7 @@ PEERS = ('optax-galore', 'galore-torch')
 RATE = 1e-6  # So small that weights, which are shared, stay what they are.
 SCALE = 0.25
 GRADIENTS = 3  # Different ones, used in turn.
+BUSY = 0.25  # Load per core above which figures are in doubt.
 # Where a refresh's cost is from.
 DIRECT = 'steps with a refresh'
 INDIRECT = 'mean less median'
@@ -732,6 +737,13 @@ def main() -> None:
     parser.error(str(error))
   sizes = Sizes(*(getattr(args, field) for field in Sizes._fields))
   header = {'environment': environment(), 'sizes': sizes._asdict()}
+  load = header['environment']['load_at_start']
+  if load > BUSY * cores():
+    progress(
+      f'Warning: the load is {load:.1f} before anything is measured. Other '
+      'processes slow some methods more than others; stop them, or take the '
+      'figures for indications.'
+    )
 
   def save(rows: list[dict[str, Any]]) -> None:
     found = {**header, 'rows': rows, 'goals': goals(rows)}
