@@ -38,7 +38,8 @@ What the columns mean:
   compile     tracing and compiling the step
   floor       bare products that project the gradients and expand the result,
               plus one elementwise pass over gradients and weights: what no
-              projecting optimizer can save
+              projecting optimizer can save. It has the stacks of this package's
+              optimizers; floor-layers has one matrix per layer, as the peers
 """
 
 import os
@@ -270,30 +271,32 @@ def optax_galore(data: Data) -> Method:
   return transformation(data, 'layers', tx, sizes.gap)
 
 
-def floor(data: Data) -> Method:
+def floor(data: Data, layout: str) -> Method:
   """The products and the one pass that projecting costs at the least."""
   rank = data.sizes.rank
 
   def init(weights: Any) -> Any:
     def basis(w: jax.Array) -> jax.Array:
-      shape = (w.shape[0], min(w.shape[1:]), min(rank, *w.shape[1:]))
-      return jax.random.normal(jax.random.key(0), shape) / shape[1] ** 0.5
+      *stack, n_in, n_out = w.shape
+      n = min(n_in, n_out)
+      shape = (*stack, n, min(rank, n))
+      return jax.random.normal(jax.random.key(0), shape) / n**0.5
 
     return jax.tree.map(basis, weights)
 
-  def leaf(w_LIO: jax.Array, basis_LNR: jax.Array, grad_LIO: jax.Array) -> Any:
-    if w_LIO.shape[1] <= w_LIO.shape[2]:
-      low_LRO = jnp.einsum('lio,lir->lro', grad_LIO, basis_LNR)
-      update_LIO = jnp.einsum('lro,lir->lio', low_LRO, basis_LNR)
+  def leaf(w_IO: jax.Array, basis_NR: jax.Array, grad_IO: jax.Array) -> Any:
+    if w_IO.shape[-2] <= w_IO.shape[-1]:
+      low_RO = jnp.einsum('...io,...ir->...ro', grad_IO, basis_NR)
+      update_IO = jnp.einsum('...ro,...ir->...io', low_RO, basis_NR)
     else:
-      low_LIR = jnp.einsum('lio,lor->lir', grad_LIO, basis_LNR)
-      update_LIO = jnp.einsum('lir,lor->lio', low_LIR, basis_LNR)
-    return w_LIO - RATE * (update_LIO + grad_LIO)
+      low_IR = jnp.einsum('...io,...or->...ir', grad_IO, basis_NR)
+      update_IO = jnp.einsum('...ir,...or->...io', low_IR, basis_NR)
+    return w_IO - RATE * (update_IO + grad_IO)
 
   def step(weights: Any, bases: Any, gradients: Any) -> tuple[Any, Any]:
     return jax.tree.map(leaf, weights, bases, gradients), bases
 
-  return JaxMethod(data, 'stacked', init, step)
+  return JaxMethod(data, layout, init, step)
 
 
 class TorchMethod:
@@ -367,7 +370,8 @@ def _our_methods() -> Iterator[tuple[str, Callable[[Data], Method]]]:
 
 
 METHODS: dict[str, Callable[[Data], Method]] = {
-  'floor': floor,
+  'floor': functools.partial(floor, layout='stacked'),
+  'floor-layers': functools.partial(floor, layout='layers'),
   'optax-galore': optax_galore,
   'galore-torch': galore_torch,
   'gradnormlorp-guard': functools.partial(

@@ -28,7 +28,7 @@ def run(*names):
 
 
 def test_step_rows_hold_times_ratios_and_bytes(tmp_path):
-  names = ['floor', 'optax-galore', 'gradnormlorp', 'adamw']
+  names = ['floor', 'floor-layers', 'optax-galore', 'gradnormlorp', 'adamw']
   rows = run(*names)
   path = tmp_path / 'folder' / 'steps.json'
   record.write_json(path, {'rows': list(rows.values())})
@@ -61,8 +61,9 @@ def test_step_rows_hold_times_ratios_and_bytes(tmp_path):
   assert 0 <= rows['optax-galore']['state_bytes'] - known <= counts
   assert 0 <= rows['adamw']['state_bytes'] - 8 * WEIGHTS <= counts
   assert rows['floor']['state_bytes'] == 4 * BASES
+  assert rows['floor-layers']['state_bytes'] == 4 * BASES
   text = optimizer_step.table(list(rows.values()))
-  assert text.count('\n| ') == 4
+  assert text.count('\n| ') == 5
   goals = optimizer_step.goals(list(rows.values()))
   # galore-torch did not run.
   assert [goal['goal'] for goal in goals if goal['value'] is None] == [
