@@ -37,4 +37,6 @@ from gnlorp_jax.optim.released import (
 from gnlorp_jax.optim.stochastic_rounding import (
   stochastic_rounding as stochastic_rounding,
 )
+from gnlorp_jax.optim.vlorp import projfactor as projfactor
+from gnlorp_jax.optim.vlorp import vlorp as vlorp
 from gnlorp_jax.optim.weight_norm import with_weight_norm as with_weight_norm

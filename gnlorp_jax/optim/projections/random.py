@@ -76,7 +76,7 @@ def random(
     (24, 2)
 
   References:
-    Chen et al., `VLoRP`, 2025, arXiv:2505.01744, section 3 (granularity); Zhu
+    Wang et al., `VLoRP`, 2025, arXiv:2505.01744 (granularity); Zhu
     et al., `APOLLO`, 2024, arXiv:2412.05270 (granularity 1).
 
   Note:
