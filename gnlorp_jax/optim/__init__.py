@@ -2,6 +2,9 @@
 
 from gnlorp_jax.optim import inspect as inspect
 from gnlorp_jax.optim import projections as projections
+from gnlorp_jax.optim.adafactor import (
+  scale_by_adafactor as scale_by_adafactor,
+)
 from gnlorp_jax.optim.adam import descend as descend
 from gnlorp_jax.optim.adam import scale_by_adam as scale_by_adam
 from gnlorp_jax.optim.adamw import adamw as adamw
@@ -16,9 +19,14 @@ from gnlorp_jax.optim.low_rank import (
   with_low_rank_projection as with_low_rank_projection,
 )
 from gnlorp_jax.optim.nonfinite import skip_nonfinite as skip_nonfinite
+from gnlorp_jax.optim.norm_growth import initial_norm as initial_norm
+from gnlorp_jax.optim.norm_growth import limit_norm_growth as limit_norm_growth
 from gnlorp_jax.optim.projections import Projection as Projection
 from gnlorp_jax.optim.refresh import LazyRefresh as LazyRefresh
 from gnlorp_jax.optim.released import (
   released_gradnormlorp as released_gradnormlorp,
+)
+from gnlorp_jax.optim.stochastic_rounding import (
+  stochastic_rounding as stochastic_rounding,
 )
 from gnlorp_jax.optim.weight_norm import with_weight_norm as with_weight_norm
