@@ -20,7 +20,7 @@ from gnlorp_jax.optim.adam import (
 )
 from gnlorp_jax.optim.assemble import assemble
 from gnlorp_jax.optim.checks import check_choice, check_interval
-from gnlorp_jax.optim.fira import length_ratios
+from gnlorp_jax.optim.fira import channel_ratios, length_ratio
 from gnlorp_jax.optim.kernel_axes import KernelAxes
 from gnlorp_jax.optim.labels import ParamLabels
 from gnlorp_jax.optim.low_rank import Recovery, with_low_rank_projection
@@ -64,7 +64,6 @@ def apollo_recovery(
   """
   check_interval('scale', scale, 0, float('inf'))
   check_choice('granularity', granularity, get_args(Granularity))
-  axes = -1 if granularity == 'channel' else (-2, -1)
   limit = limiter(norm_growth_limit)
   factor = scale**0.5
 
@@ -76,7 +75,10 @@ def apollo_recovery(
     state: Any,
   ) -> tuple[jax.Array, Any]:
     del back
-    ratio = length_ratios(direction_MR, low_MR, axes)
+    if granularity == 'channel':
+      ratio = channel_ratios(grad_MN, direction_MR, low_MR)
+    else:
+      ratio = length_ratio(direction_MR, low_MR, (-2, -1))
     update_MN = ratio * grad_MN.astype(jnp.float32)
     if scale_front:
       return limit.apply(factor * update_MN, state)

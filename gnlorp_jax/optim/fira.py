@@ -32,7 +32,7 @@ ScalePlacement = Literal['unscaled', 'scaled']
 _EPS = 1e-8  # Beside the norm of a channel's coordinates.
 
 
-def length_ratios(
+def length_ratio(
   direction_MR: jax.Array, low_MR: jax.Array, axes: int | tuple[int, int]
 ) -> jax.Array:
   """How much longer Adam's direction is than the coordinates it was made of.
@@ -40,8 +40,7 @@ def length_ratios(
   Args:
     direction_MR: Adam's direction, ``[*, m, r]``, float32.
     low_MR: Coordinates of the gradient, ``[*, m, r]``, float32.
-    axes: Axes of one length: -1 for a ratio per channel of M, (-2, -1) for one
-      per matrix.
+    axes: Axes of one length: -1 for a ratio per row, (-2, -1) per matrix.
 
   Returns:
     Ratios, ``[*, m, 1]`` or ``[*, 1, 1]``, float32.
@@ -49,6 +48,24 @@ def length_ratios(
   wanted = jnp.linalg.norm(direction_MR, axis=axes, keepdims=True)
   given = jnp.linalg.norm(low_MR, axis=axes, keepdims=True)
   return wanted / (given + _EPS)
+
+
+def channel_ratios(
+  grad_MN: jax.Array, direction_MR: jax.Array, low_MR: jax.Array
+) -> jax.Array:
+  """`length_ratio` of every row of a gradient, ``[*, m, 1]``, float32.
+
+  Raises:
+    ValueError: If the coordinates have other rows than the gradient.
+  """
+  if low_MR.shape[-2] != grad_MN.shape[-2]:
+    raise ValueError(
+      f'The projection makes {low_MR.shape[-2]} rows of coordinates of the '
+      f'{grad_MN.shape[-2]} rows of a gradient, but each row is scaled by the '
+      'length of its own. Use a projection that keeps the rows, such as '
+      "projections.get('random', granularity=1)."
+    )
+  return length_ratio(direction_MR, low_MR, -1)
 
 
 def fira_recovery(
@@ -92,7 +109,7 @@ def fira_recovery(
     back: Callable[[jax.Array], jax.Array],
     state: Any,
   ) -> tuple[jax.Array, Any]:
-    ratio_M1 = length_ratios(direction_MR, low_MR, -1)
+    ratio_M1 = channel_ratios(grad_MN, direction_MR, low_MR)
     inside_MN = back(low_MR if is_scaled else scale * low_MR)
     rest_MN = ratio_M1 * (grad_MN.astype(jnp.float32) - inside_MN)
     rest_MN, state = limit.apply(rest_MN, state)
