@@ -15,6 +15,7 @@ import optax
 from gnlorp_jax.optim import labels
 from gnlorp_jax.optim.low_rank import LowRankState
 from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
+from gnlorp_jax.optim.projections.base import Basis
 from gnlorp_jax.optim.subspace import Subspace
 
 # Fields of optimizer states, and what a person calls them.
@@ -84,17 +85,29 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
     The statistics by parameter path. Overlap is ``|Q_old^T Q_new|^2 / r`` (at a
     first refresh Q_old is the random start), energy ``|G Q|^2 / |G|^2``.
   """
-  stats = {}
+  return {
+    name: SubspaceStats(
+      refreshes=jnp.mean(subspace.refresh_count, dtype=jnp.float32),
+      overlap=jnp.mean(subspace.overlap),
+      energy=jnp.mean(subspace.energy),
+    )
+    for name, subspace in _subspaces(opt_state)
+  }
+
+
+def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
+  """The subspace of every projected kernel, with the kernel's path."""
   for state in _states_of(opt_state, LowRankState):
     for path, subspace in jax.tree_util.tree_leaves_with_path(
       state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
     ):
-      stats[labels.path_name(path)] = SubspaceStats(
-        refreshes=jnp.mean(subspace.refresh_count, dtype=jnp.float32),
-        overlap=jnp.mean(subspace.overlap),
-        energy=jnp.mean(subspace.energy),
-      )
-  return stats
+      yield labels.path_name(path), subspace
+
+
+def _rank(basis: Basis) -> int:
+  """A basis says its rank, or else its last array ends with it."""
+  rank = getattr(basis, 'rank', None)
+  return jax.tree.leaves(basis)[-1].shape[-1] if rank is None else rank
 
 
 class ReportRow(NamedTuple):
@@ -134,13 +147,14 @@ def report(
   """
   shapes = jax.eval_shape(lambda p: p, params)
   opt_state = jax.eval_shape(tx.init, shapes)
-  held: dict[str, list[tuple[str, Any]]] = {}
+  held: dict[str, list[Any]] = {}
   paths = jax.tree_util.tree_leaves_with_path(shapes)
   keys = {path: labels.path_name(path) for path, _ in paths}
   for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
     owner = _owner(path, keys)
     if owner is not None:
-      held.setdefault(owner, []).append((labels.path_name(path), leaf))
+      held.setdefault(owner, []).append(leaf)
+  subspaces = dict(_subspaces(opt_state))
   assigned = jax.tree.leaves(
     labels.assign(shapes, param_labels),
     is_leaf=lambda x: isinstance(x, labels.Assignment),
@@ -149,19 +163,14 @@ def report(
   for (path, leaf), assignment in zip(paths, assigned, strict=True):
     name = keys[path]
     owned = held.get(name, [])
-    bases = {
-      axis: leaf.shape
-      for axis in ('in', 'out')
-      for state_name, leaf in owned
-      if state_name.endswith(f'{name}/basis/{axis}')
-    }
+    bases = subspaces[name].basis if name in subspaces else {}
     label = assignment.label
     if (bases and label != 'low_rank') or bool(owned) == (label == 'frozen'):
       raise ValueError(
         f'param_labels call {name!r} {label!r}, but tx treats it otherwise. '
         'Give report() the param_labels that tx was built with.'
       )
-    rank = min((shape[-1] for shape in bases.values()), default=None)
+    rank = min(map(_rank, bases.values()), default=None)
     reason = assignment.reason
     if rank is not None and rank >= min(leaf.shape[-2:]):
       reason += '; rank fills the shorter axis: nothing is compressed there'
@@ -172,7 +181,7 @@ def report(
         label=label,
         rank=rank,
         side='+'.join(bases),
-        state_bytes=sum(_bytes(leaf) for _, leaf in owned),
+        state_bytes=tree_bytes(owned),
         adamw_bytes=8 * math.prod(leaf.shape),
         reason=reason,
       )

@@ -160,10 +160,13 @@ def with_low_rank_projection(
         similarity=jnp.zeros((*stack, lazy_refresh.queue), jnp.float32),
         saved=jnp.zeros(stack, jnp.int32),
       )
+    axes = compressed_axes(param.shape, side)
     return Subspace(
       basis={
-        axis: method.init(_turned_shape(param.shape, axis), effective, seed)
-        for axis in compressed_axes(param.shape, side)
+        axis: method.init(
+          _turned_shape(param.shape, axis), effective, 2 * seed + k
+        )
+        for k, axis in enumerate(axes)
       },
       refresh_count=jnp.zeros(stack, jnp.int32),
       overlap=jnp.zeros(stack, jnp.float32),
@@ -191,14 +194,17 @@ def with_low_rank_projection(
       return jnp.zeros(low.shape, low.dtype)
 
     inner_state = inner_tx.init(jax.tree.map(zero_low, params, subspace))
-    if on_refresh is not None:
-      _moments(inner_state)
-    return LowRankState(
+    state = LowRankState(
       count=jnp.zeros([], jnp.int32),
       subspace=subspace,
       inner_state=inner_state,
       recovery=recovery and jax.tree.map(init_recovery, params),
     )
+    if on_refresh is not None:
+      _moments(inner_state)
+      # What the projection cannot move is an error now, not inside a step.
+      jax.eval_shape(update_fn, params, state)
+    return state
 
   def recover(
     grad_IO: jax.Array,

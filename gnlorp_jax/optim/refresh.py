@@ -126,6 +126,9 @@ def _first_cosine(
   first_RN = jnp.eye(rank)[None, :1]
   cosines = []
   for axis in new:
+    if projection.turn is not None:
+      cosines.append(projection.turn(old[axis], new[axis])[..., 0, 0])
+      continue
     a = projection.project_back(first_RN, old[axis])
     b = projection.project_back(first_RN, new[axis])
     length = _matrix_norm(a) * _matrix_norm(b)

@@ -36,6 +36,8 @@ class Projection(NamedTuple):
       float32.
     transport: ``transport(low_MR, old, new, power) -> low_MR``: see `transport`
       below, which is used where this is None.
+    turn: ``turn(old, new) -> turn_RR``: see `turn` below, which is used where
+      this is None; for bases that do not take single rows there and back.
   """
 
   init: Callable[[tuple[int, ...], int, int], Basis]
@@ -43,12 +45,15 @@ class Projection(NamedTuple):
   project: Callable[[jax.Array, Basis], jax.Array]
   project_back: Callable[[jax.Array, Basis], jax.Array]
   transport: Callable[[jax.Array, Basis, Basis, int], jax.Array] | None = None
+  turn: Callable[[Basis, Basis], jax.Array] | None = None
 
 
 def turn(
   projection: Projection, rank: int, old: Basis, new: Basis
 ) -> jax.Array:
   """Old basis vectors in new coordinates, ``Q_old^T Q_new``, ``[*, r, r]``."""
+  if projection.turn is not None:
+    return projection.turn(old, new)
   back_RN = projection.project_back(jnp.eye(rank)[None], old)
   return projection.project(back_RN, new)
 

@@ -1,0 +1,387 @@
+"""Random projections against explicit NumPy, closed moments and themselves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.optim import projections
+from gnlorp_jax.optim.galore import galore
+from gnlorp_jax.optim.inspect import report, state_bytes, subspace_stats
+from gnlorp_jax.optim.low_rank import with_low_rank_projection
+from gnlorp_jax.optim.projections.random import RandomBasis
+from gnlorp_jax.optim.refresh import LazyRefresh
+
+DISTRIBUTIONS = ('normal', 'rademacher')
+
+
+def random(granularity=1, distribution='normal'):
+  return projections.get(
+    'random', granularity=granularity, distribution=distribution
+  )
+
+
+def gradient(shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def matrices(distribution, size, rank, count):
+  """P for many seeds, [count, size, rank]: the images of unit rows."""
+  basis = RandomBasis(jnp.arange(count, dtype=jnp.uint32), size, rank)
+  eye = jnp.broadcast_to(jnp.eye(size), (count, size, size))
+  project = jax.jit(random(distribution=distribution).project)
+  return np.asarray(project(eye, basis), np.float64)
+
+
+def explicit(grad_MN, p_BR, granularity):
+  """There and back of a turned gradient, in NumPy's float64."""
+  m, n = grad_MN.shape
+  cut = np.asarray(grad_MN, np.float64).reshape(-1, round(n / granularity))
+  low = cut @ p_BR
+  return low, (low @ p_BR.T).reshape(m, n)
+
+
+@pytest.mark.parametrize('distribution', DISTRIBUTIONS)
+def test_entries_have_mean_zero_and_variance_one_over_r(distribution):
+  count, size, rank = 4000, 6, 3
+  p = matrices(distribution, size, rank, count)
+  # Five standard errors of a mean of count * size * rank entries; the fourth
+  # moment of a normal is 3, which makes its square's variance 2.
+  error = 5 / np.sqrt(p.size)
+  assert abs(p.mean()) < error / np.sqrt(rank)
+  assert abs((p**2).mean() * rank - 1) < error * np.sqrt(2)
+  if distribution == 'rademacher':
+    np.testing.assert_allclose(np.abs(p), 1 / np.sqrt(rank), rtol=1e-6)
+  else:
+    assert abs((p**4).mean() * rank**2 - 3) < error * np.sqrt(96)
+  # Entry ij of P P^T is a mean of r products: variance 1 / r off the diagonal,
+  # 2 / r on it at most.
+  outer = np.mean(p @ p.mT, axis=0)
+  bound = 5 * np.sqrt(2 / (rank * count))
+  np.testing.assert_allclose(outer, np.eye(size), atol=bound)
+
+
+@pytest.mark.parametrize(
+  ('side', 'granularity', 'distribution'),
+  [
+    (side, granularity, 'normal')
+    for side in ('in', 'out')
+    for granularity in (1, 4, 1 / 4)
+  ]
+  + [('in', 2, 'rademacher'), ('out', 1 / 2, 'rademacher')],
+)
+def test_there_and_back_equals_numpy(side, granularity, distribution):
+  shape = (8, 12)
+  grad = gradient(shape)
+  method = random(granularity, distribution)
+  tx = with_low_rank_projection(
+    optax.trace(0.0), 2, projection=method, side=side
+  )
+  updates, state = jax.jit(tx.update)(grad, tx.init(grad))
+  turned = grad if side == 'out' else grad.T
+  basis = state.subspace.basis[side]
+  assert basis.size == round(turned.shape[1] / granularity)
+  (p,) = (
+    np.asarray(random(1, distribution).project(jnp.eye(basis.size), basis)),
+  )
+  low, back = explicit(turned, p.astype(np.float64), granularity)
+  np.testing.assert_allclose(state.inner_state.trace, low, atol=1e-5)
+  expected = back if side == 'out' else back.T
+  np.testing.assert_allclose(updates, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ('granularity', 'distribution'),
+  [(1, 'normal'), (3, 'rademacher'), (1 / 2, 'normal')],
+)
+def test_there_and_back_is_unbiased(granularity, distribution):
+  grad = gradient((4, 6))
+  method = random(granularity, distribution)
+  count = 20_000
+  size = method.init((4, 6), 1, 0).size
+  basis = RandomBasis(jnp.arange(count, dtype=jnp.uint32), size, 1)
+  many = jnp.broadcast_to(grad, (count, 4, 6))
+  back = jax.jit(lambda g, b: method.project_back(method.project(g, b), b))(
+    many, basis
+  )
+  # One entry is g_i p_i^2 + sum_j g_j p_i p_j: variance below 3 |g|^2 (r = 1).
+  largest = np.linalg.norm(grad, axis=None)
+  bound = 5 * np.sqrt(3 / count) * largest
+  np.testing.assert_allclose(np.mean(back, axis=0), grad, atol=bound)
+
+
+@pytest.mark.parametrize(
+  ('granularity', 'distribution'), [(2, 'normal'), (1 / 2, 'rademacher')]
+)
+def test_stack_equals_its_slices(granularity, distribution):
+  method = random(granularity, distribution)
+  grads = gradient((2, 3, 6, 8))
+  basis = method.init(grads.shape, 2, 5)
+  assert basis.seed.dtype == jnp.uint32
+  assert len(np.unique(basis.seed)) == 6
+  low = method.project(grads, basis)
+  back = method.project_back(low, basis)
+  basis = method.refresh(grads, basis, jnp.int32(7))
+  for index in np.ndindex(2, 3):
+    one = method.init(grads.shape, 2, 5)
+    one = RandomBasis(one.seed[index], one.size, one.rank)
+    low_one = method.project(grads[index], one)
+    np.testing.assert_allclose(low[index], low_one, atol=1e-5)
+    np.testing.assert_allclose(
+      back[index], method.project_back(low_one, one), atol=1e-5
+    )
+    seed = method.refresh(grads[index], one, jnp.int32(7)).seed
+    assert seed == basis.seed[index]
+
+
+def test_parameters_and_sides_have_seeds_of_their_own():
+  tx = with_low_rank_projection(
+    optax.identity(), 2, projection='random', side='both'
+  )
+  state = tx.init({'a': jnp.zeros((3, 6, 6)), 'b': jnp.zeros((3, 6, 6))})
+  seeds = [
+    state.subspace[name].basis[axis].seed
+    for name in ('a', 'b')
+    for axis in ('in', 'out')
+  ]
+  assert len(np.unique(seeds)) == 12
+
+
+def test_seeds_change_exactly_at_a_refresh():
+  tx = with_low_rank_projection(
+    *(optax.identity(), 2, 4), projection='random', spread_refreshes=False
+  )
+  grads = gradient((10, 3, 6, 8))
+  state = tx.init(grads[0])
+  update = jax.jit(tx.update)
+  seeds = [np.asarray(state.subspace.basis['in'].seed)]
+  for grad in grads:
+    _, state = update(grad, state)
+    seeds.append(np.asarray(state.subspace.basis['in'].seed))
+  changed = (np.diff(np.array(seeds, np.int64), axis=0) != 0).all(axis=1)
+  assert np.flatnonzero(changed).tolist() == [0, 4, 8]
+  again = tx.init(grads[0])
+  for t in range(5):  # Another gradient, the same seeds: no global generator.
+    _, again = update(-grads[t], again)
+  np.testing.assert_array_equal(again.subspace.basis['in'].seed, seeds[5])
+
+
+@pytest.mark.parametrize('distribution', DISTRIBUTIONS)
+def test_mesh_draws_the_same_matrices(distribution):
+  tx = with_low_rank_projection(
+    *(optax.identity(), 2, 2), projection=random(2, distribution)
+  )
+  grads = gradient((3, 4, 8, 16))
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  state = sharded = tx.init(grads[0])
+  update = jax.jit(tx.update)
+  for grad in grads:
+    expected, state = update(grad, state)
+    grad = jax.device_put(grad, NamedSharding(mesh, P(None, None, 'x')))
+    updates, sharded = update(grad, sharded)
+    np.testing.assert_allclose(updates, expected, atol=1e-5)
+  np.testing.assert_array_equal(
+    sharded.subspace.basis['in'].seed, state.subspace.basis['in'].seed
+  )
+
+
+def test_checkpoint_restores_every_bit(tmp_path):
+  tx = with_low_rank_projection(
+    *(optax.scale_by_adam(), 2, 2), projection=random(2)
+  )
+  grad = gradient((3, 8, 16))
+  update = jax.jit(tx.update)
+  _, state = update(grad, tx.init(grad))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(
+      tmp_path / 'state', jax.eval_shape(tx.init, grad)
+    )
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  expected = update(-grad, state)
+  jax.tree.map(np.testing.assert_array_equal, update(-grad, restored), expected)
+
+
+def test_bfloat16_gradient_is_accumulated_in_float32():
+  method = random(2, 'rademacher')
+  grad = gradient((6, 64)).astype(jnp.bfloat16)
+  basis = method.init(grad.shape, 3, 0)
+  low = method.project(grad, basis)
+  assert low.dtype == jnp.float32
+  # Signs are exact in bfloat16: nothing is lost but float32's rounding.
+  np.testing.assert_allclose(
+    low, method.project(grad.astype(jnp.float32), basis), rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('granularity', 'similarity'), [(4, 'overlap'), (1 / 4, 'abs_cosine')]
+)
+def test_statistics_are_sensible(granularity, similarity):
+  lazy = LazyRefresh(threshold=0.9, queue=1, similarity=similarity)
+  tx = with_low_rank_projection(
+    *(optax.identity(), 6, 1),
+    projection=random(granularity),
+    side='in',
+    lazy_refresh=lazy,
+  )
+  grads = gradient((4, 8, 96, 100))
+  state = tx.init(grads[0])
+  update = jax.jit(tx.update)
+  for grad in grads:
+    _, state = update(grad, state)
+  subspace = state.subspace
+  assert subspace.refresh_count.tolist() == [4] * 8
+  # Means over eight matrices, with ample room: the squared length of a
+  # projected gradient is right on average, and independent subspaces share
+  # rank / size of their directions.
+  size = 96 / granularity
+  np.testing.assert_allclose(np.mean(subspace.energy), 1, atol=0.3)
+  np.testing.assert_allclose(np.mean(subspace.overlap), 6 / size, rtol=0.3)
+  assert np.abs(subspace.lazy.similarity).max() < 0.75
+  assert subspace.lazy.gap.tolist() == [1] * 8
+
+
+def test_a_basis_overlaps_itself():
+  method = random(2)
+  basis = method.init((4, 4000), 3, 0)
+  # Inner products of 2000 standard normals over 2000: errors of sqrt(2 / 2000).
+  np.testing.assert_allclose(
+    method.turn(basis, basis), np.eye(3), atol=5 * np.sqrt(2 / 2000)
+  )
+
+
+def test_state_is_a_seed_and_is_reported():
+  params = {'a': {'kernel': jnp.zeros((5, 16, 32))}}
+  tx = galore(1e-2, rank=2, projection=random(4, 'rademacher'))
+  state = tx.init(params)
+  assert state_bytes(state)['bases'] == 5 * 4
+  assert state_bytes(state)['moments'] == 2 * 5 * (32 * 4) * 2 * 4
+  (row,) = report(params, tx)
+  assert (row.label, row.rank, row.side) == ('low_rank', 2, 'in')
+  assert list(subspace_stats(state)) == ['a/kernel']
+
+
+def test_both_sides_work_at_granularity_one():
+  tx = with_low_rank_projection(
+    optax.identity(), 2, projection='random', side='both'
+  )
+  grad = gradient((6, 8))
+  updates, _ = tx.update(grad, tx.init(grad))
+  assert updates.shape == grad.shape
+
+
+def test_regression_descends():
+  target = gradient((16, 12))
+  tx = with_low_rank_projection(*(optax.identity(), 2, 1), projection=random(2))
+  w = jnp.zeros_like(target)
+  state = tx.init(w)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(w, state):
+    updates, state = tx.update(w - target, state)
+    return w - 0.1 * updates, state
+
+  for _ in range(200):
+    w, state = step(w, state)
+  assert np.linalg.norm(w - target) < 0.01 * np.linalg.norm(target)
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    (
+      {'granularity': value},
+      'granularity must be a positive integer or one over an integer, such as '
+      f'4 or 1/4, got {value}.',
+    )
+    for value in (0, -2, 1.5, 0.75, float('inf'), float('nan'))
+  ]
+  + [
+    (
+      {'distribution': 'gaussian'},
+      "Unknown distribution 'gaussian'; expected one of ('normal', "
+      "'rademacher').",
+    )
+  ],
+)
+def test_bad_option_is_an_error(options, text):
+  with pytest.raises(ValueError) as error:
+    projections.get('random', **options)
+  assert str(error.value) == text
+
+
+def init_error(shape, rank, granularity, **options):
+  tx = with_low_rank_projection(
+    options.pop('inner', optax.identity()),
+    rank,
+    projection=random(granularity),
+    **options,
+  )
+  with pytest.raises(ValueError) as error:
+    tx.init(jnp.zeros(shape))
+  return str(error.value)
+
+
+@pytest.mark.parametrize('granularity', [3, 1 / 5])
+def test_granularity_that_does_not_fit_is_an_error_at_init(granularity):
+  assert init_error((8, 12), 2, granularity) == (
+    f'granularity {granularity} cannot reshape a gradient [m, n] of [12, 8], '
+    'compressed on n: n / granularity and m * granularity must be integers. '
+    'Use a granularity that fits all projected kernels, or label this one '
+    "'full'."
+  )
+
+
+def test_rank_that_compresses_nothing_is_an_error_at_init():
+  assert init_error((8, 12), 3, 4) == (
+    'rank 3 exceeds n / granularity = 8 / 4 = 2: the coordinates would be '
+    'larger than the gradient. Lower rank or granularity.'
+  )
+
+
+def test_both_sides_with_a_granularity_are_an_error_at_init():
+  assert init_error((8, 12), 2, 2, side='both') == (
+    "A random basis for n = 8 met a gradient of n = 16: with side='both' a "
+    "granularity other than 1 (2) reshapes the other side's coordinates. Use "
+    'another side or granularity=1.'
+  )
+
+
+def test_rotating_moments_is_an_error_at_init():
+  tx = galore(1e-2, projection='random', moments_on_refresh='rotate')
+  with pytest.raises(ValueError) as error:
+    tx.init({'kernel': jnp.zeros((8, 12))})
+  assert str(error.value) == (
+    'Moments cannot be rotated from one random basis to the next: the two are '
+    'independent, and the product of their matrices is no rotation. Use '
+    "moments_on_refresh='keep', as published, or 'reset'."
+  )
+
+
+@pytest.mark.parametrize('mode', ['keep', 'reset'])
+def test_moments_can_be_kept_or_reset(mode):
+  tx = galore(1e-2, 2, 1, projection=random(2), moments_on_refresh=mode)
+  params = {'kernel': gradient((8, 12))}
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for _ in range(2):
+    updates, state = update(params, state, params)
+  counts = [
+    jax.tree.leaves(node.count)[0]
+    for node in jax.tree.leaves(state, is_leaf=is_adam)
+    if is_adam(node) and jax.tree.leaves(node.mu)
+  ]
+  # The first refresh has no moments to move; the second starts them again.
+  assert counts == [2 if mode == 'keep' else 1]
+
+
+def is_adam(node):
+  return isinstance(node, optax.ScaleByAdamState)
