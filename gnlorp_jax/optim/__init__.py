@@ -9,6 +9,11 @@ from gnlorp_jax.optim.adam import descend as descend
 from gnlorp_jax.optim.adam import scale_by_adam as scale_by_adam
 from gnlorp_jax.optim.adamw import adamw as adamw
 from gnlorp_jax.optim.dct_adamw import dct_adamw as dct_adamw
+from gnlorp_jax.optim.apollo import apollo as apollo
+from gnlorp_jax.optim.apollo import apollo_mini as apollo_mini
+from gnlorp_jax.optim.apollo import scale_by_apollo as scale_by_apollo
+from gnlorp_jax.optim.fira import fira as fira
+from gnlorp_jax.optim.fira import scale_by_fira as scale_by_fira
 from gnlorp_jax.optim.galore import galore as galore
 from gnlorp_jax.optim.galore_adafactor import (
   galore_adafactor as galore_adafactor,
