@@ -17,6 +17,9 @@ from gnlorp_jax.optim.low_rank import (
 )
 from gnlorp_jax.optim.nonfinite import skip_nonfinite as skip_nonfinite
 from gnlorp_jax.optim.projections import Projection as Projection
+from gnlorp_jax.optim.quantized_state import (
+  quantize_moments as quantize_moments,
+)
 from gnlorp_jax.optim.refresh import LazyRefresh as LazyRefresh
 from gnlorp_jax.optim.released import (
   released_gradnormlorp as released_gradnormlorp,

@@ -1,0 +1,141 @@
+"""Keeps the moments of any optimizer in 8 or 4 bits between its steps."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim.quantization import (
+  Codec,
+  QuantizedArray,
+  dequantize,
+  dynamic,
+  linear,
+  quantize,
+)
+
+# Codecs of the fields of optimizer states that hold moments, by bits.
+_CODECS: dict[int, dict[str, Codec]] = {
+  8: {
+    'mu': dynamic(8, signed=True),
+    'nu': dynamic(8, signed=False),
+    'trace': dynamic(8, signed=True),
+  },
+  # A dynamic or linear code with a zero would make the step explode for nu.
+  4: {
+    'mu': dynamic(4, signed=True, block=128),
+    'nu': linear(4, block=128),
+    'trace': dynamic(4, signed=True, block=128),
+  },
+}
+
+
+def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
+  """The codec of the innermost moment field that a key path passes."""
+  for key in reversed(path):
+    if isinstance(key, jax.tree_util.GetAttrKey) and key.name in codecs:
+      return codecs[key.name]
+  return None
+
+
+def encode_moments(
+  state: optax.OptState, codecs: dict[str, Codec], min_size: int
+) -> optax.OptState:
+  """Quantises the moments of a state; everything else stays as it is."""
+
+  def encode(path: tuple[Any, ...], leaf: Any) -> Any:
+    codec = _codec_at(path, codecs)
+    if codec is None or getattr(leaf, 'dtype', None) != jnp.float32:
+      return leaf
+    if leaf.ndim == 0 or math.prod(leaf.shape[-2:]) < min_size:
+      return leaf
+    return quantize(leaf, codec)
+
+  return jax.tree_util.tree_map_with_path(encode, state)
+
+
+def decode_moments(state: optax.OptState) -> optax.OptState:
+  """The state with every `QuantizedArray` as float32."""
+
+  def is_quantized(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)
+
+  return jax.tree.map(
+    lambda node: dequantize(node) if is_quantized(node) else node,
+    state,
+    is_leaf=is_quantized,
+  )
+
+
+def quantize_moments(
+  inner: optax.GradientTransformation, bits: int, min_size: int = 4096
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the moments of `inner` in 8 or 4 bits between its steps.
+
+  They are decoded before a step and encoded after it; the step itself uses the
+  new moments before they are encoded. Moments are the float32 arrays below a
+  field ``mu``, ``nu`` or ``trace`` of a state, however deep inside `inner`.
+
+  In 8 bits all take `quantization.dynamic` codes in blocks of 256. In 4 bits,
+  in blocks of 128, ``mu`` and ``trace`` do, and ``nu`` takes
+  `quantization.linear`.
+
+  Args:
+    inner: Any transformation.
+    bits: 8, 4 or 32; 32 leaves `inner` as it is.
+    min_size: Elements a matrix ``[m, n]`` (or a vector) must have; the moments
+      of smaller ones stay float32.
+
+  Returns:
+    The wrapped transformation; each quantised moment of its state is a
+    `quantization.QuantizedArray`.
+
+  Raises:
+    ValueError: If `bits` is something else.
+
+  Examples:
+    >>> tx = quantize_moments(optax.scale_by_adam(), bits=8)
+    >>> state = tx.init({'kernel': jnp.ones((3, 64, 64)), 'bias': jnp.ones(64)})
+    >>> state.mu['kernel'].codes.shape, state.mu['kernel'].scale.shape
+    ((3, 64, 64), (3, 16))
+    >>> state.mu['bias'].dtype
+    dtype('float32')
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization`, 2021,
+    arXiv:2110.02861; Li et al., `Memory Efficient Optimizers with 4-bit
+    States`, 2023, arXiv:2309.01507.
+
+  Note:
+    bitsandbytes resets the two moments of an element whose gradient is not
+    finite; wrap the optimizer in `skip_nonfinite` instead. The 4-bit paper
+    scales second moments by rows and columns; blocks of 128 are its second
+    choice, and keep matrices of a stack apart.
+  """
+  if bits not in (32, *_CODECS):
+    raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')
+  inner_tx = optax.with_extra_args_support(inner)
+  if bits == 32:
+    return inner_tx
+  codecs = _CODECS[bits]
+
+  def init_fn(params: optax.Params) -> optax.OptState:
+    # Behind the barrier: XLA would spend seconds on folding constant moments.
+    state = inner_tx.init(params)
+    state = jax.lax.optimization_barrier(state)  # type: ignore[no-untyped-call]
+    return encode_moments(state, codecs, min_size)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = inner_tx.update(
+      updates, decode_moments(state), params, **extra_args
+    )
+    return updates, encode_moments(state, codecs, min_size)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
