@@ -10,6 +10,8 @@ from gnlorp_jax.optim.gradnormlorp import gradnormlorp as gradnormlorp
 from gnlorp_jax.optim.inspect import format_report as format_report
 from gnlorp_jax.optim.inspect import report as report
 from gnlorp_jax.optim.kernel_axes import with_kernel_axes as with_kernel_axes
+from gnlorp_jax.optim.ldadam import ldadam as ldadam
+from gnlorp_jax.optim.ldadam import scale_by_ldadam as scale_by_ldadam
 from gnlorp_jax.optim.low_rank import LowRankState as LowRankState
 from gnlorp_jax.optim.low_rank import Recovery as Recovery
 from gnlorp_jax.optim.low_rank import (

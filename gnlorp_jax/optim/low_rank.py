@@ -152,7 +152,7 @@ def with_low_rank_projection(
 
   def init_subspace(path: Any, param: jax.Array, seed: int) -> Subspace:
     stack = param.shape[:-2]
-    effective = _effective_rank(rank, path_name(path), param.shape)
+    effective = effective_rank(rank, path_name(path), param.shape)
     lazy = None
     if lazy_refresh is not None:
       lazy = LazyState(
@@ -162,7 +162,7 @@ def with_low_rank_projection(
       )
     return Subspace(
       basis={
-        axis: method.init(_turned_shape(param.shape, axis), effective, seed)
+        axis: method.init(turned_shape(param.shape, axis), effective, seed)
         for axis in compressed_axes(param.shape, side)
       },
       refresh_count=jnp.zeros(stack, jnp.int32),
@@ -174,7 +174,7 @@ def with_low_rank_projection(
   def init_recovery(param: jax.Array) -> Any:
     assert recovery is not None
     (axis,) = compressed_axes(param.shape, side)
-    return recovery.init(_turned_shape(param.shape, axis))
+    return recovery.init(turned_shape(param.shape, axis))
 
   def init_fn(params: optax.Params) -> LowRankState:
     treedef = jax.tree.structure(params)
@@ -339,13 +339,13 @@ def _as_projection(projection: str | Projection) -> Projection:
   return projection
 
 
-def _turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
+def turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
   """The shape of ``toward(x, axis)`` for x of `shape`."""
   *stack, n_in, n_out = shape
   return (*stack, n_in, n_out) if axis == 'out' else (*stack, n_out, n_in)
 
 
-def _effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
+def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
   """`rank`, clipped (and logged) to the shorter axis of a parameter."""
   if len(shape) < 2:
     raise ValueError(
