@@ -38,7 +38,8 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
     opt_state: A state, or its shapes from `jax.eval_shape`.
 
   Returns:
-    ``{'moments': ..., 'bases': ..., 'other': ...}`` (counts, statistics).
+    ``{'moments': ..., 'bases': ..., 'other': ...}`` (counts, statistics, the
+    errors that LDAdam keeps).
   """
   total = {'moments': 0, 'bases': 0, 'other': 0}
   for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):

@@ -56,8 +56,9 @@ def _orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
   that fails, because it turns the subspace by about a thousandth.
   """
   basis_NR = orthonormalise(wanted_NR, old_NR, fill=0.0)
-  eye_RR = jnp.eye(basis_NR.shape[-1])
-  error_RR = jnp.abs(_turn(basis_NR, basis_NR) - eye_RR)
+  gram_RR = _turn(basis_NR, basis_NR)
+  eye_RR = jnp.broadcast_to(jnp.eye(gram_RR.shape[-1]), gram_RR.shape)
+  error_RR = jnp.abs(gram_RR - eye_RR)
   good = jnp.max(error_RR, axis=(-2, -1)) < _ORTHONORMAL  # False for a NaN.
   return jax.lax.cond(
     jnp.all(good),
@@ -95,10 +96,9 @@ def _square(x: jax.Array) -> jax.Array:
 
 
 def _refit(
-  grad_MN: jax.Array,
+  grad_IO: jax.Array,
   mean_MR: jax.Array,
   old: Subspace,
-  axis: str,
   rho: float,
 ) -> tuple[Subspace, jax.Array]:
   """The next subspace of each matrix, and the gradient's coordinates in it.
@@ -106,22 +106,23 @@ def _refit(
   A matrix whose gradients were zero until now has no moments either, and still
   waits for its first basis.
   """
-  old_NR = old.basis[axis]
-  largest = jnp.max(jnp.abs(grad_MN), axis=(-2, -1))
+  ((axis, old_NR),) = old.basis.items()
+  largest = jnp.max(jnp.abs(grad_IO), axis=(-2, -1))
   zero = largest == 0
   unset = old.refresh_count == 0
 
   def turn(i: jax.Array, basis_NR: jax.Array) -> jax.Array:
-    new_NR = _turn_basis(grad_MN, mean_MR, basis_NR, rho)
+    # Turned in here: a loop would be handed a turned copy.
+    new_NR = _turn_basis(toward(grad_IO, axis), mean_MR, basis_NR, rho)
     return jnp.where((i == 0) | unset[..., None, None], new_NR, basis_NR)
 
   rounds = jnp.where(jnp.any(unset & ~zero), _FIRST_ITERATIONS, 1)
   basis_NR = jax.lax.fori_loop(0, rounds, turn, old_NR)
-  low_MR = project(grad_MN, basis_NR)
+  low_MR = project(toward(grad_IO, axis), basis_NR)
   # Scaled, so that no square under- or overflows.
   scale = jnp.where(zero, 1, largest)[..., None, None]
   energy = _square(low_MR / scale) / jnp.where(
-    zero, 1, _square(grad_MN / scale)
+    zero, 1, _square(grad_IO / scale)
   )
   overlap = _square(_turn(old_NR, basis_NR)) / basis_NR.shape[-1]
   fitted = jnp.isfinite(energy) & ~(zero & unset)
@@ -294,23 +295,26 @@ def scale_by_ldadam(
     grad_IO = grad_IO.astype(jnp.float32)
     if error_feedback:
       grad_IO = grad_IO + decode(error)
-    grad_MN = toward(grad_IO, axis)
     # Before the first step the moments are zero, whatever divides them.
     mean_MR = mu_MR / (1 - b1 ** jnp.maximum(count, 1))
-    subspace, low_MR = _refit(grad_MN, mean_MR, old, axis, rho)
+    subspace, low_MR = _refit(grad_IO, mean_MR, old, rho)
     new_NR = subspace.basis[axis]
     turn_RR = _turn(old_NR, new_NR)
+    counts = jnp.broadcast_to(count, mu_MR.shape[:-2])
     moved = rotate(
-      optax.ScaleByAdamState(count, mu_MR, nu_MR),
+      optax.ScaleByAdamState(counts, mu_MR, nu_MR),
       lambda x_MR, power: x_MR @ turn_RR**power,
     )
     if error_feedback:
       # All steps to come give b1 / (1 - b1) of the momentum at hand; what of
       # it the turn loses is owed.
       owed = b1 / (1 - b1)
-      before_MN = grad_MN + owed * project_back(mu_MR, old_NR)
-      after_MN = project_back(low_MR + owed * moved.mu, new_NR)
-      error = encode(toward(before_MN - after_MN, axis))
+      # One product for both bases: each would fill an array of full size.
+      error_MN = project_back(
+        jnp.concatenate([owed * mu_MR, -(low_MR + owed * moved.mu)], -1),
+        jnp.concatenate([old_NR, new_NR], -1),
+      )
+      error = encode(grad_IO + toward(error_MN, axis))
     return _Leaf(subspace, low_MR, moved.mu, moved.nu, error)
 
   def update_fn(
