@@ -16,15 +16,16 @@ from gnlorp_jax.optim.subspace import Subspace
 from gnlorp_jax.training import sharding
 
 LR, B1, B2, EPS, RHO, DECAY = 0.01, 0.908, 0.99, 1e-8, 0.908, 0.1
-# Coordinates of size 4 are rounded by some 5e-7, differently where sums are taken
-# in another order, and Adam's first steps divide that by |g| + eps: this keeps it
-# below 1e-5.
+# Coordinates of size 4 are rounded by some 5e-7, differently where sums are
+# taken in another order, and Adam's first steps divide that by |g| + eps: this
+# keeps it below 1e-5.
 BIG_EPS = 0.1
 SHAPES = [(6, 9), (9, 6), (6, 6)]
 
 
 def normal(shape, seed=0):
-  return jax.random.normal(jax.random.key(seed), shape)
+  numbers = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(numbers, jnp.float32)
 
 
 def qr(x):
@@ -85,7 +86,7 @@ def only_subspace(state):
 
 def run(tx, grads, state=None):
   """All updates of a transformation, and its last state."""
-  state = tx.init(grads[0]) if state is None else state
+  state = jax.jit(tx.init)(grads[0]) if state is None else state
   update = jax.jit(tx.update)
   made = []
   for grad in grads:
@@ -99,9 +100,15 @@ def run(tx, grads, state=None):
 def test_follows_the_published_update(shape, error_feedback):
   w_IO = normal(shape)
   grads = normal((12, *shape), 1)
-  tx = ldadam(LR, 3, error_feedback=error_feedback, weight_decay=DECAY)
+  tx = ldadam(
+    LR,
+    3,
+    error_feedback=error_feedback,
+    weight_decay=DECAY,
+    skip_nonfinite=False,
+  )
   params = {'dense': {'kernel': w_IO}}
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   update = jax.jit(tx.update)
   reference = None
   for grad in grads:
@@ -118,11 +125,10 @@ def test_follows_the_published_update(shape, error_feedback):
   )
 
 
-@pytest.mark.parametrize('side', ['short', 'long'])
-def test_first_basis_holds_the_energy_of_the_best(side):
+def test_first_basis_holds_the_energy_of_the_best():
   # Singular values that fall slowly, by a half every seven.
   grad = normal((2, 40, 60)) * 0.9 ** np.arange(60)[None, None]
-  _, state = run(scale_by_ldadam(5, side=side), [grad])
+  _, state = run(scale_by_ldadam(5), [grad])
   s = np.linalg.svd(np.asarray(grad, np.float64), compute_uv=False)
   best = np.sum(s[:, :5] ** 2, -1) / np.sum(s**2, -1)
   assert (state.subspace.energy > 0.99 * best).all()
@@ -130,14 +136,12 @@ def test_first_basis_holds_the_energy_of_the_best(side):
   assert state.subspace.refresh_count.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(
-  ('shape', 'error_bits'), [((2, 2, 6, 6), 32), ((3, 8, 6), 4)]
-)
-def test_stack_equals_each_matrix_by_itself(shape, error_bits):
+@pytest.mark.parametrize('error_bits', [32, 4])
+def test_stack_equals_each_matrix_by_itself(error_bits):
   tx = scale_by_ldadam(2, error_bits=error_bits, eps=BIG_EPS)
-  grads = normal((4, *shape))
+  grads = normal((4, 2, 2, 8, 6))
   together, _ = run(tx, grads)
-  for index in np.ndindex(*shape[:-2]):
+  for index in np.ndindex(2, 2):
     alone, _ = run(tx, grads[(slice(None), *index)])
     np.testing.assert_allclose(
       together[(slice(None), *index)], alone, atol=1e-5
@@ -270,8 +274,7 @@ def test_bfloat16_step_compiles_once_and_goes_on_from_a_copy_bit_for_bit():
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, seed):
-    noise = normal((2, 12, 8), seed).astype(jnp.bfloat16)
-    grads = jax.tree.map(lambda p: p + noise, params)
+    grads = jax.tree.map(lambda p: p + jnp.sin(p * seed), params)
     updates, state = tx.update(grads, state, params)
     assert updates['a']['kernel'].dtype == jnp.float32
     return optax.apply_updates(params, updates), state
@@ -295,7 +298,8 @@ def test_bfloat16_step_compiles_once_and_goes_on_from_a_copy_bit_for_bit():
 def test_matrix_regression_descends():
   # The target has full rank, four times that of the subspace.
   target = normal((16, 12)) / 4
-  tx = ldadam(optax.cosine_decay_schedule(0.05, 200), 3)
+  schedule = optax.cosine_decay_schedule(0.05, 200)
+  tx = ldadam(schedule, 3, skip_nonfinite=False)
   w = jnp.zeros_like(target)
   state = tx.init({'kernel': w})
 
