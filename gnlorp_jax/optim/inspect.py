@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim import labels
+from gnlorp_jax.optim.ldadam import LDAdamState
 from gnlorp_jax.optim.low_rank import LowRankState
 from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.projections.base import Basis
@@ -55,7 +56,7 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
   return total
 
 
-def _states_of(opt_state: optax.OptState, kind: type) -> Iterator[Any]:
+def _states_of(opt_state: optax.OptState, *kind: type) -> Iterator[Any]:
   for node in jax.tree.leaves(
     opt_state, is_leaf=lambda node: isinstance(node, kind)
   ):
@@ -85,7 +86,7 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
   nothing, and the function may be jitted.
 
   Args:
-    opt_state: A state that holds `LowRankState`s.
+    opt_state: A state that holds `LowRankState`s or `LDAdamState`s.
 
   Returns:
     The statistics by parameter path. Overlap is ``|Q_old^T Q_new|^2 / r`` (at a
@@ -106,7 +107,7 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
 
 def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
   """The subspace of every projected kernel, with the kernel's path."""
-  for state in _states_of(opt_state, LowRankState):
+  for state in _states_of(opt_state, LowRankState, LDAdamState):
     for path, subspace in jax.tree_util.tree_leaves_with_path(
       state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
     ):

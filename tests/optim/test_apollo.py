@@ -18,8 +18,8 @@ SHAPES = [(6, 9), (9, 6), (6, 6)]  # (out, in), as PyTorch has it.
 SIZES = [0.3, 1.0, 0.2, 5.0, 0.4, 0.1, 1.1, 2.0, 0.1, 4.0]
 SVD = projections.get('svd', solver='exact')
 CASES = [
-  *(((s, 'channel', False, RANK) for s in SHAPES)),
-  *(((s, 'tensor', True, 1) for s in SHAPES)),
+  *((s, 'channel', False, RANK) for s in SHAPES),
+  *((s, 'tensor', True, 1) for s in SHAPES),
   ((6, 9), 'channel', True, RANK),
   ((9, 6), 'tensor', False, 1),
 ]
