@@ -5,6 +5,7 @@ The only module that knows optimizers, models, data and training at once.
 
 import dataclasses
 import functools
+import inspect
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
@@ -23,15 +24,31 @@ from gnlorp_jax.training import losses, sharding, state
 
 _logger = logging.getLogger(__name__)
 
-# Fields of OptimConfig that only mean something where gradients are projected.
-_LOW_RANK_FIELDS = (
-  'rank',
-  'update_proj_gap',
-  'scale',
-  'projection',
+# Fields of OptimConfig that are no arguments of an optimizer.
+_OUTSIDE = {
+  'name',
+  'learning_rate',
+  'warmup_fraction',
+  'final_fraction',
   'solver',
+  'stochastic_rounding',
+  'clip_global_norm',
+  'param_labels',
+}
+# Fields of OptimConfig that decide what an optimizer's state looks like.
+_SHAPING = (
+  'name',
+  'rank',
+  'projection',
   'side',
-  'spread_refreshes',
+  'basis_bits',
+  'lazy_refresh',
+  'moments_on_refresh',
+  'error_bits',
+  'weight_norm',
+  'norm_state',
+  'moment_bits',
+  'stochastic_rounding',
 )
 
 
@@ -168,30 +185,14 @@ def optimizer(
 
   An option that the optimizer has no use for is named in a warning.
   """
-  options = {
-    name: getattr(config, name)
-    for name in ('b1', 'b2', 'eps', 'eps_mode', 'weight_decay')
-    if getattr(config, name) is not None
-  }
-  unused: set[str] = set()
-  if config.name == 'adamw':
-    unused = {*_LOW_RANK_FIELDS, 'norm_state'}
-  else:
-    options |= {
-      name: getattr(config, name)
-      for name in _LOW_RANK_FIELDS
-      if name not in ('projection', 'solver')
-    }
-    method = {'solver': config.solver} if config.projection == 'svd' else {}
-    options['projection'] = optim.projections.get(config.projection, **method)
-    if config.name == 'gradnormlorp':
-      options['norm_state'] = config.norm_state
-    else:
-      unused = {'norm_state'}
-  for name in sorted(unused):
+  alias = getattr(optim, config.name)
+  accepted = inspect.signature(alias).parameters
+  options = _options(config)
+  for name in sorted(set(options) - set(accepted)):
+    value = options.pop(name)
     # A run's default rank is not the optimizer's: neither was asked for.
     defaults = (getattr(c, name) for c in (OptimConfig(), TrainConfig().optim))
-    if getattr(config, name) not in defaults:
+    if value not in defaults:
       _logger.warning(
         'optim.%s=%r has no effect with optim.name=%r.',
         name,
@@ -199,12 +200,37 @@ def optimizer(
         config.name,
       )
   # The training step leaves out bad steps itself.
-  tx = getattr(optim, config.name)(
+  tx = alias(
     schedule, param_labels=param_labels, skip_nonfinite=False, **options
   )
+  if config.stochastic_rounding:
+    tx = optax.chain(tx, optim.stochastic_rounding())
   if config.clip_global_norm is None:
     return tx
   return optax.chain(optax.clip_by_global_norm(config.clip_global_norm), tx)
+
+
+def _options(config: OptimConfig) -> dict[str, Any]:
+  """The arguments of an optimizer that a configuration names."""
+  options = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in _OUTSIDE and getattr(config, field.name) is not None
+  }
+  if config.solver is not None:
+    if config.projection not in (None, 'svd'):
+      raise ValueError(
+        f'optim.solver={config.solver!r} is for optim.projection=svd, got '
+        f'{config.projection!r}. Leave one of the two out.'
+      )
+    options['projection'] = optim.projections.get('svd', solver=config.solver)
+  if config.lazy_refresh is not None:
+    options['lazy_refresh'] = None
+    if config.lazy_refresh != 'never':
+      options['lazy_refresh'] = optim.LazyRefresh(
+        similarity=config.lazy_refresh
+      )
+  return options
 
 
 def load_tokenizer(config: TrainConfig) -> tokenizers.Tokenizer:
@@ -293,10 +319,9 @@ def _metadata(
   model = dataclasses.asdict(config.model)
   for free in ('compute_dtype', 'remat', 'max_seq_len', 'initializer_std'):
     del model[free]
-  shaping = ('name', 'rank', 'projection', 'side', 'norm_state')
   return {
     **model,
-    **{f'optim.{name}': getattr(config.optim, name) for name in shaping},
+    **{f'optim.{name}': getattr(config.optim, name) for name in _SHAPING},
     'data.source': config.data.source,
     'data.mode': config.data.mode,
     'data.seq_len': config.data.seq_len,

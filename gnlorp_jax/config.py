@@ -70,8 +70,22 @@ class DataConfig:
 class OptimConfig:
   """Optimizer, its subspaces, and the learning-rate schedule."""
 
-  name: Literal['gradnormlorp', 'galore', 'adamw'] = 'gradnormlorp'
-  """Which optimizer trains the model."""
+  name: Literal[
+    'gradnormlorp',
+    'galore',
+    'q_galore',
+    'galore_adafactor',
+    'dct_adamw',
+    'vlorp',
+    'projfactor',
+    'apollo',
+    'apollo_mini',
+    'fira',
+    'ldadam',
+    'adamw',
+  ] = 'gradnormlorp'
+  """Which optimizer trains the model. Of the options below each has those that
+  mean something to it, and where they are None its own defaults."""
   learning_rate: float = 1e-2
   """Learning rate at its peak, after the warm-up."""
   warmup_fraction: float = 0.1
@@ -80,30 +94,49 @@ class OptimConfig:
   """Where the cosine ends, as a share of the peak."""
   rank: int = 128
   """Rank of the subspaces; clipped to a matrix's shorter axis."""
-  update_proj_gap: int = 200
+  update_proj_gap: int | None = None
   """Steps between two refreshes of a subspace."""
-  scale: float = 0.25
+  scale: float | None = None
   """Multiplies the updates of projected matrices."""
-  projection: str = 'svd'
+  projection: str | None = None
   """How a subspace is chosen: a module of gnlorp_jax.optim.projections."""
-  solver: Literal['power', 'eigh', 'exact'] = 'power'
+  solver: Literal['power', 'eigh', 'exact'] | None = None
   """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
   of the Gram matrix, or a full SVD."""
-  side: Literal['short', 'long', 'in', 'out', 'both'] = 'short'
+  side: Literal['short', 'long', 'in', 'out', 'both'] | None = None
   """Which axis of a matrix is compressed."""
   spread_refreshes: bool = True
   """Whether to refresh one matrix at a time instead of all in one step."""
-  norm_state: Literal['synced', 'tracked'] = 'synced'
+  basis_bits: Literal[32, 16, 8, 4] | None = None
+  """Bits for every element of the bases."""
+  lazy_refresh: Literal['never', 'overlap', 'abs_cosine', 'cosine'] | None = (
+    None
+  )
+  """Whether a matrix whose subspace rests waits longer for its next refresh,
+  and by which similarity of old and new subspace."""
+  moments_on_refresh: Literal['keep', 'reset', 'rotate'] | None = None
+  """What becomes of the moments when their subspace changes."""
+  error_bits: Literal[32, 8, 4] | None = None
+  """Bits for every element of a buffer that feeds back what projecting lost."""
+  weight_norm: bool = False
+  """Whether kernels move as magnitude times direction; gradnormlorp always
+  does."""
+  norm_state: Literal['synced', 'tracked'] | None = None
   """Whether the direction's length is reset to the magnitude after each step
   (no state) or kept, as classical weight normalisation does."""
-  b1: float = 0.9
+  moment_bits: Literal[32, 8, 4] | None = None
+  """Bits for every element of the moments."""
+  stochastic_rounding: bool = False
+  """Whether bfloat16 parameters are rounded up or down at random, so that no
+  small update is lost on average."""
+  b1: float | None = None
   """Decay of the first moment."""
-  b2: float = 0.999
+  b2: float | None = None
   """Decay of the second moment."""
   eps: float | None = None
-  """Added to the root of the second moment; None is the optimizer's default."""
+  """Added to the root of the second moment."""
   eps_mode: Literal['standard', 'hf'] | None = None
-  """Where eps stands; None is the optimizer's default."""
+  """Where eps stands."""
   weight_decay: float = 0.0
   """Decoupled weight decay of all trained weights."""
   clip_global_norm: float | None = 1.0
@@ -113,7 +146,9 @@ class OptimConfig:
   full and frozen. None is the model's own: attention and MLP are projected."""
 
   def __post_init__(self):
-    _check_positive(self, 'rank', 'update_proj_gap')
+    _check_positive(self, 'rank')
+    if self.update_proj_gap is not None:
+      _check_positive(self, 'update_proj_gap')
     if self.learning_rate <= 0:
       raise ValueError(
         f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnlorp_jax.optim.checks import check_choice, check_int, check_interval
+from gnlorp_jax.optim.checks import check_choice, check_int
 from gnlorp_jax.optim.projections import base
 from gnlorp_jax.optim.projections.base import Basis, Projection
 from gnlorp_jax.optim.subspace import LazyState, Subspace, project, toward
@@ -63,7 +63,10 @@ def check_lazy(lazy: LazyRefresh | None) -> None:
   """Raises a `ValueError` if a field of `lazy` is out of its interval."""
   if lazy is None:
     return
-  check_interval('LazyRefresh.threshold', lazy.threshold, -1, 1 + 1e-9)
+  if not -1 <= lazy.threshold <= 1:
+    raise ValueError(
+      f'LazyRefresh.threshold must be in [-1, 1], got {lazy.threshold}.'
+    )
   check_int('LazyRefresh.factor', lazy.factor)
   check_int('LazyRefresh.queue', lazy.queue)
   check_choice('LazyRefresh.similarity', lazy.similarity, get_args(Similarity))

@@ -109,8 +109,10 @@ def transformed(grad_MN: jax.Array, transform: Transform) -> jax.Array:
 def columns(basis: Columns, transform: Transform) -> jax.Array:
   """The chosen columns of the transform, ``[*, n, r]``, float32."""
   n = basis.n
-  along_N1 = jnp.arange(n, dtype=jnp.uint32)[:, None]
   chosen_1R = basis.indices_R.astype(jnp.uint32)[..., None, :]
+  along_N1 = jnp.arange(n, dtype=jnp.uint32).reshape(
+    *[1] * (chosen_1R.ndim - 2), n, 1
+  )
   frequency, place = {
     'dct2': (chosen_1R, along_N1),
     'dct3': (along_N1, chosen_1R),
