@@ -52,15 +52,86 @@ LOW_RANK = {**reference.LOW_RANK, **FULL}
 Factory = Callable[[optax.Schedule], optax.GradientTransformation]
 Row = dict[str, Any]
 
+# Random pieces of a quarter of an axis, eight coordinates each: as many
+# coordinates as rank 32 has.
+PIECES = {'rank': 8, 'granularity': 4, 'update_proj_gap': 60, **FULL}
+
 # Name: (optimizer of a schedule, peak learning rates, the likeliest first).
 METHODS: dict[str, tuple[Factory, tuple[float, ...]]] = {
   'gradnormlorp': (
     lambda rate: optim.gradnormlorp(rate, **LOW_RANK),
     (1e-2, 2e-2, 5e-3),
   ),
+  'gradnormlorp, 8 bits': (
+    lambda rate: optim.gradnormlorp(
+      rate, **LOW_RANK, moment_bits=8, basis_bits=8
+    ),
+    (1e-2, 2e-2, 5e-3),
+  ),
+  'gradnormlorp, 4 bits': (
+    lambda rate: optim.gradnormlorp(
+      rate, **LOW_RANK, moment_bits=4, basis_bits=4
+    ),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'gradnormlorp, both sides': (
+    lambda rate: optim.gradnormlorp(rate, **LOW_RANK, side='both'),
+    (1e-2, 2e-2, 5e-3),
+  ),
+  'gradnormlorp, rotated': (
+    lambda rate: optim.gradnormlorp(
+      rate, **LOW_RANK, moments_on_refresh='rotate'
+    ),
+    (1e-2, 2e-2, 5e-3),
+  ),
   'galore': (
     lambda rate: optim.galore(rate, **LOW_RANK),
     (1e-2, 5e-3, 2e-2),
+  ),
+  'galore, 8 bits': (
+    lambda rate: optim.galore(rate, **LOW_RANK, moment_bits=8),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'q_galore': (
+    lambda rate: optim.q_galore(rate, **LOW_RANK),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'galore_adafactor': (
+    lambda rate: optim.galore_adafactor(rate, **LOW_RANK),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'dct_adamw': (
+    lambda rate: optim.dct_adamw(rate, rank=32, **FULL),
+    (5e-3, 2e-3, 1e-2),
+  ),
+  'dct_adamw, errors in 8 bits': (
+    lambda rate: optim.dct_adamw(rate, rank=32, error_bits=8, **FULL),
+    (5e-3, 2e-3, 1e-2),
+  ),
+  'vlorp': (
+    lambda rate: optim.vlorp(rate, scale=0.25, **PIECES),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'projfactor': (
+    lambda rate: optim.projfactor(rate, **PIECES),
+    (5e-3, 2e-3, 1e-2),
+  ),
+  'apollo': (
+    lambda rate: optim.apollo(rate, rank=32, update_proj_gap=60, **FULL),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'apollo_mini': (
+    # The published scale is a quarter of the width.
+    lambda rate: optim.apollo_mini(rate, update_proj_gap=60, scale=32, **FULL),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'fira': (
+    lambda rate: optim.fira(rate, **LOW_RANK),
+    (1e-2, 5e-3, 2e-2),
+  ),
+  'ldadam': (
+    lambda rate: optim.ldadam(rate, rank=32, **FULL),
+    (5e-3, 2e-3, 1e-2),
   ),
   'adamw': (lambda rate: optim.adamw(rate, **FULL), (2e-3, 1e-3, 4e-3)),
 }
