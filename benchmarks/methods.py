@@ -17,9 +17,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
   'galore': (),
   'q_galore': (),
   'dct_adamw': (),
-  'vlorp': (),
+  # Their rank is that of a piece of a row, not of a matrix.
+  'vlorp': ('rank',),
+  'projfactor': ('rank',),
   'apollo': (),
-  'apollo_mini': ('rank',),  # It is APOLLO with a rank of its own.
+  'apollo_mini': (),
   'fira': (),
   'ldadam': (),
   'galore_adafactor': (),

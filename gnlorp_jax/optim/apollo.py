@@ -235,7 +235,6 @@ def apollo(
 
 def apollo_mini(
   learning_rate: optax.ScalarOrSchedule,
-  rank: int = 1,
   update_proj_gap: int = 200,
   scale: float = 128.0,
   *,
@@ -257,11 +256,11 @@ def apollo_mini(
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO-Mini: one ratio per matrix from a projection of rank one.
 
-  Its moments are two vectors as long as the longer axis.
+  Its moments are two vectors as long as the longer axis. For another rank use
+  `apollo` with ``granularity='tensor'``.
 
   Args:
     learning_rate: As in `apollo`.
-    rank: As in `apollo`.
     update_proj_gap: As in `apollo`.
     scale: As in `apollo`; published runs took 128 for widths of 512, 192 for
       768, 384 for 1024.
@@ -296,7 +295,7 @@ def apollo_mini(
   """
   return apollo(
     learning_rate,
-    rank,
+    1,
     update_proj_gap,
     scale,
     granularity='tensor',
