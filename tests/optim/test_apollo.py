@@ -128,13 +128,10 @@ def low_rank_state(state):
 def assert_same_path(kernels, expected):
   """Equal up to what float32 makes of the bias corrections.
 
-  1 - 0.999^t loses digits: its root is off by 1e-5 in the first steps, and each
-  step by that share. With the corrections in float64 2e-7 would remain.
+  1 - 0.999^t loses digits: its root is off by 1e-5 in the first steps, which
+  are as long as 0.5 here. With the corrections in float64 3e-7 would remain.
   """
-  largest_step = np.abs(np.diff(expected, axis=0)).max()
-  np.testing.assert_allclose(
-    kernels, expected, rtol=0, atol=1e-6 + 1.1e-5 * largest_step
-  )
+  np.testing.assert_allclose(kernels, expected, rtol=0, atol=6e-6)
 
 
 @pytest.mark.parametrize(('shape', 'granularity', 'front', 'rank'), CASES)
@@ -160,7 +157,8 @@ def test_without_a_limit_it_follows_the_formulas_too():
 @pytest.mark.parametrize(
   ('shape', 'granularity', 'front', 'rank', 'projection', 'limited'),
   [
-    *((*case, name, True) for case in CASES for name in ('random', 'svd')),
+    *((*case, 'random', True) for case in CASES),
+    *((*case, 'svd', True) for case in CASES[::3]),
     *((*case, 'svd', False) for case in CASES[:1] + CASES[-1:]),
   ],
 )
@@ -199,7 +197,7 @@ def test_follows_pytorch(shape, granularity, front, rank, projection, limited):
   assert np.abs(bases[GAP] - bases[0]).max() > 0.1
   tx = inject(bases, granularity, front, 1.01 if limited else None)
   kernels, _ = run(tx, w.T, grads.mT)
-  assert_same_path(kernels.mT, np.stack(expected))
+  assert_same_path(kernels.mT, expected)
 
 
 def test_a_stack_of_matrices_equals_each_by_itself():
@@ -207,19 +205,18 @@ def test_a_stack_of_matrices_equals_each_by_itself():
   w, grads = problem((9, 6))
   bases = random_bases((9, 6), RANK)
   both = [w, -2 * w], [grads, np.roll(grads, 5, axis=0)]
-  for granularity in ('channel', 'tensor'):
-    stacked, state = run(
-      inject(bases, granularity, False),
-      np.stack(both[0]).mT,
-      np.stack(both[1], axis=1).mT,
-    )
-    assert low_rank_state(state).recovery['kernel'].shape == (2,)
-    different = []
-    for i, (w, grads) in enumerate(zip(*both, strict=True)):
-      expected, limited = reference(w, grads, bases, granularity, False)
-      assert_same_path(stacked[:, i].mT, expected)
-      different.append(limited)
-    assert (different[0] != different[1]).any()
+  stacked, state = run(
+    inject(bases, 'tensor', False),
+    np.stack(both[0]).mT,
+    np.stack(both[1], axis=1).mT,
+  )
+  assert low_rank_state(state).recovery['kernel'].shape == (2,)
+  different = []
+  for i, (w, grads) in enumerate(zip(*both, strict=True)):
+    expected, limited = reference(w, grads, bases, 'tensor', False)
+    assert_same_path(stacked[:, i].mT, expected)
+    different.append(limited)
+  assert (different[0] != different[1]).any()
 
 
 def test_the_place_of_scale_does_not_matter():
@@ -234,8 +231,8 @@ def test_the_place_of_scale_does_not_matter():
 def test_scale_enters_by_its_root():
   g = jax.random.normal(jax.random.key(0), (6, 9))
   one, four = (scale_by_apollo(RANK, GAP, scale) for scale in (1.0, 4.0))
-  updates, _ = one.update(g, one.init(g))
-  scaled, _ = four.update(g, four.init(g))
+  updates, _ = jax.jit(one.update)(g, one.init(g))
+  scaled, _ = jax.jit(four.update)(g, four.init(g))
   np.testing.assert_allclose(scaled, 2 * updates, rtol=1e-6)
 
 
@@ -277,12 +274,9 @@ def test_state_is_two_moments_a_seed_and_a_norm(tx, rank):
   assert state.recovery['kernel'].dtype == jnp.float32
 
 
-@pytest.mark.parametrize('granularity', ['channel', 'tensor'])
-def test_only_a_first_or_zero_update_is_free_to_grow(granularity):
+def test_only_a_first_or_zero_update_is_free_to_grow():
   # A zero first gradient leaves no norm; a later one keeps the last.
-  tx = scale_by_apollo(
-    RANK, GAP, granularity=granularity, norm_growth_limit=1.5
-  )
+  tx = scale_by_apollo(RANK, GAP, norm_growth_limit=1.5)
   g = jax.random.normal(jax.random.key(0), (6, 9))
   state = tx.init(g)
   update = jax.jit(tx.update)
@@ -308,11 +302,10 @@ def test_bfloat16_gradients_are_scaled_in_float32():
   assert_same_path(kernels.mT, expected)
 
 
-@pytest.mark.parametrize('granularity', ['channel', 'tensor'])
-def test_sharding_changes_nothing(granularity):
+def test_sharding_changes_nothing():
   # Norms are those of whole matrices, and a seed draws one matrix, whatever a
   # device holds of them.
-  tx = apollo(LR, 4, GAP, granularity=granularity, weight_decay=DECAY)
+  tx = apollo(LR, 4, GAP, granularity='tensor', weight_decay=DECAY)
   keys = jax.random.split(jax.random.key(0), len(SIZES))
   params = {'kernel': jax.random.normal(jax.random.key(1), (2, 16, 32))}
   mesh = sharding.make_mesh(1, 4)
@@ -345,17 +338,17 @@ def test_sharding_changes_nothing(granularity):
 @pytest.mark.parametrize(
   'tx',
   [
-    apollo(0.02, 3, 5),
-    apollo(0.02, 3, 5, norm_growth_limit=None, weight_norm=True),
+    apollo(0.05, 3, 5),
+    apollo(0.05, 3, 5, norm_growth_limit=None, weight_norm=True),
     apollo(
-      0.02,
+      0.05,
       3,
       5,
       projection=projections.get('random', distribution='rademacher'),
       side='long',
     ),
     apollo(0.02, 3, 5, projection='svd'),
-    apollo_mini(0.02, update_proj_gap=5, scale=10.0),
+    apollo_mini(0.05, update_proj_gap=5, scale=10.0),
   ],
   ids=['channel', 'weight_norm', 'signs', 'svd', 'mini'],
 )
@@ -416,5 +409,4 @@ def test_channels_need_a_projection_that_keeps_them():
     "keeps the rows, such as projections.get('random', granularity=1)."
   )
   tx = scale_by_apollo(RANK, projection=joined, granularity='tensor')
-  updates, _ = tx.update(g, tx.init(g))  # A matrix has one length anyway.
-  assert np.isfinite(updates).all()
+  jax.eval_shape(tx.update, g, tx.init(g))  # A matrix has one length anyway.

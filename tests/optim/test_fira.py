@@ -245,8 +245,7 @@ def test_sharding_changes_nothing():
   'options',
   [
     {},
-    {'scale_placement': 'scaled', 'scale': 1.0},
-    {'norm_growth_limit': None},
+    {'scale_placement': 'scaled', 'scale': 1.0, 'norm_growth_limit': None},
     {'weight_norm': True},
     {'side': 'long'},
   ],
