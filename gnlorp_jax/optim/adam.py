@@ -118,8 +118,9 @@ def scale_by_adam(
 def _corrections(
   b1: float, b2: float, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The bias corrections c_1 and c_2 after `count` steps."""
-  return 1 - b1**count, 1 - b2**count
+  """The bias corrections c_1 and c_2 after `count` steps, at least one."""
+  # In float32 the difference 1 - b**t keeps four digits of c_2 at first.
+  return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b2))
 
 
 class BiasCorrectionState(NamedTuple):

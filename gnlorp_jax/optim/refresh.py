@@ -88,14 +88,20 @@ def refresh_schedules(
 ) -> list[Schedule]:
   """A schedule for each leaf, given how many matrices each one stacks.
 
-  Spread, the matrices of all leaves take turns, so that a step refreshes one
-  of them where ``gap`` allows. Otherwise all are due at steps 1, T + 1,
-  2T + 1, ..., as in published code.
+  Spread, the matrices of a leaf are evenly spaced over the interval and the
+  leaves take turns in between, so that a step refreshes one matrix where `gap`
+  allows. Otherwise all are due at steps 1, T + 1, 2T + 1, ..., as in published
+  code.
   """
-  total = sum(stacks)
-  offsets = np.arange(total) * gap // max(total, 1) * int(spread)
-  parts = np.split(offsets.astype(np.int32), np.cumsum(stacks))[:-1]
-  return [Schedule(gap, part) for part in parts]
+
+  def offsets(leaf: int, stack: int) -> np.ndarray:
+    turn = leaf * gap // (len(stacks) * stack)
+    return (turn + np.arange(stack) * gap // stack) * int(spread)
+
+  return [
+    Schedule(gap, offsets(leaf, stack).astype(np.int32))
+    for leaf, stack in enumerate(stacks)
+  ]
 
 
 def _matrix_norm(x: jax.Array) -> jax.Array:
