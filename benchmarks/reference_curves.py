@@ -11,6 +11,7 @@ takes about ten minutes on two CPU cores. `--methods` picks some of the runs.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -33,14 +34,16 @@ CONFIG = llama.preset('9m', max_seq_len=128)
 LOW_RANK = {'rank': 32, 'update_proj_gap': 60, 'scale': 0.25}
 
 
-def schedule(peak: float) -> Callable[[jax.Array], jax.Array]:
-  """Linear warm-up over 30 steps, then cosine to a tenth."""
+def schedule(
+  peak: float | jax.Array, steps: int = STEPS, warmup: int = WARMUP
+) -> Callable[[jax.Array], jax.Array]:
+  """Linear warm-up, then cosine to a tenth."""
 
   def value(count):
-    warm = (count + 1) / WARMUP
-    angle = jnp.pi * (count - WARMUP) / (STEPS - WARMUP)
+    warm = (count + 1) / warmup
+    angle = jnp.pi * (count - warmup) / (steps - warmup)
     cosine = 0.1 + 0.45 * (1 + jnp.cos(angle))
-    return peak * jnp.where(count < WARMUP, warm, cosine)
+    return peak * jnp.where(count < warmup, warm, cosine)
 
   return value
 
@@ -79,16 +82,16 @@ METHODS: dict[str, tuple[str | None, optax.GradientTransformation]] = {
 }
 
 
-def initial_params() -> Any:
+def initial_params(config: llama.LlamaConfig = CONFIG) -> Any:
   """The recorded runs' weights, in our layout.
 
   Over the sorted Hugging Face names: vectors of ones, matrices of normal
   numbers times 0.02 in PyTorch's shape.
   """
-  shapes = jax.eval_shape(llama.make(CONFIG).init, jax.random.key(0))
+  shapes = jax.eval_shape(llama.make(config).init, jax.random.key(0))
   rng = np.random.default_rng(0)
   stacked: dict[str, dict[int, np.ndarray]] = {}
-  for _, path, layer, transpose in sorted(_tensors()):
+  for _, path, layer, transpose in sorted(_tensors(config)):
     shape = _leaf(shapes, path).shape[(1 if layer is not None else 0) :]
     if len(shape) == 1:
       value = np.ones(shape, np.float32)
@@ -106,12 +109,14 @@ def initial_params() -> Any:
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def _tensors() -> Iterator[tuple[str, str, int | None, bool]]:
+def _tensors(
+  config: llama.LlamaConfig,
+) -> Iterator[tuple[str, str, int | None, bool]]:
   for path, template, transpose in llama.HF_TENSORS:
     if '{layer}' not in template:
       yield template, path, None, transpose
       continue
-    for layer in range(CONFIG.num_layers):
+    for layer in range(config.num_layers):
       yield template.format(layer=layer), path, layer, transpose
 
 
@@ -121,9 +126,19 @@ def _leaf(tree: Any, path: str) -> Any:
   return tree
 
 
-def loss_fn(params: Any, batch: dict[str, jax.Array]) -> Any:
+def read_tokens(folder: pathlib.Path) -> np.ndarray:
+  """The recorded runs' batches, [400, 4, 128] ids."""
+  with np.load(folder / 'tokens.npz') as archive:
+    return archive[archive.files[0]]
+
+
+def loss_fn(
+  params: Any,
+  batch: dict[str, jax.Array],
+  config: llama.LlamaConfig = CONFIG,
+) -> Any:
   """Sum and count of the next-token losses of a batch of rows."""
-  model = llama.make(CONFIG)
+  model = llama.make(config)
   x_BTD = model.hidden(params, batch['inputs'])
   return losses.chunked_cross_entropy(
     lambda x: model.logits(params, x),
@@ -134,6 +149,29 @@ def loss_fn(params: Any, batch: dict[str, jax.Array]) -> Any:
   )
 
 
+def split(rows_BT: np.ndarray | jax.Array) -> dict[str, jax.Array]:
+  """A batch of rows as inputs and the tokens that follow them."""
+  rows_BT = jnp.asarray(rows_BT, jnp.int32)
+  return {'inputs': rows_BT[:, :-1], 'targets': rows_BT[:, 1:]}
+
+
+@functools.cache
+def _eval_step(config: llama.LlamaConfig) -> Callable[..., Any]:
+  """Compiled once, however many runs are evaluated."""
+  return jax.jit(step.make_eval_step(functools.partial(loss_fn, config=config)))
+
+
+def evaluate(
+  params: Any, tokens_SBT: np.ndarray, config: llama.LlamaConfig = CONFIG
+) -> float:
+  """Mean loss of the batches no run trains on."""
+  sums = [
+    _eval_step(config)(params, split(tokens_SBT[i])) for i in EVAL_BATCHES
+  ]
+  # Every batch has as many targets: the mean of the batches is the mean.
+  return float(np.mean([s / n for s, n in sums]))
+
+
 def run(
   tx: optax.GradientTransformation, tokens_SBT: np.ndarray, steps: int
 ) -> tuple[np.ndarray, float | None]:
@@ -142,21 +180,13 @@ def run(
   step_0, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
   current = state.TrainState(step_0, skipped, params, tx.init(params))
   train_step = jax.jit(step.make_train_step(loss_fn, tx), donate_argnums=0)
-  eval_step = jax.jit(step.make_eval_step(loss_fn))
-
-  def batch(i):
-    rows = jnp.asarray(tokens_SBT[i], jnp.int32)
-    return {'inputs': rows[:, :-1], 'targets': rows[:, 1:]}
-
   train = []
   for i in range(steps):
-    current, metrics = train_step(current, batch(i))
+    current, metrics = train_step(current, split(tokens_SBT[i]))
     train.append(metrics['loss'])
   if steps < STEPS:
     return np.asarray(train), None
-  sums = [eval_step(current.params, batch(i)) for i in EVAL_BATCHES]
-  # Every batch has as many targets: the mean of the batches is the mean.
-  return np.asarray(train), float(np.mean([s / n for s, n in sums]))
+  return np.asarray(train), evaluate(current.params, tokens_SBT)
 
 
 def main() -> None:
@@ -179,8 +209,7 @@ def main() -> None:
     default=pathlib.Path('benchmarks/results/reference_curves.json'),
   )
   args = parser.parse_args()
-  with np.load(args.reference / 'tokens.npz') as archive:
-    tokens_SBT = archive[archive.files[0]]
+  tokens_SBT = read_tokens(args.reference)
   print(
     f'{"method":22}{"eval loss":>10}{"recorded":>10}{"difference":>12}'
     '   largest difference of the training loss before step 60 / 100 / 300'

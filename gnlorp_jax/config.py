@@ -92,7 +92,7 @@ class OptimConfig:
   """Share of the steps over which the learning rate rises to its peak."""
   final_fraction: float = 0.1
   """Where the cosine ends, as a share of the peak."""
-  rank: int = 128
+  rank: int | None = None
   """Rank of the subspaces; clipped to a matrix's shorter axis."""
   update_proj_gap: int | None = None
   """Steps between two refreshes of a subspace."""
@@ -146,9 +146,9 @@ class OptimConfig:
   full and frozen. None is the model's own: attention and MLP are projected."""
 
   def __post_init__(self):
-    _check_positive(self, 'rank')
-    if self.update_proj_gap is not None:
-      _check_positive(self, 'update_proj_gap')
+    for name in ('rank', 'update_proj_gap'):
+      if getattr(self, name) is not None:
+        _check_positive(self, name)
     if self.learning_rate <= 0:
       raise ValueError(
         f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'

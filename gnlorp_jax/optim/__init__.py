@@ -8,7 +8,12 @@ from gnlorp_jax.optim.adafactor import (
 from gnlorp_jax.optim.adam import descend as descend
 from gnlorp_jax.optim.adam import scale_by_adam as scale_by_adam
 from gnlorp_jax.optim.adamw import adamw as adamw
+from gnlorp_jax.optim.apollo import apollo as apollo
+from gnlorp_jax.optim.apollo import apollo_mini as apollo_mini
+from gnlorp_jax.optim.apollo import scale_by_apollo as scale_by_apollo
 from gnlorp_jax.optim.dct_adamw import dct_adamw as dct_adamw
+from gnlorp_jax.optim.fira import fira as fira
+from gnlorp_jax.optim.fira import scale_by_fira as scale_by_fira
 from gnlorp_jax.optim.galore import galore as galore
 from gnlorp_jax.optim.galore_adafactor import (
   galore_adafactor as galore_adafactor,
@@ -17,6 +22,8 @@ from gnlorp_jax.optim.gradnormlorp import gradnormlorp as gradnormlorp
 from gnlorp_jax.optim.inspect import format_report as format_report
 from gnlorp_jax.optim.inspect import report as report
 from gnlorp_jax.optim.kernel_axes import with_kernel_axes as with_kernel_axes
+from gnlorp_jax.optim.ldadam import ldadam as ldadam
+from gnlorp_jax.optim.ldadam import scale_by_ldadam as scale_by_ldadam
 from gnlorp_jax.optim.low_rank import LowRankState as LowRankState
 from gnlorp_jax.optim.low_rank import Recovery as Recovery
 from gnlorp_jax.optim.low_rank import (
@@ -37,4 +44,6 @@ from gnlorp_jax.optim.released import (
 from gnlorp_jax.optim.stochastic_rounding import (
   stochastic_rounding as stochastic_rounding,
 )
+from gnlorp_jax.optim.vlorp import projfactor as projfactor
+from gnlorp_jax.optim.vlorp import vlorp as vlorp
 from gnlorp_jax.optim.weight_norm import with_weight_norm as with_weight_norm

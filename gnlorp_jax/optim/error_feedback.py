@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gnlorp_jax.optim.checks import check_static
 from gnlorp_jax.optim.quantization import (
@@ -56,3 +57,13 @@ def decode_error(error: Any) -> jax.Array:
   if isinstance(error, QuantizedArray):
     return dequantize(error).mT
   return error
+
+
+def zero_errors(params: optax.Params, bits: int | None) -> Any:
+  """Errors of zero for every parameter, or None where `bits` is None."""
+  if bits is None:
+    return None
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+  # Behind the barrier: XLA would spend seconds on folding constant codes.
+  zeros = jax.lax.optimization_barrier(zeros)  # type: ignore[no-untyped-call]
+  return jax.tree.map(lambda zero: encode_error(zero, bits), zeros)

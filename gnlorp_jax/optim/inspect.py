@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim import labels
+from gnlorp_jax.optim.ldadam import LDAdamState
 from gnlorp_jax.optim.low_rank import LowRankState
 from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.projections.base import Basis
@@ -55,7 +56,7 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
   return total
 
 
-def _states_of(opt_state: optax.OptState, kind: type) -> Iterator[Any]:
+def _states_of(opt_state: optax.OptState, *kind: type) -> Iterator[Any]:
   for node in jax.tree.leaves(
     opt_state, is_leaf=lambda node: isinstance(node, kind)
   ):
@@ -75,19 +76,17 @@ class SubspaceStats(NamedTuple):
   refreshes: jax.Array  # float32 [], refreshes of a matrix so far
   overlap: jax.Array  # float32 [], of the last two subspaces, in [0, 1]
   energy: jax.Array  # float32 [], share of the gradient captured, in [0, 1]
-  saved_refreshes: (
-    jax.Array
-  )  # float32 [], refreshes of a matrix left out by laziness
+  saved_refreshes: jax.Array  # float32 [], of a matrix, left out by laziness
 
 
 def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
-  """Refresh count, overlap and captured energy of every projected kernel.
+  """Refreshes, overlap and captured energy of every projected kernel.
 
-  All three were computed at the refreshes, inside the step: reading them costs
+  All of it was computed at the refreshes, inside the step: reading them costs
   nothing, and the function may be jitted.
 
   Args:
-    opt_state: A state that holds `LowRankState`s.
+    opt_state: A state that holds `LowRankState`s or `LDAdamState`s.
 
   Returns:
     The statistics by parameter path. Overlap is ``|Q_old^T Q_new|^2 / r`` (at a
@@ -108,7 +107,7 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
 
 def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
   """The subspace of every projected kernel, with the kernel's path."""
-  for state in _states_of(opt_state, LowRankState):
+  for state in _states_of(opt_state, LowRankState, LDAdamState):
     for path, subspace in jax.tree_util.tree_leaves_with_path(
       state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
     ):

@@ -26,6 +26,7 @@ from gnlorp_jax.optim.error_feedback import (
   check_error_bits,
   decode_error,
   encode_error,
+  zero_errors,
 )
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.projections.base import Projection
@@ -166,7 +167,7 @@ def with_low_rank_projection(
 
   def init_subspace(path: Any, param: jax.Array, seed: int) -> Subspace:
     stack = param.shape[:-2]
-    effective = _effective_rank(rank, path_name(path), param.shape)
+    effective = effective_rank(rank, path_name(path), param.shape)
     lazy = None
     if lazy_refresh is not None:
       lazy = LazyState(
@@ -178,7 +179,7 @@ def with_low_rank_projection(
     return Subspace(
       basis={
         axis: method.init(
-          _turned_shape(param.shape, axis), effective, 2 * seed + k
+          turned_shape(param.shape, axis), effective, 2 * seed + k
         )
         for k, axis in enumerate(axes)
       },
@@ -191,11 +192,7 @@ def with_low_rank_projection(
   def init_recovery(param: jax.Array) -> Any:
     assert recovery is not None
     (axis,) = compressed_axes(param.shape, side)
-    return recovery.init(_turned_shape(param.shape, axis))
-
-  def init_error(param: jax.Array) -> Any:
-    assert error_bits is not None
-    return encode_error(jnp.zeros(param.shape, jnp.float32), error_bits)
+    return recovery.init(turned_shape(param.shape, axis))
 
   def init_fn(params: optax.Params) -> LowRankState:
     treedef = jax.tree.structure(params)
@@ -217,7 +214,7 @@ def with_low_rank_projection(
       subspace=subspace,
       inner_state=inner_state,
       recovery=recovery and jax.tree.map(init_recovery, params),
-      error=error_bits and jax.tree.map(init_error, params),
+      error=zero_errors(params, error_bits),
     )
     if on_refresh is not None:
       _moments(inner_state)
@@ -383,13 +380,13 @@ def _as_projection(projection: str | Projection) -> Projection:
   return projection
 
 
-def _turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
+def turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
   """The shape of ``toward(x, axis)`` for x of `shape`."""
   *stack, n_in, n_out = shape
   return (*stack, n_in, n_out) if axis == 'out' else (*stack, n_out, n_in)
 
 
-def _effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
+def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
   """`rank`, clipped (and logged) to the shorter axis of a parameter."""
   if len(shape) < 2:
     raise ValueError(

@@ -6,9 +6,13 @@ Leading axes `[*]` stack matrices; each has its own norm.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gnlorp_jax.optim.checks import check_interval
 
 # Stands in for the norm before the first. Nothing outgrows it; 0 would not do,
 # as it is a norm that an update can have.
@@ -67,3 +71,43 @@ def limit_norm_growth(
   is_over = norm > bound
   factor = jnp.where(is_over, bound / norm, 1)
   return x_MN * factor[..., None, None], jnp.where(is_over, bound, norm)
+
+
+class Limiter(NamedTuple):
+  """The limiter as a part of a `Recovery`, or nothing in its place."""
+
+  init: Callable[[tuple[int, ...]], Any]  # A state for updates of a shape.
+  apply: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def limiter(limit: float | None) -> Limiter:
+  r"""The limiter with its state, the last norm; or none.
+
+  Args:
+    limit: :math:`\gamma`, at least 1; None limits nothing and keeps no state.
+
+  Returns:
+    ``init(shape) -> state`` for updates of `shape` ``[*, m, n]`` and
+    ``apply(update_MN, state) -> (update_MN, state)``.
+
+  Raises:
+    ValueError: If `limit` is below 1 or not finite.
+
+  Note:
+    An update that is zero is not recorded. In public code it is, so that a
+    matrix without a gradient in one step (an expert without tokens, a layer
+    below one that starts at zero) stands still: at 1 % a step it takes 1850 of
+    them from 1e-8 to 1.
+  """
+  if limit is None:
+    return Limiter(lambda shape: (), lambda x_MN, state: (x_MN, state))
+  check_interval('norm_growth_limit', limit, 1, math.inf)
+
+  def init(shape: tuple[int, ...]) -> jax.Array:
+    return jnp.full(shape[:-2], NO_NORM, jnp.float32)
+
+  def apply(x_MN: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_MN, norm = limit_norm_growth(x_MN, last, limit)
+    return x_MN, jnp.where(norm > 0, norm, last)
+
+  return Limiter(init, apply)

@@ -31,6 +31,7 @@ class Codec:
   bits: int  # per element, 8 or 4
   signed: bool
   block: int | None  # elements per block; None: a row of the last axis
+  floor: bool = False  # no positive element becomes 0
 
   def __post_init__(self) -> None:
     check_choice('kind', self.kind, get_args(Kind))
@@ -42,7 +43,9 @@ class Codec:
       )
 
 
-def dynamic(bits: int = 8, *, signed: bool, block: int = 256) -> Codec:
+def dynamic(
+  bits: int = 8, *, signed: bool, block: int = 256, floor: bool = False
+) -> Codec:
   r"""The code whose relative precision falls with the size of the element.
 
   Elements are divided by the largest absolute value of their block. There are
@@ -59,6 +62,8 @@ def dynamic(bits: int = 8, *, signed: bool, block: int = 256) -> Codec:
       0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875.
     signed: Whether elements may be negative; -1 itself is no value.
     block: Elements that share a scale.
+    floor: Rounds positive elements up to the first positive value, where the
+      nearest is 0; of an unsigned code.
 
   Returns:
     The codec.
@@ -68,15 +73,15 @@ def dynamic(bits: int = 8, *, signed: bool, block: int = 256) -> Codec:
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization`, 2021,
-    arXiv:2110.02861, section 2; the values are bitsandbytes'.
+    arXiv:2110.02861; the values are bitsandbytes'.
 
   Note:
     An element takes the nearest value, by closed form. The CUDA kernels of
     bitsandbytes moreover push a negative element off 0 to the first negative
     value. Its CPU kernel reads the code from a table of 65536 entries over
-    [-1, 1], which is coarser than the four lowest decades.
+    [-1, 1], which is coarser than the three lowest decades.
   """
-  return Codec('dynamic', bits, signed, block)
+  return Codec('dynamic', bits, signed, block, floor)
 
 
 def linear(bits: int = 4, *, block: int = 128) -> Codec:
@@ -99,7 +104,7 @@ def linear(bits: int = 4, *, block: int = 128) -> Codec:
 
   References:
     Li et al., `Memory Efficient Optimizers with 4-bit States`, 2023,
-    arXiv:2309.01507, section 4.1.
+    arXiv:2309.01507, on the zero of second moments.
   """
   return Codec('linear', bits, False, block)
 
@@ -128,7 +133,7 @@ def affine(bits: int, *, block: int | None = 256) -> Codec:
     ValueError: If `bits` is neither 8 nor 4, or `block` below 1.
 
   References:
-    Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296, section 3.
+    Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296.
 
   Note:
     Public code clips z to :math:`[0, q_{max}]`, so that a block on one side of
@@ -190,6 +195,8 @@ def _encode_dynamic(x: jax.Array, codec: Codec) -> jax.Array:
     last = jnp.where(above, piece.last, last)
   # A border may lie beyond the last value's own cell.
   number = jnp.minimum(jnp.floor(size * slope + shift), last)
+  if codec.floor:
+    number = jnp.maximum(number, (x > 0).astype(number.dtype))
   if codec.signed:
     one = pieces[-1].first
     # -1 is no value.
@@ -198,7 +205,11 @@ def _encode_dynamic(x: jax.Array, codec: Codec) -> jax.Array:
 
 
 def _decode_dynamic(codes: jax.Array, codec: Codec) -> jax.Array:
-  """Elements of codes, float32; a table would be written out in full."""
+  """Elements of codes, float32.
+
+  As fast as a table of 256 values, and it fuses with what follows, where the
+  entries of a table are written out first.
+  """
   pieces = _pieces(codec)
   number = codes.astype(jnp.float32)
   zero = pieces[-1].first - 1 if codec.signed else 0
@@ -298,7 +309,7 @@ def quantize(
     codes_KB, scale_K1, zero_K1 = _quantize_affine(x_KB, codec, key)
     zero = zero_K1[..., 0]
   else:
-    scale_K1 = jnp.max(jnp.abs(x_KB), axis=-1, keepdims=True)
+    scale_K1 = _largest(x_KB)
     codes_KB = _encode(x_KB * (1 / jnp.maximum(scale_K1, _TINY)), codec)
     zero = None
   codes = _unblock(codes_KB, shape)
@@ -326,6 +337,11 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   else:
     x_KB = (codes_KB.astype(jnp.float32) - q.zero[..., None]) * scale_K1
   return _unblock(x_KB, q.shape)
+
+
+def _largest(x_KB: jax.Array) -> jax.Array:
+  """Largest absolute value of each block, ``[*, K, 1]``."""
+  return jnp.max(jnp.abs(x_KB), axis=-1, keepdims=True)
 
 
 def _quantize_affine(
@@ -379,5 +395,7 @@ def _pack(codes: jax.Array) -> jax.Array:
 
 def _unpack(packed: jax.Array, n: int) -> jax.Array:
   """The first n codes of the last axis, the inverse of `_pack`."""
-  pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
+  # This fuses with what follows; two halves stacked would be written out.
+  shift = jax.lax.broadcasted_iota(jnp.uint8, (*packed.shape, 2), packed.ndim)
+  pairs = (packed[..., None] >> (4 * shift)) & 15
   return pairs.reshape(*packed.shape[:-1], -1)[..., :n]

@@ -20,7 +20,7 @@ from gnlorp_jax.optim.quantization import (
 _CODECS: dict[int, dict[str, Codec]] = {
   8: {
     'mu': dynamic(8, signed=True),
-    'nu': dynamic(8, signed=False),
+    'nu': dynamic(8, signed=False, floor=True),
     'trace': dynamic(8, signed=True),
   },
   # A dynamic or linear code with a zero would make the step explode for nu.
@@ -30,6 +30,10 @@ _CODECS: dict[int, dict[str, Codec]] = {
     'trace': dynamic(4, signed=True, block=128),
   },
 }
+
+# Compiled, so that `init` outside jit is not dozens of programs per shape.
+_quantize = jax.jit(quantize, static_argnames='codec')
+_dequantize = jax.jit(dequantize)
 
 
 def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
@@ -51,7 +55,7 @@ def encode_moments(
       return leaf
     if leaf.ndim == 0 or math.prod(leaf.shape[-2:]) < min_size:
       return leaf
-    return quantize(leaf, codec)
+    return _quantize(leaf, codec)
 
   return jax.tree_util.tree_map_with_path(encode, state)
 
@@ -64,7 +68,7 @@ def decode_moments(
   def decode(path: tuple[Any, ...], node: Any) -> Any:
     # Bases and error buffers may be quantised too; their owners decode them.
     if isinstance(node, QuantizedArray) and _codec_at(path, codecs):
-      return dequantize(node)
+      return _dequantize(node)
     return node
 
   return jax.tree_util.tree_map_with_path(
@@ -114,8 +118,12 @@ def quantize_moments(
   Note:
     bitsandbytes resets the two moments of an element whose gradient is not
     finite; wrap the optimizer in `skip_nonfinite` instead. The 4-bit paper
-    scales second moments by rows and columns; blocks of 128 are its second
-    choice, and keep matrices of a stack apart.
+    scales second moments by rows and columns, here blocks of 128 do.
+
+    In bitsandbytes' code a second moment below 1.6e-7 of its block's largest
+    becomes 0, and should the next gradient of that element be as small, its
+    step is up to ``mu / eps``. Here it takes the first positive value; all
+    others keep bitsandbytes' codes.
   """
   if bits not in (32, *_CODECS):
     raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gnlorp_jax.optim import adamw, galore, gradnormlorp, inspect
+from gnlorp_jax.optim import adamw, galore, gradnormlorp, inspect, q_galore
 
 SHAPES = {
   'embed': {'embedding': jax.ShapeDtypeStruct((50, 16), jnp.float32)},

@@ -393,3 +393,13 @@ def test_bad_option_is_an_error(build, text):
   with pytest.raises(ValueError) as error:
     build()
   assert str(error.value) == text
+
+
+def test_floor_keeps_positive_elements_off_zero():
+  x = jnp.array([[1.0, 1e-3, 1e-12, 1e-30, 0.0]])
+  plain = dequantize(quantize(x, dynamic(8, signed=False)))
+  floored = dequantize(quantize(x, dynamic(8, signed=False, floor=True)))
+  assert plain[0, 2:].tolist() == [0, 0, 0]
+  # The first positive value: the middle of the first half of a decade.
+  np.testing.assert_allclose(floored[0, 2:], [3.25e-7, 3.25e-7, 0], rtol=1e-5)
+  np.testing.assert_array_equal(plain[0, :2], floored[0, :2])

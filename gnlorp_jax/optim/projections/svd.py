@@ -146,7 +146,9 @@ def power_iteration(
   return basis_NR
 
 
-def orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
+def orthonormalise(
+  wanted_NR: jax.Array, old_NR: jax.Array, fill: float = FILL
+) -> jax.Array:
   """Orthonormal columns that span `wanted`, completed by those of `old`.
 
   A gradient of low rank leaves columns that are zero or copies of others; a
@@ -156,6 +158,8 @@ def orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
   Args:
     wanted_NR: Columns to span, ``[*, n, r]``, float32, of any rank and scale.
     old_NR: Orthonormal columns, ``[*, n, r]``, float32.
+    fill: Weight of the old columns; 0 leaves them out and gives the factor Q
+      of a QR factorisation, or NaN where the rank is too low.
 
   Returns:
     Orthonormal columns, ``[*, n, r]``, float32.
@@ -164,7 +168,7 @@ def orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
     Fukaya et al., `Shifted Cholesky QR`, 2020, arXiv:1809.11085: a shifted
     factorisation conditions the columns, plain ones then orthonormalise them.
   """
-  columns_NR = unit_columns(unit_columns(wanted_NR) + FILL * old_NR)
+  columns_NR = unit_columns(unit_columns(wanted_NR) + fill * old_NR)
   for shifted in (True, False, False):
     columns_NR = cholesky_qr(columns_NR, shifted=shifted)
   return columns_NR

@@ -125,6 +125,9 @@ def test_stack_equals_its_slices(granularity, distribution):
   basis = method.init(grads.shape, 2, 5)
   assert basis.seed.dtype == jnp.uint32
   assert len(np.unique(basis.seed)) == 6
+  method = method._replace(
+    project=jax.jit(method.project), project_back=jax.jit(method.project_back)
+  )
   low = method.project(grads, basis)
   back = method.project_back(low, basis)
   basis = method.refresh(grads, basis, jnp.int32(7))
@@ -274,7 +277,7 @@ def test_both_sides_work_at_granularity_one():
     optax.identity(), 2, projection='random', side='both'
   )
   grad = gradient((6, 8))
-  updates, _ = tx.update(grad, tx.init(grad))
+  updates, _ = jax.jit(tx.update)(grad, tx.init(grad))
   assert updates.shape == grad.shape
 
 
