@@ -14,7 +14,7 @@ import optax
 
 from gnlorp_jax.optim import nonfinite
 from gnlorp_jax.optim.adam import DecayOrder, descend
-from gnlorp_jax.optim.checks import check_interval
+from gnlorp_jax.optim.checks import check_interval, check_static
 from gnlorp_jax.optim.kernel_axes import KernelAxes, with_kernel_axes
 from gnlorp_jax.optim.labels import ParamLabels, labels
 from gnlorp_jax.optim.quantized_state import quantize_moments
@@ -63,6 +63,7 @@ def assemble(
     ValueError: If an argument is out of its interval or unknown; at `init`, if
       the labels do not fit the parameters.
   """
+  check_static('moment_bits', moment_bits)
   check_interval('weight_decay', weight_decay, 0, float('inf'))
   step = descend(learning_rate, weight_decay, decay_order=decay_order)
   label_fn = labels(param_labels)

@@ -12,14 +12,19 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     raise ValueError(f'Unknown {name} {value!r}; expected one of {choices}.')
 
 
-def check_int(name: str, value: int) -> None:
-  """Raises a `ValueError` unless `value` is an integer of at least 1."""
+def check_static(name: str, value: int) -> None:
+  """Raises a `ValueError` unless `value` is an integer that is not traced."""
   if not isinstance(value, numbers.Integral) or isinstance(value, bool):
     raise ValueError(
       f'{name} must be an integer known at build time, got {value!r}: it fixes '
       'shapes or the program. With optax.inject_hyperparams, list it in '
-      "static_args=('rank', 'update_proj_gap')."
+      f'static_args=({name!r}, ...).'
     )
+
+
+def check_int(name: str, value: int) -> None:
+  """Raises a `ValueError` unless `value` is an integer of at least 1."""
+  check_static(name, value)
   if value < 1:
     raise ValueError(f'{name} must be at least 1, got {value}.')
 

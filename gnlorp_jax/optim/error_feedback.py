@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim.checks import check_static
 from gnlorp_jax.optim.quantization import (
   QuantizedArray,
   affine,
@@ -20,7 +21,10 @@ from gnlorp_jax.optim.quantization import (
 
 def check_error_bits(bits: int | None) -> None:
   """Raises a `ValueError` unless `bits` is None, 32, 8 or 4."""
-  if bits not in (None, 32, 8, 4):
+  if bits is None:
+    return
+  check_static('error_bits', bits)
+  if bits not in (32, 8, 4):
     raise ValueError(
       f'error_bits must be None (no error feedback), 32, 8 or 4, got {bits!r}.'
     )

@@ -356,8 +356,12 @@ def _with_moments(
   treedef: Any,
 ) -> optax.OptState:
   """The state with the moments of all leaves replaced."""
+  # Field by field: there may be no leaf, as optax.tree.map_params asks.
   new = optax.ScaleByAdamState(
-    *map(treedef.unflatten, zip(*moments, strict=True))
+    *(
+      treedef.unflatten([getattr(leaf, field) for leaf in moments])
+      for field in optax.ScaleByAdamState._fields
+    )
   )
   return jax.tree.map(
     lambda node: new if _is_adam(node) else node, inner_state, is_leaf=_is_adam

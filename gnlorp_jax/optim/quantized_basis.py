@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.optim.checks import check_static
 from gnlorp_jax.optim.projections.base import Basis, Projection
 from gnlorp_jax.optim.projections.base import transport as transport_between
 from gnlorp_jax.optim.quantization import (
@@ -45,6 +46,7 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
   Note:
     Public code of Q-GaLore keeps one 4-bit value in a byte; here two.
   """
+  check_static('basis_bits', bits)
   if bits not in (32, 16, 8, 4):
     raise ValueError(f'basis_bits must be 32, 16, 8 or 4, got {bits!r}.')
   if bits == 32:

@@ -277,7 +277,7 @@ def test_nothing_is_factorised_between_refreshes():
       {'rank': 2.5},
       'rank must be an integer known at build time, got 2.5: it fixes shapes '
       'or the program. With optax.inject_hyperparams, list it in '
-      "static_args=('rank', 'update_proj_gap').",
+      "static_args=('rank', ...).",
     ),
     ({'gap': 0}, 'update_proj_gap must be at least 1, got 0.'),
     (

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.checks import check_choice
+from gnlorp_jax.optim.checks import check_choice, check_static
 from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.optim.projections.base import Projection
 
@@ -69,6 +69,7 @@ def dct(transform: Transform = 'dct2', *, norm: int = 1) -> Projection:
     unsorted; here they ascend, and their r columns are computed on the fly.
   """
   check_choice('transform', transform, get_args(Transform))
+  check_static('norm', norm)
   if norm not in (1, 2):
     raise ValueError(f'norm must be 1 or 2, got {norm!r}.')
 
