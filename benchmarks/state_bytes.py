@@ -88,7 +88,10 @@ def row(alias: str, setting: dict[str, Any], shapes: Any) -> dict[str, Any]:
     param_labels=LABELS[setting['embeddings']],
     **common,
   )
-  parts = count(tx, shapes)
+  try:
+    parts = count(tx, shapes)
+  except ValueError as error:  # It does not fit these shapes.
+    raise methods.AbsentError(f'{alias} refuses {variant}: {error}') from error
   total = sum(parts.values())
   saving = 1 - total / baseline(shapes)
   is_paper = alias == 'gradnormlorp' and setting['moment_bits'] == 8
