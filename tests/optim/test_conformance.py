@@ -252,7 +252,9 @@ def assert_close(actual, expected, tolerance):
       np.testing.assert_array_equal(a, b, name)
     else:
       difference = np.linalg.norm(np.float64(a) - np.float64(b))
-      assert difference <= tolerance * np.linalg.norm(np.float64(b)), name
+      length = np.linalg.norm(np.float64(b))
+      # What a projection of full rank loses of a gradient is rounding alone.
+      assert difference <= max(tolerance * length, 2e-5), name
 
 
 def assert_same_training(actual, expected, name, start=PARAMS):
@@ -480,7 +482,7 @@ def test_weight_decay_shrinks_and_frozen_parameters_rest(name):
 @every_variant
 def test_regression_on_matrices_descends(name):
   _, state, step = compiled(name)
-  assert_nearer(fit(step, PARAMS, state), 0.97)
+  assert_nearer(fit(step, PARAMS, state), 0.99)
 
 
 @every_variant
@@ -569,4 +571,4 @@ def test_bfloat16_parameters_train_in_a_users_chain(name):
   params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
   new = fit(jit(step_of(tx)), params, tx.init(params))
   assert {p.dtype for p in jax.tree.leaves(new)} == {jnp.dtype('bfloat16')}
-  assert_nearer(new, 0.97)
+  assert_nearer(new, 0.99)

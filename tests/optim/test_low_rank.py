@@ -316,3 +316,13 @@ def test_projected_sgd_descends_where_the_gradient_is_low_rank():
   for _ in range(60):
     w, state = step(w, state)
   np.testing.assert_allclose(w, target, atol=1e-3)
+
+
+def test_full_rank_projection_of_sgd_changes_nothing():
+  # A square basis is a rotation, and SGD does not see rotations.
+  params = {'kernel': normal((3, 8, 12))}
+  tx = with_low_rank_projection(optax.sgd(0.1), rank=8)
+  updates, _ = jax.jit(tx.update)(params, tx.init(params))
+  np.testing.assert_allclose(
+    updates['kernel'], -0.1 * params['kernel'], atol=1e-5
+  )
