@@ -16,10 +16,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
   'gradnormlorp': (),
   'galore': (),
   'q_galore': (),
-  'dct_adamw': (),
+  'dct_adamw': ('update_proj_gap',),  # It chooses at every step.
   # Their rank is that of a piece of a row, not of a matrix.
-  'vlorp': ('rank',),
-  'projfactor': ('rank',),
+  'vlorp': ('rank', 'update_proj_gap'),
+  'projfactor': ('rank', 'update_proj_gap'),
   'apollo': (),
   'apollo_mini': (),
   'fira': (),

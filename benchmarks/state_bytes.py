@@ -63,7 +63,7 @@ def settings(alias: str) -> Iterator[dict[str, Any]]:
     None where the alias has no such option.
   """
   known = methods.options_of(alias)
-  projects = 'update_proj_gap' in known
+  projects = 'kernel_axes' in known
   choices = {
     'embeddings': tuple(LABELS) if projects else ('full',),
     **{k: v if k in known else (None,) for k, v in OPTIONS.items()},

@@ -40,6 +40,7 @@ _SHAPING = (
   'name',
   'rank',
   'projection',
+  'granularity',
   'side',
   'basis_bits',
   'lazy_refresh',
@@ -188,6 +189,12 @@ def optimizer(
   alias = getattr(optim, config.name)
   accepted = inspect.signature(alias).parameters
   options = _options(config)
+  if config.solver is not None:
+    own = accepted['projection'].default if 'projection' in accepted else None
+    if (config.projection or own) == 'svd':
+      options['projection'] = optim.projections.get('svd', solver=config.solver)
+    else:
+      options['solver'] = config.solver  # Named below: without effect.
   for name in sorted(set(options) - set(accepted)):
     value = options.pop(name)
     # A run's default rank is not the optimizer's: neither was asked for.
@@ -217,19 +224,14 @@ def _options(config: OptimConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config)
     if field.name not in _OUTSIDE and getattr(config, field.name) is not None
   }
-  if config.solver is not None:
-    if config.projection not in (None, 'svd'):
-      raise ValueError(
-        f'optim.solver={config.solver!r} is for optim.projection=svd, got '
-        f'{config.projection!r}. Leave one of the two out.'
-      )
-    options['projection'] = optim.projections.get('svd', solver=config.solver)
   if config.lazy_refresh is not None:
     options['lazy_refresh'] = None
     if config.lazy_refresh != 'never':
       options['lazy_refresh'] = optim.LazyRefresh(
         similarity=config.lazy_refresh
       )
+  if config.error_bits == 0:
+    options['error_bits'] = None
   return options
 
 

@@ -97,9 +97,12 @@ class OptimConfig:
   update_proj_gap: int | None = None
   """Steps between two refreshes of a subspace."""
   scale: float | None = None
-  """Multiplies the updates of projected matrices."""
+  """Multiplies the updates of projected matrices; of apollo, its root does."""
   projection: str | None = None
   """How a subspace is chosen: a module of gnlorp_jax.optim.projections."""
+  granularity: float | None = None
+  """Pieces that vlorp and projfactor cut every row into; `rank` is then that of
+  a piece."""
   solver: Literal['power', 'eigh', 'exact'] | None = None
   """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
   of the Gram matrix, or a full SVD."""
@@ -116,8 +119,9 @@ class OptimConfig:
   and by which similarity of old and new subspace."""
   moments_on_refresh: Literal['keep', 'reset', 'rotate'] | None = None
   """What becomes of the moments when their subspace changes."""
-  error_bits: Literal[32, 8, 4] | None = None
-  """Bits for every element of a buffer that feeds back what projecting lost."""
+  error_bits: Literal[32, 8, 4, 0] | None = None
+  """Bits for every element of a buffer that feeds back what projecting lost;
+  0 feeds nothing back."""
   weight_norm: bool = False
   """Whether kernels move as magnitude times direction; gradnormlorp always
   does."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +181,93 @@ def test_options_reach_the_optimizer():
   )
 
 
+NAMES = typing.get_args(typing.get_type_hints(OptimConfig)['name'])
+
+
+def test_every_optimizer_has_a_name():
+  # An alias is what takes a learning rate and labels.
+  aliases = {
+    name
+    for name, value in vars(optim).items()
+    if inspect.isfunction(value)
+    and {'learning_rate', 'param_labels'}
+    <= set(inspect.signature(value).parameters)
+  }
+  assert set(NAMES) == aliases - {'released_gradnormlorp'}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_name_builds_and_moves_every_parameter(name, caplog):
+  rank = 1 if name in ('vlorp', 'projfactor') else 4
+  config = OptimConfig(name=name, rank=rank, weight_decay=0.01)
+  if rank == 1:
+    config = dataclasses.replace(config, granularity=4)
+  with caplog.at_level(logging.WARNING, logger='gnlorp_jax.build'):
+    tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  unused = ['rank'] if name in ('adamw', 'apollo_mini') else []
+  assert [record.args[0] for record in caplog.records] == unused
+  weights = params()
+  found = one_update(tx, gradients(weights), weights)
+  for update in jax.tree.leaves(found):
+    assert np.isfinite(update).all()
+    assert np.abs(update).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  ('settings', 'name', 'options'),
+  [
+    (
+      {'lazy_refresh': 'cosine', 'basis_bits': 8, 'moment_bits': 4},
+      'gradnormlorp',
+      {
+        'lazy_refresh': optim.LazyRefresh(similarity='cosine'),
+        'basis_bits': 8,
+        'moment_bits': 4,
+      },
+    ),
+    ({'lazy_refresh': 'never'}, 'q_galore', {'lazy_refresh': None}),
+    ({'error_bits': 0}, 'ldadam', {'error_bits': None}),
+    (
+      {'error_bits': 8, 'moments_on_refresh': 'reset', 'weight_norm': True},
+      'dct_adamw',
+      {'error_bits': 8, 'moments_on_refresh': 'reset', 'weight_norm': True},
+    ),
+  ],
+)
+def test_options_decide_the_state(settings, name, options):
+  config = OptimConfig(name=name, rank=4, clip_global_norm=None, **settings)
+  tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  expected = getattr(optim, name)(
+    lambda count: 0.1,
+    4,
+    param_labels=llama.LABEL_RULES,
+    skip_nonfinite=False,
+    **options,
+  )
+  weights = jax.eval_shape(params)
+  found = jax.eval_shape(tx.init, weights)
+  assert found == jax.eval_shape(expected.init, weights)
+  plain = getattr(optim, name)(
+    lambda count: 0.1, 4, param_labels=llama.LABEL_RULES, skip_nonfinite=False
+  )
+  assert found != jax.eval_shape(plain.init, weights)
+
+
+def test_stochastic_rounding_closes_the_chain():
+  config = OptimConfig(
+    name='adamw', stochastic_rounding=True, learning_rate=1e-5
+  )
+  tx = build.optimizer(config, lambda count: 1e-5, llama.LABEL_RULES)
+  weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+  update = jax.jit(tx.update)
+  state, moved = tx.init(weights), weights
+  for _ in range(3):  # Far below half a unit in the last place of most weights.
+    updates, state = update(gradients(weights), state, moved)
+    moved = optax.apply_updates(moved, updates)
+  changed = jnp.mean(moved['lm_head']['kernel'] != weights['lm_head']['kernel'])
+  assert 0 < changed < 0.5
+
+
 def test_adamw_trains_every_parameter_as_optax_does():
   config = OptimConfig(name='adamw', clip_global_norm=None, weight_decay=0.1)
   tx = build.optimizer(config, lambda count: 0.01, llama.LABEL_RULES)
@@ -238,6 +327,19 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them():
       ["optim.norm_state='tracked' has no effect with optim.name='galore'."],
     ),
     ({'name': 'gradnormlorp', 'side': 'both', 'norm_state': 'tracked'}, []),
+    (
+      {'name': 'apollo', 'solver': 'exact'},
+      ["optim.solver='exact' has no effect with optim.name='apollo'."],
+    ),
+    ({'name': 'apollo', 'solver': 'exact', 'projection': 'svd'}, []),
+    (
+      {'name': 'galore', 'solver': 'exact', 'projection': 'dct'},
+      ["optim.solver='exact' has no effect with optim.name='galore'."],
+    ),
+    (
+      {'name': 'dct_adamw', 'solver': 'exact'},
+      ["optim.solver='exact' has no effect with optim.name='dct_adamw'."],
+    ),
     ({'name': 'adamw'}, []),
   ],
 )

@@ -64,6 +64,8 @@ def assemble(
       the labels do not fit the parameters.
   """
   check_static('moment_bits', moment_bits)
+  if moment_bits not in (32, 8, 4):
+    raise ValueError(f'moment_bits must be 32, 8 or 4, got {moment_bits!r}.')
   check_interval('weight_decay', weight_decay, 0, float('inf'))
   step = descend(learning_rate, weight_decay, decay_order=decay_order)
   label_fn = labels(param_labels)

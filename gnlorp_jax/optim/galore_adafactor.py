@@ -1,5 +1,7 @@
 """GaLore with Adafactor in the subspace."""
 
+import functools
+
 import optax
 
 from gnlorp_jax.optim.adafactor import scale_by_adafactor
@@ -76,12 +78,15 @@ def galore_adafactor(
 
   Note:
     As in published runs, the learning rate is the one given: neither relative
-    to the step nor to the parameter.
+    to the step nor to the parameter. Unlike there, refreshes are spread over
+    the interval and find the subspace by power iteration; see `galore`.
   """
-  adafactor = scale_by_adafactor(decay_rate, b1, eps, clip_threshold)
+  adafactor = functools.partial(
+    scale_by_adafactor, decay_rate, b1, eps, clip_threshold
+  )
   return assemble(
     with_low_rank_projection(
-      adafactor,
+      adafactor(matrix_names=''),  # All that is projected is a matrix.
       rank,
       update_proj_gap,
       scale,
@@ -91,7 +96,7 @@ def galore_adafactor(
       basis_bits=basis_bits,
       lazy_refresh=lazy_refresh,
     ),
-    adafactor,
+    adafactor(),
     learning_rate,
     weight_decay=weight_decay,
     decay_order=decay_order,

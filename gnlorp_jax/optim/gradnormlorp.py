@@ -2,7 +2,12 @@
 
 import optax
 
-from gnlorp_jax.optim.adam import EpsMode, MomentsOnRefresh, scale_by_adam
+from gnlorp_jax.optim.adam import (
+  DecayOrder,
+  EpsMode,
+  MomentsOnRefresh,
+  scale_by_adam,
+)
 from gnlorp_jax.optim.assemble import assemble
 from gnlorp_jax.optim.galore import scale_by_galore
 from gnlorp_jax.optim.kernel_axes import KernelAxes
@@ -31,6 +36,7 @@ def gradnormlorp(
   eps: float = 1e-6,
   eps_mode: EpsMode = 'hf',
   weight_decay: float = 0.0,
+  decay_order: DecayOrder = 'before',
   moment_bits: int = 32,
   param_labels: ParamLabels | None = None,
   kernel_axes: KernelAxes = (),
@@ -65,6 +71,7 @@ def gradnormlorp(
     eps: Added to the root of the second moments.
     eps_mode: ``hf`` or ``standard``, see `scale_by_adam`.
     weight_decay: Decoupled decay of all weights, at least 0.
+    decay_order: ``before`` or ``after`` the step, see `descend`.
     moment_bits: 32, 8 or 4 bits for every element of the moments, see
       `quantize_moments`.
     param_labels: Rules ``(regex, label)`` or what `optax.partition` takes, with
@@ -98,7 +105,8 @@ def gradnormlorp(
   Note:
     The paper projects both sides; its public code, one (``std``), which is the
     default here too. Weight decay shrinks the magnitude: W = g v / |v| does not
-    depend on the length of v, so decaying v would do nothing.
+    depend on the length of v, so decaying v would do nothing. The public
+    code decays after the step.
   """
   return assemble(
     scale_by_galore(
@@ -119,6 +127,7 @@ def gradnormlorp(
     scale_by_adam(b1, b2, eps, eps_mode=eps_mode),
     learning_rate,
     weight_decay=weight_decay,
+    decay_order=decay_order,
     weight_norm=True,
     norm_state=norm_state,
     moment_bits=moment_bits,

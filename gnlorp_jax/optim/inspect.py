@@ -105,6 +105,23 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
   }
 
 
+def saved_refreshes(opt_state: optax.OptState) -> dict[str, jax.Array]:
+  """Refreshes that laziness left out, for each layer of each kernel.
+
+  Args:
+    opt_state: A state of an optimizer with `lazy_refresh`.
+
+  Returns:
+    int32 ``[*]``, one count per matrix of a stack, by parameter path; kernels
+    whose interval is fixed are left out.
+  """
+  return {
+    name: subspace.lazy.saved
+    for name, subspace in _subspaces(opt_state)
+    if subspace.lazy is not None
+  }
+
+
 def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
   """The subspace of every projected kernel, with the kernel's path."""
   for state in _states_of(opt_state, LowRankState, LDAdamState):

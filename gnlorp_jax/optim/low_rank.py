@@ -134,8 +134,8 @@ def with_low_rank_projection(
 
   Raises:
     ValueError: If `rank` or `update_proj_gap` is below 1 or no integer, if
-      `side` or `projection` is unknown, if `recovery` meets ``side='both'``,
-      or, at `init`, if a leaf has fewer than two axes.
+      `side` or `projection` is unknown, if `recovery` meets ``side='both'`` or
+      `error_bits`, or, at `init`, if a leaf has fewer than two axes.
 
   Examples:
     >>> tx = with_low_rank_projection(optax.scale_by_adam(), rank=2)
@@ -162,6 +162,11 @@ def with_low_rank_projection(
       "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'."
     )
   check_error_bits(error_bits)
+  if recovery is not None and error_bits is not None:
+    raise ValueError(
+      f'error_bits={error_bits} would feed back what this method already takes '
+      'from outside the subspace: use error_bits=None.'
+    )
   method = quantize_basis(_as_projection(projection), basis_bits)
   inner_tx = optax.with_extra_args_support(inner)
 

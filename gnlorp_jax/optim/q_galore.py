@@ -37,8 +37,8 @@ def q_galore(
 ) -> optax.GradientTransformationExtraArgs:
   """Q-GaLore's optimizer: 8-bit moments, 4-bit bases, lazy refreshes.
 
-  It is `galore` with other defaults. `inspect.subspace_stats` tells how many
-  refreshes each kernel was spared.
+  It is `galore` with other defaults. `inspect.saved_refreshes` tells how many
+  refreshes each layer was spared.
 
   Args:
     learning_rate: A number or an Optax schedule.

@@ -44,7 +44,9 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
     Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296, section 3.3.
 
   Note:
-    Public code of Q-GaLore keeps one 4-bit value in a byte; here two.
+    Public code of Q-GaLore keeps one 4-bit value in a byte; here two. Blocks
+    run along the rows of ``[n, r]``; there, where the basis is on the right of
+    a PyTorch gradient, along those of ``[r, n]``.
   """
   check_static('basis_bits', bits)
   if bits not in (32, 16, 8, 4):
@@ -98,4 +100,15 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
       projection, low_MR, decode(old), decode(new), power
     )
 
-  return Projection(init, refresh, project, project_back, transport)
+  def turn(old: Basis, new: Basis) -> jax.Array:
+    assert projection.turn is not None
+    return projection.turn(decode(old), decode(new))
+
+  return Projection(
+    init,
+    refresh,
+    project,
+    project_back,
+    transport,
+    turn if projection.turn is not None else None,
+  )

@@ -37,10 +37,17 @@ _dequantize = jax.jit(dequantize)
 
 
 def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
-  """The codec of the innermost moment field that a key path passes."""
-  for key in reversed(path):
-    if isinstance(key, jax.tree_util.GetAttrKey) and key.name in codecs:
-      return codecs[key.name]
+  """The codec of the moment field that a key path passes, if any.
+
+  The outermost counts: what follows may be the path of a parameter. Bases and
+  error buffers belong to others.
+  """
+  for key in path:
+    name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
+    if name in ('subspace', 'recovery', 'error'):
+      return None
+    if name in codecs:
+      return codecs[name]
   return None
 
 
@@ -92,8 +99,9 @@ def quantize_moments(
   Args:
     inner: Any transformation.
     bits: 8, 4 or 32; 32 leaves `inner` as it is.
-    min_size: Elements a matrix ``[m, n]`` (or a vector) must have; the moments
-      of smaller ones stay float32.
+    min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
+      ones stay float32. A stack of vectors ``[layers, d]`` is taken for a
+      matrix.
 
   Returns:
     The wrapped transformation; each quantised moment of its state is a

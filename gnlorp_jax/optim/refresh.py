@@ -39,7 +39,8 @@ class LazyRefresh(NamedTuple):
     threshold: Mean similarity from which the interval grows, in [-1, 1].
     factor: Growth of the interval, an integer of at least 2.
     queue: Length of the queue, at least 1.
-    similarity: ``overlap``: :math:`|Q_{old}^T Q_{new}|^2 / r`, in [0, 1];
+    similarity: ``overlap``: :math:`o = |Q_{old}^T Q_{new}|^2 / r` beyond what
+      chance alone gives, :math:`(o - r/n) / (1 - r/n)`, at most 1;
       ``abs_cosine``: that of the two first basis vectors; ``cosine``: the same
       with its sign, the published rule.
 
@@ -50,7 +51,10 @@ class LazyRefresh(NamedTuple):
     The published code compares first singular vectors, sign included, although
     a subspace that rests may come back with the sign flipped. It keeps the old
     vector in full precision; here it is read from the stored basis. As there,
-    the queue is not emptied when the interval grows.
+    the queue is not emptied when the interval grows, and an interval counts
+    from step 1, so that the first one after a growth may be shorter. Where
+    refreshes are spread, the first similarity is that of two bases less than an
+    interval apart.
   """
 
   threshold: float = 0.4
@@ -68,6 +72,11 @@ def check_lazy(lazy: LazyRefresh | None) -> None:
       f'LazyRefresh.threshold must be in [-1, 1], got {lazy.threshold}.'
     )
   check_int('LazyRefresh.factor', lazy.factor)
+  if lazy.factor < 2:
+    raise ValueError(
+      f'LazyRefresh.factor must be at least 2, got {lazy.factor}. Use '
+      'lazy_refresh=None to keep the intervals.'
+    )
   check_int('LazyRefresh.queue', lazy.queue)
   check_choice('LazyRefresh.similarity', lazy.similarity, get_args(Similarity))
 
@@ -89,9 +98,9 @@ def refresh_schedules(
   """A schedule for each leaf, given how many matrices each one stacks.
 
   Spread, the matrices of a leaf are evenly spaced over the interval and the
-  leaves take turns in between, so that a step refreshes one matrix where `gap`
-  allows. Otherwise all are due at steps 1, T + 1, 2T + 1, ..., as in published
-  code.
+  leaves take turns in between: where all leaves stack equally many and `gap`
+  allows, a step refreshes one matrix, elsewhere a few. Otherwise all are due at
+  steps 1, T + 1, 2T + 1, ..., as in published code.
   """
 
   def offsets(leaf: int, stack: int) -> np.ndarray:
@@ -179,7 +188,11 @@ def _refit(
     lazy=old.lazy,
   )
   if lazy is not None:
-    similarity = overlap
+    # Subspaces without anything in common overlap by r / n, too.
+    ranks = low.shape[-1]
+    lengths = [toward(grad_IO, axis).shape[-1] for axis in basis]
+    chance = min(sum(ranks / n for n in lengths) / len(lengths), 1 - 1e-6)
+    similarity = (overlap - chance) / (1 - chance)
     if lazy.similarity != 'overlap':
       similarity = _first_cosine(old.basis, basis, projection, low.shape[-1])
     if lazy.similarity == 'abs_cosine':

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from gnlorp_jax.optim import galore_adafactor
 from gnlorp_jax.optim.adafactor import scale_by_adafactor
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 
@@ -213,3 +214,13 @@ def test_bad_numbers_are_errors(options, text):
   with pytest.raises(ValueError) as error:
     scale_by_adafactor(**options)
   assert str(error.value) == text
+
+
+def test_projected_kernels_are_matrices_whatever_their_names():
+  tx = galore_adafactor(1e-2, rank=4, param_labels=[('.*', 'low_rank')])
+  state = tx.init({'q': {'w': jnp.zeros((3, 16, 24))}})
+  low_rank, _ = state.inner_state.inner_states['low_rank'].inner_state
+  row, col = (
+    getattr(low_rank.inner_state, f)['q']['w'] for f in ('row', 'col')
+  )
+  assert (row.shape, col.shape) == ((3, 24), (3, 4))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from gnlorp_jax.optim import projections
+from gnlorp_jax.optim.fira import fira_recovery
 from gnlorp_jax.optim.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.refresh import refresh_schedules
 from gnlorp_jax.optim.subspace import compressed_axes
@@ -325,4 +326,13 @@ def test_full_rank_projection_of_sgd_changes_nothing():
   updates, _ = jax.jit(tx.update)(params, tx.init(params))
   np.testing.assert_allclose(
     updates['kernel'], -0.1 * params['kernel'], atol=1e-5
+  )
+
+
+def test_recovery_with_error_feedback_is_an_error():
+  with pytest.raises(ValueError) as error:
+    wrapped(recovery=fira_recovery(), error_bits=8)
+  assert str(error.value) == (
+    'error_bits=8 would feed back what this method already takes from outside '
+    'the subspace: use error_bits=None.'
   )

@@ -1,5 +1,6 @@
 """Quantised moments: 8-bit Adam of bitsandbytes, and every Optax feature."""
 
+import typing
 import warnings
 
 import jax
@@ -13,6 +14,7 @@ from gnlorp_jax.optim import (
   gradnormlorp,
   inspect,
   quantized_state,
+  with_low_rank_projection,
 )
 from gnlorp_jax.optim.adam import scale_by_adam
 from gnlorp_jax.optim.quantization import QuantizedArray, dequantize, dynamic
@@ -504,3 +506,22 @@ def test_small_second_moment_does_not_make_the_step_explode():
   for step, size in enumerate((1.0, 1.0, 1e-3)):
     updates[step], state = tx.update(grad.at[:, 1::32].multiply(size), state)
   assert jnp.abs(updates[2]).max() < 2
+
+
+def test_fields_of_parameters_do_not_pass_for_moments():
+  class Params(typing.NamedTuple):
+    mu: jax.Array
+
+  params = Params(jnp.zeros((64, 64)))
+  state = quantize_moments(scale_by_adam(), 8).init(params)
+  assert state.mu.mu.codec.signed
+  assert not state.nu.mu.codec.signed
+  tx = quantize_moments(with_low_rank_projection(optax.identity(), 64), 8)
+  basis = tx.init(params).subspace.mu.basis['in']
+  assert basis.dtype == jnp.float32
+
+
+def test_bad_moment_bits_of_an_alias_are_named():
+  with pytest.raises(ValueError) as error:
+    gradnormlorp(1e-3, moment_bits=16)
+  assert str(error.value) == 'moment_bits must be 32, 8 or 4, got 16.'

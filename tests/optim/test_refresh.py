@@ -40,7 +40,8 @@ def lazy_intervals(grads, rank, gap, lazy):
       refreshes += 1
       if basis is not None:
         value = {
-          'overlap': np.sum((basis.T @ new) ** 2) / rank,
+          'overlap': (np.sum((basis.T @ new) ** 2) / rank - rank / len(new))
+          / (1 - rank / len(new)),
           'cosine': basis[:, 0] @ new[:, 0],
           'abs_cosine': abs(basis[:, 0] @ new[:, 0]),
         }[lazy.similarity]
@@ -85,8 +86,27 @@ def test_intervals_grow_by_the_published_rule(similarity):
   # Planned at 15 of the 30 steps; what was not done was saved.
   refreshes = np.array([rows[-1][0] for rows in expected])
   np.testing.assert_array_equal(state.subspace.lazy.saved, 15 - refreshes)
+  saved = inspect.saved_refreshes((state,))['']
+  np.testing.assert_array_equal(saved, 15 - refreshes)
   stats = inspect.subspace_stats((state,))['']
   assert stats.saved_refreshes == pytest.approx(np.mean(15 - refreshes))
+
+
+def test_unrelated_subspaces_of_half_the_space_do_not_lengthen_intervals():
+  # They overlap by a half, which says nothing about the gradients.
+  tx = with_low_rank_projection(
+    optax.identity(),
+    16,
+    2,
+    projection=EXACT,
+    lazy_refresh=LazyRefresh(queue=2),
+  )
+  state = tx.init(jnp.zeros((32, 64)))
+  update = jax.jit(tx.update)
+  for seed in range(24):
+    _, state = update(normal((32, 64), seed), state)
+  assert 0.4 < state.subspace.overlap < 0.7
+  assert state.subspace.lazy.gap == 2
 
 
 def test_intervals_stop_growing_before_they_overflow():
@@ -114,6 +134,11 @@ def test_intervals_stop_growing_before_they_overflow():
     ),
     ({'queue': 0}, 'LazyRefresh.queue must be at least 1, got 0.'),
     ({'factor': 0}, 'LazyRefresh.factor must be at least 1, got 0.'),
+    (
+      {'factor': 1},
+      'LazyRefresh.factor must be at least 2, got 1. Use lazy_refresh=None to '
+      'keep the intervals.',
+    ),
     (
       {'similarity': 'sine'},
       "Unknown LazyRefresh.similarity 'sine'; expected one of ('overlap', "

@@ -114,7 +114,7 @@ def random(
         'granularity.'
       )
     return RandomBasis(
-      jax.random.bits(jax.random.key(seed), tuple(stack), jnp.uint32),
+      jax.random.bits(_key(seed), tuple(stack), jnp.uint32),
       size,
       rank,
     )
@@ -173,11 +173,16 @@ def _pieces(granularity: float) -> tuple[int, int]:
   )
 
 
+def _key(seed: jax.Array | int) -> jax.Array:
+  """The generator; named, since others draw differently under a vmap."""
+  return jax.random.key(seed, impl='threefry2x32')
+
+
 def next_seed(seed: jax.Array, count: jax.Array) -> jax.Array:
   """The seed that follows `seed` after `count` updates, uint32 ``[*]``."""
 
   def follow(seed: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), count)
+    key = jax.random.fold_in(_key(seed), count)
     return jax.random.bits(key, (), jnp.uint32)
 
   return jax.vmap(follow)(seed.ravel()).reshape(seed.shape)
@@ -185,13 +190,13 @@ def next_seed(seed: jax.Array, count: jax.Array) -> jax.Array:
 
 def normal_matrix(seed: jax.Array, shape: tuple[int, int]) -> jax.Array:
   """Independent standard normal entries, float32."""
-  return jax.random.normal(jax.random.key(seed), shape)
+  return jax.random.normal(_key(seed), shape)
 
 
 def sign_matrix(seed: jax.Array, shape: tuple[int, int]) -> jax.Array:
   """Independent signs, float32, each from one bit of a random word."""
   size = math.prod(shape)
-  words = jax.random.bits(jax.random.key(seed), (-(-size // 32),), jnp.uint32)
+  words = jax.random.bits(_key(seed), (-(-size // 32),), jnp.uint32)
   bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
   return 2 * bits.ravel()[:size].reshape(shape).astype(jnp.float32) - 1
 
