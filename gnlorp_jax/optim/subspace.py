@@ -32,8 +32,9 @@ class Subspace(NamedTuple):
   # of that axis ([*, n, r] for svd).
   basis: dict[str, Basis]
   refresh_count: jax.Array  # int32 [*], refreshes of each matrix so far
-  overlap: jax.Array  # float32 [*], of the last two subspaces, in [0, 1]
-  energy: jax.Array  # float32 [*], share captured at the refresh, in [0, 1]
+  # In [0, 1] for orthonormal bases; of few bits or random, a little above too.
+  overlap: jax.Array  # float32 [*], of the last two subspaces
+  energy: jax.Array  # float32 [*], share captured at the refresh
   lazy: LazyState | None = None  # None where the interval is fixed
 
 

@@ -306,7 +306,10 @@ def test_bad_option_is_an_error(options, text):
 
 def test_projection_that_joins_rows_is_an_error():
   # Coordinates [m / 2, r], as a random projection of granularity 1/2 makes.
-  joined = EXACT._replace(project=lambda g, basis: (g @ basis)[..., ::2, :])
+  joined = EXACT._replace(
+    project=lambda g, basis: (g @ basis)[..., ::2, :],
+    turn=lambda old, new: old.mT @ new,
+  )
   tx = scale_by_fira(RANK, projection=joined)
   g = jnp.ones((6, 8))
   with pytest.raises(ValueError) as error:
