@@ -37,6 +37,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 
+from benchmarks import record
 from benchmarks import reference_curves as reference
 from gnlorp_jax import optim
 from gnlorp_jax.models import llama
@@ -318,6 +319,7 @@ def run_all(
       'state_bytes': state_bytes(factory, config),
       'compile_seconds': round(ready - began, 1),
       'seconds': round(end - ready, 1),
+      'commit': record.commit(),
     }
     rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)

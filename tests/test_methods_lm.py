@@ -32,6 +32,7 @@ FIELDS = {
   'state_bytes',
   'compile_seconds',
   'seconds',
+  'commit',
 }
 
 

@@ -35,7 +35,7 @@ EXACT = {
 }
 FINE = {'rank': 3, 'update_proj_gap': 3, 'granularity': 2}
 # Every subspace counts as at rest, from the first comparison on.
-RESTING = {'lazy_refresh': LazyRefresh(threshold=0.0, queue=1)}
+RESTING = {'lazy_refresh': LazyRefresh(threshold=-1.0, queue=1)}
 VARIANTS = {
   'adamw': variant(optim.adamw),
   'adamw, 8 bits': variant(optim.adamw, moment_bits=8),
