@@ -191,8 +191,11 @@ def _refit(
     # Subspaces without anything in common overlap by r / n, too.
     ranks = low.shape[-1]
     lengths = [toward(grad_IO, axis).shape[-1] for axis in basis]
-    chance = min(sum(ranks / n for n in lengths) / len(lengths), 1 - 1e-6)
-    similarity = (overlap - chance) / (1 - chance)
+    chance = sum(ranks / n for n in lengths) / len(lengths)
+    if chance < 1:
+      similarity = jnp.clip((overlap - chance) / (1 - chance), -1, 1)
+    else:  # The whole space rests, whatever its basis.
+      similarity = jnp.ones_like(overlap)
     if lazy.similarity != 'overlap':
       similarity = _first_cosine(old.basis, basis, projection, low.shape[-1])
     if lazy.similarity == 'abs_cosine':
