@@ -87,15 +87,15 @@ METHODS: dict[str, tuple[Factory, tuple[float, ...]]] = {
   ),
   'galore': (
     lambda rate: optim.galore(rate, **LOW_RANK),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'galore, 8 bits': (
     lambda rate: optim.galore(rate, **LOW_RANK, moment_bits=8),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'q_galore': (
     lambda rate: optim.q_galore(rate, **LOW_RANK),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'galore_adafactor': (
     lambda rate: optim.galore_adafactor(rate, **LOW_RANK),
@@ -103,32 +103,32 @@ METHODS: dict[str, tuple[Factory, tuple[float, ...]]] = {
   ),
   'dct_adamw': (
     lambda rate: optim.dct_adamw(rate, rank=32, **FULL),
-    (5e-3, 2e-3, 1e-2),
+    (5e-3, 2e-3, 1e-3),
   ),
   'dct_adamw, errors in 8 bits': (
     lambda rate: optim.dct_adamw(rate, rank=32, error_bits=8, **FULL),
-    (5e-3, 2e-3, 1e-2),
+    (5e-3, 2e-3, 1e-3),
   ),
   'vlorp': (
     lambda rate: optim.vlorp(rate, scale=0.25, **PIECES),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'projfactor': (
     lambda rate: optim.projfactor(rate, **PIECES),
-    (5e-3, 2e-3, 1e-2),
+    (5e-3, 2e-3, 1e-3),
   ),
   'apollo': (
     lambda rate: optim.apollo(rate, rank=32, update_proj_gap=60, **FULL),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'apollo_mini': (
     # The published scale is a quarter of the width.
     lambda rate: optim.apollo_mini(rate, update_proj_gap=60, scale=32, **FULL),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'fira': (
     lambda rate: optim.fira(rate, **LOW_RANK),
-    (1e-2, 5e-3, 2e-2),
+    (1e-2, 5e-3, 2.5e-3),
   ),
   'ldadam': (
     lambda rate: optim.ldadam(rate, rank=32, **FULL),
