@@ -252,8 +252,10 @@ def assert_close(actual, expected, tolerance):
     else:
       difference = np.linalg.norm(np.float64(a) - np.float64(b))
       length = np.linalg.norm(np.float64(b))
-      # What a projection of full rank loses of a gradient is rounding alone.
-      floor = 2e-5 if 'error' in name else 0
+      # Parameters (the first tree) of length 160 are rounded at each of 7
+      # steps: 2**-24 * 160 * sqrt(7). And what a projection of full rank loses
+      # of a gradient is rounding alone.
+      floor = 3e-5 if name.startswith('[0]') or 'error' in name else 0
       assert difference <= max(tolerance * length, floor), name
 
 
