@@ -317,8 +317,9 @@ def scale_by_ldadam(
         strict=True,
       )
     ]
-    subspace, low, mu, nu, error = map(
-      treedef.unflatten, zip(*leaves, strict=True)
+    subspace, low, mu, nu, error = (
+      treedef.unflatten([getattr(leaf, field) for leaf in leaves])
+      for field in _Leaf._fields
     )
     direction, moments = adam.update(
       low, optax.ScaleByAdamState(state.count, mu, nu)

@@ -67,6 +67,11 @@ def check_lazy(lazy: LazyRefresh | None) -> None:
   """Raises a `ValueError` if a field of `lazy` is out of its interval."""
   if lazy is None:
     return
+  if not isinstance(lazy, LazyRefresh):
+    raise ValueError(
+      f'lazy_refresh must be a LazyRefresh or None, got {lazy!r}. Use '
+      'LazyRefresh(similarity=...).'
+    )
   if not -1 <= lazy.threshold <= 1:
     raise ValueError(
       f'LazyRefresh.threshold must be in [-1, 1], got {lazy.threshold}.'
