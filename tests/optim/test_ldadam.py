@@ -380,3 +380,10 @@ def test_bad_option_is_an_error(options, text):
   with pytest.raises(ValueError) as error:
     ldadam(1e-3, **options)
   assert str(error.value) == text
+
+
+def test_model_without_kernels_trains():
+  params = {'bias': jnp.ones(4)}
+  tx = ldadam(1e-2, 3)
+  updates, _ = tx.update(params, tx.init(params), params)
+  assert (updates['bias'] < 0).all()
