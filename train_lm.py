@@ -27,7 +27,7 @@ import numpy as np
 import rich.logging
 
 from gnlorp_jax import build, config, optim, results
-from gnlorp_jax.training import metrics, sharding, step
+from gnlorp_jax.training import metrics, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
 from gnlorp_jax.training.interrupt import StopRequest
 from gnlorp_jax.training.state import TrainState
@@ -75,13 +75,6 @@ def train(run: build.Run) -> TrainState:
   ):
     state = resume_or_start(run, saved)
     first = int(state.step)
-    train_step = step.jit_train_step(
-      step.make_train_step(
-        run.loss_fn, run.tx, num_micro_batches=settings.micro_batches
-      ),
-      run.abstract_state,
-      run.mesh,
-    )
     evaluate = Evaluation(run)
     stats = jax.jit(training_stats)
 
@@ -99,7 +92,7 @@ def train(run: build.Run) -> TrainState:
       running = None
       for number in range(first + 1, settings.steps + 1):
         batch = sharding.put_batch(next(run.train_batches), run.mesh)
-        state, values = train_step(state, batch)
+        state, values = run.train_step(state, batch)
         # One step ahead of the device, no more: a signal is honoured soon.
         jax.block_until_ready(running)
         running = values['loss']
@@ -251,9 +244,6 @@ class Evaluation:
 
   def __init__(self, run: build.Run):
     self._run = run
-    self._step = step.jit_eval_step(
-      step.make_eval_step(run.loss_fn), run.abstract_state.params, run.mesh
-    )
 
   def __call__(self, params: Any) -> dict[str, float]:
     """Validation loss and perplexity of `params`."""
@@ -264,7 +254,7 @@ class Evaluation:
       if limit is not None and number >= limit:
         break
       placed = sharding.put_batch(batch, self._run.mesh)
-      sums.append(self._step(params, placed))
+      sums.append(self._run.eval_step(params, placed))
     batches.close()
     losses, weights = np.asarray(jax.device_get(sums), np.float64).T
     loss = float(losses.sum() / max(weights.sum(), 1))

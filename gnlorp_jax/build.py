@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama
-from gnlorp_jax.training import losses, sharding, state
+from gnlorp_jax.training import losses, sharding, state, step
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +53,21 @@ _SHAPING = (
 )
 
 
+class Program(NamedTuple):
+  """What a run computes, before there is data or any array."""
+
+  config: TrainConfig  # With the architecture that is really used.
+  model: llama.Model
+  schedule: optax.Schedule
+  tx: optax.GradientTransformation
+  mesh: jax.sharding.Mesh
+  loss_fn: step.LossFn
+  abstract_state: state.TrainState
+  abstract_batch: step.Batch
+  train_step: Any  # Compiled: (state, batch) -> (state, metrics).
+  eval_step: Any  # Compiled: (params, batch) -> (loss_sum, weight_sum).
+
+
 class Run(NamedTuple):
   """Everything a training loop needs, built and checked."""
 
@@ -62,7 +77,9 @@ class Run(NamedTuple):
   schedule: optax.Schedule
   tx: optax.GradientTransformation
   mesh: jax.sharding.Mesh
-  loss_fn: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+  loss_fn: step.LossFn
+  train_step: Any  # As in `Program`.
+  eval_step: Any
   train_batches: Any  # A grain iterator: next(), get_state(), set_state().
   eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
   new_state: Callable[[], state.TrainState]
@@ -88,37 +105,91 @@ def build(config: TrainConfig) -> Run:
       f'This is one of {jax.process_count()} processes: train_lm.py runs in '
       'one, with all its devices.'
     )
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sharding.check_batch(config.batch_size, config.micro_batches, mesh)
-  config = dataclasses.replace(config, model=architecture(config))
-  model = llama.make(config.model)
-  schedule = learning_rate_schedule(config.optim, config.steps)
-  tx = optimizer(config.optim, schedule, labels_of(config.optim))
-  key = jax.random.key(config.seed)
-  abstract = state.abstract(model.init, tx, key, mesh)
-
+  parts = program(config)
+  config = parts.config
   tokenizer = load_tokenizer(config)
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   train_file, validation_file = token_files(config.data, tokenizer)
   shape = {'batch_size': config.batch_size, 'seq_len': config.data.seq_len}
   return Run(
     config=config,
-    model=model,
+    model=parts.model,
     tokenizer=tokenizer,
-    schedule=schedule,
-    tx=tx,
-    mesh=mesh,
-    loss_fn=functools.partial(
-      language_model_loss, model, config.loss_chunk_tokens
-    ),
+    schedule=parts.schedule,
+    tx=parts.tx,
+    mesh=parts.mesh,
+    loss_fn=parts.loss_fn,
+    train_step=parts.train_step,
+    eval_step=parts.eval_step,
     train_batches=batches.batches(train_file, seed=config.seed, **shape),
     eval_batches=lambda: batches.batches(
       validation_file, shuffle=False, repeat=False, **shape
     ),
-    new_state=functools.partial(_new_state, config, model, tx, key, mesh),
-    abstract_state=abstract,
+    new_state=functools.partial(_new_state, parts),
+    abstract_state=parts.abstract_state,
     metadata=_metadata(config, tokenizer, train_file),
   )
+
+
+def program(
+  config: TrainConfig, devices: Sequence[jax.Device] | None = None
+) -> Program:
+  """Builds what a run computes; reads no data, allocates nothing.
+
+  Args:
+    config: The configuration.
+    devices: The devices to compile for, real or described; None means all of
+      this process.
+
+  Returns:
+    The parts of a run that follow from its configuration alone.
+
+  Raises:
+    ValueError: If parts of the configuration do not fit each other or the
+      devices.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
+  sharding.check_batch(config.batch_size, config.micro_batches, mesh)
+  config = dataclasses.replace(config, model=architecture(config))
+  model = llama.make(config.model)
+  schedule = learning_rate_schedule(config.optim, config.steps)
+  tx = optimizer(config.optim, schedule, labels_of(config.optim))
+  loss_fn = functools.partial(
+    language_model_loss, model, config.loss_chunk_tokens
+  )
+  abstract = state.abstract(model.init, tx, jax.random.key(config.seed), mesh)
+  return Program(
+    config=config,
+    model=model,
+    schedule=schedule,
+    tx=tx,
+    mesh=mesh,
+    loss_fn=loss_fn,
+    abstract_state=abstract,
+    abstract_batch=_abstract_batch(config, mesh),
+    train_step=step.jit_train_step(
+      step.make_train_step(loss_fn, tx, num_micro_batches=config.micro_batches),
+      abstract,
+      mesh,
+    ),
+    eval_step=step.jit_eval_step(
+      step.make_eval_step(loss_fn), abstract.params, mesh
+    ),
+  )
+
+
+def _abstract_batch(
+  config: TrainConfig, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a batch."""
+  shape = config.batch_size, config.data.seq_len
+  dtypes = {'inputs': np.int32, 'targets': np.int32, 'weights': np.float32}
+  return {
+    name: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, dtype in dtypes.items()
+  }
 
 
 def dry_run(config: TrainConfig) -> list[optim.inspect.ReportRow]:
@@ -293,21 +364,12 @@ def language_model_loss(
   )
 
 
-def _new_state(
-  config: TrainConfig,
-  model: llama.Model,
-  tx: optax.GradientTransformation,
-  key: jax.Array,
-  mesh: jax.sharding.Mesh,
-) -> state.TrainState:
+def _new_state(parts: Program) -> state.TrainState:
+  config, model, tx, mesh = parts.config, parts.model, parts.tx, parts.mesh
   if config.init_from is None:
+    key = jax.random.key(config.seed)
     return state.create(model.init, tx, key, mesh)
-  shapes = jax.eval_shape(model.init, key)
-  shapes = jax.tree.map(
-    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-    shapes,
-    sharding.infer_shardings(shapes, mesh),
-  )
+  shapes = parts.abstract_state.params
   params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
   return state.from_params(params, tx, mesh)
 
