@@ -117,7 +117,7 @@ def with_kernel_axes(
     grads: optax.Updates, state: optax.OptState, params: Any, look: Look
   ) -> tuple[Any, optax.OptState]:
     matrices = None if params is None else as_matrices(params)
-    return halves.project(as_matrices(grads), state, matrices, look)
+    return halves.project_fn(as_matrices(grads), state, matrices, look)
 
   def apply_fn(
     small: Any, state: optax.OptState, params: Any, **extra_args: Any

@@ -180,7 +180,7 @@ def quantize_moments(
     grads: optax.Updates, state: optax.OptState, params: Any, look: Look
   ) -> tuple[Any, optax.OptState]:
     decoded = decode_moments(state, codecs)
-    small, new = halves.project(grads, decoded, params, look)
+    small, new = halves.project_fn(grads, decoded, params, look)
     # Moments that a refresh does not move keep their codes.
     encoded = jax.tree.map(
       lambda old, same, node: old if node is same else _encode_as(old, node),

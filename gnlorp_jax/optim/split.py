@@ -36,15 +36,25 @@ class SplitTransformation(
   Attributes:
     init: As of any transformation.
     update: ``project``, then ``apply``.
-    project: ``project(grads, state, params, look) -> (small, state)``: refits
-      the bases that are due (see `Look`) and makes the gradients small. With
-      the bases of the new state, `small` is linear in `grads`.
+    project_fn: ``project_fn(grads, state, params, look) -> (small, state)``:
+      refits the bases that are due (see `Look`) and makes the gradients small.
+      With the bases of the new state, `small` is linear in `grads`.
     apply: ``apply(small, state, params, **extra_args) -> (updates, state)``:
       the rest of the step.
   """
 
-  project: Callable[..., tuple[Any, optax.OptState]]
+  project_fn: Callable[..., tuple[Any, optax.OptState]]
   apply: Callable[..., tuple[optax.Updates, optax.OptState]]
+
+  def project(
+    self,
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **look: Any,
+  ) -> tuple[Any, optax.OptState]:
+    """`project_fn` with the fields of a `Look` by their names."""
+    return self.project_fn(grads, state, params, Look(**look))
 
 
 def split(
@@ -65,7 +75,7 @@ def split(
     return apply_fn(small, state, params, **extra_args)
 
   tx = SplitTransformation(init_fn, update_fn or both_fn)
-  tx.project = project_fn
+  tx.project_fn = project_fn
   tx.apply = apply_fn
   return tx
 
@@ -96,7 +106,7 @@ def chain(
   def project_fn(
     grads: optax.Updates, state: Any, params: Any, look: Look
   ) -> tuple[Any, optax.OptState]:
-    small, first_state = head.project(grads, state[0], params, look)
+    small, first_state = head.project_fn(grads, state[0], params, look)
     return small, (first_state, *state[1:])
 
   def apply_fn(
@@ -144,7 +154,7 @@ def partition(
     found = labels(grads)
     small, states = {}, {}
     for label, tx in parts.items():
-      small[label], mine = tx.project(
+      small[label], mine = tx.project_fn(
         masked(grads, found, label),
         state.inner_states[label].inner_state,
         None if params is None else masked(params, found, label),

@@ -179,7 +179,9 @@ def with_weight_norm(
   ) -> tuple[SmallGrads, WeightNormState]:
     check_params(params)
     _, v, dg, dv = _parts(grads, params, state.v_norm)
-    small, direction_state = direction_tx.project(dv, state.direction, v, look)
+    small, direction_state = direction_tx.project_fn(
+      dv, state.direction, v, look
+    )
     return SmallGrads(dg, small), state._replace(direction=direction_state)
 
   def apply_fn(

@@ -176,29 +176,41 @@ def _accumulator(value_and_grad, num_micro_batches):
 
     zero = jnp.zeros((), jnp.float32)
     grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    micro_batches = jax.tree.map(
-      lambda rows: _split_rows(rows, num_micro_batches), batch
-    )
+    micro_batches = split_rows(batch, num_micro_batches)
     total, _ = jax.lax.scan(add, ((zero, zero), grads), micro_batches)
     return total
 
   return accumulate
 
 
-def _split_rows(rows, num_micro_batches):
+def split_rows(batch: Batch, num_micro_batches: int) -> Batch:
   """Cuts ``[B, ...]`` into ``[K, B/K, ...]``, micro-batch k taking rows k::K.
 
   Rows that lie on one device stay there: every device contributes to every
   micro-batch, and nothing is sent.
+
+  Args:
+    batch: Arrays ``[B, ...]``.
+    num_micro_batches: K.
+
+  Returns:
+    Arrays ``[K, B/K, ...]``.
+
+  Raises:
+    ValueError: If K does not divide B.
   """
-  per_micro_batch, rest = divmod(rows.shape[0], num_micro_batches)
-  if rest:
-    raise ValueError(
-      f'A batch of {rows.shape[0]} rows cannot be split into '
-      f'num_micro_batches={num_micro_batches}: it must be a multiple.'
-    )
-  shape = (per_micro_batch, num_micro_batches, *rows.shape[1:])
-  return jnp.moveaxis(rows.reshape(shape), 1, 0)
+
+  def split(rows: jax.Array) -> jax.Array:
+    per_micro_batch, rest = divmod(rows.shape[0], num_micro_batches)
+    if rest:
+      raise ValueError(
+        f'A batch of {rows.shape[0]} rows cannot be split into '
+        f'num_micro_batches={num_micro_batches}: it must be a multiple.'
+      )
+    shape = (per_micro_batch, num_micro_batches, *rows.shape[1:])
+    return jnp.moveaxis(rows.reshape(shape), 1, 0)
+
+  return jax.tree.map(split, batch)
 
 
 def _global_norm(tree):
