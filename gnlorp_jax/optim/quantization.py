@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlorp_jax.optim.checks import check_choice
+from gnlorp_jax.optim.stochastic_rounding import random_words
 
 Kind = Literal['dynamic', 'linear', 'affine']
 
@@ -362,7 +363,11 @@ def _quantize_affine(
   if key is None:
     y_KB = jnp.round(y_KB)
   else:
-    y_KB = jnp.floor(y_KB + jax.random.uniform(key, y_KB.shape))
+    words = jax.random.key_data(key)
+    random_KB = random_words((words[0], words[1]), y_KB.shape)
+    # The upper 24 bits, as many as a float32 in [0, 1) can tell apart.
+    uniform_KB = (random_KB >> 8).astype(jnp.float32) * 2.0**-24
+    y_KB = jnp.floor(y_KB + uniform_KB)
   codes_KB = jnp.clip(y_KB + zero_K1, 0, most).astype(jnp.uint8)
   return codes_KB, scale_K1, zero_K1
 

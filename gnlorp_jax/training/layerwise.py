@@ -793,14 +793,16 @@ def _count_layers(params: Any) -> int:
 def _check_state(engine: _Engine, params: Any) -> None:
   """Checks that a slice of the state is the state of a slice."""
 
-  def states() -> tuple[Any, Any]:
-    whole = {**params, LAYERS: engine.storage.load_exact(params[LAYERS])}
-    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
-    first = jnp.int32(0)
-    layers = engine.part(engine.tx.init(whole), (LAYERS,))
-    return _state_at(layers, first), _state_of_one(engine, whole, first)
+  def states(params: Any) -> tuple[Any, Any]:
+    layers, first = engine.storage.load_exact(params[LAYERS]), jnp.int32(0)
 
-  sliced, single = jax.eval_shape(states)
+    def state_of(layers: Any) -> Any:
+      state = engine.tx.init({**params, LAYERS: layers})
+      return engine.part(state, (LAYERS,))
+
+    return _state_at(state_of(layers), first), state_of(_at(layers, first))
+
+  sliced, single = jax.eval_shape(states, params)
   if jax.tree.structure(sliced) != jax.tree.structure(single) or [
     leaf.shape for leaf in jax.tree.leaves(sliced)
   ] != [leaf.shape for leaf in jax.tree.leaves(single)]:
@@ -809,8 +811,3 @@ def _check_state(engine: _Engine, params: Any) -> None:
       'the moments of stacked vectors quantised in one piece. Name vectors '
       "'scale' or 'bias', or train in whole steps."
     )
-
-
-def _state_of_one(engine: _Engine, whole: Any, layer: jax.Array) -> Any:
-  one = {**whole, LAYERS: _at(whole[LAYERS], layer)}
-  return engine.part(engine.tx.init(one), (LAYERS,))

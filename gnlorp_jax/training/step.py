@@ -22,6 +22,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   num_micro_batches: int = 1,
+  clip_global_norm: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds the function that takes one optimizer step.
 
@@ -43,11 +44,13 @@ def make_train_step(
       not: their sum is rounded once.
     num_micro_batches: Pieces the batch is worked through in, one after the
       other; must divide the batch size.
+    clip_global_norm: Gradients are scaled down to this global norm before `tx`
+      sees them; None does not clip.
 
   Returns:
     A pure function ``(state, batch) -> (state, metrics)``. Metrics are float32
     scalars: ``loss`` (the weighted mean), ``weight_sum``, and the global norms
-    ``grad_norm`` (as `tx` receives it), ``update_norm`` (as `tx` returns it)
+    ``grad_norm`` (before clipping), ``update_norm`` (as `tx` returns it)
     and ``weight_norm`` (of the new parameters), and ``skipped_steps``, int32. A
     batch whose weights are all 0 has loss 0 and gradient 0.
 
@@ -71,6 +74,9 @@ def make_train_step(
       state.params,
     )
     grad_norm = _global_norm(grads)
+    if clip_global_norm is not None:
+      clip = optax.clip_by_global_norm(clip_global_norm)
+      grads, _ = clip.update(grads, clip.init(grads))
 
     def update():
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
