@@ -204,6 +204,9 @@ def _steps(
     mesh=mesh,
     storage=storage,
     offload=config.step.offload,
+    # Adafactor's rows are not independent. Split matrices are cut already.
+    row_blocks=config.optim.name != 'galore_adafactor'
+    and config.mesh.fsdp == 1,
     **options,
   )
   return layerwise.make_loss_fn(pieces, storage), train_step

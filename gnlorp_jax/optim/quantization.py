@@ -323,7 +323,8 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   """The array that codes stand for.
 
   Args:
-    q: A quantised stack, or a slice of one over its leading axes.
+    q: A quantised stack, a slice of one over its leading axes, or the first
+      axis of a matrix cut where a block ends, and its blocks with it.
 
   Returns:
     float32 ``[*, m, n]`` or ``[*, d]``.
@@ -331,13 +332,14 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   codes = q.codes
   if q.codec.bits == 4:
     codes = _unpack(codes, q.shape[-1])
-  codes_KB = _blocks(codes, q.codec, q.shape)
+  shape = codes.shape[codes.ndim - len(q.shape) :]
+  codes_KB = _blocks(codes, q.codec, shape)
   scale_K1 = q.scale[..., None]
   if q.zero is None:
     x_KB = _decode(codes_KB, q.codec) * scale_K1
   else:
     x_KB = (codes_KB.astype(jnp.float32) - q.zero[..., None]) * scale_K1
-  return _unblock(x_KB, q.shape)
+  return _unblock(x_KB, shape)
 
 
 def _largest(x_KB: jax.Array) -> jax.Array:

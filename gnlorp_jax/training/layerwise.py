@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -32,8 +33,12 @@ from gnlorp_jax.training.step import Batch, LossFn, Metrics, split_rows
 
 Accumulate = Literal['gradient', 'projected']
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Path = tuple[str, ...]
 # The top-level key of the parameters that are stacked [L, ...].
 LAYERS = 'layers'
+# Elements of a large matrix that are updated at once; a few arrays of this size
+# exist then, in float32.
+ROW_BLOCK = 2**22
 
 
 class Pieces(NamedTuple):
@@ -61,8 +66,9 @@ class Storage(NamedTuple):
   Attributes:
     load: Maps a stored tree to the arrays that blocks compute with.
     load_exact: The same with every digit, to add updates to.
-    store: ``store(new, old, step, layer)``: stores new values as `old`, a slice
-      of one layer, is; `step` and `layer` are int32, for random numbers.
+    store: ``store(new, old, step, first)``: stores new values as `old` is, both
+      trees of one parameter, or of a part that starts at `first` on the first
+      axis; `step` and `first` are for random numbers.
   """
 
   load: Callable[[Any], Any]
@@ -74,8 +80,8 @@ def _as_it_is(tree: Any) -> Any:
   return tree
 
 
-def _cast_like(new: Any, old: Any, step: jax.Array, layer: jax.Array) -> Any:
-  del step, layer
+def _cast_like(new: Any, old: Any, step: jax.Array, first: jax.Array) -> Any:
+  del step, first
   return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
 
 
@@ -117,6 +123,7 @@ def make_train_step(
   mesh: Mesh | None = None,
   storage: Storage = PLAIN,
   offload: bool = False,
+  row_blocks: bool = False,
 ) -> TrainStep:
   """Builds the function that takes one optimizer step, layer by layer.
 
@@ -154,6 +161,9 @@ def make_train_step(
     mesh: The mesh, where ``projected`` should sum over its axis ``data``.
     storage: How the parameters of the layers are stored.
     offload: Keeps the inputs of the blocks in the host's memory.
+    row_blocks: Updates large matrices around the layers some rows at a time,
+      where the optimizer's state can be cut; `tx` must then act on them element
+      by element, as Adam does.
 
   Returns:
     A pure function ``(state, batch) -> (state, metrics)`` with the metrics of
@@ -174,15 +184,24 @@ def make_train_step(
       "accumulate='projected' keeps nothing of a gradient but its projection, "
       "and this optimizer needs all of it. Use accumulate='gradient'."
     )
+  num_layers = _count_layers(params)
+  paths = traverse_util.flatten_dict(params)
   engine = _Engine(
     pieces=pieces,
     tx=tx if comes_in_halves else optax.with_extra_args_support(tx),
     keys=frozenset(params),
-    num_layers=_count_layers(params),
+    # From the last to the first, as the backward pass finds them.
+    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)[::-1]),
+    around_paths=tuple(p for p in paths if p[0] != LAYERS),
+    num_layers=num_layers,
     storage=storage,
     offload=offload,
+    row_blocks={},
   )
-  _check_state(engine, params)
+  _check_layers(engine, params)
+  if row_blocks:
+    counts = _count_row_blocks(engine, params)
+    engine = engine._replace(row_blocks=counts)
   if accumulate == 'projected':
     return _projected_step(engine, num_micro_batches, clip_global_norm, mesh)
   if clip_global_norm is not None and comes_in_halves:
@@ -190,7 +209,7 @@ def make_train_step(
   return _immediate_step(engine, num_micro_batches, clip_global_norm)
 
 
-# Parts and slices of trees.
+# Parameters by their paths, and slices of what belongs to them.
 
 
 def _around(tree: dict[str, Any]) -> dict[str, Any]:
@@ -198,39 +217,51 @@ def _around(tree: dict[str, Any]) -> dict[str, Any]:
   return {key: node for key, node in tree.items() if key != LAYERS}
 
 
-def _has_layers(node: Any) -> bool:
-  return isinstance(node, dict) and LAYERS in node
+def _leaf(tree: Any, path: Path) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
 
 
-def _at(tree: Any, layer: jax.Array) -> Any:
-  """The slice ``[1, ...]`` of every array."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), tree)
+def _nest(path: Path, leaf: Any) -> dict[str, Any]:
+  """A tree of one parameter alone."""
+  return traverse_util.unflatten_dict({path: leaf})
 
 
-def _put(tree: Any, new: Any, layer: jax.Array) -> Any:
-  """Writes slices ``[1, ...]`` into their stacks."""
-  return jax.tree.map(
-    lambda x, n: jax.lax.dynamic_update_slice_in_dim(x, n, layer, 0), tree, new
-  )
+def _replace(tree: Any, path: Path, leaf: Any) -> Any:
+  """A tree with another leaf."""
+  if not path:
+    return leaf
+  return {**tree, path[0]: _replace(tree[path[0]], path[1:], leaf)}
 
 
-def _state_at(state: Any, layer: jax.Array) -> Any:
-  """The state of one layer, of an optimizer of the layers alone."""
-  return jax.tree.map(
-    lambda node: _at(node, layer) if _has_layers(node) else node,
-    state,
-    is_leaf=_has_layers,
-  )
+class _Cut(NamedTuple):
+  """A part along the first axis of all arrays that belong to a parameter."""
+
+  index: jax.Array | int  # which part
+  count: int  # of how many
+
+  def at(self, tree: Any) -> Any:
+    def slice_of(x: jax.Array) -> jax.Array:
+      rows = x.shape[0] // self.count
+      return jax.lax.dynamic_slice_in_dim(x, self.index * rows, rows)
+
+    return tree if self.count == 1 else jax.tree.map(slice_of, tree)
+
+  def put(self, tree: Any, new: Any) -> Any:
+    if self.count == 1:
+      return new
+    # Leaf by leaf: a slice of a quantised array is of another type.
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+      jax.lax.dynamic_update_slice_in_dim(
+        x, n, self.index * (x.shape[0] // self.count), 0
+      )
+      for x, n in zip(leaves, jax.tree.leaves(new), strict=True)
+    )
 
 
-def _put_state(state: Any, new: Any, layer: jax.Array) -> Any:
-  """Writes it back; what the layers share stays as it was."""
-  return jax.tree.map(
-    lambda old, n: _put(old, n, layer) if _has_layers(old) else old,
-    state,
-    new,
-    is_leaf=_has_layers,
-  )
+WHOLE = _Cut(0, 1)
 
 
 # Numbers.
@@ -260,6 +291,10 @@ def _add(tree: Any, other: Any) -> Any:
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _drop_axis(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], tree)
 
 
 def _divisor(weight_sum: jax.Array) -> jax.Array:
@@ -320,31 +355,47 @@ class _Engine(NamedTuple):
   pieces: Pieces
   tx: Any
   keys: frozenset[str]  # of the parameters
+  layer_paths: tuple[Path, ...]  # in the order in which they are updated
+  around_paths: tuple[Path, ...]
   num_layers: int
   storage: Storage
   offload: bool
+  row_blocks: dict[Path, int]  # of parameters that are updated part by part
 
   def is_params(self, node: Any) -> bool:
     """Whether a node of a state holds something for all parameters."""
     return isinstance(node, dict) and frozenset(node) == self.keys
 
-  def part(self, state: Any, keys: Any) -> Any:
-    """The state of an optimizer of some parameters alone."""
+  def own(self, opt: Any, path: Path, cut: _Cut = WHOLE) -> Any:
+    """The state of an optimizer of one parameter, or of a part of it, alone."""
     return jax.tree.map(
-      lambda node: {k: node[k] for k in keys} if self.is_params(node) else node,
-      state,
+      lambda node: (
+        _nest(path, cut.at(_leaf(node, path))) if self.is_params(node) else node
+      ),
+      opt,
       is_leaf=self.is_params,
     )
 
-  def join(self, parts: list[Any], old: Any, finite: jax.Array) -> Any:
-    """The state of all parameters; the last part brings what they share."""
+  def put_own(self, opt: Any, path: Path, new: Any, cut: _Cut = WHOLE) -> Any:
+    """Writes it back; what all parameters share stays as it is."""
 
-    def merge(before: Any, *nodes: Any) -> Any:
-      if self.is_params(before):
-        return {key: value for node in nodes for key, value in node.items()}
-      return jnp.where(finite, nodes[-1], before)
+    def put(node: Any, mine: Any) -> Any:
+      if not self.is_params(node):
+        return node
+      return _replace(node, path, cut.put(_leaf(node, path), _leaf(mine, path)))
 
-    return jax.tree.map(merge, old, *parts, is_leaf=self.is_params)
+    return jax.tree.map(put, opt, new, is_leaf=self.is_params)
+
+  def put_shared(self, opt: Any, new: Any, finite: jax.Array) -> Any:
+    """Takes over what all parameters share from the state of one."""
+    return jax.tree.map(
+      lambda node, mine: (
+        node if self.is_params(node) else jnp.where(finite, mine, node)
+      ),
+      opt,
+      new,
+      is_leaf=self.is_params,
+    )
 
   def forward(self, params: Any, batch_K: Batch) -> tuple[jax.Array, jax.Array]:
     """Inputs of all blocks ``[L, K, B, T, D]``, and the last one's output."""
@@ -391,7 +442,7 @@ class _Engine(NamedTuple):
     self, layer: Any, x_KBTD: jax.Array, dy_KBTD: jax.Array, divisor: jax.Array
   ) -> tuple[Any, jax.Array]:
     """Gradients of a slice of one layer, divided, and that of its input."""
-    loaded = jax.tree.map(lambda w: w[0], self.storage.load(layer))
+    loaded = _drop_axis(self.storage.load(layer))
 
     def one(x_BTD: jax.Array, dy_BTD: jax.Array) -> tuple[Any, jax.Array]:
       _, pull_back = jax.vjp(self.pieces.block, loaded, x_BTD)
@@ -403,72 +454,103 @@ class _Engine(NamedTuple):
 
   def backward(
     self,
-    visit: Callable[[jax.Array, Any, Any], Any],
+    visit: Callable[[jax.Array, dict[Path, jax.Array], Any], Any],
     carry: Any,
     saved_LKBTD: jax.Array,
     dx_KBTD: jax.Array,
     divisor: jax.Array,
   ) -> tuple[Any, jax.Array]:
-    """Shows every layer's gradient to ``visit(layer, grads, carry)``.
+    """Shows every layer's gradients to ``visit(layer, grads, carry)``.
 
-    The first element of the carry are the stacked parameters.
+    The first element of the carry are the parameters.
     """
 
     def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
       carry, dy_KBTD = loop
       layer = self.num_layers - 1 - i
-      x_KBTD = _at(saved_LKBTD, layer)[0]
+      cut = _Cut(layer, self.num_layers)
+      x_KBTD = _drop_axis(cut.at(saved_LKBTD))
       if self.offload:
         x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
       grads, dx_KBTD = self.block(
-        _at(carry[0], layer), x_KBTD, dy_KBTD, divisor
+        cut.at(carry[0][LAYERS]), x_KBTD, dy_KBTD, divisor
       )
-      return visit(layer, {LAYERS: grads}, carry), dx_KBTD
+      flat = traverse_util.flatten_dict({LAYERS: grads})
+      return visit(layer, flat, carry), dx_KBTD
 
     return jax.lax.fori_loop(0, self.num_layers, body, (carry, dx_KBTD))
 
   def move(
-    self, old: Any, updates: Any, sums: _Sums
-  ) -> tuple[dict[str, Any], _Sums]:
-    """Adds updates to parameters, and their squares to the sums."""
-    new = _where(sums.finite, optax.apply_updates(old, updates), old)
-    return new, sums._replace(
-      update=sums.update + _squares(updates), weight=sums.weight + _squares(new)
-    )
-
-  def move_layer(
     self,
-    act: Callable[[Any, Any], tuple[Any, Any]],
-    layer: jax.Array,
+    act: Callable[[Any, Any, jax.Array | int], tuple[Any, Any]],
+    path: Path,
+    cut: _Cut,
     step: jax.Array,
     carry: tuple[Any, Any, _Sums],
-  ) -> tuple[Any, Any, _Sums]:
-    """Writes what ``act(state, params)`` makes of a layer into the stacks."""
-    layers, opt, sums = carry
-    old, old_opt = _at(layers, layer), _state_at(opt, layer)
-    start = {LAYERS: self.storage.load_exact(old)}
-    updates, new_opt = act(old_opt, start)
-    moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, start, updates)
-    new = self.storage.store(moved[LAYERS], old, step, layer)
-    new, new_opt, kept = _where(
-      sums.finite, (new, new_opt, moved), (old, old_opt, start)
+  ) -> tuple[tuple[Any, Any, _Sums], Any]:
+    """Writes what ``act(state, params, first)`` makes of a parameter.
+
+    Or of a part of one, which starts at `first` on the first axis.
+
+    Returns:
+      The carry (parameters, state, sums), and the new state of this part alone.
+    """
+    params, opt, sums = carry
+    stored = _leaf(params, path)
+    old, mine = cut.at(stored), self.own(opt, path, cut)
+    start = self.storage.load_exact(old)
+    first = cut.index * (start.shape[0] if start.ndim else 1)
+    updates, new_mine = act(mine, _nest(path, start), first)
+    update = _leaf(updates, path)
+    moved = start.astype(jnp.float32) + update
+    new = self.storage.store(_nest(path, moved), _nest(path, old), step, first)
+    new, new_mine, kept = _where(
+      sums.finite, (_leaf(new, path), new_mine, moved), (old, mine, start)
     )
     sums = sums._replace(
-      update=sums.update + _squares(updates),
-      weight=sums.weight + _squares(kept),
+      update=sums.update + _squares(update), weight=sums.weight + _squares(kept)
     )
-    return _put(layers, new, layer), _put_state(opt, new_opt, layer), sums
+    params = _replace(params, path, cut.put(stored, new))
+    return (params, self.put_own(opt, path, new_mine, cut), sums), new_mine
+
+  def move_rows(
+    self,
+    act: Callable[[Any, Any, Any, jax.Array | int], tuple[Any, Any]],
+    path: Path,
+    grad: Any,
+    step: jax.Array,
+    carry: tuple[Any, Any, _Sums],
+  ) -> tuple[tuple[Any, Any, _Sums], Any]:
+    """`move` of a parameter around the layers, part by part if it is large.
+
+    ``act`` is given the same part of `grad` first.
+    """
+    count = self.row_blocks.get(path, 1)
+
+    def body(index: jax.Array | int, carry: Any) -> Any:
+      cut = _Cut(index, count)
+      return self.move(
+        lambda *args: act(cut.at(grad), *args), path, cut, step, carry
+      )
+
+    if count > 1:
+      carry = jax.lax.fori_loop(
+        0, count - 1, lambda i, carry: body(i, carry)[0], carry
+      )
+    return body(count - 1, carry)
 
 
 def _finish(
   state: TrainState,
-  params: dict[str, Any],
-  opt_state: Any,
-  sums: _Sums,
+  carry: tuple[Any, Any, _Sums],
+  mine: Any,
+  engine: _Engine,
   loss_sum: jax.Array,
   weight_sum: jax.Array,
 ) -> tuple[TrainState, Metrics]:
-  """The new state and the metrics of a step."""
+  """The new state and the metrics; `mine` is the last parameter's state."""
+  params, opt, sums = carry
+  opt = engine.put_shared(opt, mine, sums.finite)
   skipped = state.skipped + jnp.where(sums.finite, 0, 1)
   metrics = {
     'loss': loss_sum / _divisor(weight_sum),
@@ -478,7 +560,7 @@ def _finish(
     'weight_norm': jnp.sqrt(sums.weight),
     'skipped_steps': skipped,
   }
-  return TrainState(state.step + 1, skipped, params, opt_state), metrics
+  return TrainState(state.step + 1, skipped, params, opt), metrics
 
 
 # At once.
@@ -488,12 +570,12 @@ def _immediate_step(
   engine: _Engine, num_micro_batches: int, clip: float | None
 ) -> TrainStep:
   tx = engine.tx
-  late = engine.pieces.embed_keys
-  early = tuple(sorted(engine.keys - {LAYERS, *late}))
+  late = [p for p in engine.around_paths if p[0] in engine.pieces.embed_keys]
+  early = [p for p in engine.around_paths if p not in late]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     batch_K = split_rows(batch, num_micro_batches)
-    params, opt = state.params, state.opt_state
+    params = state.params
     saved_LKBTD, x_KBTD = engine.forward(params, batch_K)
     (loss_sum, weight_sum), head_grads, dx_KBTD = engine.head(
       params, x_KBTD, batch_K
@@ -503,66 +585,87 @@ def _immediate_step(
     def embed_grads(dx_KBTD: jax.Array) -> Any:
       """Gradients of the embedding, with what the head adds to a tied one."""
       read = engine.embedding(params, batch_K, dx_KBTD)
-      return _add({key: head_grads[key] for key in late}, read)
+      return _add({key: head_grads[key] for key in read}, read)
 
     factor, finite = jnp.float32(1), jnp.isfinite(loss_sum)
     if clip is not None:
       (_, squares), last_dx = engine.backward(
         lambda layer, grads, carry: (carry[0], carry[1] + _squares(grads)),
-        (params[LAYERS], jnp.float32(0)),
+        (params, jnp.float32(0)),
         *(saved_LKBTD, dx_KBTD, divisor),
       )
       grads = {**head_grads, **embed_grads(last_dx)}
       norm = jnp.sqrt(squares + _squares(_divide(grads, divisor, grads)))
       factor, finite = _clip_factor(norm, clip), jnp.isfinite(norm)
 
-    def see(grads: Any, sums: _Sums) -> tuple[Any, _Sums]:
-      """Gradients as the optimizer receives them, after they were counted."""
-      squares = _squares(grads)
+    def see(grad: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+      """A gradient as the optimizer receives it, after it was counted."""
+      params, opt, sums = carry
+      squares = _squares(grad)
       sums = sums._replace(
         grad=sums.grad + squares, finite=sums.finite & jnp.isfinite(squares)
       )
-      return grads if clip is None else _scale(grads, factor), sums
+      return _scale(grad, factor), (params, opt, sums)
 
-    def move_around(grad_sums: Any, sums: _Sums) -> tuple[Any, Any, _Sums]:
-      """Parameters around the layers and their state after the step."""
-      old = {key: params[key] for key in grad_sums}
-      old_opt = engine.part(opt, grad_sums)
-      grads, sums = see(_divide(grad_sums, divisor, old), sums)
-      updates, new_opt = tx.update(grads, old_opt, old)
-      new, sums = engine.move(old, updates, sums)
-      return new, _where(sums.finite, new_opt, old_opt), sums
+    def move_around(paths: list[Path], grad_sums: Any, carry: Any) -> Any:
+      mine = None
+      for path in paths:
+        like = _leaf(params, path)
+        grad = _divide(_leaf(grad_sums, path), divisor, like)
+        grad, carry = see(grad, carry)
+        carry, mine = engine.move_rows(
+          lambda grad, mine, start, first, path=path: tx.update(
+            _nest(path, grad), mine, start, first=first
+          ),
+          *(path, grad, state.step, carry),
+        )
+      return carry, mine
 
-    sums = _no_sums(finite)
-    early_params, early_opt, sums = move_around(
-      {key: head_grads[key] for key in early}, sums
-    )
+    def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
+      carry = _one_by_one(engine.layer_paths, grads, carry, move_layer(layer))
+      return carry
+
+    def move_layer(layer: jax.Array) -> Any:
+      def move(path: Path, grad: jax.Array, carry: Any) -> Any:
+        grad, carry = see(grad, carry)
+        carry, _ = engine.move(
+          lambda mine, start, first: tx.update(
+            _nest(path, grad), mine, start, first=first
+          ),
+          *(path, _Cut(layer, engine.num_layers), state.step, carry),
+        )
+        return carry
+
+      return move
+
+    carry = params, state.opt_state, _no_sums(finite)
+    carry, _ = move_around(early, head_grads, carry)
     # What the head needs is let go before the layers begin.
-    dx_KBTD, early_params = jax.lax.optimization_barrier(
-      (dx_KBTD, early_params)
-    )
-
-    def visit(layer: jax.Array, grads: Any, carry: Any) -> Any:
-      layers, layers_opt, sums = carry
-      grads, sums = see(grads, sums)
-      return engine.move_layer(
-        lambda mine, start: tx.update(grads, mine, start, first=layer),
-        *(layer, state.step, (layers, layers_opt, sums)),
-      )
-
-    carry = params[LAYERS], engine.part(opt, (LAYERS,)), sums
-    (layers, layers_opt, sums), dx_KBTD = engine.backward(
+    dx_KBTD, carry = jax.lax.optimization_barrier((dx_KBTD, carry))
+    carry, dx_KBTD = engine.backward(
       visit, carry, saved_LKBTD, dx_KBTD, divisor
     )
-    late_params, late_opt, sums = move_around(embed_grads(dx_KBTD), sums)
-    return _finish(
-      state,
-      {**early_params, LAYERS: layers, **late_params},
-      engine.join([early_opt, layers_opt, late_opt], opt, sums.finite),
-      *(sums, loss_sum, weight_sum),
-    )
+    carry, mine = move_around(late, embed_grads(dx_KBTD), carry)
+    return _finish(state, carry, mine, engine, loss_sum, weight_sum)
 
   return train_step
+
+
+def _one_by_one(
+  paths: tuple[Path, ...],
+  grads: dict[Path, jax.Array],
+  carry: Any,
+  move: Callable[[Path, jax.Array, Any], Any],
+) -> Any:
+  """``move(path, grad, carry)`` for each path, one after the other.
+
+  Each begins when the one before has ended: what they need would exist at the
+  same time otherwise.
+  """
+  for path in paths:
+    grad, carry = jax.lax.optimization_barrier((grads[path], carry))
+    carry = move(path, grad, carry)
+  return carry
 
 
 # Waiting.
@@ -571,8 +674,7 @@ def _immediate_step(
 class _Waiting(NamedTuple):
   """What the first half of a step leaves for the second."""
 
-  layers: Any  # what projecting leaves of their gradients, [L, 1, ...]
-  around: Any  # the same of the parameters around them
+  small: dict[Path, Any]  # of the gradients; for a layer's, [L, 1, ...]
   opt: Any  # the optimizer's state, with the bases of this step
   loss_sum: jax.Array  # float32 []
   weight_sum: jax.Array  # float32 []
@@ -582,28 +684,24 @@ class _Waiting(NamedTuple):
 def _nothing(engine: _Engine, params: Any, opt: Any, dtype: Any) -> _Waiting:
   """Zeros to add to; a dtype of None is that of what is added."""
 
-  def projected(part: Any, keys: Any) -> Any:
-    return engine.tx.project(part, engine.part(opt, keys), part)[0]
+  def projected(path: Path) -> Any:
+    stored = _leaf(params, path)
+    is_layer = path in engine.layer_paths
+    cut = _Cut(0, engine.num_layers) if is_layer else WHOLE
+    grad = _nest(path, engine.storage.load(cut.at(stored)))
+    small, _ = engine.tx.project(grad, engine.own(opt, path, cut), grad)
+    return small
 
-  def small() -> tuple[Any, Any]:
-    around = _around(params)
-    first = _at({LAYERS: engine.storage.load(params[LAYERS])}, jnp.int32(0))
-    mine = _state_at(engine.part(opt, (LAYERS,)), jnp.int32(0))
-    return (
-      engine.tx.project(first, mine, first)[0],
-      projected(around, tuple(around)),
+  def zeros(path: Path) -> Any:
+    stack = (engine.num_layers,) if path in engine.layer_paths else ()
+    return jax.tree.map(
+      lambda x: jnp.zeros((*stack, *x.shape), dtype or x.dtype),
+      jax.eval_shape(lambda: projected(path)),
     )
 
-  layers, around = jax.eval_shape(small)
   zero = jnp.zeros((), jnp.float32)
-  return _Waiting(
-    jax.tree.map(
-      lambda x: jnp.zeros((engine.num_layers, *x.shape), dtype or x.dtype),
-      layers,
-    ),
-    jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), around),
-    *(opt, zero, zero, zero),
-  )
+  paths = (*engine.layer_paths, *engine.around_paths)
+  return _Waiting({path: zeros(path) for path in paths}, opt, zero, zero, zero)
 
 
 def _project(
@@ -623,42 +721,46 @@ def _project(
   (loss_sum, weight_sum), grads, dx_KBTD = engine.head(params, x_KBTD, batch_K)
   divide_by = divisor(weight_sum)
 
-  def visit(layer: jax.Array, grads: Any, carry: Any) -> Any:
-    layers, opt, small_L, squares = carry
-    start = {LAYERS: engine.storage.load_exact(_at(layers, layer))}
-    small, mine = engine.tx.project(grads, _state_at(opt, layer), start, **look)
-    total = jax.tree.map(
-      lambda x_L, x: _at(x_L, layer) + x[None].astype(x_L.dtype), small_L, small
+  def project(path: Path, grad: jax.Array, carry: Any, cut: _Cut) -> Any:
+    params, opt, small, squares = carry
+    start = engine.storage.load_exact(cut.at(_leaf(params, path)))
+    new, mine = engine.tx.project(
+      _nest(path, grad),
+      engine.own(opt, path, cut),
+      _nest(path, start),
+      **look,
     )
-    return (
-      layers,
-      _put_state(opt, mine, layer),
-      _put(small_L, total, layer),
-      squares + _squares(grads),
+    waits = cut.at(small[path])
+    if cut.count > 1:
+      new = jax.tree.map(lambda x: x[None], new)
+    total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), waits, new)
+    small = {**small, path: cut.put(small[path], total)}
+    opt = engine.put_own(opt, path, mine, cut)
+    return params, opt, small, squares + _squares(grad)
+
+  def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
+    cut = _Cut(layer, engine.num_layers)
+    return _one_by_one(
+      engine.layer_paths,
+      *(grads, carry, lambda *args: project(*args, cut)),
     )
 
-  carry = (
-    params[LAYERS],
-    engine.part(waiting.opt, (LAYERS,)),
-    *(waiting.layers, waiting.squares),
-  )
-  (_, layers_opt, layers, squares), dx_KBTD = engine.backward(
+  carry = params, waiting.opt, waiting.small, waiting.squares
+  carry, dx_KBTD = engine.backward(
     visit, carry, saved_LKBTD, dx_KBTD, divide_by
   )
-  around = _around(params)
   read = engine.embedding(params, batch_K, dx_KBTD)
   grads = {**grads, **_add({key: grads[key] for key in read}, read)}
-  grads = _divide(grads, divide_by, around)
-  small, around_opt = engine.tx.project(
-    grads, engine.part(waiting.opt, around), around, **look
-  )
+  grads = _divide(grads, divide_by, _around(params))
+  for path in engine.around_paths:
+    carry = project(path, _leaf(grads, path), carry, WHOLE)
+  _, opt, small, squares = carry
   return _Waiting(
-    layers,
-    jax.tree.map(lambda t, x: t + x.astype(t.dtype), waiting.around, small),
-    engine.join([layers_opt, around_opt], waiting.opt, jnp.bool_(True)),
+    small,
+    opt,
     waiting.loss_sum + loss_sum,
     waiting.weight_sum + weight_sum,
-    squares + _squares(grads),
+    squares,
   )
 
 
@@ -670,31 +772,29 @@ def _apply(
   factor: jax.Array,
 ) -> tuple[TrainState, Metrics]:
   """The second half: acts on what has waited, times a factor."""
-  params, opt, tx = state.params, waiting.opt, engine.tx
-  sums = _no_sums(jnp.isfinite(norm))._replace(grad=jnp.square(norm))
+  tx, small = engine.tx, waiting.small
+
+  def act(small: Any, mine: Any, start: Any, first: jax.Array | int) -> Any:
+    return tx.apply(_scale(small, factor), mine, start, first=first)
 
   def body(layer: jax.Array, carry: Any) -> Any:
-    small = jax.tree.map(lambda x: x[0], _at(waiting.layers, layer))
-    small = _scale(small, factor)
-    return engine.move_layer(
-      lambda mine, start: tx.apply(small, mine, start, first=layer),
-      *(layer, state.step, carry),
-    )
+    cut = _Cut(layer, engine.num_layers)
+    for path in engine.layer_paths:
+      mine = _drop_axis(cut.at(small[path]))
+      carry, _ = engine.move(
+        lambda *args, mine=mine: act(mine, *args), path, cut, state.step, carry
+      )
+    return carry
 
-  carry = params[LAYERS], engine.part(opt, (LAYERS,)), sums
-  layers, layers_opt, sums = jax.lax.fori_loop(
-    0, engine.num_layers, body, carry
+  sums = _no_sums(jnp.isfinite(norm))._replace(grad=jnp.square(norm))
+  carry = jax.lax.fori_loop(
+    0, engine.num_layers, body, (state.params, waiting.opt, sums)
   )
-  old = _around(params)
-  old_opt = engine.part(opt, old)
-  updates, new_opt = tx.apply(_scale(waiting.around, factor), old_opt, old)
-  new, sums = engine.move(old, updates, sums)
-  new_opt = _where(sums.finite, new_opt, old_opt)
+  mine = None
+  for path in engine.around_paths:
+    carry, mine = engine.move_rows(act, path, small[path], state.step, carry)
   return _finish(
-    state,
-    {**new, LAYERS: layers},
-    engine.join([layers_opt, new_opt], opt, sums.finite),
-    *(sums, waiting.loss_sum, waiting.weight_sum),
+    state, carry, mine, engine, waiting.loss_sum, waiting.weight_sum
   )
 
 
@@ -739,8 +839,7 @@ def _projected_step(
     numbers = jnp.arange(num_micro_batches)
     waiting, _ = jax.lax.scan(add, waiting, (numbers, batch_K))
     return waiting._replace(
-      layers=total(waiting.layers),
-      around=total(waiting.around),
+      small=total(waiting.small),
       loss_sum=total(waiting.loss_sum),
       weight_sum=total(waiting.weight_sum),
     )
@@ -762,8 +861,7 @@ def _projected_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     waiting = on_devices(state.params, state.opt_state, batch)
     divisor = _divisor(waiting.weight_sum)
-    small = waiting.layers, waiting.around
-    norm = jnp.sqrt(_squares(small)) / divisor
+    norm = jnp.sqrt(_squares(waiting.small)) / divisor
     factor = _clip_factor(norm, clip) / divisor
     return _apply(engine, state, waiting, norm, factor)
 
@@ -775,10 +873,10 @@ def _projected_step(
 
 def _count_layers(params: Any) -> int:
   """L, the common first axis of ``params['layers']``."""
-  if not _has_layers(params):
+  if not isinstance(params, dict) or LAYERS not in params:
     raise ValueError(
       f'Parameters must be a dict with the key {LAYERS!r}, stacked [L, ...], '
-      f'to be trained layer by layer; got the keys {sorted(params)}.'
+      f'to be trained layer by layer; got {sorted(params)}.'
     )
   lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(params[LAYERS])}
   if len(lengths) != 1 or lengths == {()}:
@@ -790,24 +888,50 @@ def _count_layers(params: Any) -> int:
   return length
 
 
-def _check_state(engine: _Engine, params: Any) -> None:
-  """Checks that a slice of the state is the state of a slice."""
+def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
+  """Whether a part of a parameter's state is the state of a part."""
+  cut = _Cut(0, count)
 
   def states(params: Any) -> tuple[Any, Any]:
-    layers, first = engine.storage.load_exact(params[LAYERS]), jnp.int32(0)
+    def own_of(leaf: Any, cut: _Cut) -> Any:
+      layers = engine.storage.load_exact(params[LAYERS])
+      tree = _replace({**params, LAYERS: layers}, path, leaf)
+      return engine.own(engine.tx.init(tree), path, cut)
 
-    def state_of(layers: Any) -> Any:
-      state = engine.tx.init({**params, LAYERS: layers})
-      return engine.part(state, (LAYERS,))
+    leaf = engine.storage.load_exact(_leaf(params, path))
+    return own_of(leaf, cut), own_of(cut.at(leaf), WHOLE)
 
-    return _state_at(state_of(layers), first), state_of(_at(layers, first))
+  shapes = [
+    [leaf.shape for leaf in jax.tree.leaves(state)]
+    for state in jax.eval_shape(states, params)
+  ]
+  return shapes[0] == shapes[1]
 
-  sliced, single = jax.eval_shape(states, params)
-  if jax.tree.structure(sliced) != jax.tree.structure(single) or [
-    leaf.shape for leaf in jax.tree.leaves(sliced)
-  ] != [leaf.shape for leaf in jax.tree.leaves(single)]:
+
+def _check_layers(engine: _Engine, params: Any) -> None:
+  """Checks that the optimizer's state can be cut into layers."""
+  stuck = [
+    '/'.join(path)
+    for path in engine.layer_paths
+    if not _can_be_cut(engine, params, path, engine.num_layers)
+  ]
+  if stuck:
     raise ValueError(
-      'The optimizer keeps something that cannot be cut into layers, such as '
-      'the moments of stacked vectors quantised in one piece. Name vectors '
-      "'scale' or 'bias', or train in whole steps."
+      f'The optimizer keeps something of {stuck} that cannot be cut into '
+      'layers, such as the moments of stacked vectors quantised in one piece. '
+      "Name vectors 'scale' or 'bias', or train in whole steps."
     )
+
+
+def _count_row_blocks(engine: _Engine, params: Any) -> dict[Path, int]:
+  """Large matrices around the layers, and into how many parts to cut them."""
+  counts = {}
+  for path in engine.around_paths:
+    leaf = _leaf(params, path)
+    count = -(-leaf.size // ROW_BLOCK)
+    while count < leaf.shape[0] and leaf.shape[0] % count:
+      count += 1
+    if leaf.ndim == 2 and 1 < count < leaf.shape[0]:
+      if _can_be_cut(engine, params, path, count):
+        counts[path] = count
+  return counts
