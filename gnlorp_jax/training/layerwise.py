@@ -762,7 +762,7 @@ def _project(
       **look,
     )
     waits = cut.at(small[path])
-    if cut.count > 1:
+    if path in engine.layer_paths:
       new = jax.tree.map(lambda x: x[None], new)
     total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), waits, new)
     small = {**small, path: cut.put(small[path], total)}
