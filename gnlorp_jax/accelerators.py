@@ -7,6 +7,7 @@ total, which is less than the number on the box.
 
 import difflib
 import importlib.util
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,9 +31,14 @@ class Accelerator(NamedTuple):
   clock_ghz: float  # Boost.
 
   @property
+  def fraction(self) -> float:
+    """Share of the memory to give to JAX, two decimals: all but `RESERVED`."""
+    return math.floor(100 * (1 - RESERVED / self.memory)) / 100
+
+  @property
   def usable(self) -> int:
-    """Bytes left for XLA's buffers, by the assumption of `RESERVED`."""
-    return self.memory - RESERVED
+    """Bytes for XLA's buffers: that share."""
+    return int(self.fraction * self.memory)
 
 
 RESERVED = int(0.6 * _GIB)

@@ -119,8 +119,10 @@ LABELS = {
 def main(args: list[str]) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
   logging.basicConfig(format='%(message)s', stream=sys.stderr, force=True)
-  # XLA warns when a program is larger than it likes; the table says so too.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  # XLA warns of programs larger than it likes; the table says so too. JAX has
+  # set '1' already, and what a user sets stays.
+  if os.environ.get('TF_CPP_MIN_LOG_LEVEL') == '1':
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   # Nothing runs here: a GPU of this machine stays free for others.
   jax.config.update('jax_platforms', 'cpu')
   try:
@@ -286,17 +288,26 @@ def _is_layerwise(settings: config.TrainConfig) -> bool:
 # Values to try by dotted field, the mildest first. A field that a configuration
 # does not have is left out.
 _CHANGES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+  ('step.mode', ('layerwise',)),
   ('model.remat', (True,)),
-  ('model.compute_dtype', ('bfloat16',)),
-  ('model.param_dtype', ('bfloat16',)),
   ('optim.moment_bits', (8, 4)),
   ('optim.basis_bits', (16, 8, 4)),
   ('optim.error_bits', (8, 4)),
-  ('step.mode', ('layerwise',)),
   ('step.weight_bits', (8,)),
+  ('model.compute_dtype', ('bfloat16',)),
+  ('model.param_dtype', ('bfloat16',)),
 )
-# A lower bound knows nothing of what these change.
-_ONLY_COMPILING_TELLS = {'model.remat'}
+# What these save is mostly outside of what a lower bound counts.
+_ONLY_COMPILING_TELLS = {
+  'step.mode',
+  'model.remat',
+  'model.compute_dtype',
+  'micro_batches',
+  'mesh.fsdp',
+}
+# Compiling takes most of the time, about as long for each change as for the
+# run itself.
+_MOST_COMPILED = 4
 
 
 def suggestions(
@@ -304,8 +315,9 @@ def suggestions(
 ) -> list[Suggestion]:
   """Tries changes one at a time; keeps those that save memory.
 
-  A change whose lower bound is too large does not make the run fit. The others
-  are compiled, where `plan` was. Once a value fits, no harsher one is tried.
+  A change whose lower bound is too large does not make the run fit. Of the
+  others the first that are promising are compiled, where `plan` was. Once a
+  value fits, no harsher one is tried.
 
   Args:
     settings: A run that does not fit.
@@ -316,12 +328,14 @@ def suggestions(
     The changes, those that suffice first, then by the bytes they save.
   """
   found = []
+  left = 0 if plan.xla is None else _MOST_COMPILED
   for family in changes(settings):
     for change in family:
-      suggestion = _try(settings, change, plan, bound)
+      suggestion = _try(settings, change, plan, bound, may_compile=left > 0)
       if suggestion is None:
         continue
       found.append(suggestion)
+      left -= suggestion.compiled
       if suggestion.fits:
         break
   order = {True: 0, None: 1, False: 2}
@@ -329,29 +343,37 @@ def suggestions(
 
 
 def _try(
-  settings: PlanConfig, change: dict[str, Any], plan: Plan, bound: Plan
+  settings: PlanConfig,
+  change: dict[str, Any],
+  plan: Plan,
+  bound: Plan,
+  *,
+  may_compile: bool,
 ) -> Suggestion | None:
   """What a change does; None if it saves nothing or is not possible."""
   usable = ACCELERATORS[settings.device].usable
+  is_unknown = bool(_ONLY_COMPILING_TELLS & set(change))
   try:
     changed = replace(settings, change)
     after = lower_bound(changed)
     saves = bound.peak - after.peak
-    is_compiled = plan.xla is not None and after.peak <= usable
+    is_promising = is_unknown or plan.peak - saves <= usable
+    is_compiled = may_compile and is_promising and after.peak <= usable
     if is_compiled:
       after = compiled(changed)
       saves = plan.peak - after.peak
   except ValueError:
     return None  # The parts of the run rule it out.
-  is_unknown = not is_compiled and bool(_ONLY_COMPILING_TELLS & set(change))
-  if saves <= 0 and not is_unknown:
+  fits = after.fits(usable)
+  # Where neither the saving is known nor its failure it stays a possibility.
+  if saves <= 0 and not (is_unknown and fits is None):
     return None
   return Suggestion(
     options=option_text(change),
-    saves=None if is_unknown else saves,
+    saves=saves if saves > 0 else None,
     peak=after.peak,
     compiled=is_compiled,
-    fits=after.fits(usable),
+    fits=fits,
   )
 
 
@@ -464,11 +486,10 @@ def _verdict(plan: Plan, device: Accelerator) -> Iterator[str]:
   fits = plan.fits(device.usable)
   if fits:
     yield f'It fits, with {difference} GiB to spare.'
-    share = plan.peak / device.usable
-    if share > 0.75:
+    if plan.peak > 0.75 * device.memory:
       yield (
-        'JAX takes only 75 % of the free memory unless told otherwise: set '
-        'XLA_PYTHON_CLIENT_MEM_FRACTION=0.99 in the environment.'
+        'JAX takes only 75 % of the memory unless told otherwise: set '
+        f'XLA_PYTHON_CLIENT_MEM_FRACTION={device.fraction} in the environment.'
       )
   elif fits is None:
     yield 'It may fit: the lower bound does.'
@@ -558,8 +579,13 @@ def print_suggestions(
       {True: 'yes', False: 'no', None: 'perhaps'}[row.fits],
     )
   console.print(table)
-  if not any(row.fits or row.fits is None for row in found):
-    console.print('None of them suffices alone: combine them.')
+  if any(row.fits is None for row in found):
+    console.print(
+      "'perhaps' stands where the lower bound fits: plan with that option to "
+      'know.'
+    )
+  if all(row.fits is False for row in found):
+    console.print('None of them suffices alone: combine some.')
 
 
 def as_json(
