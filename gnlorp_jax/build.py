@@ -21,7 +21,7 @@ from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama
-from gnlorp_jax.training import losses, sharding, state, step
+from gnlorp_jax.training import layerwise, losses, sharding, state, step
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def build(config: TrainConfig) -> Run:
     eval_batches=lambda: batches.batches(
       validation_file, shuffle=False, repeat=False, **shape
     ),
-    new_state=functools.partial(_new_state, parts),
+    new_state=functools.partial(new_state, parts),
     abstract_state=parts.abstract_state,
     metadata=_metadata(config, tokenizer, train_file),
   )
@@ -156,10 +156,13 @@ def program(
   model = llama.make(config.model, _first_device(mesh))
   schedule = learning_rate_schedule(config.optim, config.steps)
   tx = optimizer(config.optim, schedule, labels_of(config.optim))
-  loss_fn = functools.partial(
-    language_model_loss, model, config.loss_chunk_tokens
+  abstract = state.abstract(
+    _init_fn(config, model),
+    _on_stored(config, tx),
+    jax.random.key(config.seed),
+    mesh,
   )
-  abstract = state.abstract(model.init, tx, jax.random.key(config.seed), mesh)
+  loss_fn, train_step = _steps(config, model, tx, mesh, abstract.params)
   return Program(
     config=config,
     model=model,
@@ -169,15 +172,108 @@ def program(
     loss_fn=loss_fn,
     abstract_state=abstract,
     abstract_batch=_abstract_batch(config, mesh),
-    train_step=step.jit_train_step(
-      step.make_train_step(loss_fn, tx, num_micro_batches=config.micro_batches),
-      abstract,
-      mesh,
-    ),
+    train_step=step.jit_train_step(train_step, abstract, mesh),
     eval_step=step.jit_eval_step(
       step.make_eval_step(loss_fn), abstract.params, mesh
     ),
   )
+
+
+def _steps(
+  config: TrainConfig,
+  model: llama.Model,
+  tx: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+) -> tuple[step.LossFn, layerwise.TrainStep]:
+  """The loss and the training step of the configured mode."""
+  options = {
+    'num_micro_batches': config.micro_batches,
+    'clip_global_norm': config.optim.clip_global_norm,
+  }
+  if config.step.mode == 'whole':
+    loss_fn = functools.partial(
+      language_model_loss, model, config.loss_chunk_tokens
+    )
+    return loss_fn, step.make_train_step(loss_fn, tx, **options)
+  pieces = layer_pieces(model, config.loss_chunk_tokens)
+  storage = weight_storage(config)
+  train_step = layerwise.make_train_step(
+    pieces,
+    tx,
+    params,
+    accumulate=config.step.accumulate,
+    mesh=mesh,
+    storage=storage,
+    offload=config.step.offload,
+    # Adafactor's rows are not independent. Split matrices are cut already.
+    row_blocks=config.optim.name != 'galore_adafactor'
+    and config.mesh.fsdp == 1,
+    **options,
+  )
+  return layerwise.make_loss_fn(pieces, storage), train_step
+
+
+def layer_pieces(model: llama.Model, chunk_tokens: int) -> layerwise.Pieces:
+  """The model in the pieces that a step goes through layer by layer."""
+  fns = model.layer_fns
+  return layerwise.Pieces(
+    embed=lambda params, batch: fns.embed(params, batch['inputs']),
+    block=fns.block,
+    loss=lambda params, x_BTD, batch: losses.chunked_cross_entropy(
+      functools.partial(fns.head, params),
+      x_BTD,
+      batch['targets'],
+      batch['weights'],
+      chunk_tokens=chunk_tokens,
+    ),
+    embed_keys=('embed',),
+  )
+
+
+def weight_storage(config: TrainConfig) -> layerwise.Storage:
+  """How the parameters of the blocks are kept between their uses."""
+  if config.step.weight_bits is None:
+    return layerwise.PLAIN
+
+  def store(new: Any, old: Any, number: jax.Array, layer: jax.Array) -> Any:
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    key = jax.random.fold_in(key, layer)
+    return optim.quantized_weights.requantize_weights(new, old, key)
+
+  def load(dtype: Any) -> Callable[[Any], Any]:
+    return lambda tree: optim.quantized_weights.dequantize_weights(tree, dtype)
+
+  return layerwise.Storage(
+    load(config.model.compute_dtype), load('float32'), store
+  )
+
+
+def _init_fn(
+  config: TrainConfig, model: llama.Model
+) -> Callable[[jax.Array], Any]:
+  """Makes the parameters as they are stored."""
+  if config.step.weight_bits is None:
+    return model.init
+
+  def init(key: jax.Array) -> Any:
+    params = model.init(key)
+    layers = optim.quantized_weights.quantize_weights(params['layers'])
+    return {**params, 'layers': layers}
+
+  return init
+
+
+def _on_stored(
+  config: TrainConfig, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """The optimizer with an `init` that takes parameters as they are stored."""
+  storage = weight_storage(config)
+
+  def init(params: Any) -> Any:
+    return tx.init({**params, 'layers': storage.load_exact(params['layers'])})
+
+  return optax.GradientTransformation(init, tx.update)
 
 
 def _first_device(
@@ -262,7 +358,7 @@ def optimizer(
   schedule: optax.Schedule,
   param_labels: tuple[tuple[str, str], ...],
 ) -> optax.GradientTransformation:
-  """The optimizer by its name, behind the clipping of gradients.
+  """The optimizer by its name; the training step clips for it.
 
   An option that the optimizer has no use for is named in a warning.
   """
@@ -291,10 +387,8 @@ def optimizer(
     schedule, param_labels=param_labels, skip_nonfinite=False, **options
   )
   if config.stochastic_rounding:
-    tx = optax.chain(tx, optim.stochastic_rounding())
-  if config.clip_global_norm is None:
-    return tx
-  return optax.chain(optax.clip_by_global_norm(config.clip_global_norm), tx)
+    tx = optim.split.chain(tx, optim.stochastic_rounding())
+  return tx
 
 
 def _options(config: OptimConfig) -> dict[str, Any]:
@@ -373,11 +467,14 @@ def language_model_loss(
   )
 
 
-def _new_state(parts: Program) -> state.TrainState:
+def new_state(parts: Program) -> state.TrainState:
+  """The state at step 0, random or from `init_from`."""
   config, model, tx, mesh = parts.config, parts.model, parts.tx, parts.mesh
   if config.init_from is None:
     key = jax.random.key(config.seed)
-    return state.create(model.init, tx, key, mesh)
+    return state.create(
+      _init_fn(config, model), _on_stored(config, tx), key, mesh
+    )
   shapes = parts.abstract_state.params
   params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
   return state.from_params(params, tx, mesh)
@@ -395,6 +492,7 @@ def _metadata(
   return {
     **model,
     **{f'optim.{name}': getattr(config.optim, name) for name in _SHAPING},
+    'step.weight_bits': config.step.weight_bits,
     'data.source': config.data.source,
     'data.mode': config.data.mode,
     'data.seq_len': config.data.seq_len,

@@ -167,6 +167,37 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+  """How a training step goes through the model."""
+
+  mode: Literal['whole', 'layerwise'] = 'whole'
+  """'whole' computes all gradients, then updates; 'layerwise' updates each
+  block as the backward pass reaches it, so that the gradient of one block
+  exists at a time."""
+  accumulate: Literal['gradient', 'projected'] = 'gradient'
+  """What is summed over micro-batches in layerwise mode: 'gradient' keeps the
+  blocks' inputs for the whole batch and is exact; 'projected' keeps those of
+  one micro-batch, and projected gradients, which are all that devices along
+  mesh.data exchange."""
+  offload: bool = False
+  """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
+  weight_bits: Literal[8] | None = None
+  """8 keeps the kernels of the blocks in 8 bits and rounds their updates
+  stochastically (layerwise); None keeps them in model.param_dtype."""
+
+  def __post_init__(self):
+    if self.mode == 'layerwise':
+      return
+    for name in ('accumulate', 'offload', 'weight_bits'):
+      value = getattr(self, name)
+      if value not in ('gradient', False, None):
+        raise ValueError(
+          f"StepConfig.{name}={value!r} needs mode='layerwise', got mode="
+          f'{self.mode!r}.'
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """How devices are arranged."""
 
@@ -242,6 +273,8 @@ class TrainConfig:
   """Text and tokens."""
   optim: OptimConfig = OptimConfig(rank=32)
   """Optimizer and schedule."""
+  step: StepConfig = StepConfig()
+  """Whole steps, or layer by layer."""
   mesh: MeshConfig = MeshConfig()
   """Devices."""
   sample: SampleConfig = SampleConfig()

@@ -13,6 +13,7 @@ does not fit, changes that lower its memory are tried one by one.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -21,7 +22,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ class Suggestion(NamedTuple):
   saves: int | None  # Bytes; None where only compiling would tell.
   peak: int  # Bytes after it; a lower bound unless compiled.
   compiled: bool
-  fits: bool | None  # None where only compiling would tell.
+  fits: Literal['yes', 'no', 'perhaps', 'unlikely']
 
 
 LABELS = {
@@ -167,8 +168,7 @@ def lower_bound(settings: PlanConfig) -> Plan:
   That is the state, the batch, the saved inputs of the blocks, and gradients:
   of a whole step those of everything but the embedding, whose own comes last,
   when the inputs are gone. Micro-batches add float32 sums of all gradients.
-  Layer by layer it is the gradient of the largest part: a block, the embedding
-  or the head.
+  Layer by layer it is the gradient of the largest matrix.
   """
   program = build.program(settings, settings.devices)
   return Plan(
@@ -196,7 +196,7 @@ def compiled(settings: PlanConfig) -> Plan:
   text = step.as_text()
   xla = _buffer_assignment(step.memory_analysis())
   components = counted(program)
-  if program.model.config.remat or _is_layerwise(settings):
+  if program.config.model.remat or settings.step.mode == 'layerwise':
     components['saved_activations'] = block_inputs(program)
   components['temporaries'] = xla['peak'] - sum(components.values())
   if '__cudnn$fmha' in text:
@@ -226,13 +226,21 @@ def counted(program: build.Program) -> dict[str, int]:
 def block_inputs(program: build.Program) -> int:
   """Bytes on one device of the inputs of all blocks, ``[L, B, T, D]``."""
   c = program.config
-  tokens = c.batch_size // c.micro_batches * c.data.seq_len
+  if c.step.offload:
+    return 0
+  # Layer by layer, exact sums need all micro-batches of a block at once.
+  is_whole_batch = (
+    c.step.mode == 'layerwise' and c.step.accumulate == 'gradient'
+  )
+  pieces = 1 if is_whole_batch else c.micro_batches
+  tokens = c.batch_size // pieces * c.data.seq_len
   size = c.model.num_layers * tokens * c.model.hidden_size
   return size * jnp.dtype(c.model.compute_dtype).itemsize // program.mesh.size
 
 
 def _gradients(program: build.Program) -> int:
   """Bytes on one device of the gradients that exist at once, at least."""
+  c = program.config.model
   params = jax.eval_shape(program.model.init, jax.random.key(0))
   shardings = sharding.infer_shardings(params, program.mesh)
   shards = jax.tree.map(
@@ -243,9 +251,10 @@ def _gradients(program: build.Program) -> int:
   parts = {
     name: optim.inspect.tree_bytes(part) for name, part in shards.items()
   }
-  if _is_layerwise(program.config):
-    parts['layers'] //= program.config.model.num_layers
-    return max(parts.values())
+  if program.config.step.mode == 'layerwise':
+    stack = jax.tree.leaves(shards.pop('layers'))
+    layer = max(map(optim.inspect.tree_bytes, stack)) // c.num_layers
+    return max(layer, *map(optim.inspect.tree_bytes, jax.tree.leaves(shards)))
   sums = 0
   if program.config.micro_batches > 1:
     sums = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shards))
@@ -279,27 +288,29 @@ def _buffer_assignment(stats: Any) -> dict[str, int]:
   return xla
 
 
-def _is_layerwise(settings: config.TrainConfig) -> bool:
-  return field(settings, 'step.mode') == 'layerwise'
-
-
 # What would make it fit.
 
-# Values to try by dotted field, the mildest first. A field that a configuration
-# does not have is left out.
-_CHANGES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-  ('step.mode', ('layerwise',)),
-  ('model.remat', (True,)),
-  ('optim.moment_bits', (8, 4)),
-  ('optim.basis_bits', (16, 8, 4)),
-  ('optim.error_bits', (8, 4)),
-  ('step.weight_bits', (8,)),
-  ('model.compute_dtype', ('bfloat16',)),
-  ('model.param_dtype', ('bfloat16',)),
+Change = dict[str, Any]  # New values of dotted fields.
+
+# Changes to try, in families that go from mild to harsh.
+_FAMILIES: tuple[tuple[Change, ...], ...] = (
+  (
+    {'step.mode': 'layerwise'},
+    {'step.mode': 'layerwise', 'step.offload': True},
+    {'step.mode': 'layerwise', 'step.weight_bits': 8},
+  ),
+  ({'step.accumulate': 'projected'},),
+  ({'model.remat': True},),
+  ({'optim.moment_bits': 8}, {'optim.moment_bits': 4}),
+  ({'optim.basis_bits': 16}, {'optim.basis_bits': 8}, {'optim.basis_bits': 4}),
+  ({'optim.error_bits': 8}, {'optim.error_bits': 4}),
+  ({'model.compute_dtype': 'bfloat16'},),
+  ({'model.param_dtype': 'bfloat16'},),
 )
 # What these save is mostly outside of what a lower bound counts.
 _ONLY_COMPILING_TELLS = {
   'step.mode',
+  'step.accumulate',
   'model.remat',
   'model.compute_dtype',
   'micro_batches',
@@ -336,15 +347,15 @@ def suggestions(
         continue
       found.append(suggestion)
       left -= suggestion.compiled
-      if suggestion.fits:
+      if suggestion.fits == 'yes':
         break
-  order = {True: 0, None: 1, False: 2}
-  return sorted(found, key=lambda s: (order[s.fits], -(s.saves or 0)))
+  order = ('yes', 'perhaps', 'unlikely', 'no')
+  return sorted(found, key=lambda s: (order.index(s.fits), -(s.saves or 0)))
 
 
 def _try(
   settings: PlanConfig,
-  change: dict[str, Any],
+  change: Change,
   plan: Plan,
   bound: Plan,
   *,
@@ -373,22 +384,29 @@ def _try(
     saves=saves if saves > 0 else None,
     peak=after.peak,
     compiled=is_compiled,
-    fits=fits,
+    fits={
+      True: 'yes',
+      False: 'no',
+      None: 'perhaps' if is_promising else 'unlikely',
+    }[fits],
   )
 
 
-def changes(settings: PlanConfig) -> Iterator[list[dict[str, Any]]]:
+def changes(settings: PlanConfig) -> Iterator[list[Change]]:
   """Changes to try, in families that go from mild to harsh.
 
   Args:
     settings: The run to change.
 
   Yields:
-    New values of dotted fields; one change may be several of them.
+    New values of dotted fields, without those that are so already.
   """
-  for name, values in _CHANGES:
-    if has_field(settings, name):
-      yield [{name: v} for v in values if v != field(settings, name)]
+  for family in _FAMILIES:
+    fresh = [
+      {name: v for name, v in change.items() if field(settings, name) != v}
+      for change in family
+    ]
+    yield [change for change in fresh if change]
   if rank := settings.optim.rank:
     yield [{'optim.rank': max(rank // by, 1)} for by in (2, 4)]
   mesh = sharding.make_mesh(
@@ -407,29 +425,28 @@ def changes(settings: PlanConfig) -> Iterator[list[dict[str, Any]]]:
   ]
 
 
-def has_field(settings: Any, name: str) -> bool:
-  """Whether a configuration has a dotted field."""
-  return field(settings, name, missing=...) is not ...
+def field(settings: Any, name: str) -> Any:
+  """The value of a dotted field."""
+  return functools.reduce(getattr, name.split('.'), settings)
 
 
-def field(settings: Any, name: str, missing: Any = None) -> Any:
-  """The value of a dotted field, or `missing` where there is none."""
-  for part in name.split('.'):
-    settings = getattr(settings, part, missing)
-  return settings
-
-
-def replace(settings: Any, change: dict[str, Any]) -> Any:
+def replace(settings: Any, change: Change) -> Any:
   """The configuration with other values of dotted fields."""
+  # Fields of a group are replaced together: some need each other.
+  groups: dict[str, Change] = {}
+  values: Change = {}
   for name, value in change.items():
     first, _, rest = name.partition('.')
     if rest:
-      value = replace(getattr(settings, first), {rest: value})
-    settings = dataclasses.replace(settings, **{first: value})
-  return settings
+      groups.setdefault(first, {})[rest] = value
+    else:
+      values[first] = value
+  for first, inner in groups.items():
+    values[first] = dataclasses.replace(getattr(settings, first), **inner)
+  return dataclasses.replace(settings, **values)
 
 
-def option_text(change: dict[str, Any]) -> str:
+def option_text(change: Change) -> str:
   """A change as options of the command line."""
   options = []
   for name, value in change.items():
@@ -576,15 +593,15 @@ def print_suggestions(
       row.options,
       '?' if row.saves is None else gib(row.saves),
       gib(row.peak) if row.compiled else f'>= {gib(row.peak)}',
-      {True: 'yes', False: 'no', None: 'perhaps'}[row.fits],
+      row.fits,
     )
   console.print(table)
-  if any(row.fits is None for row in found):
+  if any(row.fits in ('perhaps', 'unlikely') for row in found):
     console.print(
-      "'perhaps' stands where the lower bound fits: plan with that option to "
-      'know.'
+      'Where only the lower bound fits it says perhaps, or unlikely if the '
+      'saving seems too small: plan with that option to know.'
     )
-  if all(row.fits is False for row in found):
+  if all(row.fits == 'no' for row in found):
     console.print('None of them suffices alone: combine some.')
 
 

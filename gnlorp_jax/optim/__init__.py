@@ -2,6 +2,8 @@
 
 from gnlorp_jax.optim import inspect as inspect
 from gnlorp_jax.optim import projections as projections
+from gnlorp_jax.optim import quantized_weights as quantized_weights
+from gnlorp_jax.optim import split as split
 from gnlorp_jax.optim.adafactor import (
   scale_by_adafactor as scale_by_adafactor,
 )

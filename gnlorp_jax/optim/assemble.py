@@ -18,6 +18,7 @@ from gnlorp_jax.optim.checks import check_interval, check_static
 from gnlorp_jax.optim.kernel_axes import KernelAxes, with_kernel_axes
 from gnlorp_jax.optim.labels import ParamLabels, labels
 from gnlorp_jax.optim.quantized_state import quantize_moments
+from gnlorp_jax.optim.split import chain, partition
 from gnlorp_jax.optim.weight_norm import NormState, with_weight_norm
 
 _logger = logging.getLogger(__name__)
@@ -68,24 +69,27 @@ def assemble(
     raise ValueError(f'moment_bits must be 32, 8 or 4, got {moment_bits!r}.')
   check_interval('weight_decay', weight_decay, 0, float('inf'))
   step = descend(learning_rate, weight_decay, decay_order=decay_order)
-  label_fn = labels(param_labels)
+  init_labels = labels(param_labels)
   if low_rank is None:
     low_rank = full
   else:
-    label_fn = _warn_without_kernels(label_fn)
+    init_labels = _warn_without_kernels(init_labels)
   full = optax.chain(full, step)
   if weight_norm:
     # W = g v / |v| does not depend on the length of v: only g decays.
-    direction = optax.chain(low_rank, descend(learning_rate))
+    direction = chain(low_rank, descend(learning_rate))
     low_rank = with_weight_norm(direction, full, norm_state=norm_state)
   else:
-    low_rank = optax.chain(low_rank, step)
+    low_rank = chain(low_rank, step)
   transforms = {
     'low_rank': with_kernel_axes(low_rank, kernel_axes),
     'full': full,
     'frozen': optax.set_to_zero(),
   }
-  tx = quantize_moments(optax.partition(transforms, label_fn), moment_bits)
+  tx = quantize_moments(
+    partition(transforms, init_labels, labels(param_labels, is_part=True)),
+    moment_bits,
+  )
   return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
 
 

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from gnlorp_jax.optim.labels import path_name
+from gnlorp_jax.optim.split import Look, SplitTransformation, split
 
 # Ordered (regex over the path, number of input axes, number of output axes).
 KernelAxes = Sequence[tuple[str, int, int]]
@@ -108,4 +109,23 @@ def with_kernel_axes(
     )
     return updates, state
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  if not isinstance(inner, SplitTransformation):
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  halves = inner
+
+  def project_fn(
+    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+  ) -> tuple[Any, optax.OptState]:
+    matrices = None if params is None else as_matrices(params)
+    return halves.project_fn(as_matrices(grads), state, matrices, look)
+
+  def apply_fn(
+    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = halves.apply(
+      small, state, as_matrices(params), **extra_args
+    )
+    updates = jax.tree.map(lambda u, p: u.reshape(p.shape), updates, params)
+    return updates, state
+
+  return split(init_fn, project_fn, apply_fn, update_fn)

@@ -76,7 +76,10 @@ def rule_assignment(name: str, rules: Rules) -> Assignment | None:
 
 
 def assign(
-  params: optax.Params, param_labels: ParamLabels | None = None
+  params: optax.Params,
+  param_labels: ParamLabels | None = None,
+  *,
+  is_part: bool = False,
 ) -> Any:
   """Label and reason of every parameter.
 
@@ -86,6 +89,8 @@ def assign(
       ``(regex, label)`` over the ``/``-joined path, the first regex found in it
       decides; or what `optax.partition` takes: a tree of labels or a function
       from parameters to one.
+    is_part: Whether `params` may be a part of all parameters, about which some
+      rules decide nothing.
 
   Returns:
     A tree of `Assignment`, shaped like `params`.
@@ -111,7 +116,7 @@ def assign(
       for name, (_, leaf) in zip(names, paths, strict=True)
     ]
   elif _is_rules(param_labels):
-    found = _assign_by_rules(names, param_labels)
+    found = _assign_by_rules(names, param_labels, is_part)
   else:
     tree = param_labels(params) if callable(param_labels) else param_labels
     # The tree may be a prefix: one label for a whole sub-tree.
@@ -132,14 +137,14 @@ def assign(
 
 
 def labels(
-  param_labels: ParamLabels | None = None,
+  param_labels: ParamLabels | None = None, *, is_part: bool = False
 ) -> Callable[[optax.Params], Any]:
   """`assign` as the function from parameters to labels of `optax.partition`."""
 
   def label_fn(params: optax.Params) -> Any:
     return jax.tree.map(
       lambda assignment: assignment.label,
-      assign(params, param_labels),
+      assign(params, param_labels, is_part=is_part),
       is_leaf=lambda x: isinstance(x, Assignment),
     )
 
@@ -155,8 +160,13 @@ def _is_rules(param_labels: ParamLabels) -> TypeGuard[Rules]:
   )
 
 
-def _assign_by_rules(names: list[str], rules: Rules) -> list[Assignment]:
-  """Applies rules strictly: each parameter matched, each rule used."""
+def _assign_by_rules(
+  names: list[str], rules: Rules, is_part: bool
+) -> list[Assignment]:
+  """Applies rules strictly: each parameter matched, each rule used.
+
+  In a part of the parameters a rule may have no use.
+  """
   found = [rule_assignment(name, rules) for name in names]
   missed = [name for name, a in zip(names, found, strict=True) if a is None]
   if missed:
@@ -166,7 +176,7 @@ def _assign_by_rules(names: list[str], rules: Rules) -> list[Assignment]:
     )
   used = {assignment.reason for assignment in found if assignment}
   for pattern, label in rules:
-    if f'rule {pattern!r}' not in used:
+    if f'rule {pattern!r}' not in used and not is_part:
       near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
       raise ValueError(
         f'The label rule {(pattern, label)!r} decides about no parameter: no '

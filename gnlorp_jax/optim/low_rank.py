@@ -12,12 +12,12 @@ Shape suffixes in this file:
 """
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gnlorp_jax.optim import projections
@@ -36,8 +36,9 @@ from gnlorp_jax.optim.refresh import (
   MomentRule,
   check_lazy,
   refresh_due,
-  refresh_schedules,
+  refresh_offsets,
 )
+from gnlorp_jax.optim.split import Look, split
 from gnlorp_jax.optim.subspace import (
   LazyState,
   Side,
@@ -170,7 +171,9 @@ def with_low_rank_projection(
   method = quantize_basis(_as_projection(projection), basis_bits)
   inner_tx = optax.with_extra_args_support(inner)
 
-  def init_subspace(path: Any, param: jax.Array, seed: int) -> Subspace:
+  def init_subspace(
+    path: Any, param: jax.Array, seed: int, offset: np.ndarray
+  ) -> Subspace:
     stack = param.shape[:-2]
     effective = effective_rank(rank, path_name(path), param.shape)
     lazy = None
@@ -191,6 +194,7 @@ def with_low_rank_projection(
       refresh_count=jnp.zeros(stack, jnp.int32),
       overlap=jnp.zeros(stack, jnp.float32),
       energy=jnp.zeros(stack, jnp.float32),
+      offset=jnp.asarray(offset),
       lazy=lazy,
     )
 
@@ -203,8 +207,13 @@ def with_low_rank_projection(
     treedef = jax.tree.structure(params)
     num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
     positions = jax.tree.unflatten(treedef, range(num_leaves))
+    offsets = refresh_offsets(
+      [param.shape[:-2] for param in jax.tree.leaves(params)],
+      update_proj_gap,
+      spread_refreshes,
+    )
     subspace = jax.tree_util.tree_map_with_path(
-      init_subspace, params, positions
+      init_subspace, params, positions, jax.tree.unflatten(treedef, offsets)
     )
 
     def zero_low(param: jax.Array, subspace: Subspace) -> jax.Array:
@@ -224,29 +233,23 @@ def with_low_rank_projection(
     if on_refresh is not None:
       _moments(inner_state)
       # What the projection cannot move is an error now, not inside a step.
-      jax.eval_shape(update_fn, params, state)
+      jax.eval_shape(lambda: project_fn(params, state, None, Look()))
     return state
 
   def refresh(
-    grads: list[jax.Array], state: LowRankState, treedef: Any
+    grads: list[jax.Array], state: LowRankState, treedef: Any, look: Look
   ) -> tuple[list[Subspace], optax.OptState]:
     """The subspaces of this step, and inner's state with moments in them."""
     moments: list[Any] = [None] * len(grads)
     if on_refresh is not None:
       moments = _split_moments(_moments(state.inner_state), treedef)
-    schedules = refresh_schedules(
-      [math.prod(grad.shape[:-2]) for grad in grads],
-      update_proj_gap,
-      spread_refreshes,
-    )
-    old = treedef.flatten_up_to(state.subspace)
     refreshed = [
       refresh_due(
-        *(grad, mine, state.count, schedule, method),
+        *(grad, mine, state.count, update_proj_gap, method, look),
         *(lazy_refresh, moment, on_refresh),
       )
-      for grad, mine, schedule, moment in zip(
-        grads, old, schedules, moments, strict=True
+      for grad, mine, moment in zip(
+        grads, treedef.flatten_up_to(state.subspace), moments, strict=True
       )
     ]
     inner_state = state.inner_state
@@ -263,8 +266,7 @@ def with_low_rank_projection(
     state: Any,
   ) -> tuple[jax.Array, Any]:
     """The update of a leaf, and the state of its recovery."""
-    if recovery is None:
-      return scale * project_back(direction_MR, subspace.basis, method), None
+    assert recovery is not None
     ((axis, basis),) = subspace.basis.items()
     update_MN, state = recovery.apply(
       toward(grad_IO, axis),
@@ -275,53 +277,87 @@ def with_low_rank_projection(
     )
     return scale * toward(update_MN, axis), state
 
+  def project_fn(
+    grads: optax.Updates, state: LowRankState, params: Any, look: Look
+  ) -> tuple[Any, LowRankState]:
+    del params
+    # Lists of leaves: some of the trees hold a record for each of them.
+    treedef: Any = jax.tree.structure(grads)
+    leaves = jax.tree.leaves(grads)
+    subspaces, inner_state = refresh(leaves, state, treedef, look)
+    lows = [
+      project(grad, subspace.basis, method)
+      for grad, subspace in zip(leaves, subspaces, strict=True)
+    ]
+    return treedef.unflatten(lows), state._replace(
+      subspace=treedef.unflatten(subspaces), inner_state=inner_state
+    )
+
+  def direct(
+    lows: Any, state: LowRankState, **extra_args: Any
+  ) -> tuple[Any, LowRankState]:
+    """What `inner` makes of coordinates."""
+    directions, inner_state = inner_tx.update(
+      lows, state.inner_state, None, **extra_args
+    )
+    return directions, state._replace(
+      count=optax.safe_increment(state.count), inner_state=inner_state
+    )
+
+  def apply_fn(
+    lows: Any, state: LowRankState, params: Any = None, **extra_args: Any
+  ) -> tuple[optax.Updates, LowRankState]:
+    del params
+    directions, state = direct(lows, state, **extra_args)
+    updates = jax.tree.map(
+      lambda d, mine: scale * project_back(d, mine.basis, method),
+      directions,
+      state.subspace,
+    )
+    return updates, state
+
+  if recovery is None and error_bits is None:
+    return split(init_fn, project_fn, apply_fn)
+
   def update_fn(
     updates: optax.Updates,
     state: LowRankState,
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, LowRankState]:
+    """The step of methods that need the gradient itself to the end."""
     del params
-    # Lists of leaves: some of the trees hold a record for each of them.
-    grads = jax.tree.leaves(updates)
     treedef: Any = jax.tree.structure(updates)
+    grads = updates
     if error_bits is not None:
       errors = map(decode_error, treedef.flatten_up_to(state.error))
-      grads = list(map(jnp.add, grads, errors))
-    subspaces, inner_state = refresh(grads, state, treedef)
-    bases = [subspace.basis for subspace in subspaces]
-    lows = [
-      project(grad, basis, method)
-      for grad, basis in zip(grads, bases, strict=True)
-    ]
-    error = None
+      grads = treedef.unflatten(map(jnp.add, jax.tree.leaves(updates), errors))
+    lows, state = project_fn(grads, state, None, Look())
+    subspaces = treedef.flatten_up_to(state.subspace)
     if error_bits is not None:
       error = treedef.unflatten(
-        encode_error(grad - project_back(low, basis, method), error_bits)
-        for grad, low, basis in zip(grads, lows, bases, strict=True)
+        encode_error(grad - project_back(low, mine.basis, method), error_bits)
+        for grad, low, mine in zip(
+          jax.tree.leaves(grads), jax.tree.leaves(lows), subspaces, strict=True
+        )
       )
-    directions, inner_state = inner_tx.update(
-      treedef.unflatten(lows), inner_state, None, **extra_args
-    )
-    recovery_states = [None] * len(grads)
-    if recovery is not None:
-      recovery_states = treedef.flatten_up_to(state.recovery)
+      updates, state = apply_fn(lows, state, **extra_args)
+      return updates, state._replace(error=error)
+    directions, state = direct(lows, state, **extra_args)
     recovered = list(
       map(
         recover,
-        grads,
-        lows,
+        jax.tree.leaves(grads),
+        jax.tree.leaves(lows),
         treedef.flatten_up_to(directions),
         subspaces,
-        recovery_states,
+        treedef.flatten_up_to(state.recovery),
       )
     )
-    return treedef.unflatten([update for update, _ in recovered]), LowRankState(
-      count=optax.safe_increment(state.count),
-      subspace=treedef.unflatten(subspaces),
-      inner_state=inner_state,
-      recovery=recovery and treedef.unflatten([mine for _, mine in recovered]),
-      error=error,
+    return treedef.unflatten([update for update, _ in recovered]), (
+      state._replace(
+        recovery=treedef.unflatten([mine for _, mine in recovered])
+      )
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlorp_jax.optim.checks import check_choice
+from gnlorp_jax.optim.stochastic_rounding import random_words
 
 Kind = Literal['dynamic', 'linear', 'affine']
 
@@ -322,7 +323,8 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   """The array that codes stand for.
 
   Args:
-    q: A quantised stack, or a slice of one over its leading axes.
+    q: A quantised stack, a slice of one over its leading axes, or the first
+      axis of a matrix cut where a block ends, and its blocks with it.
 
   Returns:
     float32 ``[*, m, n]`` or ``[*, d]``.
@@ -330,13 +332,14 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   codes = q.codes
   if q.codec.bits == 4:
     codes = _unpack(codes, q.shape[-1])
-  codes_KB = _blocks(codes, q.codec, q.shape)
+  shape = codes.shape[codes.ndim - len(q.shape) :]
+  codes_KB = _blocks(codes, q.codec, shape)
   scale_K1 = q.scale[..., None]
   if q.zero is None:
     x_KB = _decode(codes_KB, q.codec) * scale_K1
   else:
     x_KB = (codes_KB.astype(jnp.float32) - q.zero[..., None]) * scale_K1
-  return _unblock(x_KB, q.shape)
+  return _unblock(x_KB, shape)
 
 
 def _largest(x_KB: jax.Array) -> jax.Array:
@@ -362,7 +365,11 @@ def _quantize_affine(
   if key is None:
     y_KB = jnp.round(y_KB)
   else:
-    y_KB = jnp.floor(y_KB + jax.random.uniform(key, y_KB.shape))
+    words = jax.random.key_data(key)
+    random_KB = random_words((words[0], words[1]), y_KB.shape)
+    # The upper 24 bits, as many as a float32 in [0, 1) can tell apart.
+    uniform_KB = (random_KB >> 8).astype(jnp.float32) * 2.0**-24
+    y_KB = jnp.floor(y_KB + uniform_KB)
   codes_KB = jnp.clip(y_KB + zero_K1, 0, most).astype(jnp.uint8)
   return codes_KB, scale_K1, zero_K1
 

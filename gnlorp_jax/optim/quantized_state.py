@@ -1,6 +1,7 @@
 """Keeps the moments of any optimizer in 8 or 4 bits between its steps."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from gnlorp_jax.optim.quantization import (
   linear,
   quantize,
 )
+from gnlorp_jax.optim.split import Look, SplitTransformation, split
 
 # Codecs of the fields of optimizer states that hold moments, by bits.
 _CODECS: dict[int, dict[str, Codec]] = {
@@ -31,6 +33,10 @@ _CODECS: dict[int, dict[str, Codec]] = {
   },
 }
 
+# What Flax calls its vectors. The shape cannot tell a stack of them, [layers,
+# d], from a matrix.
+_VECTORS = re.compile(r'^(scale|bias)$')
+
 # Compiled, so that `init` outside jit is not dozens of programs per shape.
 _quantize = jax.jit(quantize, static_argnames='codec')
 _dequantize = jax.jit(dequantize)
@@ -40,8 +46,10 @@ def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
   """The codec of the moment field that a key path passes, if any.
 
   The outermost counts: what follows may be the path of a parameter. Bases and
-  error buffers belong to others.
+  error buffers belong to others. Those of vectors have none.
   """
+  if any(_VECTORS.match(str(getattr(key, 'key', ''))) for key in path):
+    return None
   for key in path:
     name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
     if name in ('subspace', 'recovery', 'error'):
@@ -83,6 +91,13 @@ def decode_moments(
   )
 
 
+def _encode_as(old: Any, new: Any) -> Any:
+  """`new` with the codec of `old`, if that has one and new is not encoded."""
+  if isinstance(old, QuantizedArray) and not isinstance(new, QuantizedArray):
+    return _quantize(new, old.codec)
+  return new
+
+
 def quantize_moments(
   inner: optax.GradientTransformation, bits: int, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,8 +115,8 @@ def quantize_moments(
     inner: Any transformation.
     bits: 8, 4 or 32; 32 leaves `inner` as it is.
     min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
-      ones stay float32. A stack of vectors ``[layers, d]`` is taken for a
-      matrix.
+      ones stay float32, and those of parameters named ``scale`` or ``bias``. A
+      stack of vectors ``[layers, d]`` of another name is taken for a matrix.
 
   Returns:
     The wrapped transformation; each quantised moment of its state is a
@@ -157,4 +172,31 @@ def quantize_moments(
     )
     return updates, encode_moments(state, codecs, min_size)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  if not isinstance(inner, SplitTransformation):
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  halves = inner
+
+  def project_fn(
+    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+  ) -> tuple[Any, optax.OptState]:
+    decoded = decode_moments(state, codecs)
+    small, new = halves.project_fn(grads, decoded, params, look)
+    # Moments that a refresh does not move keep their codes.
+    encoded = jax.tree.map(
+      lambda old, same, node: old if node is same else _encode_as(old, node),
+      state,
+      decoded,
+      new,
+      is_leaf=lambda node: isinstance(node, QuantizedArray),
+    )
+    return small, encoded
+
+  def apply_fn(
+    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = halves.apply(
+      small, decode_moments(state, codecs), params, **extra_args
+    )
+    return updates, encode_moments(state, codecs, min_size)
+
+  return split(init_fn, project_fn, apply_fn, update_fn)

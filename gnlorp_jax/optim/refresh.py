@@ -6,6 +6,7 @@ Shape suffixes in this file:
 Leading axes of a kernel stack matrices; inside they are flattened to one, [s].
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,6 +17,7 @@ import numpy as np
 from gnlorp_jax.optim.checks import check_choice, check_int
 from gnlorp_jax.optim.projections import base
 from gnlorp_jax.optim.projections.base import Basis, Projection
+from gnlorp_jax.optim.split import Look
 from gnlorp_jax.optim.subspace import LazyState, Subspace, project, toward
 
 Similarity = Literal['overlap', 'abs_cosine', 'cosine']
@@ -86,36 +88,39 @@ def check_lazy(lazy: LazyRefresh | None) -> None:
   check_choice('LazyRefresh.similarity', lazy.similarity, get_args(Similarity))
 
 
-class Schedule(NamedTuple):
-  """When the matrices of a leaf are due: every `gap` steps from an offset."""
-
-  gap: int
-  offset_s: np.ndarray  # int32 [s], in [0, gap)
-
-  def due(self, count: jax.Array, gap_s: jax.Array | int) -> jax.Array:
-    """Which matrices are due, bool [s], where each has its own interval."""
-    return jnp.mod(count - self.offset_s, gap_s) == 0
-
-
-def refresh_schedules(
-  stacks: list[int], gap: int, spread: bool
-) -> list[Schedule]:
-  """A schedule for each leaf, given how many matrices each one stacks.
+def refresh_offsets(
+  stacks: list[tuple[int, ...]], gap: int, spread: bool
+) -> list[np.ndarray]:
+  """When in its interval each matrix is due, int32 ``[*]`` in [0, gap).
 
   Spread, the matrices of a leaf are evenly spaced over the interval and the
   leaves take turns in between: where all leaves stack equally many and `gap`
   allows, a step refreshes one matrix, elsewhere a few. Otherwise all are due at
   steps 1, T + 1, 2T + 1, ..., as in published code.
+
+  Args:
+    stacks: The leading axes of each leaf.
+    gap: The interval, T.
+    spread: Whether to spread.
+
+  Returns:
+    The offsets of each leaf's matrices.
   """
 
-  def offsets(leaf: int, stack: int) -> np.ndarray:
-    turn = leaf * gap // (len(stacks) * stack)
-    return (turn + np.arange(stack) * gap // stack) * int(spread)
+  def offsets(leaf: int, stack: tuple[int, ...]) -> np.ndarray:
+    count = math.prod(stack)
+    turn = leaf * gap // (len(stacks) * count)
+    offset_s = (turn + np.arange(count) * gap // count) * int(spread)
+    return offset_s.astype(np.int32).reshape(stack)
 
-  return [
-    Schedule(gap, offsets(leaf, stack).astype(np.int32))
-    for leaf, stack in enumerate(stacks)
-  ]
+  return [offsets(leaf, stack) for leaf, stack in enumerate(stacks)]
+
+
+def _due(
+  count: jax.Array, offset: jax.Array, gap: jax.Array | int
+) -> jax.Array:
+  """Which matrices are due after `count` updates, each in its interval."""
+  return jnp.mod(count - offset, gap) == 0
 
 
 def _matrix_norm(x: jax.Array) -> jax.Array:
@@ -190,6 +195,7 @@ def _refit(
     refresh_count=old.refresh_count + 1,
     overlap=overlap,
     energy=energy,
+    offset=old.offset,
     lazy=old.lazy,
   )
   if lazy is not None:
@@ -245,8 +251,9 @@ def refresh_due(
   grad_IO: jax.Array,
   old: Subspace,
   count: jax.Array,
-  schedule: Schedule,
+  gap: int,
   projection: Projection,
+  look: Look,
   lazy: LazyRefresh | None = None,
   moments: Any = None,
   rule: MomentRule | None = None,
@@ -265,8 +272,9 @@ def refresh_due(
     grad_IO: Gradient of the leaf, ``[*, in, out]``.
     old: Its subspace, every array with the same leading axes.
     count: Updates before this one, int32.
-    schedule: When which matrix is due.
+    gap: Updates between two refreshes of a matrix.
     projection: How a basis is fitted.
+    look: Whether to refresh at all, and how to sum gradients over devices.
     lazy: How intervals grow; None keeps them.
     moments: Pytree of arrays with the same leading axes that live in the
       subspace; None where there is no `rule`.
@@ -284,17 +292,19 @@ def refresh_due(
     return x.reshape(*stack, *x.shape[1:])
 
   grad_IO, old, moments = jax.tree.map(flatten, (grad_IO, old, moments))
-  due = schedule.due(count, schedule.gap)
+  assert old.offset is not None
+  due = _due(count, old.offset, gap)
   if old.lazy is not None:
-    planned, due = due, schedule.due(count, old.lazy.gap)
-    saved = old.lazy.saved + (planned & ~due)
+    planned, due = due, _due(count, old.offset, old.lazy.gap)
+    saved = old.lazy.saved + (planned & ~due & look.due)
     old = old._replace(lazy=old.lazy._replace(saved=saved))
   unset = old.refresh_count == 0
-  due = jax.lax.cond(
-    jnp.any(unset),
-    lambda: due | (unset & jnp.any(grad_IO != 0, axis=(-2, -1))),
-    lambda: due,
-  )
+
+  def with_unset() -> jax.Array:
+    nonzero = jnp.any(grad_IO != 0, axis=(-2, -1))
+    return due | (unset & (look.total(nonzero.astype(jnp.int32)) > 0))
+
+  due = jax.lax.cond(jnp.any(unset), with_unset, lambda: due) & look.due
   order = jnp.argsort(~due)  # Stable: those that are due come first.
 
   def refit(k: jax.Array, carry: tuple[Subspace, Any]) -> tuple[Subspace, Any]:
@@ -305,7 +315,8 @@ def refresh_due(
       return jax.lax.dynamic_update_slice_in_dim(x, new, order[k], 0)
 
     mine, moments = jax.tree.map(part, carry)
-    new = _refit(part(grad_IO), mine, count, projection, lazy)
+    mine_IO = look.total(part(grad_IO))
+    new = _refit(mine_IO, mine, count, projection, lazy)
     if rule is not None:
       # Neither a first basis nor a failed refit has moments to move.
       moved = rule(moments, _transport(mine.basis, new.basis, projection))

@@ -5,13 +5,16 @@ Nearest rounding drops every update below half a unit in the last place, some
 remainder keeps its mean.
 """
 
-from typing import NamedTuple
+import math
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.checks import check_params
+from gnlorp_jax.optim.labels import path_name
 
 # 32-bit words of a generator's key or counter, unsigned.
 Words = tuple[jax.Array, jax.Array]
@@ -50,16 +53,22 @@ def threefry(key: Words, counter: Words) -> Words:
   return x, y
 
 
-def random_words(key: Words, shape: tuple[int, ...]) -> jax.Array:
+def random_words(
+  key: Words, shape: tuple[int, ...], first: jax.typing.ArrayLike = 0
+) -> jax.Array:
   """A random word for each element of an array, uint32.
 
   Its counter is the element's place: the index of its row and that within the
   row, so that it is the same number however the array is split over devices.
+  `first` is the index on the first axis at which the array starts in the one
+  that it is a slice of.
   """
-  row = column = jnp.zeros(shape, jnp.uint32)
-  for axis, size in enumerate(shape[:-1]):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    row = row * jnp.uint32(size) + iota
+  rows = jnp.uint32(math.prod(shape[1:-1]))
+  row = jnp.full(shape, jnp.asarray(first).astype(jnp.uint32) * rows)
+  column = jnp.zeros(shape, jnp.uint32)
+  for axis in range(len(shape) - 1):
+    stride = jnp.uint32(math.prod(shape[axis + 1 : -1]))
+    row += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
   if shape:
     column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
   return threefry(key, (row, column))[0]
@@ -96,7 +105,9 @@ class StochasticRoundingState(NamedTuple):
   key: jax.Array  # uint32 [2], the generator's key, never changed
 
 
-def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
+def stochastic_rounding(
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
   """Makes `optax.apply_updates` round bfloat16 parameters stochastically.
 
   The last link of a chain: it replaces each update by the one that takes the
@@ -104,9 +115,11 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
   upper with the probability of the remainder. A sum that bfloat16 holds
   exactly is met exactly. Parameters of other dtypes keep their updates.
 
-  The random numbers depend on the seed, the count of updates, the place of the
-  parameter in the tree and that of the element in it; not on devices. They are
-  drawn element by element, without communication between shards.
+  The random numbers depend on the seed, the count of updates, the path of the
+  parameter and the place of the element in it; not on devices. They are drawn
+  element by element, without communication between shards. A step that goes
+  through stacked parameters slice by slice draws the same numbers if it tells
+  `update` where the slices start on the first axis, as ``first``.
 
   Args:
     seed: Seed of the generator.
@@ -150,28 +163,31 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
     updates: optax.Updates,
     state: StochasticRoundingState,
     params: optax.Params | None = None,
+    *,
+    first: jax.typing.ArrayLike = 0,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, StochasticRoundingState]:
+    del extra_args
     check_params(params)
     key = state.key[0], state.key[1]
     step = state.count.astype(jnp.uint32)
 
-    def rounded(u: jax.Array, param: jax.Array, position: int) -> jax.Array:
+    def rounded(path: Any, u: jax.Array, param: jax.Array) -> jax.Array:
       if param.dtype != jnp.bfloat16:
         return u
-      leaf_key = threefry(key, (step, jnp.uint32(position)))
+      name = zlib.crc32(path_name(path).encode())
+      leaf_key = threefry(key, (step, jnp.uint32(name)))
       start = param.astype(jnp.float32)
       target = round_stochastically(
-        start + u.astype(jnp.float32), random_words(leaf_key, param.shape)
+        start + u.astype(jnp.float32),
+        random_words(leaf_key, param.shape, first),
       )
       # Adding the parameter again may miss the target by a rounding of
       # float32, far less than what nearest rounding to bfloat16 mends.
       return target - start
 
-    treedef = jax.tree.structure(updates)
-    num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
-    positions = jax.tree.unflatten(treedef, range(num_leaves))
-    updates = jax.tree.map(rounded, updates, params, positions)
+    updates = jax.tree_util.tree_map_with_path(rounded, updates, params)
     count = optax.safe_increment(state.count)
     return updates, StochasticRoundingState(count, state.key)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -35,6 +35,9 @@ class Subspace(NamedTuple):
   # In [0, 1] for orthonormal bases; of few bits or random, a little above too.
   overlap: jax.Array  # float32 [*], of the last two subspaces
   energy: jax.Array  # float32 [*], share captured at the refresh
+  # int32 [*], step of the interval in which each matrix is due; None where all
+  # are at every step.
+  offset: jax.Array | None = None
   lazy: LazyState | None = None  # None where the interval is fixed
 
 

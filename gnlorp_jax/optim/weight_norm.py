@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.checks import check_choice, check_params
+from gnlorp_jax.optim.split import Look, SplitTransformation, as_split, split
 
 NormState = Literal['synced', 'tracked']
 
@@ -22,6 +23,13 @@ class WeightNormState(NamedTuple):
   v_norm: optax.Params | None  # float32 [*, 1, out] if tracked, else None
   direction: optax.OptState  # over v, shaped like the parameters
   magnitude: optax.OptState  # over g, [*, 1, out]
+
+
+class SmallGrads(NamedTuple):
+  """What is left of the gradients of kernels after the first half of a step."""
+
+  dg: optax.Updates  # float32 [*, 1, out], of the magnitudes
+  dv: Any  # what the direction's optimizer made of those of v
 
 
 def column_norm(x_IO: jax.Array) -> jax.Array:
@@ -84,6 +92,22 @@ def pull_back(
   return Parts(g_1O, v_IO, dg_1O, ratio_1O * tangent_IO)
 
 
+def _parts(
+  grads: optax.Updates, params: optax.Params, v_norm: optax.Params | None
+) -> list[optax.Params]:
+  """The trees of g, v, dg and dv."""
+  rest = () if v_norm is None else (v_norm,)
+  parts = jax.tree.map(pull_back, grads, params, *rest)
+  return [
+    jax.tree.map(
+      lambda p, field=field: getattr(p, field),
+      parts,
+      is_leaf=lambda p: isinstance(p, Parts),
+    )
+    for field in Parts._fields
+  ]
+
+
 def _change(
   w_IO: jax.Array, g_1O: jax.Array, new_g_1O: jax.Array, new_v_IO: jax.Array
 ) -> jax.Array:
@@ -139,7 +163,7 @@ def with_weight_norm(
     resets the magnitude every step; `released` does the same.
   """
   check_choice('norm_state', norm_state, get_args(NormState))
-  direction_tx = optax.with_extra_args_support(direction)
+  direction_tx = as_split(direction)
   magnitude_tx = optax.with_extra_args_support(magnitude)
 
   def init_fn(params: optax.Params) -> WeightNormState:
@@ -150,29 +174,28 @@ def with_weight_norm(
       magnitude=magnitude_tx.init(jax.tree.map(column_norm, params)),
     )
 
-  def update_fn(
-    updates: optax.Updates,
+  def project_fn(
+    grads: optax.Updates, state: WeightNormState, params: Any, look: Look
+  ) -> tuple[SmallGrads, WeightNormState]:
+    check_params(params)
+    _, v, dg, dv = _parts(grads, params, state.v_norm)
+    small, direction_state = direction_tx.project_fn(
+      dv, state.direction, v, look
+    )
+    return SmallGrads(dg, small), state._replace(direction=direction_state)
+
+  def apply_fn(
+    small: SmallGrads,
     state: WeightNormState,
-    params: optax.Params | None = None,
+    params: Any,
     **extra_args: Any,
   ) -> tuple[optax.Updates, WeightNormState]:
-    check_params(params)
-    if state.v_norm is None:
-      parts = jax.tree.map(pull_back, updates, params)
-    else:
-      parts = jax.tree.map(pull_back, updates, params, state.v_norm)
-
-    def part(index: int) -> optax.Params:
-      return jax.tree.map(
-        lambda p: p[index], parts, is_leaf=lambda p: isinstance(p, Parts)
-      )
-
-    g, v, dg, dv = map(part, range(4))
-    v_step, direction_state = direction_tx.update(
-      dv, state.direction, v, **extra_args
+    g, v, _, _ = _parts(params, params, state.v_norm)
+    v_step, direction_state = direction_tx.apply(
+      small.dv, state.direction, v, **extra_args
     )
     g_step, magnitude_state = magnitude_tx.update(
-      dg, state.magnitude, g, **extra_args
+      small.dg, state.magnitude, g, **extra_args
     )
     new_v = jax.tree.map(jnp.add, v, v_step)
     new_g = jax.tree.map(jnp.add, g, g_step)
@@ -182,4 +205,7 @@ def with_weight_norm(
       WeightNormState(v_norm, direction_state, magnitude_state),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  tx = split(init_fn, project_fn, apply_fn)
+  if isinstance(direction, SplitTransformation):
+    return tx
+  return optax.GradientTransformationExtraArgs(init_fn, tx.update)

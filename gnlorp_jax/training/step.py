@@ -22,6 +22,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   num_micro_batches: int = 1,
+  clip_global_norm: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds the function that takes one optimizer step.
 
@@ -43,11 +44,13 @@ def make_train_step(
       not: their sum is rounded once.
     num_micro_batches: Pieces the batch is worked through in, one after the
       other; must divide the batch size.
+    clip_global_norm: Gradients are scaled down to this global norm before `tx`
+      sees them; None does not clip.
 
   Returns:
     A pure function ``(state, batch) -> (state, metrics)``. Metrics are float32
     scalars: ``loss`` (the weighted mean), ``weight_sum``, and the global norms
-    ``grad_norm`` (as `tx` receives it), ``update_norm`` (as `tx` returns it)
+    ``grad_norm`` (before clipping), ``update_norm`` (as `tx` returns it)
     and ``weight_norm`` (of the new parameters), and ``skipped_steps``, int32. A
     batch whose weights are all 0 has loss 0 and gradient 0.
 
@@ -71,6 +74,9 @@ def make_train_step(
       state.params,
     )
     grad_norm = _global_norm(grads)
+    if clip_global_norm is not None:
+      clip = optax.clip_by_global_norm(clip_global_norm)
+      grads, _ = clip.update(grads, clip.init(grads))
 
     def update():
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -176,29 +182,41 @@ def _accumulator(value_and_grad, num_micro_batches):
 
     zero = jnp.zeros((), jnp.float32)
     grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    micro_batches = jax.tree.map(
-      lambda rows: _split_rows(rows, num_micro_batches), batch
-    )
+    micro_batches = split_rows(batch, num_micro_batches)
     total, _ = jax.lax.scan(add, ((zero, zero), grads), micro_batches)
     return total
 
   return accumulate
 
 
-def _split_rows(rows, num_micro_batches):
+def split_rows(batch: Batch, num_micro_batches: int) -> Batch:
   """Cuts ``[B, ...]`` into ``[K, B/K, ...]``, micro-batch k taking rows k::K.
 
   Rows that lie on one device stay there: every device contributes to every
   micro-batch, and nothing is sent.
+
+  Args:
+    batch: Arrays ``[B, ...]``.
+    num_micro_batches: K.
+
+  Returns:
+    Arrays ``[K, B/K, ...]``.
+
+  Raises:
+    ValueError: If K does not divide B.
   """
-  per_micro_batch, rest = divmod(rows.shape[0], num_micro_batches)
-  if rest:
-    raise ValueError(
-      f'A batch of {rows.shape[0]} rows cannot be split into '
-      f'num_micro_batches={num_micro_batches}: it must be a multiple.'
-    )
-  shape = (per_micro_batch, num_micro_batches, *rows.shape[1:])
-  return jnp.moveaxis(rows.reshape(shape), 1, 0)
+
+  def split(rows: jax.Array) -> jax.Array:
+    per_micro_batch, rest = divmod(rows.shape[0], num_micro_batches)
+    if rest:
+      raise ValueError(
+        f'A batch of {rows.shape[0]} rows cannot be split into '
+        f'num_micro_batches={num_micro_batches}: it must be a multiple.'
+      )
+    shape = (per_micro_batch, num_micro_batches, *rows.shape[1:])
+    return jnp.moveaxis(rows.reshape(shape), 1, 0)
+
+  return jax.tree.map(split, batch)
 
 
 def _global_norm(tree):

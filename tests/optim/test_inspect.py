@@ -25,8 +25,8 @@ def test_report_states_what_happens_to_each_parameter():
   assert (up.label, up.rank, up.side) == ('low_rank', 8, 'in')
   assert up.reason == 'default: a kernel'
   # Two moments [4, 40, 8], basis [4, 16, 8], two moments of g [4, 1, 40], and
-  # three numbers per matrix; all of four bytes.
-  assert up.state_bytes == 4 * (2 * 4 * 40 * 8 + 4 * 16 * 8 + 2 * 4 * 40 + 12)
+  # four numbers per matrix; all of four bytes.
+  assert up.state_bytes == 4 * (2 * 4 * 40 * 8 + 4 * 16 * 8 + 2 * 4 * 40 + 16)
   assert up.adamw_bytes == 8 * 4 * 16 * 40
   embed = rows['embed/embedding']
   assert (embed.label, embed.rank, embed.side) == ('full', None, '')

@@ -77,13 +77,22 @@ def test_step_equals_optax_by_hand(tiny_lm):
 
 
 def test_grad_norm_is_taken_before_clipping():
-  tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
+  tx = optax.sgd(1.0)
   batch = {'inputs': jnp.full((2, 3), 5.0), 'weights': jnp.ones(2)}
-  _, metrics = step.make_train_step(linear_loss, tx)(
+  _, metrics = step.make_train_step(linear_loss, tx, clip_global_norm=1e-3)(
     linear_state(np.zeros(3, np.float32), tx), batch
   )
   np.testing.assert_allclose(metrics['grad_norm'], 5 * 3**0.5, rtol=1e-6)
   np.testing.assert_allclose(metrics['update_norm'], 1e-3, rtol=1e-6)
+
+
+def test_small_gradients_are_not_clipped():
+  batch = {'inputs': jnp.full((2, 3), 5.0), 'weights': jnp.ones(2)}
+  state = linear_state(np.zeros(3, np.float32), optax.sgd(1.0))
+  _, metrics = step.make_train_step(
+    linear_loss, optax.sgd(1.0), clip_global_norm=100.0
+  )(state, batch)
+  np.testing.assert_allclose(metrics['update_norm'], 5 * 3**0.5, rtol=1e-6)
 
 
 def test_micro_batches_equal_one_big_batch(tiny_lm):
@@ -226,7 +235,7 @@ def test_sharded_training_equals_one_device(tiny_lm):
 def test_micro_batches_are_cut_without_communication(tiny_lm):
   mesh = sharding.make_mesh(2, 2)
   rows = sharding.put_batch(tiny_lm.make_batch(0, 8), mesh)['inputs']
-  split = jax.jit(lambda rows: step._split_rows(rows, 2))
+  split = jax.jit(lambda rows: step.split_rows(rows, 2))
   text = split.lower(rows).compile().as_text()
   for collective in ('all-gather', 'all-to-all', 'collective-permute'):
     assert collective not in text

@@ -1,0 +1,937 @@
+"""One training step, layer by layer: one block's gradient exists at a time.
+
+The forward pass keeps the input of every block. The backward pass goes through
+the blocks from the last to the first, computes a block afresh from its input,
+and is done with its gradient before it goes on. There are two ways to be done:
+
+  at once  The optimizer updates the block's slice of parameters and state.
+           Where gradients are clipped, a backward pass before it measures them.
+  waiting  The optimizer projects the gradient. What that leaves of all blocks
+           is kept, summed over micro-batches and devices, clipped, and then the
+           second half of the step goes through the blocks.
+
+Shape suffixes in this file:
+  L     layers
+  K     micro-batches
+  B, T  sequences of a micro-batch, positions
+  D     features
+A slice of one layer keeps its first axis, of length 1.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.training.state import TrainState
+from gnlorp_jax.training.step import Batch, LossFn, Metrics, split_rows
+
+Accumulate = Literal['gradient', 'projected']
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Path = tuple[str, ...]
+# The top-level key of the parameters that are stacked [L, ...].
+LAYERS = 'layers'
+# Elements of a large matrix that are updated at once; a few arrays of this size
+# exist then, in float32.
+ROW_BLOCK = 2**22
+
+
+class Pieces(NamedTuple):
+  """A model in pieces.
+
+  `embed` and `loss` do without ``params['layers']``.
+
+  Attributes:
+    embed: Maps (params, a batch) to x ``[B, T, D]``.
+    block: Maps (one layer's slice of ``params['layers']``, x) to x.
+    loss: Maps (params, x after the last block, a batch) to the weighted sum of
+      the losses and the sum of the weights, float32 scalars.
+    embed_keys: The top-level keys of `params` that `embed` reads.
+  """
+
+  embed: Callable[[Any, Batch], jax.Array]
+  block: Callable[[Any, jax.Array], jax.Array]
+  loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
+  embed_keys: tuple[str, ...]
+
+
+class Storage(NamedTuple):
+  """How the parameters of the layers are stored.
+
+  Attributes:
+    load: Maps a stored tree to the arrays that blocks compute with.
+    load_exact: The same with every digit, to add updates to.
+    store: ``store(new, old, step, first)``: stores new values as `old` is, both
+      trees of one parameter, or of a part that starts at `first` on the first
+      axis; `step` and `first` are for random numbers.
+  """
+
+  load: Callable[[Any], Any]
+  load_exact: Callable[[Any], Any]
+  store: Callable[[Any, Any, jax.Array, jax.Array], Any]
+
+
+def _as_it_is(tree: Any) -> Any:
+  return tree
+
+
+def _cast_like(new: Any, old: Any, step: jax.Array, first: jax.Array) -> Any:
+  del step, first
+  return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+
+
+PLAIN = Storage(_as_it_is, _as_it_is, _cast_like)
+
+
+def make_loss_fn(pieces: Pieces, storage: Storage = PLAIN) -> LossFn:
+  """The loss whose gradient the training step takes, for evaluation.
+
+  Args:
+    pieces: The model.
+    storage: How the parameters of the layers are stored; one layer is loaded
+      at a time.
+
+  Returns:
+    Maps parameters and a batch to the weighted sum of the losses and the sum of
+    the weights.
+  """
+
+  def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+      return pieces.block(storage.load(layer), x_BTD), None
+
+    around = _around(params)
+    x_BTD, _ = jax.lax.scan(body, pieces.embed(around, batch), params[LAYERS])
+    return pieces.loss(around, x_BTD, batch)
+
+  return loss_fn
+
+
+def make_train_step(
+  pieces: Pieces,
+  tx: optax.GradientTransformation,
+  params: Any,
+  *,
+  num_micro_batches: int = 1,
+  clip_global_norm: float | None = None,
+  accumulate: Accumulate = 'gradient',
+  mesh: Mesh | None = None,
+  storage: Storage = PLAIN,
+  offload: bool = False,
+  row_blocks: bool = False,
+) -> TrainStep:
+  """Builds the function that takes one optimizer step, layer by layer.
+
+  Parameters, state and trajectory are those of `step.make_train_step` with `tx`
+  behind `optax.clip_by_global_norm`. `tx` must treat every matrix of a stack by
+  itself, as all optimizers of this package do.
+
+  With ``accumulate='gradient'`` a layer's gradient is summed over the
+  micro-batches before the optimizer sees it: they change nothing but the memory
+  inside of a block, and the inputs of the blocks are kept for the whole batch.
+  The norm that is clipped is that of all gradients. If `tx` comes in two halves
+  (`optim.split`), what its projection leaves of the gradients waits for that
+  norm; otherwise the backward pass runs twice.
+
+  With ``accumulate='projected'`` one micro-batch after the other goes through
+  the whole model, and what the projection leaves is summed: over them, and over
+  the axis ``data`` of `mesh`, so that nothing else crosses devices but the
+  gradients that a basis is refitted to. These are the first micro-batch's,
+  summed over the devices. The norm that is clipped is that of what is left:
+  projected gradients, those of magnitudes, and those of parameters that are not
+  projected.
+
+  A step whose gradients are not finite is left out and counted. Where layers
+  are updated at once, those behind the first bad gradient have moved already;
+  where they wait, some bases may have been refitted.
+
+  Args:
+    pieces: The model.
+    tx: The optimizer, without clipping and without a guard of its own.
+    params: Shapes and dtypes of the parameters, a dict whose ``layers`` are
+      stacked ``[L, ...]``.
+    num_micro_batches: Pieces of the batch; must divide the batch size.
+    clip_global_norm: The largest norm; None does not clip.
+    accumulate: ``gradient`` or ``projected``.
+    mesh: The mesh, where ``projected`` should sum over its axis ``data``.
+    storage: How the parameters of the layers are stored.
+    offload: Keeps the inputs of the blocks in the host's memory.
+    row_blocks: Updates large matrices around the layers some rows at a time,
+      where the optimizer's state can be cut; `tx` must then act on them element
+      by element, as Adam does.
+
+  Returns:
+    A pure function ``(state, batch) -> (state, metrics)`` with the metrics of
+    `step.make_train_step`, of which ``grad_norm`` is the norm that is clipped.
+
+  Raises:
+    ValueError: If `num_micro_batches` is less than 1, if `params` has no
+      stacked layers, if ``projected`` meets an optimizer that needs the whole
+      gradient, or if the optimizer's state cannot be cut into layers.
+  """
+  if num_micro_batches < 1:
+    raise ValueError(
+      f'num_micro_batches={num_micro_batches} must be at least 1.'
+    )
+  comes_in_halves = hasattr(tx, 'project')
+  if accumulate == 'projected' and not comes_in_halves:
+    raise ValueError(
+      "accumulate='projected' keeps nothing of a gradient but its projection, "
+      "and this optimizer needs all of it. Use accumulate='gradient'."
+    )
+  num_layers = _count_layers(params)
+  paths = traverse_util.flatten_dict(params)
+  engine = _Engine(
+    pieces=pieces,
+    tx=tx if comes_in_halves else optax.with_extra_args_support(tx),
+    keys=frozenset(params),
+    # From the last to the first, as the backward pass finds them.
+    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)[::-1]),
+    around_paths=tuple(p for p in paths if p[0] != LAYERS),
+    num_layers=num_layers,
+    storage=storage,
+    offload=offload,
+    row_blocks={},
+  )
+  _check_layers(engine, params)
+  if row_blocks:
+    counts = _count_row_blocks(engine, params)
+    engine = engine._replace(row_blocks=counts)
+  if accumulate == 'projected':
+    return _projected_step(engine, num_micro_batches, clip_global_norm, mesh)
+  if clip_global_norm is not None and comes_in_halves:
+    return _waiting_step(engine, num_micro_batches, clip_global_norm)
+  return _immediate_step(engine, num_micro_batches, clip_global_norm)
+
+
+# Parameters by their paths, and slices of what belongs to them.
+
+
+def _around(tree: dict[str, Any]) -> dict[str, Any]:
+  """A dict of parameters without the layers."""
+  return {key: node for key, node in tree.items() if key != LAYERS}
+
+
+def _leaf(tree: Any, path: Path) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def _nest(path: Path, leaf: Any) -> dict[str, Any]:
+  """A tree of one parameter alone."""
+  return traverse_util.unflatten_dict({path: leaf})
+
+
+def _replace(tree: Any, path: Path, leaf: Any) -> Any:
+  """A tree with another leaf."""
+  if not path:
+    return leaf
+  return {**tree, path[0]: _replace(tree[path[0]], path[1:], leaf)}
+
+
+class _Cut(NamedTuple):
+  """A part along the first axis of all arrays that belong to a parameter."""
+
+  index: jax.Array | int  # which part
+  count: int  # of how many
+
+  def at(self, tree: Any) -> Any:
+    def slice_of(x: jax.Array) -> jax.Array:
+      rows = x.shape[0] // self.count
+      return jax.lax.dynamic_slice_in_dim(x, self.index * rows, rows)
+
+    return tree if self.count == 1 else jax.tree.map(slice_of, tree)
+
+  def put(self, tree: Any, new: Any) -> Any:
+    if self.count == 1:
+      return new
+    # Leaf by leaf: a slice of a quantised array is of another type.
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+      jax.lax.dynamic_update_slice_in_dim(
+        x, n, self.index * (x.shape[0] // self.count), 0
+      )
+      for x, n in zip(leaves, jax.tree.leaves(new), strict=True)
+    )
+
+
+WHOLE = _Cut(0, 1)
+
+
+# Numbers.
+
+
+def _squares(tree: Any) -> jax.Array:
+  """Sum of the squares of all entries, float32."""
+  return sum(
+    (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
+    jnp.float32(0),
+  )
+
+
+def _divide(sums: Any, divisor: jax.Array, like: Any) -> Any:
+  return jax.tree.map(
+    lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype), sums, like
+  )
+
+
+def _scale(tree: Any, factor: jax.Array) -> Any:
+  return jax.tree.map(lambda g: (g * factor).astype(g.dtype), tree)
+
+
+def _add(tree: Any, other: Any) -> Any:
+  return jax.tree.map(jnp.add, tree, other)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _drop_axis(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], tree)
+
+
+def _divisor(weight_sum: jax.Array) -> jax.Array:
+  return jnp.where(weight_sum > 0, weight_sum, 1)
+
+
+def _clip_factor(norm: jax.Array, clip: float | None) -> jax.Array:
+  if clip is None:
+    return jnp.float32(1)
+  return jnp.where(norm < clip, 1, clip / norm)
+
+
+def _each(fn: Callable[[Any], Any], xs_K: Any) -> Any:
+  """``fn`` of every micro-batch, one after the other."""
+  if len(jax.tree.leaves(xs_K)[0]) == 1:
+    y = fn(jax.tree.map(lambda x: x[0], xs_K))
+    return jax.tree.map(lambda x: x[None], y)
+  return jax.lax.map(fn, xs_K)
+
+
+def _sum_each(fn: Callable[..., tuple[Any, Any]], *xs_K: Any) -> Any:
+  """``fn(*xs) -> (summand, y)``: the float32 sum, and all y ``[K, ...]``."""
+  first = jax.tree.map(lambda x: x[0], xs_K)
+  if len(jax.tree.leaves(xs_K)[0]) == 1:
+    total, y = fn(*first)
+    return total, jax.tree.map(lambda x: x[None], y)
+
+  def add(total: Any, xs: Any) -> tuple[Any, Any]:
+    summand, y = fn(*xs)
+    return _add(total, summand), y
+
+  zero = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(fn, *first)[0]
+  )
+  return jax.lax.scan(add, zero, xs_K)
+
+
+# The passes.
+
+
+class _Sums(NamedTuple):
+  """What a step adds up on its way."""
+
+  grad: jax.Array  # float32 [], squares of the gradients
+  update: jax.Array  # float32 [], squares of the updates
+  weight: jax.Array  # float32 [], squares of the new parameters
+  finite: jax.Array  # bool [], no gradient so far held a NaN or an infinity
+
+
+def _no_sums(finite: jax.Array) -> _Sums:
+  zero = jnp.zeros((), jnp.float32)
+  return _Sums(zero, zero, zero, finite)
+
+
+class _Engine(NamedTuple):
+  """What every pass needs, and the passes through the model."""
+
+  pieces: Pieces
+  tx: Any
+  keys: frozenset[str]  # of the parameters
+  layer_paths: tuple[Path, ...]  # in the order in which they are updated
+  around_paths: tuple[Path, ...]
+  num_layers: int
+  storage: Storage
+  offload: bool
+  row_blocks: dict[Path, int]  # of parameters that are updated part by part
+
+  def is_params(self, node: Any) -> bool:
+    """Whether a node of a state holds something for all parameters."""
+    return isinstance(node, dict) and frozenset(node) == self.keys
+
+  def own(self, opt: Any, path: Path, cut: _Cut = WHOLE) -> Any:
+    """The state of an optimizer of one parameter, or of a part of it, alone."""
+    return jax.tree.map(
+      lambda node: (
+        _nest(path, cut.at(_leaf(node, path))) if self.is_params(node) else node
+      ),
+      opt,
+      is_leaf=self.is_params,
+    )
+
+  def put_own(self, opt: Any, path: Path, new: Any, cut: _Cut = WHOLE) -> Any:
+    """Writes it back; what all parameters share stays as it is."""
+
+    def put(node: Any, mine: Any) -> Any:
+      if not self.is_params(node):
+        return node
+      return _replace(node, path, cut.put(_leaf(node, path), _leaf(mine, path)))
+
+    return jax.tree.map(put, opt, new, is_leaf=self.is_params)
+
+  def put_shared(self, opt: Any, new: Any, finite: jax.Array) -> Any:
+    """Takes over what all parameters share from the state of one."""
+    return jax.tree.map(
+      lambda node, mine: (
+        node if self.is_params(node) else jnp.where(finite, mine, node)
+      ),
+      opt,
+      new,
+      is_leaf=self.is_params,
+    )
+
+  def forward(self, params: Any, batch_K: Batch) -> tuple[jax.Array, jax.Array]:
+    """Inputs of all blocks ``[L, K, B, T, D]``, and the last one's output."""
+
+    def body(x_KBTD: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+      layer = self.storage.load(layer)
+      y_KBTD = _each(lambda x_BTD: self.pieces.block(layer, x_BTD), x_KBTD)
+      if self.offload:
+        x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Host)
+      return y_KBTD, x_KBTD
+
+    around = _around(params)
+    x_KBTD = _each(lambda batch: self.pieces.embed(around, batch), batch_K)
+    x_KBTD, saved_LKBTD = jax.lax.scan(body, x_KBTD, params[LAYERS])
+    return saved_LKBTD, x_KBTD
+
+  def head(
+    self, params: Any, x_KBTD: jax.Array, batch_K: Batch
+  ) -> tuple[tuple[jax.Array, jax.Array], Any, jax.Array]:
+    """Sums of losses and weights, gradients around the layers, that of x."""
+    around = _around(params)
+    grad_fn = jax.value_and_grad(self.pieces.loss, argnums=(0, 1), has_aux=True)
+
+    def one(x_BTD: jax.Array, batch: Batch) -> tuple[Any, jax.Array]:
+      sums, (grads, dx_BTD) = grad_fn(around, x_BTD, batch)
+      return (sums, grads), dx_BTD
+
+    (sums, grads), dx_KBTD = _sum_each(one, x_KBTD, batch_K)
+    return sums, grads, dx_KBTD
+
+  def embedding(self, params: Any, batch_K: Batch, dx_KBTD: jax.Array) -> Any:
+    """Gradients of what the embedding reads."""
+    used = {key: params[key] for key in self.pieces.embed_keys}
+
+    def one(dx_BTD: jax.Array, batch: Batch) -> tuple[Any, None]:
+      _, pull_back = jax.vjp(lambda used: self.pieces.embed(used, batch), used)
+      (grads,) = pull_back(dx_BTD)
+      return grads, None
+
+    grads, _ = _sum_each(one, dx_KBTD, batch_K)
+    return grads
+
+  def block(
+    self, layer: Any, x_KBTD: jax.Array, dy_KBTD: jax.Array, divisor: jax.Array
+  ) -> tuple[Any, jax.Array]:
+    """Gradients of a slice of one layer, divided, and that of its input."""
+    loaded = _drop_axis(self.storage.load(layer))
+
+    def one(x_BTD: jax.Array, dy_BTD: jax.Array) -> tuple[Any, jax.Array]:
+      _, pull_back = jax.vjp(self.pieces.block, loaded, x_BTD)
+      return pull_back(dy_BTD)
+
+    sums, dx_KBTD = _sum_each(one, x_KBTD, dy_KBTD)
+    grads = _divide(sums, divisor, loaded)
+    return jax.tree.map(lambda g: g[None], grads), dx_KBTD
+
+  def backward(
+    self,
+    visit: Callable[[jax.Array, dict[Path, jax.Array], Any], Any],
+    carry: Any,
+    saved_LKBTD: jax.Array,
+    dx_KBTD: jax.Array,
+    divisor: jax.Array,
+  ) -> tuple[Any, jax.Array]:
+    """Shows every layer's gradients to ``visit(layer, grads, carry)``.
+
+    The first element of the carry are the parameters.
+    """
+
+    def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
+      carry, dy_KBTD = loop
+      layer = self.num_layers - 1 - i
+      cut = _Cut(layer, self.num_layers)
+      x_KBTD = _drop_axis(cut.at(saved_LKBTD))
+      if self.offload:
+        x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
+      grads, dx_KBTD = self.block(
+        cut.at(carry[0][LAYERS]), x_KBTD, dy_KBTD, divisor
+      )
+      flat = traverse_util.flatten_dict({LAYERS: grads})
+      return visit(layer, flat, carry), dx_KBTD
+
+    return jax.lax.fori_loop(0, self.num_layers, body, (carry, dx_KBTD))
+
+  def move(
+    self,
+    act: Callable[[Any, Any, jax.Array | int], tuple[Any, Any]],
+    path: Path,
+    cut: _Cut,
+    step: jax.Array,
+    carry: tuple[Any, Any, _Sums],
+  ) -> tuple[tuple[Any, Any, _Sums], Any]:
+    """Writes what ``act(state, params, first)`` makes of a parameter.
+
+    Or of a part of one, which starts at `first` on the first axis.
+
+    Returns:
+      The carry (parameters, state, sums), and the new state of this part alone.
+    """
+    params, opt, sums = carry
+    stored = _leaf(params, path)
+    old, mine = cut.at(stored), self.own(opt, path, cut)
+    start = self.storage.load_exact(old)
+    first = cut.index * (start.shape[0] if start.ndim else 1)
+    updates, new_mine = act(mine, _nest(path, start), first)
+    update = _leaf(updates, path)
+    moved = start.astype(jnp.float32) + update
+    new = self.storage.store(_nest(path, moved), _nest(path, old), step, first)
+    new, new_mine, kept = _where(
+      sums.finite, (_leaf(new, path), new_mine, moved), (old, mine, start)
+    )
+    sums = sums._replace(
+      update=sums.update + _squares(update), weight=sums.weight + _squares(kept)
+    )
+    params = _replace(params, path, cut.put(stored, new))
+    return (params, self.put_own(opt, path, new_mine, cut), sums), new_mine
+
+  def move_rows(
+    self,
+    act: Callable[[Any, Any, Any, jax.Array | int], tuple[Any, Any]],
+    path: Path,
+    grad: Any,
+    step: jax.Array,
+    carry: tuple[Any, Any, _Sums],
+  ) -> tuple[tuple[Any, Any, _Sums], Any]:
+    """`move` of a parameter around the layers, part by part if it is large.
+
+    ``act`` is given the same part of `grad` first.
+    """
+    count = self.row_blocks.get(path, 1)
+
+    def body(index: jax.Array | int, carry: Any) -> Any:
+      cut = _Cut(index, count)
+      return self.move(
+        lambda *args: act(cut.at(grad), *args), path, cut, step, carry
+      )
+
+    if count > 1:
+      carry = jax.lax.fori_loop(
+        0, count - 1, lambda i, carry: body(i, carry)[0], carry
+      )
+    return body(count - 1, carry)
+
+
+def _finish(
+  state: TrainState,
+  carry: tuple[Any, Any, _Sums],
+  mine: Any,
+  engine: _Engine,
+  loss_sum: jax.Array,
+  weight_sum: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """The new state and the metrics; `mine` is the last parameter's state."""
+  params, opt, sums = carry
+  opt = engine.put_shared(opt, mine, sums.finite)
+  skipped = state.skipped + jnp.where(sums.finite, 0, 1)
+  metrics = {
+    'loss': loss_sum / _divisor(weight_sum),
+    'weight_sum': weight_sum,
+    'grad_norm': jnp.sqrt(sums.grad),
+    'update_norm': jnp.where(sums.finite, jnp.sqrt(sums.update), 0),
+    'weight_norm': jnp.sqrt(sums.weight),
+    'skipped_steps': skipped,
+  }
+  return TrainState(state.step + 1, skipped, params, opt), metrics
+
+
+# At once.
+
+
+def _immediate_step(
+  engine: _Engine, num_micro_batches: int, clip: float | None
+) -> TrainStep:
+  tx = engine.tx
+  late = [p for p in engine.around_paths if p[0] in engine.pieces.embed_keys]
+  early = [p for p in engine.around_paths if p not in late]
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    batch_K = split_rows(batch, num_micro_batches)
+    params = state.params
+    saved_LKBTD, x_KBTD = engine.forward(params, batch_K)
+    (loss_sum, weight_sum), head_grads, dx_KBTD = engine.head(
+      params, x_KBTD, batch_K
+    )
+    divisor = _divisor(weight_sum)
+
+    def embed_grads(dx_KBTD: jax.Array) -> Any:
+      """Gradients of the embedding, with what the head adds to a tied one."""
+      read = engine.embedding(params, batch_K, dx_KBTD)
+      return _add({key: head_grads[key] for key in read}, read)
+
+    factor, finite = jnp.float32(1), jnp.isfinite(loss_sum)
+    if clip is not None:
+      (_, squares), last_dx = engine.backward(
+        lambda layer, grads, carry: (carry[0], carry[1] + _squares(grads)),
+        (params, jnp.float32(0)),
+        *(saved_LKBTD, dx_KBTD, divisor),
+      )
+      grads = {**head_grads, **embed_grads(last_dx)}
+      norm = jnp.sqrt(squares + _squares(_divide(grads, divisor, grads)))
+      factor, finite = _clip_factor(norm, clip), jnp.isfinite(norm)
+
+    def see(grad: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+      """A gradient as the optimizer receives it, after it was counted."""
+      params, opt, sums = carry
+      squares = _squares(grad)
+      sums = sums._replace(
+        grad=sums.grad + squares, finite=sums.finite & jnp.isfinite(squares)
+      )
+      return _scale(grad, factor), (params, opt, sums)
+
+    def move_around(paths: list[Path], grad_sums: Any, carry: Any) -> Any:
+      mine = None
+      for path in paths:
+        like = _leaf(params, path)
+        grad = _divide(_leaf(grad_sums, path), divisor, like)
+        grad, carry = see(grad, carry)
+        carry, mine = engine.move_rows(
+          lambda grad, mine, start, first, path=path: tx.update(
+            _nest(path, grad), mine, start, first=first
+          ),
+          *(path, grad, state.step, carry),
+        )
+      return carry, mine
+
+    def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
+      carry = _one_by_one(engine.layer_paths, grads, carry, move_layer(layer))
+      return carry
+
+    def move_layer(layer: jax.Array) -> Any:
+      def move(path: Path, grad: jax.Array, carry: Any) -> Any:
+        grad, carry = see(grad, carry)
+        carry, _ = engine.move(
+          lambda mine, start, first: tx.update(
+            _nest(path, grad), mine, start, first=first
+          ),
+          *(path, _Cut(layer, engine.num_layers), state.step, carry),
+        )
+        return carry
+
+      return move
+
+    carry = params, state.opt_state, _no_sums(finite)
+    carry, _ = move_around(early, head_grads, carry)
+    # What the head needs is let go before the layers begin.
+    dx_KBTD, carry = jax.lax.optimization_barrier((dx_KBTD, carry))
+    carry, dx_KBTD = engine.backward(
+      visit, carry, saved_LKBTD, dx_KBTD, divisor
+    )
+    carry, mine = move_around(late, embed_grads(dx_KBTD), carry)
+    return _finish(state, carry, mine, engine, loss_sum, weight_sum)
+
+  return train_step
+
+
+def _one_by_one(
+  paths: tuple[Path, ...],
+  grads: dict[Path, jax.Array],
+  carry: Any,
+  move: Callable[[Path, jax.Array, Any], Any],
+) -> Any:
+  """``move(path, grad, carry)`` for each path, one after the other.
+
+  Each begins when the one before has ended: what they need would exist at the
+  same time otherwise.
+  """
+  for path in paths:
+    grad, carry = jax.lax.optimization_barrier((grads[path], carry))
+    carry = move(path, grad, carry)
+  return carry
+
+
+# Waiting.
+
+
+class _Waiting(NamedTuple):
+  """What the first half of a step leaves for the second."""
+
+  small: dict[Path, Any]  # of the gradients; for a layer's, [L, 1, ...]
+  opt: Any  # the optimizer's state, with the bases of this step
+  loss_sum: jax.Array  # float32 []
+  weight_sum: jax.Array  # float32 []
+  squares: jax.Array  # float32 [], of the gradients before projecting
+
+
+def _nothing(engine: _Engine, params: Any, opt: Any, dtype: Any) -> _Waiting:
+  """Zeros to add to; a dtype of None is that of what is added."""
+
+  def projected(path: Path) -> Any:
+    stored = _leaf(params, path)
+    is_layer = path in engine.layer_paths
+    cut = _Cut(0, engine.num_layers) if is_layer else WHOLE
+    grad = _nest(path, engine.storage.load(cut.at(stored)))
+    small, _ = engine.tx.project(grad, engine.own(opt, path, cut), grad)
+    return small
+
+  def zeros(path: Path) -> Any:
+    stack = (engine.num_layers,) if path in engine.layer_paths else ()
+    return jax.tree.map(
+      lambda x: jnp.zeros((*stack, *x.shape), dtype or x.dtype),
+      jax.eval_shape(lambda: projected(path)),
+    )
+
+  zero = jnp.zeros((), jnp.float32)
+  paths = (*engine.layer_paths, *engine.around_paths)
+  return _Waiting({path: zeros(path) for path in paths}, opt, zero, zero, zero)
+
+
+def _project(
+  engine: _Engine,
+  params: Any,
+  waiting: _Waiting,
+  batch_K: Batch,
+  divisor: Callable[[jax.Array], jax.Array],
+  **look: Any,
+) -> _Waiting:
+  """Adds the projected gradients of a batch to those that wait.
+
+  `divisor` maps the sum of the batch's weights to what gradients are divided
+  by; `look` is `SplitTransformation.project`'s.
+  """
+  saved_LKBTD, x_KBTD = engine.forward(params, batch_K)
+  (loss_sum, weight_sum), grads, dx_KBTD = engine.head(params, x_KBTD, batch_K)
+  divide_by = divisor(weight_sum)
+
+  def project(path: Path, grad: jax.Array, carry: Any, cut: _Cut) -> Any:
+    params, opt, small, squares = carry
+    start = engine.storage.load_exact(cut.at(_leaf(params, path)))
+    new, mine = engine.tx.project(
+      _nest(path, grad),
+      engine.own(opt, path, cut),
+      _nest(path, start),
+      **look,
+    )
+    waits = cut.at(small[path])
+    if cut.count > 1:
+      new = jax.tree.map(lambda x: x[None], new)
+    total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), waits, new)
+    small = {**small, path: cut.put(small[path], total)}
+    opt = engine.put_own(opt, path, mine, cut)
+    return params, opt, small, squares + _squares(grad)
+
+  def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
+    cut = _Cut(layer, engine.num_layers)
+    return _one_by_one(
+      engine.layer_paths,
+      *(grads, carry, lambda *args: project(*args, cut)),
+    )
+
+  carry = params, waiting.opt, waiting.small, waiting.squares
+  carry, dx_KBTD = engine.backward(
+    visit, carry, saved_LKBTD, dx_KBTD, divide_by
+  )
+  read = engine.embedding(params, batch_K, dx_KBTD)
+  grads = {**grads, **_add({key: grads[key] for key in read}, read)}
+  grads = _divide(grads, divide_by, _around(params))
+  for path in engine.around_paths:
+    carry = project(path, _leaf(grads, path), carry, WHOLE)
+  _, opt, small, squares = carry
+  return _Waiting(
+    small,
+    opt,
+    waiting.loss_sum + loss_sum,
+    waiting.weight_sum + weight_sum,
+    squares,
+  )
+
+
+def _apply(
+  engine: _Engine,
+  state: TrainState,
+  waiting: _Waiting,
+  norm: jax.Array,
+  factor: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """The second half: acts on what has waited, times a factor."""
+  tx, small = engine.tx, waiting.small
+
+  def act(small: Any, mine: Any, start: Any, first: jax.Array | int) -> Any:
+    return tx.apply(_scale(small, factor), mine, start, first=first)
+
+  def body(layer: jax.Array, carry: Any) -> Any:
+    cut = _Cut(layer, engine.num_layers)
+    for path in engine.layer_paths:
+      mine = _drop_axis(cut.at(small[path]))
+      carry, _ = engine.move(
+        lambda *args, mine=mine: act(mine, *args), path, cut, state.step, carry
+      )
+    return carry
+
+  sums = _no_sums(jnp.isfinite(norm))._replace(grad=jnp.square(norm))
+  carry = jax.lax.fori_loop(
+    0, engine.num_layers, body, (state.params, waiting.opt, sums)
+  )
+  mine = None
+  for path in engine.around_paths:
+    carry, mine = engine.move_rows(act, path, small[path], state.step, carry)
+  return _finish(
+    state, carry, mine, engine, waiting.loss_sum, waiting.weight_sum
+  )
+
+
+def _waiting_step(
+  engine: _Engine, num_micro_batches: int, clip: float
+) -> TrainStep:
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    batch_K = split_rows(batch, num_micro_batches)
+    waiting = _nothing(engine, state.params, state.opt_state, dtype=None)
+    waiting = _project(engine, state.params, waiting, batch_K, _divisor)
+    norm = jnp.sqrt(waiting.squares)
+    return _apply(engine, state, waiting, norm, _clip_factor(norm, clip))
+
+  return train_step
+
+
+def _projected_step(
+  engine: _Engine,
+  num_micro_batches: int,
+  clip: float | None,
+  mesh: Mesh | None,
+) -> TrainStep:
+  def accumulate(
+    params: Any, opt: Any, batch: Batch, total: Callable[[Any], Any]
+  ) -> _Waiting:
+    batch_K = split_rows(batch, num_micro_batches)
+
+    def add(waiting: _Waiting, xs: Any) -> tuple[_Waiting, None]:
+      number, micro_batch = xs
+      waiting = _project(
+        engine,
+        params,
+        waiting,
+        jax.tree.map(lambda x: x[None], micro_batch),
+        lambda weight_sum: jnp.float32(1),
+        due=number == 0,
+        total=total,
+      )
+      return waiting, None
+
+    waiting = _nothing(engine, params, opt, dtype=jnp.float32)
+    numbers = jnp.arange(num_micro_batches)
+    waiting, _ = jax.lax.scan(add, waiting, (numbers, batch_K))
+    return waiting._replace(
+      small=total(waiting.small),
+      loss_sum=total(waiting.loss_sum),
+      weight_sum=total(waiting.weight_sum),
+    )
+
+  def on_devices(params: Any, opt: Any, batch: Batch) -> _Waiting:
+    if mesh is None or mesh.shape['data'] == 1:
+      return accumulate(params, opt, batch, _as_it_is)
+    return jax.shard_map(
+      lambda *args: accumulate(*args, lambda x: jax.lax.psum(x, 'data')),
+      mesh=mesh,
+      in_specs=(P(), P(), P('data')),
+      out_specs=P(),
+      axis_names={'data'},
+      # Bases are equal on all devices because they are fitted to a sum; the
+      # check cannot know.
+      check_vma=False,
+    )(params, opt, batch)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    waiting = on_devices(state.params, state.opt_state, batch)
+    divisor = _divisor(waiting.weight_sum)
+    norm = jnp.sqrt(_squares(waiting.small)) / divisor
+    factor = _clip_factor(norm, clip) / divisor
+    return _apply(engine, state, waiting, norm, factor)
+
+  return train_step
+
+
+# Checks.
+
+
+def _count_layers(params: Any) -> int:
+  """L, the common first axis of ``params['layers']``."""
+  if not isinstance(params, dict) or LAYERS not in params:
+    raise ValueError(
+      f'Parameters must be a dict with the key {LAYERS!r}, stacked [L, ...], '
+      f'to be trained layer by layer; got {sorted(params)}.'
+    )
+  lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(params[LAYERS])}
+  if len(lengths) != 1 or lengths == {()}:
+    raise ValueError(
+      f'All arrays of params[{LAYERS!r}] must be stacked along one first axis, '
+      f'[L, ...]; the first axes are {sorted(lengths)}.'
+    )
+  ((length,),) = lengths
+  return length
+
+
+def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
+  """Whether a part of a parameter's state is the state of a part."""
+  cut = _Cut(0, count)
+
+  def states(params: Any) -> tuple[Any, Any]:
+    def own_of(leaf: Any, cut: _Cut) -> Any:
+      layers = engine.storage.load_exact(params[LAYERS])
+      tree = _replace({**params, LAYERS: layers}, path, leaf)
+      return engine.own(engine.tx.init(tree), path, cut)
+
+    leaf = engine.storage.load_exact(_leaf(params, path))
+    return own_of(leaf, cut), own_of(cut.at(leaf), WHOLE)
+
+  shapes = [
+    [leaf.shape for leaf in jax.tree.leaves(state)]
+    for state in jax.eval_shape(states, params)
+  ]
+  return shapes[0] == shapes[1]
+
+
+def _check_layers(engine: _Engine, params: Any) -> None:
+  """Checks that the optimizer's state can be cut into layers."""
+  stuck = [
+    '/'.join(path)
+    for path in engine.layer_paths
+    if not _can_be_cut(engine, params, path, engine.num_layers)
+  ]
+  if stuck:
+    raise ValueError(
+      f'The optimizer keeps something of {stuck} that cannot be cut into '
+      'layers, such as the moments of stacked vectors quantised in one piece. '
+      "Name vectors 'scale' or 'bias', or train in whole steps."
+    )
+
+
+def _count_row_blocks(engine: _Engine, params: Any) -> dict[Path, int]:
+  """Large matrices around the layers, and into how many parts to cut them."""
+  counts = {}
+  for path in engine.around_paths:
+    leaf = _leaf(params, path)
+    count = -(-leaf.size // ROW_BLOCK)
+    while count < leaf.shape[0] and leaf.shape[0] % count:
+      count += 1
+    if leaf.ndim == 2 and 1 < count < leaf.shape[0]:
+      if _can_be_cut(engine, params, path, count):
+        counts[path] = count
+  return counts
