@@ -42,6 +42,8 @@ from gnlorp_jax.accelerators import (
 from gnlorp_jax.collectives import Collective, collectives
 from gnlorp_jax.training import sharding
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig(config.TrainConfig):
@@ -368,13 +370,18 @@ def _try(
     changed = replace(settings, change)
     after = lower_bound(changed)
     saves = bound.peak - after.peak
-    is_promising = is_unknown or plan.peak - saves <= usable
-    is_compiled = may_compile and is_promising and after.peak <= usable
-    if is_compiled:
-      after = compiled(changed)
-      saves = plan.peak - after.peak
   except ValueError:
     return None  # The parts of the run rule it out.
+  is_promising = is_unknown or plan.peak - saves <= usable
+  is_compiled = may_compile and is_promising and after.peak <= usable
+  if is_compiled:
+    try:
+      after = compiled(changed)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+      reason = str(error).partition('\n')[0]
+      _logger.warning('%s cannot be compiled: %s', option_text(change), reason)
+      return None
+    saves = plan.peak - after.peak
   fits = after.fits(usable)
   # Where neither the saving is known nor its failure it stays a possibility.
   if saves <= 0 and not (is_unknown and fits is None):
