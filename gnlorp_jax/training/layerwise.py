@@ -235,6 +235,10 @@ def _replace(tree: Any, path: Path, leaf: Any) -> Any:
   return {**tree, path[0]: _replace(tree[path[0]], path[1:], leaf)}
 
 
+# In place of an array that stays as it is.
+_KEPT = object()
+
+
 class _Cut(NamedTuple):
   """A part along the first axis of all arrays that belong to a parameter."""
 
@@ -249,15 +253,18 @@ class _Cut(NamedTuple):
     return tree if self.count == 1 else jax.tree.map(slice_of, tree)
 
   def put(self, tree: Any, new: Any) -> Any:
-    if self.count == 1:
-      return new
-    # Leaf by leaf: a slice of a quantised array is of another type.
+    def write(x: jax.Array, n: Any) -> jax.Array:
+      if n is _KEPT:
+        return x
+      if self.count == 1:
+        return n
+      rows = x.shape[0] // self.count
+      return jax.lax.dynamic_update_slice_in_dim(x, n, self.index * rows, 0)
+
+    # Leaf by leaf: a part of a quantised array is of another type.
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(
-      jax.lax.dynamic_update_slice_in_dim(
-        x, n, self.index * (x.shape[0] // self.count), 0
-      )
-      for x, n in zip(leaves, jax.tree.leaves(new), strict=True)
+      write(*pair) for pair in zip(leaves, jax.tree.leaves(new), strict=True)
     )
 
 
@@ -290,7 +297,12 @@ def _add(tree: Any, other: Any) -> Any:
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+  # Leaf by leaf: a part of a quantised array may be of another type.
+  leaves, treedef = jax.tree.flatten(old)
+  return treedef.unflatten(
+    jnp.where(condition, n, o)
+    for n, o in zip(jax.tree.leaves(new), leaves, strict=True)
+  )
 
 
 def _drop_axis(tree: Any) -> Any:
@@ -500,18 +512,37 @@ class _Engine(NamedTuple):
     old, mine = cut.at(stored), self.own(opt, path, cut)
     start = self.storage.load_exact(old)
     first = cut.index * (start.shape[0] if start.ndim else 1)
-    updates, new_mine = act(mine, _nest(path, start), first)
-    update = _leaf(updates, path)
-    moved = start.astype(jnp.float32) + update
-    new = self.storage.store(_nest(path, moved), _nest(path, old), step, first)
-    new, new_mine, kept = _where(
-      sums.finite, (_leaf(new, path), new_mine, moved), (old, mine, start)
-    )
+    kept: list[bool] = []  # Which arrays of the state `act` only hands on.
+
+    # In the branches of a condition, because then all that is read is read
+    # before anything is written: XLA on CPUs copies a stack where it is not.
+    def take() -> Any:
+      updates, new_mine = act(mine, _nest(path, start), first)
+      pairs = zip(jax.tree.leaves(new_mine), jax.tree.leaves(mine), strict=True)
+      kept[:] = [n is o for n, o in pairs]
+      update = _leaf(updates, path)
+      moved = start.astype(jnp.float32) + update
+      new = self.storage.store(
+        _nest(path, moved), _nest(path, old), step, first
+      )
+      # As leaves: a part of a quantised array is of another type.
+      return jax.tree.leaves((new, new_mine)), _squares(update), _squares(moved)
+
+    def leave() -> Any:
+      return jax.tree.leaves((old, mine)), jnp.float32(0), _squares(start)
+
+    leaves, update, weight = jax.lax.cond(sums.finite, take, leave)
+    new, new_mine = jax.tree.unflatten(jax.tree.structure((old, mine)), leaves)
     sums = sums._replace(
-      update=sums.update + _squares(update), weight=sums.weight + _squares(kept)
+      update=sums.update + update, weight=sums.weight + weight
+    )
+    # An array that was handed on is not written.
+    leaves, treedef = jax.tree.flatten(new_mine)
+    written = treedef.unflatten(
+      _KEPT if same else leaf for leaf, same in zip(leaves, kept, strict=True)
     )
     params = _replace(params, path, cut.put(stored, new))
-    return (params, self.put_own(opt, path, new_mine, cut), sums), new_mine
+    return (params, self.put_own(opt, path, written, cut), sums), new_mine
 
   def move_rows(
     self,
