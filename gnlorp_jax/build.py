@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh
 
 from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
@@ -60,7 +61,7 @@ class Program(NamedTuple):
   model: llama.Model
   schedule: optax.Schedule
   tx: optax.GradientTransformation
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   loss_fn: step.LossFn
   abstract_state: state.TrainState
   abstract_batch: step.Batch
@@ -132,14 +133,15 @@ def build(config: TrainConfig) -> Run:
 
 
 def program(
-  config: TrainConfig, devices: Sequence[jax.Device] | None = None
+  config: TrainConfig, devices: Sequence[jax.Device] | int | None = None
 ) -> Program:
   """Builds what a run computes; reads no data, allocates nothing.
 
   Args:
     config: The configuration.
     devices: The devices to compile for, real or described; None means all of
-      this process.
+      this process. A number is enough for shapes and shardings, but such a
+      program cannot be compiled.
 
   Returns:
     The parts of a run that follow from its configuration alone.
@@ -151,7 +153,7 @@ def program(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
   sharding.check_batch(config.batch_size, config.micro_batches, mesh)
   config = dataclasses.replace(config, model=architecture(config))
-  model = llama.make(config.model)
+  model = llama.make(config.model, _first_device(mesh))
   schedule = learning_rate_schedule(config.optim, config.steps)
   tx = optimizer(config.optim, schedule, labels_of(config.optim))
   abstract = state.abstract(
@@ -274,8 +276,15 @@ def _on_stored(
   return optax.GradientTransformation(init, tx.update)
 
 
+def _first_device(
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> jax.Device | None:
+  """A device of the mesh, if there are any."""
+  return None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+
+
 def _abstract_batch(
-  config: TrainConfig, mesh: jax.sharding.Mesh
+  config: TrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> dict[str, Any]:
   """Shapes, dtypes and shardings of a batch."""
   shape = config.batch_size, config.data.seq_len

@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import pathlib
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -334,7 +334,12 @@ def load(path: str | pathlib.Path) -> TrainConfig:
   return config
 
 
-def parse(args: list[str], description: str) -> TrainConfig:
+Config = TypeVar('Config', bound=TrainConfig)
+
+
+def parse(
+  args: list[str], description: str, kind: type[Config] = TrainConfig
+) -> Config:
   """Makes a configuration from the command line.
 
   ``--config FILE`` chooses the file that overrides start from; without it they
@@ -343,6 +348,8 @@ def parse(args: list[str], description: str) -> TrainConfig:
   Args:
     args: Words of the command line, without the program's name.
     description: What `--help` says before the options.
+    kind: `TrainConfig`, or a program's own extension of it, whose further
+      fields have defaults.
 
   Returns:
     The configuration.
@@ -351,10 +358,13 @@ def parse(args: list[str], description: str) -> TrainConfig:
     SystemExit: After `--help`.
     ValueError: If a field does not exist or a value is not allowed.
   """
-  default, args = _default(args)
+  loaded, args = _default(args)
+  default = kind(
+    **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+  )
   _check_fields(args, default)
   return tyro.cli(
-    TrainConfig,
+    kind,
     default=default,
     args=args,
     description=description,

@@ -66,23 +66,27 @@ def apply_rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
   return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
+Attention = Literal['cudnn', 'xla']
+
+
 def attention_implementation(
-  dtype: jax.typing.DTypeLike, head_dim: int
-) -> Literal['cudnn', 'xla']:
-  """The kernel `jax.nn.dot_product_attention` should use on this machine.
+  device: jax.Device, dtype: jax.typing.DTypeLike, head_dim: int
+) -> Attention:
+  """The kernel `jax.nn.dot_product_attention` should use on a device.
 
   cuDNN's fused attention never stores the [B, N, T, T] scores, but takes only
   half precision and heads of at most 128 features, a multiple of 8, and
   needs an NVIDIA GPU of compute capability 8.0 or later.
 
   Args:
+    device: The device, which need not be of this machine.
     dtype: Dtype of queries, keys and values.
     head_dim: Width of one head.
 
   Returns:
     'cudnn' where it applies, otherwise 'xla'.
   """
-  capability = str(getattr(jax.devices()[0], 'compute_capability', ''))
+  capability = str(getattr(device, 'compute_capability', ''))
   # An AMD device also has a capability, but one that is no number.
   nvidia = re.fullmatch(r'\d+\.\d+', capability) and float(capability) >= 8
   half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
@@ -98,6 +102,7 @@ class CausalSelfAttention(nn.Module):
     num_kv_heads: Number of key/value heads, a divisor of `num_heads`.
     head_dim: Width of one head, even.
     rope_theta: Base of the rotary frequencies.
+    attention: The kernel of `jax.nn.dot_product_attention`.
     dense: Builds a projection from its output width and name; it decides
       dtypes and initialisation.
   """
@@ -106,6 +111,7 @@ class CausalSelfAttention(nn.Module):
   num_kv_heads: int
   head_dim: int
   rope_theta: float
+  attention: Attention
   dense: Callable[..., nn.Module]
 
   @nn.compact
@@ -124,7 +130,7 @@ class CausalSelfAttention(nn.Module):
       k_BTKH,
       v_BTKH,
       is_causal=True,
-      implementation=attention_implementation(q_BTNH.dtype, self.head_dim),
+      implementation=self.attention,
     )
     y_BTD = y_BTNH.reshape(*x_BTD.shape[:-1], -1)
     return self.dense(x_BTD.shape[-1], name='o_proj')(y_BTD)

@@ -174,6 +174,7 @@ def preset(name: str, **overrides: Any) -> LlamaConfig:
 
 class _Block(nn.Module):
   config: LlamaConfig
+  attention: layers.Attention
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -192,7 +193,13 @@ class _Block(nn.Module):
       kernel_init=layers.normal_init(c.initializer_std),
     )
     attn = layers.CausalSelfAttention(
-      c.num_heads, c.kv_heads, c.head_dim, c.rope_theta, dense, name='attn'
+      c.num_heads,
+      c.kv_heads,
+      c.head_dim,
+      c.rope_theta,
+      self.attention,
+      dense,
+      name='attn',
     )
     mlp = layers.SwiGLU(c.intermediate_size, dense, name='mlp')
     x_BTD += attn(norm(name='attn_norm')(x_BTD))
@@ -201,6 +208,7 @@ class _Block(nn.Module):
 
 class _Llama(nn.Module):
   config: LlamaConfig
+  attention: layers.Attention
 
   def setup(self):
     c = self.config
@@ -210,7 +218,7 @@ class _Llama(nn.Module):
       c.vocab_size, c.hidden_size, embedding_init=init, name='embed', **dtypes
     )
     block = nn.remat(_Block, prevent_cse=False) if c.remat else _Block
-    self.layers = block(c)
+    self.layers = block(c, self.attention)
     self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, **dtypes)
     if not c.tie_embeddings:
       self.lm_head = nn.Dense(
@@ -290,11 +298,13 @@ class Model(NamedTuple):
   layer_fns: LayerFns
 
 
-def make(config: LlamaConfig) -> Model:
+def make(config: LlamaConfig, device: jax.Device | None = None) -> Model:
   """Builds the functions of a model.
 
   Args:
     config: The architecture.
+    device: One of those the functions will run on, which decides the kernel of
+      the attention; None is the first of this process.
 
   Returns:
     The functions. Tokens are integers in [0, vocab_size), at most max_seq_len
@@ -306,7 +316,12 @@ def make(config: LlamaConfig) -> Model:
     cosines. The head multiplies in compute dtype, as is usual; its result is
     returned as float32 so that softmax and loss are computed in float32.
   """
-  module, block = _Llama(config), _Block(config)
+  attention = layers.attention_implementation(
+    jax.devices()[0] if device is None else device,
+    config.compute_dtype,
+    config.head_dim,
+  )
+  module, block = _Llama(config, attention), _Block(config, attention)
 
   def method(name):
     return lambda params, x: module.apply({'params': params}, x, method=name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA_AXES = ('data', 'fsdp')
@@ -25,8 +25,8 @@ def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   *,
-  devices: Sequence[jax.Device] | None = None,
-) -> Mesh:
+  devices: Sequence[jax.Device] | int | None = None,
+) -> Mesh | AbstractMesh:
   """Arranges the devices as a mesh with the axes ``data`` and ``fsdp``.
 
   Args:
@@ -34,7 +34,8 @@ def make_mesh(
       `fsdp` leaves.
     fsdp: Number of pieces each copy is split into, at least 1; -1 takes all
       devices that `data` leaves.
-    devices: The devices to use; None means all, of every process.
+    devices: The devices to use; None means all, of every process. A number
+      stands for devices that are not there: enough for shapes and shardings.
 
   Returns:
     A mesh of ``data * fsdp`` devices with automatic axes: under explicit axes
@@ -45,7 +46,7 @@ def make_mesh(
     ValueError: If the sizes do not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  count = len(devices)
+  count = devices if isinstance(devices, int) else len(devices)
   given = f'data={data}, fsdp={fsdp}'
   sizes = [data, fsdp]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -60,10 +61,13 @@ def make_mesh(
       f'divide {count}.'
     )
   shape = tuple(count // known if size == -1 else size for size in sizes)
+  axis_types = (AxisType.Auto, AxisType.Auto)
+  if isinstance(devices, int):
+    return AbstractMesh(shape, DATA_AXES, axis_types=axis_types)
   return jax.make_mesh(
     shape,
     DATA_AXES,
-    axis_types=(AxisType.Auto, AxisType.Auto),
+    axis_types=axis_types,
     devices=devices[: math.prod(shape)],
   )
 

@@ -66,9 +66,9 @@ def test_normal_init_in_bfloat16_has_tails():
   ],
 )
 def test_attention_implementation_follows_device_and_dtype(
-  monkeypatch, capability, dtype, head_dim, expected
+  capability, dtype, head_dim, expected
 ):
   attributes = {} if capability is None else {'compute_capability': capability}
   device = types.SimpleNamespace(**attributes)
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
-  assert layers.attention_implementation(dtype, head_dim) == expected
+  found = layers.attention_implementation(device, dtype, head_dim)
+  assert found == expected
