@@ -247,14 +247,23 @@ def weight_storage(config: TrainConfig) -> layerwise.Storage:
 def _init_fn(
   config: TrainConfig, model: llama.Model
 ) -> Callable[[jax.Array], Any]:
-  """Makes the parameters as they are stored."""
+  """Makes the parameters as they are stored, one layer after the other."""
   if config.step.weight_bits is None:
     return model.init
+  single = llama.make(dataclasses.replace(config.model, num_layers=1))
+
+  def layer(key: jax.Array) -> Any:
+    stored = optim.quantized_weights.quantize_weights(
+      single.init(key)['layers']
+    )
+    return jax.tree.map(lambda x: x[0], stored)
 
   def init(key: jax.Array) -> Any:
-    params = model.init(key)
-    layers = optim.quantized_weights.quantize_weights(params['layers'])
-    return {**params, 'layers': layers}
+    around_key, layers_key = jax.random.split(key)
+    keys_L = jax.random.split(layers_key, config.model.num_layers)
+    # Of the layer that comes with it, nothing is left by the compiler.
+    around = single.init(around_key)
+    return {**around, 'layers': jax.lax.map(layer, keys_L)}
 
   return init
 
