@@ -4,12 +4,12 @@ The protocol is that of `reference_curves` (300 batches of Wikipedia, schedule;
 rank 32, refresh every 60 steps, no clipping) with two differences. The training
 step is that of `training.layerwise`. And only the first 4096 tokens are told
 apart, the rest are one: the head of a full vocabulary is nine tenths of the
-arithmetic, and takes no part in what is compared. Runs differ in how the kernels of the blocks are kept
-between steps and in nothing else: all other parameters, gradients and products
-are float32. One learning rate is good for this run, at the other a step is
-small beside the distance of two 8-bit values. Results go to a JSON file after
-every run; runs it holds already are not repeated. Table and plot come at the
-end, or from `--report`.
+arithmetic, and takes no part in what is compared. Runs differ in how the
+kernels of the blocks are kept between steps and in nothing else: all other
+parameters, gradients and products are float32. One learning rate is good for
+this run, at the other a step is small beside the distance of two 8-bit values.
+Results go to a JSON file after every run; runs it holds already are not
+repeated. Table and plot come at the end, or from `--report`.
 
   python -m benchmarks.int8_weights --reference ../shared/reference/curves
 

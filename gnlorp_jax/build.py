@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from gnlorp_jax import optim
+from gnlorp_jax import folders, optim
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
@@ -78,6 +78,7 @@ class Run(NamedTuple):
   tx: optax.GradientTransformation
   mesh: jax.sharding.Mesh
   loss_fn: step.LossFn
+  apply: Callable[[Any, jax.Array], jax.Array]  # Stored parameters to logits.
   train_step: Any  # As in `Program`.
   eval_step: Any
   train_batches: Any  # A grain iterator: next(), get_state(), set_state().
@@ -119,6 +120,7 @@ def build(config: TrainConfig) -> Run:
     tx=parts.tx,
     mesh=parts.mesh,
     loss_fn=parts.loss_fn,
+    apply=stored_apply(config, parts.model),
     train_step=parts.train_step,
     eval_step=parts.eval_step,
     train_batches=batches.batches(train_file, seed=config.seed, **shape),
@@ -242,6 +244,25 @@ def weight_storage(config: TrainConfig) -> layerwise.Storage:
   return layerwise.Storage(
     load(config.model.compute_dtype), load('float32'), store
   )
+
+
+def stored_apply(
+  config: TrainConfig, model: llama.Model
+) -> Callable[[Any, jax.Array], jax.Array]:
+  """`model.apply` for parameters as they are stored, loaded layer by layer."""
+  if config.step.weight_bits is None:
+    return model.apply
+  storage, fns = weight_storage(config), model.layer_fns
+
+  def apply(params: Any, tokens_BT: jax.Array) -> jax.Array:
+    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+      return fns.block(storage.load(layer), x_BTD), None
+
+    x_BTD = fns.embed(params, tokens_BT)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params['layers'])
+    return fns.head(params, x_BTD)
+
+  return apply
 
 
 def _init_fn(
@@ -472,9 +493,8 @@ def new_state(parts: Program) -> state.TrainState:
     return state.create(
       _init_fn(config, model), _on_stored(config, tx), key, mesh
     )
-  shapes = parts.abstract_state.params
-  params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
-  return state.from_params(params, tx, mesh)
+  params = folders.load(config.init_from, config, mesh)
+  return state.from_params(params, _on_stored(config, tx), mesh, copy=False)
 
 
 def _metadata(
