@@ -84,6 +84,14 @@ def decode(stored):
   )
 
 
+def updated(stored):
+  """Float32 values between those of the code."""
+  return jax.tree.map(
+    lambda x: x + 0.01 * jnp.sin(jnp.arange(1.0, x.size + 1)).reshape(x.shape),
+    optim.quantized_weights.dequantize_weights(stored, jnp.float32),
+  )
+
+
 def assert_same(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -159,10 +167,7 @@ def test_random_numbers_follow_step_layer_and_seed():
   stored = optim.quantized_weights.quantize_weights(
     {'up': {'kernel': jax.random.normal(jax.random.key(0), (1, 16, 32))}}
   )
-  new = jax.tree.map(
-    lambda x: x * 1.01,
-    optim.quantized_weights.dequantize_weights(stored, jnp.float32),
-  )
+  new = updated(stored)
 
   def codes(seed, number, layer):
     storage = build.weight_storage(dataclasses.replace(settings(), seed=seed))
@@ -229,10 +234,7 @@ def test_one_kernel_is_in_full_precision_at_a_time(full, monkeypatch):
 def trained(config):
   """Weights as training leaves them: rounded at random, on uneven grids."""
   params = initial(config)
-  new = jax.tree.map(
-    lambda x: x * 1.01,
-    optim.quantized_weights.dequantize_weights(params['layers'], jnp.float32),
-  )
+  new = updated(params['layers'])
   layers = optim.quantized_weights.requantize_weights(
     new, params['layers'], jax.random.key(1)
   )
