@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from gnlorp_jax import optim
+from gnlorp_jax import folders, optim
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
@@ -79,6 +79,7 @@ class Run(NamedTuple):
   tx: optax.GradientTransformation
   mesh: jax.sharding.Mesh
   loss_fn: step.LossFn
+  apply: Callable[[Any, jax.Array], jax.Array]  # Stored parameters to logits.
   train_step: Any  # As in `Program`.
   eval_step: Any
   train_batches: Any  # A grain iterator: next(), get_state(), set_state().
@@ -120,6 +121,7 @@ def build(config: TrainConfig) -> Run:
     tx=parts.tx,
     mesh=parts.mesh,
     loss_fn=parts.loss_fn,
+    apply=stored_apply(config, parts.model),
     train_step=parts.train_step,
     eval_step=parts.eval_step,
     train_batches=batches.batches(train_file, seed=config.seed, **shape),
@@ -249,17 +251,45 @@ def weight_storage(config: TrainConfig) -> layerwise.Storage:
   )
 
 
+def stored_apply(
+  config: TrainConfig, model: llama.Model
+) -> Callable[[Any, jax.Array], jax.Array]:
+  """`model.apply` for parameters as they are stored, loaded layer by layer."""
+  if config.step.weight_bits is None:
+    return model.apply
+  storage, fns = weight_storage(config), model.layer_fns
+
+  def apply(params: Any, tokens_BT: jax.Array) -> jax.Array:
+    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+      return fns.block(storage.load(layer), x_BTD), None
+
+    x_BTD = fns.embed(params, tokens_BT)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params['layers'])
+    return fns.head(params, x_BTD)
+
+  return apply
+
+
 def _init_fn(
   config: TrainConfig, model: llama.Model
 ) -> Callable[[jax.Array], Any]:
-  """Makes the parameters as they are stored."""
+  """Makes the parameters as they are stored, one layer after the other."""
   if config.step.weight_bits is None:
     return model.init
+  single = llama.make(dataclasses.replace(config.model, num_layers=1))
+
+  def layer(key: jax.Array) -> Any:
+    stored = optim.quantized_weights.quantize_weights(
+      single.init(key)['layers']
+    )
+    return jax.tree.map(lambda x: x[0], stored)
 
   def init(key: jax.Array) -> Any:
-    params = model.init(key)
-    layers = optim.quantized_weights.quantize_weights(params['layers'])
-    return {**params, 'layers': layers}
+    around_key, layers_key = jax.random.split(key)
+    keys_L = jax.random.split(layers_key, config.model.num_layers)
+    # Of the layer that comes with it, nothing is left by the compiler.
+    around = single.init(around_key)
+    return {**around, 'layers': jax.lax.map(layer, keys_L)}
 
   return init
 
@@ -475,9 +505,8 @@ def new_state(parts: Program) -> state.TrainState:
     return state.create(
       _init_fn(config, model), _on_stored(config, tx), key, mesh
     )
-  shapes = parts.abstract_state.params
-  params = hf.load_params(config.init_from, llama.HF_TENSORS, shapes)
-  return state.from_params(params, tx, mesh)
+  params = folders.load(config.init_from, config, mesh)
+  return state.from_params(params, _on_stored(config, tx), mesh, copy=False)
 
 
 def _metadata(

@@ -3,7 +3,6 @@
 import json
 import logging
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax.build import Run
-from gnlorp_jax.models import hf, llama
+from gnlorp_jax import folders
+from gnlorp_jax.build import Run, weight_storage
+from gnlorp_jax.models import llama
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
 from gnlorp_jax.training import metrics
@@ -44,24 +44,57 @@ def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
 def memory(run: Run) -> dict[str, dict[str, int]]:
   """Bytes of this run by component, beside those of AdamW.
 
-  AdamW is counted with two float32 moments per parameter, which is what
-  `optim.adamw` holds; gradients have the parameters' dtype in both.
+  AdamW is counted in whole steps, with parameters and gradients in the model's
+  dtype and two float32 moments per parameter, which is what `optim.adamw`
+  holds. Layer by layer a run's gradients are those of one block, those around
+  the blocks, and where it waits before it updates, what the projection leaves
+  of all blocks.
   """
-  params = run.abstract_state.params
-  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+  config = run.config
+  exact = jax.eval_shape(llama.make(config.model).init, jax.random.key(0))
   ours = {
-    'parameters': tree_bytes(params),
-    'gradients': tree_bytes(params),
+    'parameters': tree_bytes(run.abstract_state.params),
+    'gradients': tree_bytes(exact)
+    if config.step.mode == 'whole'
+    else _layerwise_gradients(run),
     **state_bytes(run.abstract_state.opt_state),
   }
-  adamw = {**dict.fromkeys(ours, 0), 'moments': 8 * entries}
-  for name in ('parameters', 'gradients'):
-    adamw[name] = ours[name]
+  adamw = {
+    **dict.fromkeys(ours, 0),
+    'parameters': tree_bytes(exact),
+    'gradients': tree_bytes(exact),
+    'moments': 8 * llama.num_params(config.model),
+  }
   return {
     name: {'this run': ours[name], 'adamw': adamw[name]}
     for name in ours
     if name != 'errors' or ours[name]  # Few optimizers have them.
   }
+
+
+def _layerwise_gradients(run: Run) -> int:
+  """Bytes of the gradients that a step holds at once, layer by layer."""
+  config, abstract = run.config, run.abstract_state
+  load = weight_storage(config).load
+  params = jax.eval_shape(
+    lambda params: {**params, 'layers': load(params['layers'])}, abstract.params
+  )
+  layers = tree_bytes(params['layers'])
+  around = tree_bytes(params) - layers
+  one = layers // config.model.num_layers
+  waits = hasattr(run.tx, 'project') and (
+    config.step.accumulate == 'projected'
+    or config.optim.clip_global_norm is not None
+  )
+  if not waits:
+    return around + one
+  left = jax.eval_shape(
+    lambda params, opt: run.tx.project(params, opt, params)[0],
+    *(params, abstract.opt_state),
+  )
+  if config.step.accumulate == 'projected':  # They are added up.
+    return one + 4 * sum(leaf.size for leaf in jax.tree.leaves(left))
+  return one + tree_bytes(left)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -91,7 +124,7 @@ def sample_text(run: Run, params: Any) -> str:
   if prompt_T.size == 0:
     prompt_T = np.array([run.tokenizer.eos_id])
   new_T = generate(
-    run.model.apply,
+    run.apply,
     params,
     prompt_T,
     settings.num_tokens,
@@ -106,15 +139,15 @@ def sample_text(run: Run, params: Any) -> str:
 
 def export(run: Run, params: Any, folder: pathlib.Path) -> None:
   """Writes a Hugging Face folder, in place of that of an earlier finish."""
-  shutil.rmtree(folder, ignore_errors=True)
   tokenizer = run.tokenizer
-  hf_config = llama.config_to_hf(
+  folders.export(
+    folder,
+    params,
     run.config.model,
     bos_token_id=tokenizer.bos_id,
     eos_token_id=tokenizer.eos_id,
     pad_token_id=tokenizer.pad_id,
   )
-  hf.export(folder, params, llama.HF_TENSORS, hf_config)
   tokenizer.save(folder)
 
 
@@ -130,9 +163,7 @@ def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
   ]
   summary: dict[str, Any] = {
     'optimizer': run.config.optim.name,
-    'parameters': sum(
-      leaf.size for leaf in jax.tree.leaves(run.abstract_state.params)
-    ),
+    'parameters': llama.num_params(run.config.model),
     'steps': run.config.steps,
     'first_eval_loss': evals[0]['eval/loss'],
     'last_eval_loss': evals[-1]['eval/loss'],

@@ -429,6 +429,70 @@ def test_run_that_is_killed_and_stopped_ends_as_if_it_never_was(
   assert_ends_alike(args, options(finished.folder))
 
 
+# Layer by layer, and in 8 bits.
+
+
+EIGHT_BITS = {'step__mode': 'layerwise', 'step__weight_bits': 8}
+
+
+def test_run_in_8_bits_that_is_killed_ends_as_if_it_never_was(
+  options, tmp_path, compiled_once
+):
+  expected = options(tmp_path / 'whole', **EIGHT_BITS)
+  run_main(expected)
+  losses = [
+    row['eval/loss']
+    for row in read_rows(tmp_path / 'whole')
+    if 'eval/loss' in row
+  ]
+  assert losses[-1] < 0.7 * losses[0]
+  assert (tmp_path / 'whole/sample.txt').read_text().strip()
+  summary = json.loads((tmp_path / 'whole/summary.json').read_text())
+  # Vectors: 2 norms a layer and the last; kernels: 4 of 32 x 32, 3 of 32 x 48.
+  kernels = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+  around = 2 * 300 * 32 + 5 * 32
+  assert summary['parameters'] == kernels + around
+  # A byte each and eight per block: 4 x 4 and 3 x 6 blocks in a layer.
+  held = kernels + 8 * 2 * (4 * 4 + 3 * 6) + 4 * around
+  assert summary['memory_bytes']['parameters']['this run'] == held
+
+  args = options(tmp_path / 'killed', **EIGHT_BITS)
+  code, output = start_signalled(
+    args, compiled_once, 'write', 14, 0.0, signal.SIGKILL
+  )
+  assert code == -signal.SIGKILL, output
+  assert re.search(r' at step (4|8|12)\.', run_main(args))
+  assert_ends_alike(args, expected)
+
+
+def test_a_run_may_change_between_whole_steps_and_layers(
+  finished, options, tmp_path
+):
+  start, _ = read_state(options(finished.folder))
+  ends = []
+  for mode in ('whole', 'layerwise'):
+    folder = shutil.copytree(finished.folder, tmp_path / mode)
+    args = options(folder, steps=26, step__mode=mode)
+    assert 'at step 24.' in run_main(args)
+    ends.append(read_state(args)[0])
+  assert jax.tree.structure(ends[0]) == jax.tree.structure(ends[1])
+  assert int(ends[1].step) == 26
+  # Sums in another order: float32 rounding, which Adam makes larger.
+  way = distance(ends[0].params, start.params)
+  assert distance(ends[0].params, ends[1].params) < 1e-3 * way
+
+
+def test_bits_of_the_weights_cannot_change_within_a_run(
+  finished, options, capsys
+):
+  args = options(finished.folder, **EIGHT_BITS)
+  assert message_of(args, capsys) == (
+    f'error: Checkpoint in {finished.folder} was made with other settings: '
+    'step.weight_bits None != 8. Use another run directory or the same '
+    'settings.'
+  )
+
+
 def truncate(path):
   with open(path, 'r+b') as file:
     file.truncate(path.stat().st_size // 2)

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -51,7 +51,10 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_params(
-  folder: str | os.PathLike, table: Table, abstract_params: dict[str, Any]
+  folder: str | os.PathLike,
+  table: Table,
+  abstract_params: dict[str, Any],
+  keep: Callable[[str, jax.Array], Any] = lambda path, array: array,
 ) -> dict[str, Any]:
   """Reads the weights of a checkpoint into the layout of a model.
 
@@ -64,9 +67,13 @@ def load_params(
       is not in `abstract_params`, as of a tied head, are passed over.
     abstract_params: Nested dict with the shape, the dtype and, if set, the
       sharding of every parameter: `jax.eval_shape` of the model's init.
+    keep: ``keep(path, array)`` makes of a parameter what is returned for it.
+      It is called before the next one is read, so that a smaller form of it
+      can take its place.
 
   Returns:
-    Arrays in the layout of `abstract_params`, cast to its dtypes.
+    What `keep` makes of arrays in the layout of `abstract_params`, cast to its
+    dtypes; without it, these arrays.
 
   Raises:
     ValueError: If a file is absent or damaged, or if tensors are missing, left
@@ -82,12 +89,7 @@ def load_params(
       {name: tuple(f.get_slice(name).get_shape()) for name, f in files.items()},
     )
     for path, group in itertools.groupby(tensors, lambda tensor: tensor.path):
-      leaf = leaves[path]
-      host = np.empty(leaf.shape, leaf.dtype)
-      for tensor in group:
-        value = files[tensor.name].get_tensor(tensor.name)
-        host[tensor.index] = value.T if tensor.transpose else value
-      params[path] = jax.device_put(host, leaf.sharding)
+      params[path] = keep(path, _read(leaves[path], list(group), files))
   return traverse_util.unflatten_dict(params, sep='/')
 
 
@@ -122,7 +124,8 @@ def export(
 
   Args:
     folder: Folder to create.
-    params: Nested dict of arrays, each wholly addressable by this process.
+    params: Nested dict of arrays, each wholly addressable by this process, or
+      of what has a shape, a dtype and arrays as slices of its first axis.
     table: The model's rows (our path, their name, transposed).
     hf_config: Contents of `config.json`.
     max_shard_bytes: Size above which the weights are split into several files,
@@ -194,6 +197,17 @@ def _tensors(table: Table, leaves: dict[str, Any]) -> list[_Tensor]:
         )
       )
   return tensors
+
+
+def _read(
+  leaf: jax.ShapeDtypeStruct, tensors: list[_Tensor], files: dict[str, Any]
+) -> jax.Array:
+  """One parameter from its tensors; nothing of it stays on the host."""
+  host = np.empty(leaf.shape, leaf.dtype)
+  for tensor in tensors:
+    value = files[tensor.name].get_tensor(tensor.name)
+    host[tensor.index] = value.T if tensor.transpose else value
+  return jax.device_put(host, leaf.sharding, may_alias=False)
 
 
 def _to_numpy(leaf: jax.Array, tensor: _Tensor) -> np.ndarray:

@@ -308,14 +308,65 @@ def quantize(
   x_KB = _blocks(x.astype(jnp.float32), codec, shape)
   if codec.kind == 'affine':
     codes_KB, scale_K1, zero_K1 = _quantize_affine(x_KB, codec, key)
-    zero = zero_K1[..., 0]
   else:
-    scale_K1 = _largest(x_KB)
+    scale_K1, zero_K1 = _largest(x_KB), None
     codes_KB = _encode(x_KB * (1 / jnp.maximum(scale_K1, _TINY)), codec)
-    zero = None
+  return _assemble(codes_KB, scale_K1, zero_K1, codec, shape)
+
+
+def quantize_onto(
+  x: jax.Array, codec: Codec, scale: jax.Array, zero: jax.Array
+) -> QuantizedArray:
+  """Quantises matrices to nearest, on given values if they lie on these.
+
+  Scale and zero follow from a block's extremes, and the extremes of decoded
+  values need not be those that were encoded. Here a block whose elements are
+  values of the given scale and zero, or such values rounded to bfloat16, keeps
+  scale and zero and gets the codes that they were decoded from (in bfloat16 one
+  off at most, and only beyond 128 steps from zero, where a step is less than
+  its unit); any other block gets its own scale and zero.
+
+  Args:
+    x: Finite array ``[*, m, n]``, any floating dtype.
+    codec: How; an `affine` codec.
+    scale: float32 ``[*, blocks]``, of the array that may have been decoded.
+    zero: The same of its zeros.
+
+  Returns:
+    The quantised stack.
+  """
+  shape = x.shape[-2:]
+  x_KB = _blocks(x.astype(jnp.float32), codec, shape)
+  own_KB, own_scale_K1, own_zero_K1 = _quantize_affine(x_KB, codec, None)
+  scale_K1, zero_K1 = scale[..., None], zero[..., None]
+  codes_KB = jnp.clip(
+    jnp.round(x_KB / scale_K1) + zero_K1, 0, 2**codec.bits - 1
+  )
+  value_KB = (codes_KB - zero_K1) * scale_K1
+  # Rounding to bfloat16 moves a number by up to 2**-8 of itself.
+  near_KB = jnp.abs(x_KB - value_KB) <= 2.0**-8 * jnp.abs(value_KB)
+  fits_K1 = jnp.all(near_KB, axis=-1, keepdims=True)
+  return _assemble(
+    jnp.where(fits_K1, codes_KB.astype(jnp.uint8), own_KB),
+    jnp.where(fits_K1, scale_K1, own_scale_K1),
+    jnp.where(fits_K1, zero_K1, own_zero_K1),
+    codec,
+    shape,
+  )
+
+
+def _assemble(
+  codes_KB: jax.Array,
+  scale_K1: jax.Array,
+  zero_K1: jax.Array | None,
+  codec: Codec,
+  shape: tuple[int, ...],
+) -> QuantizedArray:
+  """The quantised stack of blocks."""
   codes = _unblock(codes_KB, shape)
   if codec.bits == 4:
     codes = _pack(codes)
+  zero = None if zero_K1 is None else zero_K1[..., 0]
   return QuantizedArray(codes, scale_K1[..., 0], zero, codec, shape)
 
 

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.quantization import (
@@ -37,6 +38,9 @@ def quantize_weights(params: Any, codec: Codec = CODEC) -> Any:
   Returns:
     The same tree with a `QuantizedArray` for each kernel.
 
+  Raises:
+    ValueError: If a kernel is no floating array, or is no stack of matrices.
+
   Examples:
     >>> params = {'kernel': jnp.ones((3, 16, 32)), 'bias': jnp.ones((3, 32))}
     >>> quantize_weights(params)['kernel'].scale.shape
@@ -47,8 +51,16 @@ def quantize_weights(params: Any, codec: Codec = CODEC) -> Any:
   """
 
   def encode(path: Any, leaf: jax.Array) -> Any:
-    is_kernel = path_name(path).split('/')[-1] == 'kernel'
-    return quantize(leaf, codec, matrix_axes=2) if is_kernel else leaf
+    name = path_name(path)
+    if name.split('/')[-1] != 'kernel':
+      return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ValueError(
+        f'{name!r} has dtype {leaf.dtype}: only floating kernels are '
+        'quantised. Cast it, or give those that are already quantised to '
+        'requantize_weights.'
+      )
+    return quantize(leaf, codec, matrix_axes=2)
 
   return jax.tree_util.tree_map_with_path(encode, params)
 

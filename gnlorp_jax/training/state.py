@@ -76,22 +76,28 @@ def from_params(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: sharding.Rules = sharding.DEFAULT_RULES,
+  *,
+  copy: bool = True,
 ) -> TrainState:
   """Starts from given parameters, such as pre-trained ones.
 
   Args:
-    params: Pytree of NumPy or JAX arrays. They are copied: the caller's stay
-      valid when a training step donates the state.
+    params: Pytree of NumPy or JAX arrays.
     tx: The optimizer.
     mesh: The mesh to place the state on.
     rules: As in `abstract`.
+    copy: Whether parameters are copied, so that the caller's stay valid when a
+      training step donates the state. Without, JAX arrays that are in their
+      place already are taken as they are.
 
   Returns:
     The state at step 0.
   """
   start = _initialiser(lambda params: params, tx)
   target = sharding.infer_shardings(jax.eval_shape(start, params), mesh, rules)
-  params = jax.device_put(params, target.params, may_alias=False)
+  params = jax.device_put(
+    params, target.params, may_alias=False if copy else None
+  )
   opt_state = jax.jit(tx.init, out_shardings=target.opt_state)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), target.step)
   skipped = jax.device_put(jnp.zeros((), jnp.int32), target.skipped)
