@@ -223,13 +223,42 @@ def _state_at(state: Any, layer: jax.Array) -> Any:
   )
 
 
-def _put_state(state: Any, new: Any, layer: jax.Array) -> Any:
-  """Writes it back; what the layers share stays as it was."""
+def _put_state(state: Any, new: Any, old: Any, layer: jax.Array) -> Any:
+  """Writes it back; what the layers share stays as it was.
+
+  So does what is the very slice that was read, `old`. XLA would not see that,
+  and on CPUs copy the stack to write it.
+  """
+
+  def put(stack: jax.Array, n: jax.Array, o: jax.Array) -> jax.Array:
+    return stack if n is o else _put(stack, n, layer)
+
   return jax.tree.map(
-    lambda old, n: _put(old, n, layer) if _has_layers(old) else old,
+    lambda node, n, o: (
+      jax.tree.map(put, node, n, o) if _has_layers(node) else node
+    ),
     state,
     new,
+    old,
     is_leaf=_has_layers,
+  )
+
+
+def _with_untouched(
+  act: Callable[[Any, Any], tuple[Any, Any]], new: Any, old: Any, params: Any
+) -> Any:
+  """A new state, with the arrays of `old` that `act` does not touch."""
+
+  def touched(old: Any, params: Any) -> Any:
+    _, new = act(old, params)
+    return jax.tree.map(lambda n, o: None if n is o else n, new, old)
+
+  return jax.tree.map(
+    lambda is_touched, n, o: o if is_touched is None else n,
+    jax.eval_shape(touched, old, params),
+    new,
+    old,
+    is_leaf=lambda x: x is None,
   )
 
 
@@ -447,17 +476,30 @@ class _Engine(NamedTuple):
     layers, opt, sums = carry
     old, old_opt = _at(layers, layer), _state_at(opt, layer)
     start = {LAYERS: self.storage.load_exact(old)}
-    updates, new_opt = act(old_opt, start)
-    moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, start, updates)
-    new = self.storage.store(moved[LAYERS], old, step, layer)
-    new, new_opt, kept = _where(
-      sums.finite, (new, new_opt, moved), (old, old_opt, start)
-    )
+
+    # In the branches of a condition, because then all that is read is read
+    # before anything is written: XLA on CPUs copies a stack where it is not.
+    def take() -> Any:
+      updates, new_opt = act(old_opt, start)
+      moved = jax.tree.map(
+        lambda p, u: p.astype(jnp.float32) + u, start, updates
+      )
+      new = self.storage.store(moved[LAYERS], old, step, layer)
+      return new, new_opt, _squares(updates), _squares(moved)
+
+    def leave() -> Any:
+      return old, old_opt, jnp.zeros((), jnp.float32), _squares(start)
+
+    new, new_opt, update, weight = jax.lax.cond(sums.finite, take, leave)
+    new_opt = _with_untouched(act, new_opt, old_opt, start)
     sums = sums._replace(
-      update=sums.update + _squares(updates),
-      weight=sums.weight + _squares(kept),
+      update=sums.update + update, weight=sums.weight + weight
     )
-    return _put(layers, new, layer), _put_state(opt, new_opt, layer), sums
+    return (
+      _put(layers, new, layer),
+      _put_state(opt, new_opt, old_opt, layer),
+      sums,
+    )
 
 
 def _finish(
@@ -626,13 +668,14 @@ def _project(
   def visit(layer: jax.Array, grads: Any, carry: Any) -> Any:
     layers, opt, small_L, squares = carry
     start = {LAYERS: engine.storage.load_exact(_at(layers, layer))}
-    small, mine = engine.tx.project(grads, _state_at(opt, layer), start, **look)
+    old = _state_at(opt, layer)
+    small, mine = engine.tx.project(grads, old, start, **look)
     total = jax.tree.map(
       lambda x_L, x: _at(x_L, layer) + x[None].astype(x_L.dtype), small_L, small
     )
     return (
       layers,
-      _put_state(opt, mine, layer),
+      _put_state(opt, mine, old, layer),
       _put(small_L, total, layer),
       squares + _squares(grads),
     )
