@@ -14,10 +14,8 @@ steps no loop turns.
 
 import os
 
-DEVICES = (4, 8)
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + f' --xla_force_host_platform_device_count={max(DEVICES)}'
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -34,6 +32,7 @@ from benchmarks import layerwise_step, optimizer_step, record
 from gnlorp_jax import build
 from gnlorp_jax.collectives import collectives
 
+DEVICES = (4, 8)
 RESULTS = pathlib.Path('benchmarks/results/collectives.json')
 SIZES = {'hidden': 512, 'layers': 8, 'rank': 64, 'batch_size': 16}
 METHODS: dict[str, dict[str, Any]] = {
