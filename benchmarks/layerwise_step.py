@@ -79,6 +79,14 @@ STEPS: dict[str, dict[str, Any]] = {
   'layerwise': {'mode': 'layerwise'},
   'projected': {'mode': 'layerwise', 'accumulate': 'projected'},
 }
+# Gradients at once; waiting for their norm; summed after projecting.
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
+  'plain': {'clip_global_norm': None},
+  'clipped': {'clip_global_norm': 1.0},
+  'projected': {
+    **{'clip_global_norm': 1.0, 'accumulate': 'projected', 'micro_batches': 4}
+  },
+}
 LAYER_COUNTS = (8, 16, 32)
 # Methods whose step needs the whole gradient to its end.
 WHOLE_GRADIENT = ('adamw', 'fira', 'ldadam')
@@ -283,10 +291,10 @@ def stacked_copies(hlo_text: str, layers: int) -> list[str]:
 
 def memory_row(method: str, setting: str) -> dict[str, Any]:
   """Temporaries of a method's layer-wise step as the layers grow."""
-  options = {**MEMORY_METHODS[method], 'mode': 'layerwise'}
-  options['clip_global_norm'] = None if setting == 'plain' else 1.0
-  if setting == 'projected':
-    options |= {'accumulate': 'projected', 'micro_batches': 4}
+  options = {
+    **{**MEMORY_METHODS[method], **MEMORY_SETTINGS[setting]},
+    'mode': 'layerwise',
+  }
   temps, copied, state_bytes = [], [], []
   for layers in LAYER_COUNTS:
     run = settings(
@@ -342,6 +350,7 @@ def main() -> None:
   add = parser.add_argument
   add('what', choices=('time', 'memory'))
   add('--methods', nargs='+', help='rows of the table (default: all)')
+  add('--settings', nargs='+', help='of them (default: all)')
   add('--rounds', type=int, default=5, help='turns of every step')
   add('--turn', type=int, default=3, help='steps of a turn')
   add('--hidden', type=int, default=512, help='width of the model (time)')
@@ -353,26 +362,24 @@ def main() -> None:
     if name not in methods:
       parser.error(f'No method {name!r}; there are {list(methods)}.')
   output = args.output or RESULTS / f'layerwise_{args.what}.json'
-  header = {
-    'command': ' '.join(sys.argv[1:]),
-    **optimizer_step.environment(),
-  }
   sizes = {'hidden': args.hidden, 'layers': args.layers}
   sizes['rank'] = args.hidden // 4
+  header = {
+    'command': ' '.join(sys.argv[1:]),
+    **(sizes if args.what == 'time' else {}),
+    **optimizer_step.environment(),
+  }
   rows: list[dict[str, Any]] = []
-  for method in args.methods or methods:
-    projects = methods[method].get('name') not in WHOLE_GRADIENT
-    if args.what == 'time':
-      for setting in SETTINGS:
+  names = SETTINGS if args.what == 'time' else MEMORY_SETTINGS
+  for setting in args.settings or names:
+    for method in args.methods or methods:
+      projects = methods[method].get('name') not in WHOLE_GRADIENT
+      if args.what == 'time':
         rows += race(method, setting, sizes, args.rounds, args.turn)
-        record.write_json(output, {**header, **sizes, 'rows': rows})
-        optimizer_step.progress(f'{method}, {setting}')
-      continue
-    for setting in ('plain', 'clipped', 'projected'):
-      if setting != 'projected' or projects:
+      elif setting != 'projected' or projects:
         rows.append(memory_row(method, setting))
-        record.write_json(output, {**header, 'rows': rows})
-        optimizer_step.progress(f'{method}, {setting}')
+      record.write_json(output, {**header, 'rows': rows})
+      optimizer_step.progress(f'{method}, {setting}')
   table = time_table if args.what == 'time' else memory_table
   sys.stdout.write(table(rows))
 
