@@ -326,7 +326,19 @@ def refresh_due(
       moments = _where(keep, moments, moved)
     return jax.tree.map(put, carry, (new, moments))
 
-  subspace, moments = jax.lax.fori_loop(0, jnp.sum(due), refit, (old, moments))
+  if due.size == 1:
+    # XLA would take all that depends on the gradient alone out of the loop,
+    # and sum it over devices and scale it at every step.
+    subspace, moments = jax.lax.cond(
+      due[0],
+      lambda carry: refit(jnp.int32(0), carry),
+      lambda carry: carry,
+      (old, moments),
+    )
+  else:
+    subspace, moments = jax.lax.fori_loop(
+      0, jnp.sum(due), refit, (old, moments)
+    )
   return jax.tree.map(restore, (subspace, moments))
 
 
