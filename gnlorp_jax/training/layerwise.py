@@ -271,6 +271,24 @@ class _Cut(NamedTuple):
 WHOLE = _Cut(0, 1)
 
 
+def _with_untouched(
+  act: Callable[[Any, Any], tuple[Any, Any]], new: Any, old: Any, params: Any
+) -> Any:
+  """A new state, with the arrays of `old` that `act` does not touch."""
+
+  def touched(old: Any, params: Any) -> Any:
+    _, new = act(old, params)
+    return jax.tree.map(lambda n, o: None if n is o else n, new, old)
+
+  return jax.tree.map(
+    lambda is_touched, n, o: o if is_touched is None else n,
+    jax.eval_shape(touched, old, params),
+    new,
+    old,
+    is_leaf=lambda x: x is None,
+  )
+
+
 # Numbers.
 
 

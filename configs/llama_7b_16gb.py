@@ -1,0 +1,23 @@
+"""LLaMA-7b with the GaLore protocol on C4, on one GPU of 16 GB: INT8 weights.
+
+Command:
+  python train_lm.py --config configs/llama_7b_16gb.py \
+    --data.source 'C4/*.json.gz' \
+    --data.validation-source C4_VALIDATION.json.gz \
+    --data.tokenizer T5_FOLDER
+
+As llama_7b_24gb.py, with the kernels of the blocks in 8 bits, rounded
+stochastically, and bases in 4. Has not been run yet;
+benchmarks/gpu_layerwise.sh measures its memory and its first steps.
+"""
+
+import dataclasses
+
+from configs import llama_7b_24gb
+
+config = dataclasses.replace(
+  llama_7b_24gb.config,
+  run_dir='runs/llama_7b_16gb',
+  optim=dataclasses.replace(llama_7b_24gb.config.optim, basis_bits=4),
+  step=dataclasses.replace(llama_7b_24gb.config.step, weight_bits=8),
+)
