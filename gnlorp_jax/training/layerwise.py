@@ -271,21 +271,17 @@ class _Cut(NamedTuple):
 WHOLE = _Cut(0, 1)
 
 
-def _with_untouched(
-  act: Callable[[Any, Any], tuple[Any, Any]], new: Any, old: Any, params: Any
-) -> Any:
-  """A new state, with the arrays of `old` that `act` does not touch."""
+def _same(new: Any, old: Any) -> list[bool]:
+  """Which arrays of a state are handed on as they were."""
+  pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+  return [n is o for n, o in pairs]
 
-  def touched(old: Any, params: Any) -> Any:
-    _, new = act(old, params)
-    return jax.tree.map(lambda n, o: None if n is o else n, new, old)
 
-  return jax.tree.map(
-    lambda is_touched, n, o: o if is_touched is None else n,
-    jax.eval_shape(touched, old, params),
-    new,
-    old,
-    is_leaf=lambda x: x is None,
+def _written(new: Any, same: list[bool]) -> Any:
+  """A state to write, without what is there already."""
+  leaves, treedef = jax.tree.flatten(new)
+  return treedef.unflatten(
+    _KEPT if kept else leaf for leaf, kept in zip(leaves, same, strict=True)
   )
 
 
@@ -554,11 +550,7 @@ class _Engine(NamedTuple):
     sums = sums._replace(
       update=sums.update + update, weight=sums.weight + weight
     )
-    # An array that was handed on is not written.
-    leaves, treedef = jax.tree.flatten(new_mine)
-    written = treedef.unflatten(
-      _KEPT if same else leaf for leaf, same in zip(leaves, kept, strict=True)
-    )
+    written = _written(new_mine, kept)
     params = _replace(params, path, cut.put(stored, new))
     return (params, self.put_own(opt, path, written, cut), sums), new_mine
 
@@ -773,18 +765,16 @@ def _project(
   def project(path: Path, grad: jax.Array, carry: Any, cut: _Cut) -> Any:
     params, opt, small, squares = carry
     start = engine.storage.load_exact(cut.at(_leaf(params, path)))
+    old = engine.own(opt, path, cut)
     new, mine = engine.tx.project(
-      _nest(path, grad),
-      engine.own(opt, path, cut),
-      _nest(path, start),
-      **look,
+      _nest(path, grad), old, _nest(path, start), **look
     )
     waits = cut.at(small[path])
     if path in engine.layer_paths:
       new = jax.tree.map(lambda x: x[None], new)
     total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), waits, new)
     small = {**small, path: cut.put(small[path], total)}
-    opt = engine.put_own(opt, path, mine, cut)
+    opt = engine.put_own(opt, path, _written(mine, _same(mine, old)), cut)
     return params, opt, small, squares + _squares(grad)
 
   def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
