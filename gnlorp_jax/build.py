@@ -204,6 +204,7 @@ def _steps(
     pieces,
     tx,
     params,
+    clipping=config.step.clipping,
     accumulate=config.step.accumulate,
     mesh=mesh,
     storage=storage,

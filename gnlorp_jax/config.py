@@ -179,6 +179,11 @@ class StepConfig:
   blocks' inputs for the whole batch and is exact; 'projected' keeps those of
   one micro-batch, and projected gradients, which are all that devices along
   mesh.data exchange."""
+  clipping: Literal['waiting', 'recompute'] = 'waiting'
+  """How layerwise mode knows the norm to clip before it updates: 'waiting'
+  keeps the projected gradients of all blocks, 'recompute' takes a backward pass
+  before, which needs more time and no memory. Optimizers that need the whole
+  gradient always take that."""
   offload: bool = False
   """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
   weight_bits: Literal[8] | None = None
@@ -188,9 +193,9 @@ class StepConfig:
   def __post_init__(self):
     if self.mode == 'layerwise':
       return
-    for name in ('accumulate', 'offload', 'weight_bits'):
-      value = getattr(self, name)
-      if value not in ('gradient', False, None):
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if value != field.default:
         raise ValueError(
           f"StepConfig.{name}={value!r} needs mode='layerwise', got mode="
           f'{self.mode!r}.'

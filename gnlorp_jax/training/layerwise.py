@@ -32,6 +32,7 @@ from gnlorp_jax.training.state import TrainState
 from gnlorp_jax.training.step import Batch, LossFn, Metrics, split_rows
 
 Accumulate = Literal['gradient', 'projected']
+Clipping = Literal['waiting', 'recompute']
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Path = tuple[str, ...]
 # The top-level key of the parameters that are stacked [L, ...].
@@ -119,6 +120,7 @@ def make_train_step(
   *,
   num_micro_batches: int = 1,
   clip_global_norm: float | None = None,
+  clipping: Clipping = 'waiting',
   accumulate: Accumulate = 'gradient',
   mesh: Mesh | None = None,
   storage: Storage = PLAIN,
@@ -134,9 +136,10 @@ def make_train_step(
   With ``accumulate='gradient'`` a layer's gradient is summed over the
   micro-batches before the optimizer sees it: they change nothing but the memory
   inside of a block, and the inputs of the blocks are kept for the whole batch.
-  The norm that is clipped is that of all gradients. If `tx` comes in two halves
-  (`optim.split`), what its projection leaves of the gradients waits for that
-  norm; otherwise the backward pass runs twice.
+  The norm that is clipped is that of all gradients. With
+  ``clipping='waiting'``, what the projection leaves of the gradients waits for
+  that norm; with ``recompute``, and where `tx` does not come in two halves
+  (`optim.split`), a first backward pass measures it: more time, less memory.
 
   With ``accumulate='projected'`` one micro-batch after the other goes through
   the whole model, and what the projection leaves is summed: over them, and over
@@ -157,6 +160,7 @@ def make_train_step(
       stacked ``[L, ...]``.
     num_micro_batches: Pieces of the batch; must divide the batch size.
     clip_global_norm: The largest norm; None does not clip.
+    clipping: ``waiting`` or ``recompute``, of ``accumulate='gradient'``.
     accumulate: ``gradient`` or ``projected``.
     mesh: The mesh, where ``projected`` should sum over its axis ``data``.
     storage: How the parameters of the layers are stored.
@@ -204,7 +208,8 @@ def make_train_step(
     engine = engine._replace(row_blocks=counts)
   if accumulate == 'projected':
     return _projected_step(engine, num_micro_batches, clip_global_norm, mesh)
-  if clip_global_norm is not None and comes_in_halves:
+  waits = comes_in_halves and clipping == 'waiting'
+  if clip_global_norm is not None and waits:
     return _waiting_step(engine, num_micro_batches, clip_global_norm)
   return _immediate_step(engine, num_micro_batches, clip_global_norm)
 

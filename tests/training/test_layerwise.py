@@ -194,12 +194,19 @@ def test_every_optimizer_takes_the_whole_steps(name, clip, k, mesh):
   assert_equal(found, expected)
 
 
-@pytest.mark.parametrize('clip', [None, 12.0])
-def test_tied_head_equals_the_whole_step(clip):
+@pytest.mark.parametrize(
+  ('clip', 'clipping'),
+  [(None, 'waiting'), (12.0, 'waiting'), (12.0, 'recompute')],
+)
+def test_tied_head_equals_the_whole_step(clip, clipping):
   tx = optimizer('gradnormlorp')
   found = trajectory(
     lambda params: layerwise.make_train_step(
-      PIECES._replace(loss=tied_loss), tx, params, clip_global_norm=clip
+      PIECES._replace(loss=tied_loss),
+      tx,
+      params,
+      clip_global_norm=clip,
+      clipping=clipping,
     ),
     tx,
     mesh_of(1),

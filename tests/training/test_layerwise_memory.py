@@ -17,8 +17,8 @@ from gnlorp_jax import build
 LAYERS = 9, 17, 33
 VOCAB, BATCH, POSITIONS, FEATURES, RANK = 192, 4, 32, 128, 16
 HIDDEN = FEATURES * 43 // 16
-# Compiling takes nearly all of the time here. Buffers are assigned alike: the
-# growths below are those with all optimizations, too.
+# Compiling takes nearly all of the time here. The growth of the first case is
+# that with all optimizations, too.
 COMPILER_OPTIONS = {'xla_backend_optimization_level': 0}
 if jax.__version_info__ < (0, 11):  # Later there is nothing else.
   COMPILER_OPTIONS['xla_cpu_use_fusion_emitters'] = False
@@ -29,10 +29,10 @@ INPUT = BATCH * POSITIONS * FEATURES * 4
 PROJECTED = 4 * RANK * (4 * FEATURES + 3 * HIDDEN)
 MAGNITUDES = 4 * (5 * FEATURES + 2 * HIDDEN)
 NORMS = 4 * 2 * FEATURES
-# XLA copies the stack of a block's first norm: its last use, for the gradient
-# of the block's input, comes after its own. The loops' counters of bases are
+# XLA copies the stacks of the norms' scales: their last uses, for gradients of
+# what comes before them, come after their own. The loops' counters of bases are
 # four bytes for each matrix and number.
-SLACK = 4 * FEATURES + 7 * 4 * 8
+SLACK = NORMS + 7 * 4 * 8
 
 CASES = {
   'fp32': ({}, INPUT),
