@@ -281,8 +281,11 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     axes.legend(title='eval loss', fontsize=7, title_fontsize=7)
     axes.grid(color='0.9')
     axes.set_axisbelow(True)
-  for axes in panels[-1]:
-    axes.set_xlabel('step')
+  for axes in panels.flat:
+    if axes.lines:
+      axes.set_xlabel('step')
+    else:
+      axes.set_visible(False)
   figure.supylabel('training loss less that of float32 kernels, smoothed')
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
