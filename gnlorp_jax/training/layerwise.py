@@ -194,8 +194,7 @@ def make_train_step(
     pieces=pieces,
     tx=tx if comes_in_halves else optax.with_extra_args_support(tx),
     keys=frozenset(params),
-    # From the last to the first, as the backward pass finds them.
-    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)[::-1]),
+    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)),
     around_paths=tuple(p for p in paths if p[0] != LAYERS),
     num_layers=num_layers,
     storage=storage,
@@ -386,7 +385,7 @@ class _Engine(NamedTuple):
   pieces: Pieces
   tx: Any
   keys: frozenset[str]  # of the parameters
-  layer_paths: tuple[Path, ...]  # in the order in which they are updated
+  layer_paths: tuple[Path, ...]
   around_paths: tuple[Path, ...]
   num_layers: int
   storage: Storage
