@@ -47,6 +47,43 @@ TXS = {
 }
 
 
+# Forms of the state that a slice, or a half of a step, must carry along.
+FORMS = {
+  'rotated, tracked': functools.partial(
+    optim.gradnormlorp,
+    moments_on_refresh='rotate',
+    norm_state='tracked',
+    **LOW_RANK,
+    **EPS,
+  ),
+  'both, reset': functools.partial(
+    optim.gradnormlorp,
+    moments_on_refresh='reset',
+    side='both',
+    **LOW_RANK,
+    **EPS,
+  ),
+  'lazy': functools.partial(
+    optim.q_galore,
+    basis_bits=32,
+    moment_bits=32,
+    lazy_refresh=optim.LazyRefresh(threshold=-1.0, queue=1),
+    **LOW_RANK,
+    **EPS,
+  ),
+  'errors': functools.partial(
+    optim.dct_adamw, error_bits=32, **LOW_RANK, **EPS
+  ),
+  'decayed, frozen': functools.partial(
+    optim.galore,
+    weight_decay=0.1,
+    param_labels=[('down|embed', 'frozen'), ('up', 'low_rank'), ('.*', 'full')],
+    **LOW_RANK,
+    **EPS,
+  ),
+}
+
+
 def init(key, layers=LAYERS, vocab=VOCAB):
   """Parameters of a small model; kernels are stacked ``[L, in, out]``."""
   shapes = {
@@ -111,7 +148,7 @@ def make_batch(seed):
 
 
 def optimizer(name, **options):
-  return TXS[name](3e-2, skip_nonfinite=False, **options)
+  return {**TXS, **FORMS}[name](3e-2, skip_nonfinite=False, **options)
 
 
 def trajectory(make_step, tx, mesh, steps=STEPS, batch=make_batch):
@@ -229,6 +266,30 @@ def loop_lengths(jaxpr):
     for eqn in jaxpr.jaxpr.eqns
     if eqn.primitive.name == 'scan'
   ]
+
+
+@pytest.mark.parametrize('clip', [None, 12.0])
+@pytest.mark.parametrize('name', FORMS)
+def test_forms_of_the_state_take_the_whole_steps(name, clip):
+  tx = optimizer(name)
+  found = trajectory(
+    lambda params: layerwise.make_train_step(
+      PIECES, tx, params, clip_global_norm=clip
+    ),
+    tx,
+    mesh_of(1),
+  )
+  expected = whole_trajectory(name, clip, 1)
+  assert_equal(found, expected)
+  # Counts of steps and refreshes, and what waits, are the same numbers.
+  for (now, _), (whole, _) in zip(found, expected, strict=True):
+    for x, y in zip(
+      jax.tree.leaves(now.opt_state),
+      jax.tree.leaves(whole.opt_state),
+      strict=True,
+    ):
+      if x.dtype == np.int32:
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize('clip', [None, 12.0])
