@@ -36,10 +36,12 @@ _OUTSIDE = {
   'clip_global_norm',
   'param_labels',
 }
-# Fields of OptimConfig that decide what an optimizer's state looks like.
+# Fields of OptimConfig that decide what an optimizer's state holds.
 _SHAPING = (
   'name',
   'rank',
+  'update_proj_gap',
+  'spread_refreshes',
   'projection',
   'granularity',
   'side',

@@ -191,6 +191,11 @@ class StepConfig:
   stochastically (layerwise); None keeps them in model.param_dtype."""
 
   def __post_init__(self):
+    if self.accumulate == 'projected' and self.clipping == 'recompute':
+      raise ValueError(
+        "StepConfig.clipping='recompute' measures gradients that "
+        "accumulate='projected' does not sum. Use one or the other."
+      )
     if self.mode == 'layerwise':
       return
     for field in dataclasses.fields(self):

@@ -91,11 +91,22 @@ def decode_moments(
   )
 
 
-def _encode_as(old: Any, new: Any) -> Any:
-  """`new` with the codec of `old`, if that has one and new is not encoded."""
-  if isinstance(old, QuantizedArray) and not isinstance(new, QuantizedArray):
-    return _quantize(new, old.codec)
-  return new
+def _encode_moved(old: Any, same: Any, new: Any) -> Any:
+  """`new` as `old` is stored; matrices that stayed keep their codes.
+
+  Encoding what was decoded need not give the same codes.
+  """
+  if not isinstance(old, QuantizedArray) or isinstance(new, QuantizedArray):
+    return new
+  axes = len(old.shape)
+  moved = jnp.any(new != same, axis=tuple(range(-axes, 0)))
+
+  def select(n: jax.Array, o: jax.Array) -> jax.Array:
+    return jnp.where(
+      moved.reshape(*moved.shape, *[1] * (n.ndim - moved.ndim)), n, o
+    )
+
+  return jax.tree.map(select, _quantize(new, old.codec), old)
 
 
 def quantize_moments(
@@ -181,9 +192,10 @@ def quantize_moments(
   ) -> tuple[Any, optax.OptState]:
     decoded = decode_moments(state, codecs)
     small, new = halves.project_fn(grads, decoded, params, look)
-    # Moments that a refresh does not move keep their codes.
     encoded = jax.tree.map(
-      lambda old, same, node: old if node is same else _encode_as(old, node),
+      lambda old, same, node: (
+        old if node is same else _encode_moved(old, same, node)
+      ),
       state,
       decoded,
       new,

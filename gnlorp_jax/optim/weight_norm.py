@@ -190,6 +190,7 @@ def with_weight_norm(
     params: Any,
     **extra_args: Any,
   ) -> tuple[optax.Updates, WeightNormState]:
+    # Any gradient gives the same g and v.
     g, v, _, _ = _parts(params, params, state.v_norm)
     v_step, direction_state = direction_tx.apply(
       small.dv, state.direction, v, **extra_args

@@ -18,8 +18,9 @@ Shape suffixes in this file:
 A slice of one layer keeps its first axis, of length 1.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ LAYERS = 'layers'
 # Elements of a large matrix that are updated at once; a few arrays of this size
 # exist then, in float32.
 ROW_BLOCK = 2**22
+# The parts hold a multiple of as many, the largest block of quantised moments.
+ROW_ALIGN = 256
 
 
 class Pieces(NamedTuple):
@@ -145,17 +148,20 @@ def make_train_step(
   the whole model, and what the projection leaves is summed: over them, and over
   the axis ``data`` of `mesh`, so that nothing else crosses devices but the
   gradients that a basis is refitted to. These are the first micro-batch's,
-  summed over the devices. The norm that is clipped is that of what is left:
-  projected gradients, those of magnitudes, and those of parameters that are not
-  projected.
+  summed over the devices; where they are zero the basis stays. The norm that is
+  clipped is that of what is left: projected gradients, those of magnitudes, and
+  those of parameters that are not projected.
 
   A step whose gradients are not finite is left out and counted. Where layers
-  are updated at once, those behind the first bad gradient have moved already;
-  where they wait, some bases may have been refitted.
+  are updated at once, what was visited before the first bad gradient has moved
+  already, and ``update_norm`` tells by how much; where they wait, refreshes
+  that were due have taken place, with all they do to moments and intervals.
 
   Args:
     pieces: The model.
-    tx: The optimizer, without clipping and without a guard of its own.
+    tx: The optimizer, without clipping and without a guard of its own. It is
+      shown one parameter at a time, in a dict without the others: labels must
+      be given as rules over paths, not as a tree.
     params: Shapes and dtypes of the parameters, a dict whose ``layers`` are
       stacked ``[L, ...]``.
     num_micro_batches: Pieces of the batch; must divide the batch size.
@@ -166,12 +172,14 @@ def make_train_step(
     storage: How the parameters of the layers are stored.
     offload: Keeps the inputs of the blocks in the host's memory.
     row_blocks: Updates large matrices around the layers some rows at a time,
-      where the optimizer's state can be cut; `tx` must then act on them element
-      by element, as Adam does.
+      where the optimizer's state can be cut and the number of rows has a
+      divisor that suits; `tx` must then act on them element by element, as Adam
+      does.
 
   Returns:
     A pure function ``(state, batch) -> (state, metrics)`` with the metrics of
-    `step.make_train_step`, of which ``grad_norm`` is the norm that is clipped.
+    `step.make_train_step`, of which ``grad_norm`` is the norm that is clipped,
+    and ``weight_norm`` that of the parameters before they are stored.
 
   Raises:
     ValueError: If `num_micro_batches` is less than 1, if `params` has no
@@ -182,6 +190,8 @@ def make_train_step(
     raise ValueError(
       f'num_micro_batches={num_micro_batches} must be at least 1.'
     )
+  _check_choice('accumulate', accumulate, get_args(Accumulate))
+  _check_choice('clipping', clipping, get_args(Clipping))
   comes_in_halves = hasattr(tx, 'project')
   if accumulate == 'projected' and not comes_in_halves:
     raise ValueError(
@@ -312,15 +322,6 @@ def _scale(tree: Any, factor: jax.Array) -> Any:
 
 def _add(tree: Any, other: Any) -> Any:
   return jax.tree.map(jnp.add, tree, other)
-
-
-def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-  # Leaf by leaf: a part of a quantised array may be of another type.
-  leaves, treedef = jax.tree.flatten(old)
-  return treedef.unflatten(
-    jnp.where(condition, n, o)
-    for n, o in zip(jax.tree.leaves(new), leaves, strict=True)
-  )
 
 
 def _drop_axis(tree: Any) -> Any:
@@ -530,21 +531,28 @@ class _Engine(NamedTuple):
     old, mine = cut.at(stored), self.own(opt, path, cut)
     start = self.storage.load_exact(old)
     first = cut.index * (start.shape[0] if start.ndim else 1)
-    kept: list[bool] = []  # Which arrays of the state `act` only hands on.
+    # Which arrays `act` only hands on; known when `take` has been traced.
+    kept: list[bool] = []
 
     # In the branches of a condition, because then all that is read is read
     # before anything is written: XLA on CPUs copies a stack where it is not.
     def take() -> Any:
       updates, new_mine = act(mine, _nest(path, start), first)
-      pairs = zip(jax.tree.leaves(new_mine), jax.tree.leaves(mine), strict=True)
-      kept[:] = [n is o for n, o in pairs]
+      kept[:] = _same(new_mine, mine)
       update = _leaf(updates, path)
       moved = start.astype(jnp.float32) + update
       new = self.storage.store(
         _nest(path, moved), _nest(path, old), step, first
       )
-      # As leaves: a part of a quantised array is of another type.
-      return jax.tree.leaves((new, new_mine)), _squares(update), _squares(moved)
+      # As leaves: a part of a quantised array is of another type. What does not
+      # move, such as a frozen kernel, is not rounded anew.
+      moves = jnp.any(update != 0)
+      new = [
+        jnp.where(moves, n, o)
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+      ]
+      leaves = [*new, *jax.tree.leaves(new_mine)]
+      return leaves, _squares(update), _squares(moved)
 
     def leave() -> Any:
       return jax.tree.leaves((old, mine)), jnp.float32(0), _squares(start)
@@ -601,7 +609,7 @@ def _finish(
     'loss': loss_sum / _divisor(weight_sum),
     'weight_sum': weight_sum,
     'grad_norm': jnp.sqrt(sums.grad),
-    'update_norm': jnp.where(sums.finite, jnp.sqrt(sums.update), 0),
+    'update_norm': jnp.sqrt(sums.update),
     'weight_norm': jnp.sqrt(sums.weight),
     'skipped_steps': skipped,
   }
@@ -684,13 +692,14 @@ def _immediate_step(
       return move
 
     carry = params, state.opt_state, _no_sums(finite)
-    carry, _ = move_around(early, head_grads, carry)
+    carry, before = move_around(early, head_grads, carry)
     # What the head needs is let go before the layers begin.
     dx_KBTD, carry = jax.lax.optimization_barrier((dx_KBTD, carry))
     carry, dx_KBTD = engine.backward(
       visit, carry, saved_LKBTD, dx_KBTD, divisor
     )
     carry, mine = move_around(late, embed_grads(dx_KBTD), carry)
+    mine = before if mine is None else mine
     return _finish(state, carry, mine, engine, loss_sum, weight_sum)
 
   return train_step
@@ -914,12 +923,17 @@ def _projected_step(
 # Checks.
 
 
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f'{name}={value!r} must be one of {choices}.')
+
+
 def _count_layers(params: Any) -> int:
   """L, the common first axis of ``params['layers']``."""
-  if not isinstance(params, dict) or LAYERS not in params:
+  if not isinstance(params, dict) or LAYERS not in params or len(params) < 2:
     raise ValueError(
       f'Parameters must be a dict with the key {LAYERS!r}, stacked [L, ...], '
-      f'to be trained layer by layer; got {sorted(params)}.'
+      f'and others, to be trained layer by layer; got {sorted(params)}.'
     )
   lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(params[LAYERS])}
   if len(lengths) != 1 or lengths == {()}:
@@ -933,22 +947,32 @@ def _count_layers(params: Any) -> int:
 
 def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
   """Whether a part of a parameter's state is the state of a part."""
-  cut = _Cut(0, count)
 
-  def states(params: Any) -> tuple[Any, Any]:
-    def own_of(leaf: Any, cut: _Cut) -> Any:
+  def shapes(part: _Cut, cut: _Cut) -> list[tuple[int, ...]]:
+    """Of what an optimizer of a part keeps of it, after it was cut."""
+
+    def own(params: Any) -> Any:
       layers = engine.storage.load_exact(params[LAYERS])
-      tree = _replace({**params, LAYERS: layers}, path, leaf)
-      return engine.own(engine.tx.init(tree), path, cut)
+      leaf = engine.storage.load_exact(_leaf(params, path))
+      tree = _replace({**params, LAYERS: layers}, path, part.at(leaf))
+      state = engine.tx.init(tree)
+      nodes = filter(
+        engine.is_params, jax.tree.leaves(state, is_leaf=engine.is_params)
+      )
+      return [cut.at(_leaf(node, path)) for node in nodes]
 
-    leaf = engine.storage.load_exact(_leaf(params, path))
-    return own_of(leaf, cut), own_of(cut.at(leaf), WHOLE)
+    return [x.shape for x in jax.tree.leaves(jax.eval_shape(own, params))]
 
-  shapes = [
-    [leaf.shape for leaf in jax.tree.leaves(state)]
-    for state in jax.eval_shape(states, params)
-  ]
-  return shapes[0] == shapes[1]
+  # The optimizer has warned of what there is to warn of.
+  logging.disable(logging.WARNING)
+  try:
+    whole = shapes(WHOLE, WHOLE)
+    if any(not shape or shape[0] % count for shape in whole):
+      return False
+    cut = _Cut(0, count)
+    return shapes(WHOLE, cut) == shapes(cut, WHOLE)
+  finally:
+    logging.disable(logging.NOTSET)
 
 
 def _check_layers(engine: _Engine, params: Any) -> None:
@@ -971,10 +995,13 @@ def _count_row_blocks(engine: _Engine, params: Any) -> dict[Path, int]:
   counts = {}
   for path in engine.around_paths:
     leaf = _leaf(params, path)
-    count = -(-leaf.size // ROW_BLOCK)
-    while count < leaf.shape[0] and leaf.shape[0] % count:
-      count += 1
-    if leaf.ndim == 2 and 1 < count < leaf.shape[0]:
-      if _can_be_cut(engine, params, path, count):
+    fewest = -(-leaf.size // ROW_BLOCK)
+    if leaf.ndim != 2 or fewest == 1:
+      continue
+    for count in range(fewest, 4 * fewest):
+      # No block of a quantised array may be cut.
+      fits = leaf.shape[0] % count == 0 and leaf.size // count % ROW_ALIGN == 0
+      if fits and _can_be_cut(engine, params, path, count):
         counts[path] = count
+        break
   return counts

@@ -423,6 +423,26 @@ def test_optimizers_that_need_the_gradient_are_not_summed_projected():
     )
 
 
+def test_moments_that_a_refresh_leaves_keep_their_codes():
+  # The largest entry of a block is negative: encoded anew it would shrink.
+  tx = optim.quantize_moments(
+    optim.galore(
+      1e-2, moments_on_refresh='rotate', skip_nonfinite=False, **LOW_RANK
+    ),
+    4,
+    min_size=64,
+  )
+  params = init(jax.random.key(0))
+  now = tx.init(params)
+  for number in range(3):
+    grads = jax.grad(whole_loss, has_aux=True)(params, make_batch(number))[0]
+    _, now = tx.update(grads, now, params)
+  _, same = jax.jit(tx.project, static_argnames='due')(
+    grads, now, params, due=False
+  )
+  jax.tree.map(np.testing.assert_array_equal, same, now)
+
+
 # What goes wrong.
 
 
@@ -459,6 +479,69 @@ def test_a_bad_gradient_is_left_out(clip):
   )
 
 
+def test_what_moved_before_a_bad_gradient_is_reported():
+  tx = optimizer('galore')
+  params = init(jax.random.key(0))
+
+  @jax.custom_vjp
+  def read(table):
+    return table
+
+  read.defvjp(lambda table: (table, None), lambda _, g: (g * jnp.nan,))
+
+  def embed_badly(params, batch):
+    return read(params['embed']['embedding'])[batch['inputs']]
+
+  train_step = layerwise.make_train_step(
+    PIECES._replace(embed=embed_badly), tx, params
+  )
+  now = state.from_params(params, tx, mesh_of(1))
+  after, metrics = jax.jit(train_step)(now, make_batch(0))
+  assert metrics['skipped_steps'] == 1
+  assert metrics['update_norm'] > 0
+  before, moved = now.params, after.params
+  np.testing.assert_array_equal(
+    before['embed']['embedding'], moved['embed']['embedding']
+  )
+  assert np.any(before['head']['kernel'] != moved['head']['kernel'])
+  assert np.isfinite(metrics['weight_norm'])
+
+
+def test_frozen_kernels_in_8_bits_are_not_rounded_anew():
+  weights = optim.quantized_weights
+
+  def load(tree):
+    return weights.dequantize_weights(tree, jnp.float32)
+
+  def store(new, old, number, first):
+    key = jax.random.fold_in(jax.random.key(0), number)
+    return weights.requantize_weights(new, old, jax.random.fold_in(key, first))
+
+  tx = optimizer('decayed, frozen')
+  params = init(jax.random.key(0))
+  stored = {**params, 'layers': weights.quantize_weights(params['layers'])}
+  train_step = layerwise.make_train_step(
+    PIECES, tx, stored, storage=layerwise.Storage(load, load, store)
+  )
+  zero = jnp.zeros((), jnp.int32)
+  now = state.TrainState(zero, zero, stored, tx.init(params))
+  after, _ = jax.jit(train_step)(now, make_batch(0))
+  before, after = stored['layers'], after.params['layers']
+  jax.tree.map(np.testing.assert_array_equal, before['down'], after['down'])
+  assert np.any(before['up']['kernel'].codes != after['up']['kernel'].codes)
+
+
+def test_projected_matrices_around_the_layers_stay_whole(monkeypatch):
+  monkeypatch.setattr(layerwise, 'ROW_BLOCK', 256)
+  rules = [('head|kernel', 'low_rank'), ('.*', 'full')]
+  tx = optimizer('galore', param_labels=rules)
+  params = init(jax.random.key(0))
+  now = state.from_params(params, tx, mesh_of(1))
+  train_step = layerwise.make_train_step(PIECES, tx, params, row_blocks=True)
+  lengths = loop_lengths(jax.make_jaxpr(train_step)(now, make_batch(0)))
+  assert lengths.count(7) == 1  # The embedding's alone.
+
+
 def test_one_layer_is_a_stack_too():
   tx = optimizer('gradnormlorp')
   params = init(jax.random.key(0), layers=1)
@@ -478,8 +561,8 @@ def test_parameters_must_be_stacked():
   with pytest.raises(ValueError) as error:
     layerwise.make_train_step(PIECES, optax.sgd(1.0), {'kernel': jnp.ones(3)})
   assert str(error.value) == (
-    "Parameters must be a dict with the key 'layers', stacked [L, ...], to be "
-    "trained layer by layer; got ['kernel']."
+    "Parameters must be a dict with the key 'layers', stacked [L, ...], and "
+    "others, to be trained layer by layer; got ['kernel']."
   )
   with pytest.raises(
     ValueError, match=r'the first axes are \[\(2,\), \(3,\)\]'
@@ -502,6 +585,27 @@ def test_state_must_be_cut_into_layers():
     'layers, such as the moments of stacked vectors quantised in one piece. '
     "Name vectors 'scale' or 'bias', or train in whole steps."
   )
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (
+      {'accumulate': 'project'},
+      "accumulate='project' must be one of ('gradient', 'projected').",
+    ),
+    (
+      {'clipping': 'wait'},
+      "clipping='wait' must be one of ('waiting', 'recompute').",
+    ),
+  ],
+)
+def test_unknown_choices_are_named(options, message):
+  with pytest.raises(ValueError) as error:
+    layerwise.make_train_step(
+      PIECES, optax.sgd(1.0), init(jax.random.key(0)), **options
+    )
+  assert str(error.value) == message
 
 
 def test_micro_batches_must_be_positive():
