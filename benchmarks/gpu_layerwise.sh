@@ -9,7 +9,11 @@
 # a part that fails leaves its error. OPTIONS are those of
 # benchmarks/gpu_layerwise.py, such as --part run_7b_24gb or --tiny.
 set -euo pipefail
-text=${1:-stdlib}
+text=stdlib
+if [[ $# -gt 0 && $1 != -* ]]; then
+  text=$1
+  shift
+fi
 [ -e "$text" ] && text=$(realpath "$text")
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m benchmarks.gpu_layerwise --text "$text" "${@:2}"
+exec "${PYTHON:-python3}" -m benchmarks.gpu_layerwise --text "$text" "$@"

@@ -1,7 +1,7 @@
 """LLaMA-7b with the GaLore protocol on C4, on one GPU of 24 GB: bfloat16.
 
 Command:
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 \
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 \
   python train_lm.py --config configs/llama_7b_24gb.py \
     --data.source 'C4/*.json.gz' \
     --data.validation-source C4_VALIDATION.json.gz \

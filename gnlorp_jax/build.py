@@ -17,7 +17,12 @@ import optax
 from jax.sharding import AbstractMesh
 
 from gnlorp_jax import folders, optim
-from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
+from gnlorp_jax.config import (
+  DataConfig,
+  MeshConfig,
+  OptimConfig,
+  TrainConfig,
+)
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama
@@ -288,10 +293,12 @@ def _init_fn(
     return jax.tree.map(lambda x: x[0], stored)
 
   def init(key: jax.Array) -> Any:
-    around_key, layers_key = jax.random.split(key)
-    keys_L = jax.random.split(layers_key, config.model.num_layers)
-    # Of the layer that comes with it, nothing is left by the compiler.
-    around = single.init(around_key)
+    keys_L = jax.random.split(
+      jax.random.fold_in(key, 1), config.model.num_layers
+    )
+    # What is around the layers is as in `model.init`. Of the layer that comes
+    # with it, nothing is left by the compiler.
+    around = single.init(key)
     return {**around, 'layers': jax.lax.map(layer, keys_L)}
 
   return init
@@ -332,12 +339,10 @@ def _abstract_batch(
 
 def dry_run(config: TrainConfig) -> list[optim.inspect.ReportRow]:
   """What would happen to every parameter; reads no data, allocates nothing."""
-  model = llama.make(architecture(config))
-  schedule = learning_rate_schedule(config.optim, config.steps)
-  rules = labels_of(config.optim)
-  tx = optimizer(config.optim, schedule, rules)
-  shapes = jax.eval_shape(model.init, jax.random.key(config.seed))
-  return optim.report(shapes, tx, rules)
+  # What it reports is the same on any number of devices.
+  parts = program(dataclasses.replace(config, mesh=MeshConfig(data=1)), 1)
+  shapes = jax.eval_shape(parts.model.init, jax.random.key(config.seed))
+  return optim.report(shapes, parts.tx, labels_of(config.optim))
 
 
 def labels_of(config: OptimConfig) -> tuple[tuple[str, str], ...]:

@@ -146,6 +146,10 @@ def report(settings: PlanConfig, args: list[str]) -> None:
   console = rich.console.Console(
     quiet=settings.json == '-', highlight=False, markup=False
   )
+  if settings.json not in (None, '-'):
+    folder = pathlib.Path(settings.json).parent
+    if not folder.is_dir():
+      raise ValueError(f'There is no folder {str(folder)!r} for json. Make it.')
   bound = lower_bound(settings)
   with quiet():  # The same program again has nothing new to warn of.
     plan = compiled(settings) if compiler_is_installed() else bound
@@ -313,6 +317,7 @@ _FAMILIES: tuple[tuple[Change, ...], ...] = (
 _ONLY_COMPILING_TELLS = {
   'step.mode',
   'step.accumulate',
+  'step.clipping',
   'model.remat',
   'model.compute_dtype',
   'micro_batches',
@@ -408,7 +413,13 @@ def changes(settings: PlanConfig) -> Iterator[list[Change]]:
   Yields:
     New values of dotted fields, without those that are so already.
   """
-  for family in _FAMILIES:
+  clips = settings.optim.clip_global_norm is not None
+  waits = clips or settings.step.accumulate == 'projected'
+  # Then projected gradients of all blocks are kept.
+  waiting: tuple[Change, ...] = ()
+  if settings.step.mode == 'layerwise' and waits:
+    waiting = ({'step.accumulate': 'gradient', 'step.clipping': 'recompute'},)
+  for family in (waiting, *_FAMILIES):
     fresh = [
       {name: v for name, v in change.items() if field(settings, name) != v}
       for change in family
@@ -510,15 +521,15 @@ def _verdict(plan: Plan, device: Accelerator) -> Iterator[str]:
   fits = plan.fits(device.usable)
   if fits:
     yield f'It fits, with {difference} GiB to spare.'
-    if plan.peak > 0.75 * device.memory:
-      yield (
-        'JAX takes only 75 % of the memory unless told otherwise: set '
-        f'XLA_PYTHON_CLIENT_MEM_FRACTION={device.fraction} in the environment.'
-      )
   elif fits is None:
     yield 'It may fit: the lower bound does.'
   else:
     yield f'It does not fit: {difference} GiB are missing.'
+  if fits is not False and plan.peak > 0.75 * device.memory:
+    yield (
+      'JAX takes only 75 % of the memory unless told otherwise: set '
+      f'XLA_PYTHON_CLIENT_MEM_FRACTION={device.fraction} in the environment.'
+    )
   if plan.xla is None:
     yield (
       'This is a lower bound: activations inside a block, logits and what the '

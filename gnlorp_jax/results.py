@@ -84,7 +84,10 @@ def _layerwise_gradients(run: Run) -> int:
   one = layers // config.model.num_layers
   waits = hasattr(run.tx, 'project') and (
     config.step.accumulate == 'projected'
-    or config.optim.clip_global_norm is not None
+    or (
+      config.optim.clip_global_norm is not None
+      and config.step.clipping == 'waiting'
+    )
   )
   if not waits:
     return around + one

@@ -433,7 +433,7 @@ def test_what_shapes_a_run_cannot_change_within_it(changes, difference):
     {'model__remat': True},
     {'steps': 7},
     {'optim__learning_rate': 1.0},
-    {'optim__update_proj_gap': 7},
+    {'optim__clip_global_norm': 0.5},
     {'micro_batches': 2},
     {'checkpoint_every': 3},
   ],
