@@ -246,9 +246,9 @@ def weight_storage(config: TrainConfig) -> layerwise.Storage:
   if config.step.weight_bits is None:
     return layerwise.PLAIN
 
-  def store(new: Any, old: Any, number: jax.Array, layer: jax.Array) -> Any:
+  def store(new: Any, old: Any, number: jax.Array, first: jax.Array) -> Any:
     key = jax.random.fold_in(jax.random.key(config.seed), number)
-    key = jax.random.fold_in(key, layer)
+    key = jax.random.fold_in(key, first)
     return optim.quantized_weights.requantize_weights(new, old, key)
 
   def load(dtype: Any) -> Callable[[Any], Any]:
@@ -268,11 +268,9 @@ def stored_apply(
   storage, fns = weight_storage(config), model.layer_fns
 
   def apply(params: Any, tokens_BT: jax.Array) -> jax.Array:
-    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-      return fns.block(storage.load(layer), x_BTD), None
-
-    x_BTD = fns.embed(params, tokens_BT)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, params['layers'])
+    x_BTD = layerwise.through_blocks(
+      fns.block, storage, params['layers'], fns.embed(params, tokens_BT)
+    )
     return fns.head(params, x_BTD)
 
   return apply

@@ -15,7 +15,7 @@ from gnlorp_jax.build import Run, weight_storage
 from gnlorp_jax.models import llama
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
-from gnlorp_jax.training import metrics
+from gnlorp_jax.training import layerwise, metrics
 from gnlorp_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -82,12 +82,11 @@ def _layerwise_gradients(run: Run) -> int:
   layers = tree_bytes(params['layers'])
   around = tree_bytes(params) - layers
   one = layers // config.model.num_layers
-  waits = hasattr(run.tx, 'project') and (
-    config.step.accumulate == 'projected'
-    or (
-      config.optim.clip_global_norm is not None
-      and config.step.clipping == 'waiting'
-    )
+  waits = layerwise.gradients_wait(
+    run.tx,
+    config.optim.clip_global_norm,
+    config.step.clipping,
+    config.step.accumulate,
   )
   if not waits:
     return around + one

@@ -393,6 +393,36 @@ def dequantize(q: QuantizedArray) -> jax.Array:
   return _unblock(x_KB, shape)
 
 
+def requantize(
+  x: jax.Array, old: QuantizedArray, *, key: jax.Array | None = None
+) -> QuantizedArray:
+  """Quantises new values as others were; matrices that stay keep their codes.
+
+  Encoding what was decoded need not give the same codes, and with a key another
+  grid and other numbers every time.
+
+  Args:
+    x: New values, ``[*, m, n]`` or ``[*, d]``.
+    old: The stack that they replace.
+    key: As in `quantize`.
+
+  Returns:
+    The quantised stack; where a matrix is exactly what `old` stands for, the
+    part of `old`.
+  """
+  axes = len(old.shape)
+  moved = jnp.any(x != dequantize(old), axis=tuple(range(-axes, 0)))
+
+  def select(new: jax.Array, before: jax.Array) -> jax.Array:
+    ones = [1] * (new.ndim - moved.ndim)
+    return jnp.where(moved.reshape(*moved.shape, *ones), new, before)
+
+  new = quantize(x, old.codec, matrix_axes=axes, key=key)
+  # As leaves: `old` may be cut from a larger matrix, see `dequantize`.
+  leaves = map(select, jax.tree.leaves(new), jax.tree.leaves(old))
+  return jax.tree.unflatten(jax.tree.structure(new), leaves)
+
+
 def _largest(x_KB: jax.Array) -> jax.Array:
   """Largest absolute value of each block, ``[*, K, 1]``."""
   return jnp.max(jnp.abs(x_KB), axis=-1, keepdims=True)

@@ -15,6 +15,7 @@ from gnlorp_jax.optim.quantization import (
   dynamic,
   linear,
   quantize,
+  requantize,
 )
 from gnlorp_jax.optim.split import Look, SplitTransformation, split
 
@@ -40,6 +41,7 @@ _VECTORS = re.compile(r'^(scale|bias)$')
 # Compiled, so that `init` outside jit is not dozens of programs per shape.
 _quantize = jax.jit(quantize, static_argnames='codec')
 _dequantize = jax.jit(dequantize)
+_requantize = jax.jit(requantize)
 
 
 def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
@@ -89,24 +91,6 @@ def decode_moments(
   return jax.tree_util.tree_map_with_path(
     decode, state, is_leaf=lambda node: isinstance(node, QuantizedArray)
   )
-
-
-def _encode_moved(old: Any, same: Any, new: Any) -> Any:
-  """`new` as `old` is stored; matrices that stayed keep their codes.
-
-  Encoding what was decoded need not give the same codes.
-  """
-  if not isinstance(old, QuantizedArray) or isinstance(new, QuantizedArray):
-    return new
-  axes = len(old.shape)
-  moved = jnp.any(new != same, axis=tuple(range(-axes, 0)))
-
-  def select(n: jax.Array, o: jax.Array) -> jax.Array:
-    return jnp.where(
-      moved.reshape(*moved.shape, *[1] * (n.ndim - moved.ndim)), n, o
-    )
-
-  return jax.tree.map(select, _quantize(new, old.codec), old)
 
 
 def quantize_moments(
@@ -192,10 +176,18 @@ def quantize_moments(
   ) -> tuple[Any, optax.OptState]:
     decoded = decode_moments(state, codecs)
     small, new = halves.project_fn(grads, decoded, params, look)
+
+    def encode(old: Any, same: Any, node: Any) -> Any:
+      if node is same:
+        return old
+      # Bases may be quantised too, and are encoded already.
+      is_moment = isinstance(old, QuantizedArray) and isinstance(
+        node, jax.Array
+      )
+      return _requantize(node, old) if is_moment else node
+
     encoded = jax.tree.map(
-      lambda old, same, node: (
-        old if node is same else _encode_moved(old, same, node)
-      ),
+      encode,
       state,
       decoded,
       new,

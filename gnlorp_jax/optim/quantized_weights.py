@@ -18,6 +18,7 @@ from gnlorp_jax.optim.quantization import (
   affine,
   dequantize,
   quantize,
+  requantize,
 )
 
 CODEC: Codec = affine(8, block=256)
@@ -96,7 +97,8 @@ def requantize_weights(new: Any, old: Any, key: jax.Array | None) -> Any:
       to nearest.
 
   Returns:
-    A tree like `old`.
+    A tree like `old`. A kernel that did not move, such as a frozen one, keeps
+    its codes.
 
   References:
     Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296, section 3.4.
@@ -113,6 +115,6 @@ def requantize_weights(new: Any, old: Any, key: jax.Array | None) -> Any:
     own = None
     if key is not None:
       own = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
-    return quantize(value, before.codec, matrix_axes=2, key=own)
+    return requantize(value, before, key=own)
 
   return jax.tree_util.tree_map_with_path(encode, new, old)

@@ -18,6 +18,7 @@ Shape suffixes in this file:
 A slice of one layer keeps its first axis, of length 1.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -92,13 +93,36 @@ def _cast_like(new: Any, old: Any, step: jax.Array, first: jax.Array) -> Any:
 PLAIN = Storage(_as_it_is, _as_it_is, _cast_like)
 
 
+def through_blocks(
+  block: Callable[[Any, jax.Array], jax.Array],
+  storage: Storage,
+  layers: Any,
+  x_BTD: jax.Array,
+) -> jax.Array:
+  """All blocks one after the other, each loaded when its turn comes.
+
+  Args:
+    block: As in `Pieces`.
+    storage: How the parameters of the layers are stored.
+    layers: These parameters, stacked ``[L, ...]``.
+    x_BTD: The first block's input.
+
+  Returns:
+    The last block's output.
+  """
+
+  def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    return block(storage.load(layer), x_BTD), None
+
+  return jax.lax.scan(body, x_BTD, layers)[0]
+
+
 def make_loss_fn(pieces: Pieces, storage: Storage = PLAIN) -> LossFn:
   """The loss whose gradient the training step takes, for evaluation.
 
   Args:
     pieces: The model.
-    storage: How the parameters of the layers are stored; one layer is loaded
-      at a time.
+    storage: How the parameters of the layers are stored.
 
   Returns:
     Maps parameters and a batch to the weighted sum of the losses and the sum of
@@ -106,11 +130,10 @@ def make_loss_fn(pieces: Pieces, storage: Storage = PLAIN) -> LossFn:
   """
 
   def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-      return pieces.block(storage.load(layer), x_BTD), None
-
     around = _around(params)
-    x_BTD, _ = jax.lax.scan(body, pieces.embed(around, batch), params[LAYERS])
+    x_BTD = through_blocks(
+      pieces.block, storage, params[LAYERS], pieces.embed(around, batch)
+    )
     return pieces.loss(around, x_BTD, batch)
 
   return loss_fn
@@ -217,10 +240,23 @@ def make_train_step(
     engine = engine._replace(row_blocks=counts)
   if accumulate == 'projected':
     return _projected_step(engine, num_micro_batches, clip_global_norm, mesh)
-  waits = comes_in_halves and clipping == 'waiting'
-  if clip_global_norm is not None and waits:
+  if gradients_wait(tx, clip_global_norm, clipping, accumulate):
     return _waiting_step(engine, num_micro_batches, clip_global_norm)
   return _immediate_step(engine, num_micro_batches, clip_global_norm)
+
+
+def gradients_wait(
+  tx: optax.GradientTransformation,
+  clip_global_norm: float | None,
+  clipping: Clipping,
+  accumulate: Accumulate,
+) -> bool:
+  """Whether a step keeps what projecting leaves of all layers' gradients.
+
+  The arguments are those of `make_train_step`.
+  """
+  clips = clip_global_norm is not None and clipping == 'waiting'
+  return accumulate == 'projected' or (clips and hasattr(tx, 'project'))
 
 
 # Parameters by their paths, and slices of what belongs to them.
@@ -544,15 +580,8 @@ class _Engine(NamedTuple):
       new = self.storage.store(
         _nest(path, moved), _nest(path, old), step, first
       )
-      # As leaves: a part of a quantised array is of another type. What does not
-      # move, such as a frozen kernel, is not rounded anew.
-      moves = jnp.any(update != 0)
-      new = [
-        jnp.where(moves, n, o)
-        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-      ]
-      leaves = [*new, *jax.tree.leaves(new_mine)]
-      return leaves, _squares(update), _squares(moved)
+      # As leaves: a part of a quantised array is of another type.
+      return jax.tree.leaves((new, new_mine)), _squares(update), _squares(moved)
 
     def leave() -> Any:
       return jax.tree.leaves((old, mine)), jnp.float32(0), _squares(start)
@@ -568,7 +597,7 @@ class _Engine(NamedTuple):
 
   def move_rows(
     self,
-    act: Callable[[Any, Any, Any, jax.Array | int], tuple[Any, Any]],
+    act_on: Callable[[Any], Callable[..., tuple[Any, Any]]],
     path: Path,
     grad: Any,
     step: jax.Array,
@@ -576,15 +605,13 @@ class _Engine(NamedTuple):
   ) -> tuple[tuple[Any, Any, _Sums], Any]:
     """`move` of a parameter around the layers, part by part if it is large.
 
-    ``act`` is given the same part of `grad` first.
+    ``act_on(part)`` makes `act` of the same part of `grad`.
     """
     count = self.row_blocks.get(path, 1)
 
     def body(index: jax.Array | int, carry: Any) -> Any:
       cut = _Cut(index, count)
-      return self.move(
-        lambda *args: act(cut.at(grad), *args), path, cut, step, carry
-      )
+      return self.move(act_on(cut.at(grad)), path, cut, step, carry)
 
     if count > 1:
       carry = jax.lax.fori_loop(
@@ -660,6 +687,12 @@ def _immediate_step(
       )
       return _scale(grad, factor), (params, opt, sums)
 
+    def update(path: Path, grad: jax.Array) -> Any:
+      """What moves a parameter, or a part of one, by its gradient."""
+      return lambda mine, start, first: tx.update(
+        _nest(path, grad), mine, start, first=first
+      )
+
     def move_around(paths: list[Path], grad_sums: Any, carry: Any) -> Any:
       mine = None
       for path in paths:
@@ -667,29 +700,19 @@ def _immediate_step(
         grad = _divide(_leaf(grad_sums, path), divisor, like)
         grad, carry = see(grad, carry)
         carry, mine = engine.move_rows(
-          lambda grad, mine, start, first, path=path: tx.update(
-            _nest(path, grad), mine, start, first=first
-          ),
-          *(path, grad, state.step, carry),
+          functools.partial(update, path), path, grad, state.step, carry
         )
       return carry, mine
 
     def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
-      carry = _one_by_one(engine.layer_paths, grads, carry, move_layer(layer))
-      return carry
+      cut = _Cut(layer, engine.num_layers)
 
-    def move_layer(layer: jax.Array) -> Any:
       def move(path: Path, grad: jax.Array, carry: Any) -> Any:
         grad, carry = see(grad, carry)
-        carry, _ = engine.move(
-          lambda mine, start, first: tx.update(
-            _nest(path, grad), mine, start, first=first
-          ),
-          *(path, _Cut(layer, engine.num_layers), state.step, carry),
-        )
+        carry, _ = engine.move(update(path, grad), path, cut, state.step, carry)
         return carry
 
-      return move
+      return _one_by_one(engine.layer_paths, grads, carry, move)
 
     carry = params, state.opt_state, _no_sums(finite)
     carry, before = move_around(early, head_grads, carry)
@@ -826,16 +849,17 @@ def _apply(
   """The second half: acts on what has waited, times a factor."""
   tx, small = engine.tx, waiting.small
 
-  def act(small: Any, mine: Any, start: Any, first: jax.Array | int) -> Any:
-    return tx.apply(_scale(small, factor), mine, start, first=first)
+  def apply(small: Any) -> Any:
+    """What moves a parameter, or a part of one, by what has waited."""
+    return lambda mine, start, first: tx.apply(
+      _scale(small, factor), mine, start, first=first
+    )
 
   def body(layer: jax.Array, carry: Any) -> Any:
     cut = _Cut(layer, engine.num_layers)
     for path in engine.layer_paths:
-      mine = _drop_axis(cut.at(small[path]))
-      carry, _ = engine.move(
-        lambda *args, mine=mine: act(mine, *args), path, cut, state.step, carry
-      )
+      act = apply(_drop_axis(cut.at(small[path])))
+      carry, _ = engine.move(act, path, cut, state.step, carry)
     return carry
 
   sums = _no_sums(jnp.isfinite(norm))._replace(grad=jnp.square(norm))
@@ -844,7 +868,7 @@ def _apply(
   )
   mine = None
   for path in engine.around_paths:
-    carry, mine = engine.move_rows(act, path, small[path], state.step, carry)
+    carry, mine = engine.move_rows(apply, path, small[path], state.step, carry)
   return _finish(
     state, carry, mine, engine, waiting.loss_sum, waiting.weight_sum
   )
