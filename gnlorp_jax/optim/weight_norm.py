@@ -81,7 +81,12 @@ def pull_back(
   grad_IO, w_IO = grad_IO.astype(jnp.float32), w_IO.astype(jnp.float32)
   g_1O = column_norm(w_IO)
   inverse_1O = jnp.where(g_1O > 0, 1 / jnp.where(g_1O > 0, g_1O, 1), 0)
-  dg_1O = jnp.sum(grad_IO * w_IO, axis=-2, keepdims=True) * inverse_1O
+  # As a contraction: on CPUs XLA takes twenty times as long to sum the columns
+  # of a product that is a stack of one matrix, [1, in, out].
+  inner_O = jnp.einsum(
+    '...io,...io->...o', grad_IO, w_IO, precision=jax.lax.Precision.HIGHEST
+  )
+  dg_1O = inner_O[..., None, :] * inverse_1O
   tangent_IO = grad_IO - w_IO * (dg_1O * inverse_1O)
   if v_norm_1O is None:
     return Parts(g_1O, w_IO, dg_1O, tangent_IO)
