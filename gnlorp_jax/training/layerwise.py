@@ -30,13 +30,23 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gnlorp_jax.training.slices import (
+  WHOLE,
+  Cut,
+  Path,
+  StateSlices,
+  handed_on,
+  leaf_at,
+  nest,
+  replace_leaf,
+  to_write,
+)
 from gnlorp_jax.training.state import TrainState
 from gnlorp_jax.training.step import Batch, LossFn, Metrics, split_rows
 
 Accumulate = Literal['gradient', 'projected']
 Clipping = Literal['waiting', 'recompute']
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-Path = tuple[str, ...]
 # The top-level key of the parameters that are stacked [L, ...].
 LAYERS = 'layers'
 # Elements of a large matrix that are updated at once; a few arrays of this size
@@ -226,7 +236,7 @@ def make_train_step(
   engine = _Engine(
     pieces=pieces,
     tx=tx if comes_in_halves else optax.with_extra_args_support(tx),
-    keys=frozenset(params),
+    slices=StateSlices(frozenset(params)),
     layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)),
     around_paths=tuple(p for p in paths if p[0] != LAYERS),
     num_layers=num_layers,
@@ -259,83 +269,12 @@ def gradients_wait(
   return accumulate == 'projected' or (clips and hasattr(tx, 'project'))
 
 
-# Parameters by their paths, and slices of what belongs to them.
+# Trees of parameters, and numbers.
 
 
 def _around(tree: dict[str, Any]) -> dict[str, Any]:
   """A dict of parameters without the layers."""
   return {key: node for key, node in tree.items() if key != LAYERS}
-
-
-def _leaf(tree: Any, path: Path) -> Any:
-  for key in path:
-    tree = tree[key]
-  return tree
-
-
-def _nest(path: Path, leaf: Any) -> dict[str, Any]:
-  """A tree of one parameter alone."""
-  return traverse_util.unflatten_dict({path: leaf})
-
-
-def _replace(tree: Any, path: Path, leaf: Any) -> Any:
-  """A tree with another leaf."""
-  if not path:
-    return leaf
-  return {**tree, path[0]: _replace(tree[path[0]], path[1:], leaf)}
-
-
-# In place of an array that stays as it is.
-_KEPT = object()
-
-
-class _Cut(NamedTuple):
-  """A part along the first axis of all arrays that belong to a parameter."""
-
-  index: jax.Array | int  # which part
-  count: int  # of how many
-
-  def at(self, tree: Any) -> Any:
-    def slice_of(x: jax.Array) -> jax.Array:
-      rows = x.shape[0] // self.count
-      return jax.lax.dynamic_slice_in_dim(x, self.index * rows, rows)
-
-    return tree if self.count == 1 else jax.tree.map(slice_of, tree)
-
-  def put(self, tree: Any, new: Any) -> Any:
-    def write(x: jax.Array, n: Any) -> jax.Array:
-      if n is _KEPT:
-        return x
-      if self.count == 1:
-        return n
-      rows = x.shape[0] // self.count
-      return jax.lax.dynamic_update_slice_in_dim(x, n, self.index * rows, 0)
-
-    # Leaf by leaf: a part of a quantised array is of another type.
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(
-      write(*pair) for pair in zip(leaves, jax.tree.leaves(new), strict=True)
-    )
-
-
-WHOLE = _Cut(0, 1)
-
-
-def _same(new: Any, old: Any) -> list[bool]:
-  """Which arrays of a state are handed on as they were."""
-  pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-  return [n is o for n, o in pairs]
-
-
-def _written(new: Any, same: list[bool]) -> Any:
-  """A state to write, without what is there already."""
-  leaves, treedef = jax.tree.flatten(new)
-  return treedef.unflatten(
-    _KEPT if kept else leaf for leaf, kept in zip(leaves, same, strict=True)
-  )
-
-
-# Numbers.
 
 
 def _squares(tree: Any) -> jax.Array:
@@ -421,48 +360,13 @@ class _Engine(NamedTuple):
 
   pieces: Pieces
   tx: Any
-  keys: frozenset[str]  # of the parameters
+  slices: StateSlices
   layer_paths: tuple[Path, ...]
   around_paths: tuple[Path, ...]
   num_layers: int
   storage: Storage
   offload: bool
   row_blocks: dict[Path, int]  # of parameters that are updated part by part
-
-  def is_params(self, node: Any) -> bool:
-    """Whether a node of a state holds something for all parameters."""
-    return isinstance(node, dict) and frozenset(node) == self.keys
-
-  def own(self, opt: Any, path: Path, cut: _Cut = WHOLE) -> Any:
-    """The state of an optimizer of one parameter, or of a part of it, alone."""
-    return jax.tree.map(
-      lambda node: (
-        _nest(path, cut.at(_leaf(node, path))) if self.is_params(node) else node
-      ),
-      opt,
-      is_leaf=self.is_params,
-    )
-
-  def put_own(self, opt: Any, path: Path, new: Any, cut: _Cut = WHOLE) -> Any:
-    """Writes it back; what all parameters share stays as it is."""
-
-    def put(node: Any, mine: Any) -> Any:
-      if not self.is_params(node):
-        return node
-      return _replace(node, path, cut.put(_leaf(node, path), _leaf(mine, path)))
-
-    return jax.tree.map(put, opt, new, is_leaf=self.is_params)
-
-  def put_shared(self, opt: Any, new: Any, finite: jax.Array) -> Any:
-    """Takes over what all parameters share from the state of one."""
-    return jax.tree.map(
-      lambda node, mine: (
-        node if self.is_params(node) else jnp.where(finite, mine, node)
-      ),
-      opt,
-      new,
-      is_leaf=self.is_params,
-    )
 
   def forward(self, params: Any, batch_K: Batch) -> tuple[jax.Array, jax.Array]:
     """Inputs of all blocks ``[L, K, B, T, D]``, and the last one's output."""
@@ -535,7 +439,7 @@ class _Engine(NamedTuple):
     def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
       carry, dy_KBTD = loop
       layer = self.num_layers - 1 - i
-      cut = _Cut(layer, self.num_layers)
+      cut = Cut(layer, self.num_layers)
       x_KBTD = _drop_axis(cut.at(saved_LKBTD))
       if self.offload:
         x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
@@ -551,7 +455,7 @@ class _Engine(NamedTuple):
     self,
     act: Callable[[Any, Any, jax.Array | int], tuple[Any, Any]],
     path: Path,
-    cut: _Cut,
+    cut: Cut,
     step: jax.Array,
     carry: tuple[Any, Any, _Sums],
   ) -> tuple[tuple[Any, Any, _Sums], Any]:
@@ -563,8 +467,8 @@ class _Engine(NamedTuple):
       The carry (parameters, state, sums), and the new state of this part alone.
     """
     params, opt, sums = carry
-    stored = _leaf(params, path)
-    old, mine = cut.at(stored), self.own(opt, path, cut)
+    stored = leaf_at(params, path)
+    old, mine = cut.at(stored), self.slices.own(opt, path, cut)
     start = self.storage.load_exact(old)
     first = cut.index * (start.shape[0] if start.ndim else 1)
     # Which arrays `act` only hands on; known when `take` has been traced.
@@ -573,13 +477,11 @@ class _Engine(NamedTuple):
     # In the branches of a condition, because then all that is read is read
     # before anything is written: XLA on CPUs copies a stack where it is not.
     def take() -> Any:
-      updates, new_mine = act(mine, _nest(path, start), first)
-      kept[:] = _same(new_mine, mine)
-      update = _leaf(updates, path)
+      updates, new_mine = act(mine, nest(path, start), first)
+      kept[:] = handed_on(new_mine, mine)
+      update = leaf_at(updates, path)
       moved = start.astype(jnp.float32) + update
-      new = self.storage.store(
-        _nest(path, moved), _nest(path, old), step, first
-      )
+      new = self.storage.store(nest(path, moved), nest(path, old), step, first)
       # As leaves: a part of a quantised array is of another type.
       return jax.tree.leaves((new, new_mine)), _squares(update), _squares(moved)
 
@@ -591,9 +493,13 @@ class _Engine(NamedTuple):
     sums = sums._replace(
       update=sums.update + update, weight=sums.weight + weight
     )
-    written = _written(new_mine, kept)
-    params = _replace(params, path, cut.put(stored, new))
-    return (params, self.put_own(opt, path, written, cut), sums), new_mine
+    written = to_write(new_mine, kept)
+    params = replace_leaf(params, path, cut.put(stored, new))
+    return (
+      params,
+      self.slices.put_own(opt, path, written, cut),
+      sums,
+    ), new_mine
 
   def move_rows(
     self,
@@ -610,7 +516,7 @@ class _Engine(NamedTuple):
     count = self.row_blocks.get(path, 1)
 
     def body(index: jax.Array | int, carry: Any) -> Any:
-      cut = _Cut(index, count)
+      cut = Cut(index, count)
       return self.move(act_on(cut.at(grad)), path, cut, step, carry)
 
     if count > 1:
@@ -630,7 +536,7 @@ def _finish(
 ) -> tuple[TrainState, Metrics]:
   """The new state and the metrics; `mine` is the last parameter's state."""
   params, opt, sums = carry
-  opt = engine.put_shared(opt, mine, sums.finite)
+  opt = engine.slices.put_shared(opt, mine, sums.finite)
   skipped = state.skipped + jnp.where(sums.finite, 0, 1)
   metrics = {
     'loss': loss_sum / _divisor(weight_sum),
@@ -690,14 +596,14 @@ def _immediate_step(
     def update(path: Path, grad: jax.Array) -> Any:
       """What moves a parameter, or a part of one, by its gradient."""
       return lambda mine, start, first: tx.update(
-        _nest(path, grad), mine, start, first=first
+        nest(path, grad), mine, start, first=first
       )
 
     def move_around(paths: list[Path], grad_sums: Any, carry: Any) -> Any:
       mine = None
       for path in paths:
-        like = _leaf(params, path)
-        grad = _divide(_leaf(grad_sums, path), divisor, like)
+        like = leaf_at(params, path)
+        grad = _divide(leaf_at(grad_sums, path), divisor, like)
         grad, carry = see(grad, carry)
         carry, mine = engine.move_rows(
           functools.partial(update, path), path, grad, state.step, carry
@@ -705,7 +611,7 @@ def _immediate_step(
       return carry, mine
 
     def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
-      cut = _Cut(layer, engine.num_layers)
+      cut = Cut(layer, engine.num_layers)
 
       def move(path: Path, grad: jax.Array, carry: Any) -> Any:
         grad, carry = see(grad, carry)
@@ -762,11 +668,11 @@ def _nothing(engine: _Engine, params: Any, opt: Any, dtype: Any) -> _Waiting:
   """Zeros to add to; a dtype of None is that of what is added."""
 
   def projected(path: Path) -> Any:
-    stored = _leaf(params, path)
+    stored = leaf_at(params, path)
     is_layer = path in engine.layer_paths
-    cut = _Cut(0, engine.num_layers) if is_layer else WHOLE
-    grad = _nest(path, engine.storage.load(cut.at(stored)))
-    small, _ = engine.tx.project(grad, engine.own(opt, path, cut), grad)
+    cut = Cut(0, engine.num_layers) if is_layer else WHOLE
+    grad = nest(path, engine.storage.load(cut.at(stored)))
+    small, _ = engine.tx.project(grad, engine.slices.own(opt, path, cut), grad)
     return small
 
   def zeros(path: Path) -> Any:
@@ -798,23 +704,25 @@ def _project(
   (loss_sum, weight_sum), grads, dx_KBTD = engine.head(params, x_KBTD, batch_K)
   divide_by = divisor(weight_sum)
 
-  def project(path: Path, grad: jax.Array, carry: Any, cut: _Cut) -> Any:
+  def project(path: Path, grad: jax.Array, carry: Any, cut: Cut) -> Any:
     params, opt, small, squares = carry
-    start = engine.storage.load_exact(cut.at(_leaf(params, path)))
-    old = engine.own(opt, path, cut)
+    start = engine.storage.load_exact(cut.at(leaf_at(params, path)))
+    old = engine.slices.own(opt, path, cut)
     new, mine = engine.tx.project(
-      _nest(path, grad), old, _nest(path, start), **look
+      nest(path, grad), old, nest(path, start), **look
     )
     waits = cut.at(small[path])
     if path in engine.layer_paths:
       new = jax.tree.map(lambda x: x[None], new)
     total = jax.tree.map(lambda t, x: t + x.astype(t.dtype), waits, new)
     small = {**small, path: cut.put(small[path], total)}
-    opt = engine.put_own(opt, path, _written(mine, _same(mine, old)), cut)
+    opt = engine.slices.put_own(
+      opt, path, to_write(mine, handed_on(mine, old)), cut
+    )
     return params, opt, small, squares + _squares(grad)
 
   def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
-    cut = _Cut(layer, engine.num_layers)
+    cut = Cut(layer, engine.num_layers)
     return _one_by_one(
       engine.layer_paths,
       *(grads, carry, lambda *args: project(*args, cut)),
@@ -828,7 +736,7 @@ def _project(
   grads = {**grads, **_add({key: grads[key] for key in read}, read)}
   grads = _divide(grads, divide_by, _around(params))
   for path in engine.around_paths:
-    carry = project(path, _leaf(grads, path), carry, WHOLE)
+    carry = project(path, leaf_at(grads, path), carry, WHOLE)
   _, opt, small, squares = carry
   return _Waiting(
     small,
@@ -856,7 +764,7 @@ def _apply(
     )
 
   def body(layer: jax.Array, carry: Any) -> Any:
-    cut = _Cut(layer, engine.num_layers)
+    cut = Cut(layer, engine.num_layers)
     for path in engine.layer_paths:
       act = apply(_drop_axis(cut.at(small[path])))
       carry, _ = engine.move(act, path, cut, state.step, carry)
@@ -972,18 +880,19 @@ def _count_layers(params: Any) -> int:
 def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
   """Whether a part of a parameter's state is the state of a part."""
 
-  def shapes(part: _Cut, cut: _Cut) -> list[tuple[int, ...]]:
+  def shapes(part: Cut, cut: Cut) -> list[tuple[int, ...]]:
     """Of what an optimizer of a part keeps of it, after it was cut."""
 
     def own(params: Any) -> Any:
       layers = engine.storage.load_exact(params[LAYERS])
-      leaf = engine.storage.load_exact(_leaf(params, path))
-      tree = _replace({**params, LAYERS: layers}, path, part.at(leaf))
+      leaf = engine.storage.load_exact(leaf_at(params, path))
+      tree = replace_leaf({**params, LAYERS: layers}, path, part.at(leaf))
       state = engine.tx.init(tree)
       nodes = filter(
-        engine.is_params, jax.tree.leaves(state, is_leaf=engine.is_params)
+        engine.slices.is_params,
+        jax.tree.leaves(state, is_leaf=engine.slices.is_params),
       )
-      return [cut.at(_leaf(node, path)) for node in nodes]
+      return [cut.at(leaf_at(node, path)) for node in nodes]
 
     return [x.shape for x in jax.tree.leaves(jax.eval_shape(own, params))]
 
@@ -993,7 +902,7 @@ def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
     whole = shapes(WHOLE, WHOLE)
     if any(not shape or shape[0] % count for shape in whole):
       return False
-    cut = _Cut(0, count)
+    cut = Cut(0, count)
     return shapes(WHOLE, cut) == shapes(cut, WHOLE)
   finally:
     logging.disable(logging.NOTSET)
@@ -1018,7 +927,7 @@ def _count_row_blocks(engine: _Engine, params: Any) -> dict[Path, int]:
   """Large matrices around the layers, and into how many parts to cut them."""
   counts = {}
   for path in engine.around_paths:
-    leaf = _leaf(params, path)
+    leaf = leaf_at(params, path)
     fewest = -(-leaf.size // ROW_BLOCK)
     if leaf.ndim != 2 or fewest == 1:
       continue
