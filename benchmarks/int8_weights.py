@@ -41,7 +41,7 @@ from gnlorp_jax.optim.quantized_weights import (
   quantize_weights,
   requantize_weights,
 )
-from gnlorp_jax.training import layerwise, state
+from gnlorp_jax.training import layerwise, passes, state
 
 RESULTS = pathlib.Path('benchmarks/results/int8_weights.json')
 PLOT = pathlib.Path('docs/int8_weights.png')
@@ -61,7 +61,7 @@ class Format(NamedTuple):
   """How the kernels of the blocks are kept between steps."""
 
   keep: Callable[[Any], Any]  # Maps float32 layers to layers as they are kept.
-  storage: layerwise.Storage
+  storage: passes.Storage
   link: optax.GradientTransformation | None = None  # Last of the optimizer.
 
 
@@ -80,7 +80,7 @@ def to_float32(layers: Any) -> Any:
   )
 
 
-def int8_storage(seed: int) -> layerwise.Storage:
+def int8_storage(seed: int) -> passes.Storage:
   """What train_lm.py uses with ``--step.weight-bits 8`` and this seed."""
   step = config.StepConfig(mode='layerwise', weight_bits=8)
   return build.weight_storage(config.TrainConfig(seed=seed, step=step))
@@ -88,9 +88,9 @@ def int8_storage(seed: int) -> layerwise.Storage:
 
 INT8 = int8_storage(0)
 # Loaded as float32, so that gradients are float32 too.
-BFLOAT16 = layerwise.PLAIN._replace(load=to_float32)
+BFLOAT16 = passes.PLAIN._replace(load=to_float32)
 FORMATS = {
-  'float32': Format(lambda layers: layers, layerwise.PLAIN),
+  'float32': Format(lambda layers: layers, passes.PLAIN),
   'bfloat16, nearest': Format(to_bfloat16, BFLOAT16),
   'bfloat16, stochastic': Format(
     to_bfloat16, BFLOAT16, optim.stochastic_rounding()

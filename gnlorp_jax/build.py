@@ -26,7 +26,14 @@ from gnlorp_jax.config import (
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama
-from gnlorp_jax.training import layerwise, losses, sharding, state, step
+from gnlorp_jax.training import (
+  layerwise,
+  losses,
+  passes,
+  sharding,
+  state,
+  step,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -221,13 +228,13 @@ def _steps(
     and config.mesh.fsdp == 1,
     **options,
   )
-  return layerwise.make_loss_fn(pieces, storage), train_step
+  return passes.make_loss_fn(pieces, storage), train_step
 
 
-def layer_pieces(model: llama.Model, chunk_tokens: int) -> layerwise.Pieces:
+def layer_pieces(model: llama.Model, chunk_tokens: int) -> passes.Pieces:
   """The model in the pieces that a step goes through layer by layer."""
   fns = model.layer_fns
-  return layerwise.Pieces(
+  return passes.Pieces(
     embed=lambda params, batch: fns.embed(params, batch['inputs']),
     block=fns.block,
     loss=lambda params, x_BTD, batch: losses.chunked_cross_entropy(
@@ -241,10 +248,10 @@ def layer_pieces(model: llama.Model, chunk_tokens: int) -> layerwise.Pieces:
   )
 
 
-def weight_storage(config: TrainConfig) -> layerwise.Storage:
+def weight_storage(config: TrainConfig) -> passes.Storage:
   """How the parameters of the blocks are kept between their uses."""
   if config.step.weight_bits is None:
-    return layerwise.PLAIN
+    return passes.PLAIN
 
   def store(new: Any, old: Any, number: jax.Array, first: jax.Array) -> Any:
     key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -254,7 +261,7 @@ def weight_storage(config: TrainConfig) -> layerwise.Storage:
   def load(dtype: Any) -> Callable[[Any], Any]:
     return lambda tree: optim.quantized_weights.dequantize_weights(tree, dtype)
 
-  return layerwise.Storage(
+  return passes.Storage(
     load(config.model.compute_dtype), load('float32'), store
   )
 
@@ -268,7 +275,7 @@ def stored_apply(
   storage, fns = weight_storage(config), model.layer_fns
 
   def apply(params: Any, tokens_BT: jax.Array) -> jax.Array:
-    x_BTD = layerwise.through_blocks(
+    x_BTD = passes.through_blocks(
       fns.block, storage, params['layers'], fns.embed(params, tokens_BT)
     )
     return fns.head(params, x_BTD)

@@ -30,6 +30,17 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gnlorp_jax.training.passes import (
+  LAYERS,
+  PLAIN,
+  Passes,
+  Pieces,
+  Storage,
+  add_trees,
+  divide,
+  drop_axis,
+  without_layers,
+)
 from gnlorp_jax.training.slices import (
   WHOLE,
   Cut,
@@ -42,111 +53,16 @@ from gnlorp_jax.training.slices import (
   to_write,
 )
 from gnlorp_jax.training.state import TrainState
-from gnlorp_jax.training.step import Batch, LossFn, Metrics, split_rows
+from gnlorp_jax.training.step import Batch, Metrics, split_rows
 
 Accumulate = Literal['gradient', 'projected']
 Clipping = Literal['waiting', 'recompute']
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# The top-level key of the parameters that are stacked [L, ...].
-LAYERS = 'layers'
 # Elements of a large matrix that are updated at once; a few arrays of this size
 # exist then, in float32.
 ROW_BLOCK = 2**22
 # The parts hold a multiple of as many, the largest block of quantised moments.
 ROW_ALIGN = 256
-
-
-class Pieces(NamedTuple):
-  """A model in pieces.
-
-  `embed` and `loss` do without ``params['layers']``.
-
-  Attributes:
-    embed: Maps (params, a batch) to x ``[B, T, D]``.
-    block: Maps (one layer's slice of ``params['layers']``, x) to x.
-    loss: Maps (params, x after the last block, a batch) to the weighted sum of
-      the losses and the sum of the weights, float32 scalars.
-    embed_keys: The top-level keys of `params` that `embed` reads.
-  """
-
-  embed: Callable[[Any, Batch], jax.Array]
-  block: Callable[[Any, jax.Array], jax.Array]
-  loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]
-  embed_keys: tuple[str, ...]
-
-
-class Storage(NamedTuple):
-  """How the parameters of the layers are stored.
-
-  Attributes:
-    load: Maps a stored tree to the arrays that blocks compute with.
-    load_exact: The same with every digit, to add updates to.
-    store: ``store(new, old, step, first)``: stores new values as `old` is, both
-      trees of one parameter, or of a part that starts at `first` on the first
-      axis; `step` and `first` are for random numbers.
-  """
-
-  load: Callable[[Any], Any]
-  load_exact: Callable[[Any], Any]
-  store: Callable[[Any, Any, jax.Array, jax.Array], Any]
-
-
-def _as_it_is(tree: Any) -> Any:
-  return tree
-
-
-def _cast_like(new: Any, old: Any, step: jax.Array, first: jax.Array) -> Any:
-  del step, first
-  return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
-
-
-PLAIN = Storage(_as_it_is, _as_it_is, _cast_like)
-
-
-def through_blocks(
-  block: Callable[[Any, jax.Array], jax.Array],
-  storage: Storage,
-  layers: Any,
-  x_BTD: jax.Array,
-) -> jax.Array:
-  """All blocks one after the other, each loaded when its turn comes.
-
-  Args:
-    block: As in `Pieces`.
-    storage: How the parameters of the layers are stored.
-    layers: These parameters, stacked ``[L, ...]``.
-    x_BTD: The first block's input.
-
-  Returns:
-    The last block's output.
-  """
-
-  def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-    return block(storage.load(layer), x_BTD), None
-
-  return jax.lax.scan(body, x_BTD, layers)[0]
-
-
-def make_loss_fn(pieces: Pieces, storage: Storage = PLAIN) -> LossFn:
-  """The loss whose gradient the training step takes, for evaluation.
-
-  Args:
-    pieces: The model.
-    storage: How the parameters of the layers are stored.
-
-  Returns:
-    Maps parameters and a batch to the weighted sum of the losses and the sum of
-    the weights.
-  """
-
-  def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    around = _around(params)
-    x_BTD = through_blocks(
-      pieces.block, storage, params[LAYERS], pieces.embed(around, batch)
-    )
-    return pieces.loss(around, x_BTD, batch)
-
-  return loss_fn
 
 
 def make_train_step(
@@ -234,14 +150,11 @@ def make_train_step(
   num_layers = _count_layers(params)
   paths = traverse_util.flatten_dict(params)
   engine = _Engine(
-    pieces=pieces,
+    passes=Passes(pieces, storage, num_layers, offload),
     tx=tx if comes_in_halves else optax.with_extra_args_support(tx),
     slices=StateSlices(frozenset(params)),
     layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)),
     around_paths=tuple(p for p in paths if p[0] != LAYERS),
-    num_layers=num_layers,
-    storage=storage,
-    offload=offload,
     row_blocks={},
   )
   _check_layers(engine, params)
@@ -269,12 +182,7 @@ def gradients_wait(
   return accumulate == 'projected' or (clips and hasattr(tx, 'project'))
 
 
-# Trees of parameters, and numbers.
-
-
-def _around(tree: dict[str, Any]) -> dict[str, Any]:
-  """A dict of parameters without the layers."""
-  return {key: node for key, node in tree.items() if key != LAYERS}
+# Numbers.
 
 
 def _squares(tree: Any) -> jax.Array:
@@ -285,22 +193,8 @@ def _squares(tree: Any) -> jax.Array:
   )
 
 
-def _divide(sums: Any, divisor: jax.Array, like: Any) -> Any:
-  return jax.tree.map(
-    lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype), sums, like
-  )
-
-
 def _scale(tree: Any, factor: jax.Array) -> Any:
   return jax.tree.map(lambda g: (g * factor).astype(g.dtype), tree)
-
-
-def _add(tree: Any, other: Any) -> Any:
-  return jax.tree.map(jnp.add, tree, other)
-
-
-def _drop_axis(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x[0], tree)
 
 
 def _divisor(weight_sum: jax.Array) -> jax.Array:
@@ -313,32 +207,7 @@ def _clip_factor(norm: jax.Array, clip: float | None) -> jax.Array:
   return jnp.where(norm < clip, 1, clip / norm)
 
 
-def _each(fn: Callable[[Any], Any], xs_K: Any) -> Any:
-  """``fn`` of every micro-batch, one after the other."""
-  if len(jax.tree.leaves(xs_K)[0]) == 1:
-    y = fn(jax.tree.map(lambda x: x[0], xs_K))
-    return jax.tree.map(lambda x: x[None], y)
-  return jax.lax.map(fn, xs_K)
-
-
-def _sum_each(fn: Callable[..., tuple[Any, Any]], *xs_K: Any) -> Any:
-  """``fn(*xs) -> (summand, y)``: the float32 sum, and all y ``[K, ...]``."""
-  first = jax.tree.map(lambda x: x[0], xs_K)
-  if len(jax.tree.leaves(xs_K)[0]) == 1:
-    total, y = fn(*first)
-    return total, jax.tree.map(lambda x: x[None], y)
-
-  def add(total: Any, xs: Any) -> tuple[Any, Any]:
-    summand, y = fn(*xs)
-    return _add(total, summand), y
-
-  zero = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(fn, *first)[0]
-  )
-  return jax.lax.scan(add, zero, xs_K)
-
-
-# The passes.
+# Moving a parameter.
 
 
 class _Sums(NamedTuple):
@@ -356,100 +225,14 @@ def _no_sums(finite: jax.Array) -> _Sums:
 
 
 class _Engine(NamedTuple):
-  """What every pass needs, and the passes through the model."""
+  """What every step needs, and how it moves a parameter."""
 
-  pieces: Pieces
+  passes: Passes
   tx: Any
   slices: StateSlices
   layer_paths: tuple[Path, ...]
   around_paths: tuple[Path, ...]
-  num_layers: int
-  storage: Storage
-  offload: bool
   row_blocks: dict[Path, int]  # of parameters that are updated part by part
-
-  def forward(self, params: Any, batch_K: Batch) -> tuple[jax.Array, jax.Array]:
-    """Inputs of all blocks ``[L, K, B, T, D]``, and the last one's output."""
-
-    def body(x_KBTD: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-      layer = self.storage.load(layer)
-      y_KBTD = _each(lambda x_BTD: self.pieces.block(layer, x_BTD), x_KBTD)
-      if self.offload:
-        x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Host)
-      return y_KBTD, x_KBTD
-
-    around = _around(params)
-    x_KBTD = _each(lambda batch: self.pieces.embed(around, batch), batch_K)
-    x_KBTD, saved_LKBTD = jax.lax.scan(body, x_KBTD, params[LAYERS])
-    return saved_LKBTD, x_KBTD
-
-  def head(
-    self, params: Any, x_KBTD: jax.Array, batch_K: Batch
-  ) -> tuple[tuple[jax.Array, jax.Array], Any, jax.Array]:
-    """Sums of losses and weights, gradients around the layers, that of x."""
-    around = _around(params)
-    grad_fn = jax.value_and_grad(self.pieces.loss, argnums=(0, 1), has_aux=True)
-
-    def one(x_BTD: jax.Array, batch: Batch) -> tuple[Any, jax.Array]:
-      sums, (grads, dx_BTD) = grad_fn(around, x_BTD, batch)
-      return (sums, grads), dx_BTD
-
-    (sums, grads), dx_KBTD = _sum_each(one, x_KBTD, batch_K)
-    return sums, grads, dx_KBTD
-
-  def embedding(self, params: Any, batch_K: Batch, dx_KBTD: jax.Array) -> Any:
-    """Gradients of what the embedding reads."""
-    used = {key: params[key] for key in self.pieces.embed_keys}
-
-    def one(dx_BTD: jax.Array, batch: Batch) -> tuple[Any, None]:
-      _, pull_back = jax.vjp(lambda used: self.pieces.embed(used, batch), used)
-      (grads,) = pull_back(dx_BTD)
-      return grads, None
-
-    grads, _ = _sum_each(one, dx_KBTD, batch_K)
-    return grads
-
-  def block(
-    self, layer: Any, x_KBTD: jax.Array, dy_KBTD: jax.Array, divisor: jax.Array
-  ) -> tuple[Any, jax.Array]:
-    """Gradients of a slice of one layer, divided, and that of its input."""
-    loaded = _drop_axis(self.storage.load(layer))
-
-    def one(x_BTD: jax.Array, dy_BTD: jax.Array) -> tuple[Any, jax.Array]:
-      _, pull_back = jax.vjp(self.pieces.block, loaded, x_BTD)
-      return pull_back(dy_BTD)
-
-    sums, dx_KBTD = _sum_each(one, x_KBTD, dy_KBTD)
-    grads = _divide(sums, divisor, loaded)
-    return jax.tree.map(lambda g: g[None], grads), dx_KBTD
-
-  def backward(
-    self,
-    visit: Callable[[jax.Array, dict[Path, jax.Array], Any], Any],
-    carry: Any,
-    saved_LKBTD: jax.Array,
-    dx_KBTD: jax.Array,
-    divisor: jax.Array,
-  ) -> tuple[Any, jax.Array]:
-    """Shows every layer's gradients to ``visit(layer, grads, carry)``.
-
-    The first element of the carry are the parameters.
-    """
-
-    def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
-      carry, dy_KBTD = loop
-      layer = self.num_layers - 1 - i
-      cut = Cut(layer, self.num_layers)
-      x_KBTD = _drop_axis(cut.at(saved_LKBTD))
-      if self.offload:
-        x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
-      grads, dx_KBTD = self.block(
-        cut.at(carry[0][LAYERS]), x_KBTD, dy_KBTD, divisor
-      )
-      flat = traverse_util.flatten_dict({LAYERS: grads})
-      return visit(layer, flat, carry), dx_KBTD
-
-    return jax.lax.fori_loop(0, self.num_layers, body, (carry, dx_KBTD))
 
   def move(
     self,
@@ -469,7 +252,7 @@ class _Engine(NamedTuple):
     params, opt, sums = carry
     stored = leaf_at(params, path)
     old, mine = cut.at(stored), self.slices.own(opt, path, cut)
-    start = self.storage.load_exact(old)
+    start = self.passes.storage.load_exact(old)
     first = cut.index * (start.shape[0] if start.ndim else 1)
     # Which arrays `act` only hands on; known when `take` has been traced.
     kept: list[bool] = []
@@ -481,7 +264,9 @@ class _Engine(NamedTuple):
       kept[:] = handed_on(new_mine, mine)
       update = leaf_at(updates, path)
       moved = start.astype(jnp.float32) + update
-      new = self.storage.store(nest(path, moved), nest(path, old), step, first)
+      new = self.passes.storage.store(
+        nest(path, moved), nest(path, old), step, first
+      )
       # As leaves: a part of a quantised array is of another type.
       return jax.tree.leaves((new, new_mine)), _squares(update), _squares(moved)
 
@@ -556,32 +341,34 @@ def _immediate_step(
   engine: _Engine, num_micro_batches: int, clip: float | None
 ) -> TrainStep:
   tx = engine.tx
-  late = [p for p in engine.around_paths if p[0] in engine.pieces.embed_keys]
+  late = [
+    p for p in engine.around_paths if p[0] in engine.passes.pieces.embed_keys
+  ]
   early = [p for p in engine.around_paths if p not in late]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     batch_K = split_rows(batch, num_micro_batches)
     params = state.params
-    saved_LKBTD, x_KBTD = engine.forward(params, batch_K)
-    (loss_sum, weight_sum), head_grads, dx_KBTD = engine.head(
+    saved_LKBTD, x_KBTD = engine.passes.forward(params, batch_K)
+    (loss_sum, weight_sum), head_grads, dx_KBTD = engine.passes.head(
       params, x_KBTD, batch_K
     )
     divisor = _divisor(weight_sum)
 
     def embed_grads(dx_KBTD: jax.Array) -> Any:
       """Gradients of the embedding, with what the head adds to a tied one."""
-      read = engine.embedding(params, batch_K, dx_KBTD)
-      return _add({key: head_grads[key] for key in read}, read)
+      read = engine.passes.embedding(params, batch_K, dx_KBTD)
+      return add_trees({key: head_grads[key] for key in read}, read)
 
     factor, finite = jnp.float32(1), jnp.isfinite(loss_sum)
     if clip is not None:
-      (_, squares), last_dx = engine.backward(
+      (_, squares), last_dx = engine.passes.backward(
         lambda layer, grads, carry: (carry[0], carry[1] + _squares(grads)),
         (params, jnp.float32(0)),
         *(saved_LKBTD, dx_KBTD, divisor),
       )
       grads = {**head_grads, **embed_grads(last_dx)}
-      norm = jnp.sqrt(squares + _squares(_divide(grads, divisor, grads)))
+      norm = jnp.sqrt(squares + _squares(divide(grads, divisor, grads)))
       factor, finite = _clip_factor(norm, clip), jnp.isfinite(norm)
 
     def see(grad: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
@@ -603,7 +390,7 @@ def _immediate_step(
       mine = None
       for path in paths:
         like = leaf_at(params, path)
-        grad = _divide(leaf_at(grad_sums, path), divisor, like)
+        grad = divide(leaf_at(grad_sums, path), divisor, like)
         grad, carry = see(grad, carry)
         carry, mine = engine.move_rows(
           functools.partial(update, path), path, grad, state.step, carry
@@ -611,7 +398,7 @@ def _immediate_step(
       return carry, mine
 
     def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
-      cut = Cut(layer, engine.num_layers)
+      cut = Cut(layer, engine.passes.num_layers)
 
       def move(path: Path, grad: jax.Array, carry: Any) -> Any:
         grad, carry = see(grad, carry)
@@ -624,7 +411,7 @@ def _immediate_step(
     carry, before = move_around(early, head_grads, carry)
     # What the head needs is let go before the layers begin.
     dx_KBTD, carry = jax.lax.optimization_barrier((dx_KBTD, carry))
-    carry, dx_KBTD = engine.backward(
+    carry, dx_KBTD = engine.passes.backward(
       visit, carry, saved_LKBTD, dx_KBTD, divisor
     )
     carry, mine = move_around(late, embed_grads(dx_KBTD), carry)
@@ -670,13 +457,13 @@ def _nothing(engine: _Engine, params: Any, opt: Any, dtype: Any) -> _Waiting:
   def projected(path: Path) -> Any:
     stored = leaf_at(params, path)
     is_layer = path in engine.layer_paths
-    cut = Cut(0, engine.num_layers) if is_layer else WHOLE
-    grad = nest(path, engine.storage.load(cut.at(stored)))
+    cut = Cut(0, engine.passes.num_layers) if is_layer else WHOLE
+    grad = nest(path, engine.passes.storage.load(cut.at(stored)))
     small, _ = engine.tx.project(grad, engine.slices.own(opt, path, cut), grad)
     return small
 
   def zeros(path: Path) -> Any:
-    stack = (engine.num_layers,) if path in engine.layer_paths else ()
+    stack = (engine.passes.num_layers,) if path in engine.layer_paths else ()
     return jax.tree.map(
       lambda x: jnp.zeros((*stack, *x.shape), dtype or x.dtype),
       jax.eval_shape(lambda: projected(path)),
@@ -700,13 +487,15 @@ def _project(
   `divisor` maps the sum of the batch's weights to what gradients are divided
   by; `look` is `SplitTransformation.project`'s.
   """
-  saved_LKBTD, x_KBTD = engine.forward(params, batch_K)
-  (loss_sum, weight_sum), grads, dx_KBTD = engine.head(params, x_KBTD, batch_K)
+  saved_LKBTD, x_KBTD = engine.passes.forward(params, batch_K)
+  (loss_sum, weight_sum), grads, dx_KBTD = engine.passes.head(
+    params, x_KBTD, batch_K
+  )
   divide_by = divisor(weight_sum)
 
   def project(path: Path, grad: jax.Array, carry: Any, cut: Cut) -> Any:
     params, opt, small, squares = carry
-    start = engine.storage.load_exact(cut.at(leaf_at(params, path)))
+    start = engine.passes.storage.load_exact(cut.at(leaf_at(params, path)))
     old = engine.slices.own(opt, path, cut)
     new, mine = engine.tx.project(
       nest(path, grad), old, nest(path, start), **look
@@ -722,19 +511,19 @@ def _project(
     return params, opt, small, squares + _squares(grad)
 
   def visit(layer: jax.Array, grads: dict[Path, Any], carry: Any) -> Any:
-    cut = Cut(layer, engine.num_layers)
+    cut = Cut(layer, engine.passes.num_layers)
     return _one_by_one(
       engine.layer_paths,
       *(grads, carry, lambda *args: project(*args, cut)),
     )
 
   carry = params, waiting.opt, waiting.small, waiting.squares
-  carry, dx_KBTD = engine.backward(
+  carry, dx_KBTD = engine.passes.backward(
     visit, carry, saved_LKBTD, dx_KBTD, divide_by
   )
-  read = engine.embedding(params, batch_K, dx_KBTD)
-  grads = {**grads, **_add({key: grads[key] for key in read}, read)}
-  grads = _divide(grads, divide_by, _around(params))
+  read = engine.passes.embedding(params, batch_K, dx_KBTD)
+  grads = {**grads, **add_trees({key: grads[key] for key in read}, read)}
+  grads = divide(grads, divide_by, without_layers(params))
   for path in engine.around_paths:
     carry = project(path, leaf_at(grads, path), carry, WHOLE)
   _, opt, small, squares = carry
@@ -764,15 +553,15 @@ def _apply(
     )
 
   def body(layer: jax.Array, carry: Any) -> Any:
-    cut = Cut(layer, engine.num_layers)
+    cut = Cut(layer, engine.passes.num_layers)
     for path in engine.layer_paths:
-      act = apply(_drop_axis(cut.at(small[path])))
+      act = apply(drop_axis(cut.at(small[path])))
       carry, _ = engine.move(act, path, cut, state.step, carry)
     return carry
 
   sums = _no_sums(jnp.isfinite(norm))._replace(grad=jnp.square(norm))
   carry = jax.lax.fori_loop(
-    0, engine.num_layers, body, (state.params, waiting.opt, sums)
+    0, engine.passes.num_layers, body, (state.params, waiting.opt, sums)
   )
   mine = None
   for path in engine.around_paths:
@@ -830,7 +619,7 @@ def _projected_step(
 
   def on_devices(params: Any, opt: Any, batch: Batch) -> _Waiting:
     if mesh is None or mesh.shape['data'] == 1:
-      return accumulate(params, opt, batch, _as_it_is)
+      return accumulate(params, opt, batch, lambda x: x)
     return jax.shard_map(
       lambda *args: accumulate(*args, lambda x: jax.lax.psum(x, 'data')),
       mesh=mesh,
@@ -884,8 +673,8 @@ def _can_be_cut(engine: _Engine, params: Any, path: Path, count: int) -> bool:
     """Of what an optimizer of a part keeps of it, after it was cut."""
 
     def own(params: Any) -> Any:
-      layers = engine.storage.load_exact(params[LAYERS])
-      leaf = engine.storage.load_exact(leaf_at(params, path))
+      layers = engine.passes.storage.load_exact(params[LAYERS])
+      leaf = engine.passes.storage.load_exact(leaf_at(params, path))
       tree = replace_leaf({**params, LAYERS: layers}, path, part.at(leaf))
       state = engine.tx.init(tree)
       nodes = filter(
@@ -913,7 +702,7 @@ def _check_layers(engine: _Engine, params: Any) -> None:
   stuck = [
     '/'.join(path)
     for path in engine.layer_paths
-    if not _can_be_cut(engine, params, path, engine.num_layers)
+    if not _can_be_cut(engine, params, path, engine.passes.num_layers)
   ]
   if stuck:
     raise ValueError(

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from gnlorp_jax import optim
-from gnlorp_jax.training import layerwise, sharding, state, step
+from gnlorp_jax.training import layerwise, passes, sharding, state, step
 
 VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 64, 32, 48, 3, 8, 8
 STEPS, GAP = 12, 5
@@ -133,7 +133,7 @@ def whole_loss(params, batch, loss=loss, layers=LAYERS):
   return loss(params, x_BTD, batch)
 
 
-PIECES = layerwise.Pieces(embed, block, loss, ('embed',))
+PIECES = passes.Pieces(embed, block, loss, ('embed',))
 
 
 def make_batch(seed):
@@ -521,7 +521,7 @@ def test_frozen_kernels_in_8_bits_are_not_rounded_anew():
   params = init(jax.random.key(0))
   stored = {**params, 'layers': weights.quantize_weights(params['layers'])}
   train_step = layerwise.make_train_step(
-    PIECES, tx, stored, storage=layerwise.Storage(load, load, store)
+    PIECES, tx, stored, storage=passes.Storage(load, load, store)
   )
   zero = jnp.zeros((), jnp.int32)
   now = state.TrainState(zero, zero, stored, tx.init(params))
@@ -620,5 +620,5 @@ def test_micro_batches_must_be_positive():
 def test_loss_for_evaluation_is_that_of_the_whole_model():
   params = init(jax.random.key(0))
   batch = make_batch(0)
-  found = jax.jit(layerwise.make_loss_fn(PIECES))(params, batch)
+  found = jax.jit(passes.make_loss_fn(PIECES))(params, batch)
   np.testing.assert_allclose(found, whole_loss(params, batch), rtol=1e-6)
