@@ -249,6 +249,14 @@ def test_submission_of_scores_is_clipped_and_in_order(tmp_path):
   )
 
 
+def test_submission_of_unbounded_scores_is_not_clipped(tmp_path):
+  task = glue.custom_task('price', ['text'], 'price', None)
+  path = glue.write_submission(
+    task, tmp_path, 'test', ['0', '1'], np.array([-7.25, -0.0001])
+  )
+  assert path.read_text() == 'index\tprediction\n0\t-7.250\n1\t0.000\n'
+
+
 def test_submission_of_a_custom_task_keeps_its_ids(tmp_path):
   path = glue.write_submission(
     TRIPLE, tmp_path, 'test', ['x', 'b'], logits_of([2, 0], 3)
