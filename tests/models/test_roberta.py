@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
 
 from gnlorp_jax.models import hf, layers, roberta
 
@@ -366,12 +367,13 @@ def test_layer_fns_in_a_loop_equal_apply():
 def test_masked_lm_head_is_computed_position_by_position():
   model, params = build()
   x_BTD = jax.random.normal(jax.random.key(0), (2, 5, 32))
-  logits = model.logits(params, x_BTD)
+  head = jax.jit(model.logits)
+  logits = head(params, x_BTD)
   np.testing.assert_allclose(
-    model.logits(params, x_BTD[1, 3:]), logits[1, 3:], atol=1e-5
+    head(params, x_BTD[1, 3:]), logits[1, 3:], atol=1e-5
   )
   with_bias = with_leaves(params, **{'lm_head/bias': jnp.arange(61.0)})
-  added = model.logits(with_bias, x_BTD)[1, 4] - logits[1, 4]
+  added = head(with_bias, x_BTD)[1, 4] - logits[1, 4]
   np.testing.assert_allclose(
     added, np.arange(61) - params['lm_head']['bias'], atol=1e-4
   )
@@ -540,12 +542,33 @@ def test_dropout_is_active_with_a_key_alone():
     assert norm(dropped - reference) > 0.05 * norm(reference)
 
 
+def shapes_drawn(jaxpr):
+  """Shapes of the random arrays of a jaxpr, one for each place."""
+  shapes = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'random_bits':
+      shapes.append(equation.outvars[0].aval.shape)
+    for inner in jaxprs_in_params(equation.params):
+      shapes += shapes_drawn(inner)
+  return shapes
+
+
 @pytest.mark.parametrize('head', [MASKED_LM, 3])
-def test_rates_of_zero_draw_nothing(head):
-  for rates in ({}, {'hidden_dropout': 0.0, 'attention_dropout': 0.0}):
-    model, params = build(head, **rates)
+def test_every_place_of_dropout_draws_where_its_rate_is_not_zero(head):
+  # After the embeddings, the attention and the feed-forward layer.
+  hidden = 3 * [(3, 12, 32)]
+  attention = [(3, 4, 12, 12)]
+  classifier = [] if head == MASKED_LM else 2 * [(3, 32)]
+  for rates, expected in (
+    ((0.1, 0.1, None), hidden + attention + classifier),
+    ((0.1, 0.0, 0.0), hidden),
+    ((0.0, 0.1, None), attention),
+    ((0.0, 0.0, 0.1), classifier),
+  ):
+    names = ('hidden_dropout', 'attention_dropout', 'classifier_dropout')
+    model, params = build(head, **dict(zip(names, rates, strict=True)))
     program = jax.make_jaxpr(model.apply)(params, sequences(), dropout_key())
-    assert ('random_bits' in str(program)) == (not rates)
+    assert sorted(shapes_drawn(program.jaxpr)) == sorted(expected)
 
 
 def test_attention_dropout_is_of_the_weights_of_the_other_path():
