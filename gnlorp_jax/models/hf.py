@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
@@ -50,11 +51,51 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
   return _read_object(pathlib.Path(folder) / _CONFIG)
 
 
+def check_supported(
+  family: str, hf_config: dict[str, Any], supported: dict[str, Any]
+) -> None:
+  """Checks the fields of a configuration that change what is computed.
+
+  Args:
+    family: What to call the model in an error.
+    hf_config: The JSON object of a `config.json`.
+    supported: The only value of a field that is supported, which its absence
+      means too.
+
+  Raises:
+    ValueError: If a field has another value; all such are named.
+  """
+  wrong = [
+    f'{name}={hf_config[name]!r} (supported: {value!r})'
+    for name, value in supported.items()
+    if name in hf_config and hf_config[name] != value
+  ]
+  if wrong:
+    raise ValueError(f'Unsupported {family} configuration: {", ".join(wrong)}.')
+
+
+def tensor_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of the tensors of a checkpoint; their data is not read.
+
+  Args:
+    folder: As in `load_params`.
+
+  Returns:
+    The shape of each tensor in the checkpoint's layout, by its name there.
+
+  Raises:
+    ValueError: If a file is absent or damaged.
+  """
+  with contextlib.ExitStack() as stack:
+    return _shapes(_open(pathlib.Path(folder), stack))
+
+
 def load_params(
   folder: str | os.PathLike,
   table: Table,
   abstract_params: dict[str, Any],
   keep: Callable[[str, jax.Array], Any] = lambda path, array: array,
+  unread: str = '$.',
 ) -> dict[str, Any]:
   """Reads the weights of a checkpoint into the layout of a model.
 
@@ -70,6 +111,8 @@ def load_params(
     keep: ``keep(path, array)`` makes of a parameter what is returned for it.
       It is called before the next one is read, so that a smaller form of it
       can take its place.
+    unread: A regex over the whole names of tensors that the checkpoint may hold
+      beside the model's; the default allows none.
 
   Returns:
     What `keep` makes of arrays in the layout of `abstract_params`, cast to its
@@ -86,7 +129,11 @@ def load_params(
     files = _open(pathlib.Path(folder), stack)
     _check_fit(
       {tensor.name: tensor.shape for tensor in tensors},
-      {name: tuple(f.get_slice(name).get_shape()) for name, f in files.items()},
+      {
+        name: shape
+        for name, shape in _shapes(files).items()
+        if not re.fullmatch(unread, name)
+      },
     )
     for path, group in itertools.groupby(tensors, lambda tensor: tensor.path):
       params[path] = keep(path, _read(leaves[path], list(group), files))
@@ -257,6 +304,15 @@ def _open(
     files.update({tensor: file for tensor in file.keys()})
   return {
     name: file for name, file in files.items() if not name.endswith(_BUFFERS)
+  }
+
+
+def _shapes(
+  files: dict[str, safetensors.safe_open],
+) -> dict[str, tuple[int, ...]]:
+  return {
+    name: tuple(file.get_slice(name).get_shape())
+    for name, file in files.items()
   }
 
 

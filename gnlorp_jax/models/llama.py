@@ -17,7 +17,6 @@ Shape suffixes in this file:
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -27,7 +26,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.models import layers
+from gnlorp_jax.models import hf as hf_files
+from gnlorp_jax.models import layers, presets
 
 Params = dict[str, Any]
 Dtype = Literal['float32', 'bfloat16']
@@ -163,13 +163,7 @@ def preset(name: str, **overrides: Any) -> LlamaConfig:
     >>> preset('60m', param_dtype='bfloat16').hidden_size
     512
   """
-  if name not in PRESETS:
-    near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
-      f'Unknown model {name!r}; expected one of {tuple(PRESETS)}.{hint}'
-    )
-  return dataclasses.replace(PRESETS[name], **overrides)
+  return dataclasses.replace(presets.find(name, PRESETS), **overrides)
 
 
 class _Block(nn.Module):
@@ -449,7 +443,8 @@ def config_from_hf(hf: dict[str, Any]) -> LlamaConfig:
   """
   rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
   rope_type = rope.get('rope_type', rope.get('type', 'default'))
-  _check_supported(
+  hf_files.check_supported(
+    'LLaMA',
     {**hf, 'rope_type': rope_type},
     {**_HF_FIXED, 'rope_type': 'default', 'quantization_config': None},
   )
@@ -467,18 +462,8 @@ def config_from_hf(hf: dict[str, Any]) -> LlamaConfig:
     **{ours: hf[theirs] for ours, theirs in _HF_FIELDS.items() if theirs in hf},
   )
   if hf.get('head_dim') is not None:
-    _check_supported(hf, {'head_dim': config.head_dim})
+    hf_files.check_supported('LLaMA', hf, {'head_dim': config.head_dim})
   return config
-
-
-def _check_supported(hf: dict[str, Any], supported: dict[str, Any]) -> None:
-  wrong = [
-    f'{name}={hf[name]!r} (supported: {value!r})'
-    for name, value in supported.items()
-    if name in hf and hf[name] != value
-  ]
-  if wrong:
-    raise ValueError(f'Unsupported LLaMA configuration: {", ".join(wrong)}.')
 
 
 def config_to_hf(
