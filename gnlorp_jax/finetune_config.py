@@ -56,9 +56,9 @@ class FinetuneConfig:
   """Fine-tuning of a RoBERTa on GLUE, one run per task, method and seed."""
 
   task: str = GENERATED
-  """Tasks, joined by commas: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli;
-  'all' for those that `data.source` has; 'generated' for a small one that needs
-  no files. With `data.train` it names your own."""
+  """Tasks, joined by commas: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
+  wnli, or 'all' for those that `data.source` has; 'generated' for a small one that
+  needs no files. With `data.train` it names your own."""
   method: str = 'full,lora,gradnormlorp'
   """Methods, joined by commas: full, lora, dora, galore, gradnormlorp,
   gradnormlorp_adapter; 'all' for these; or another optimizer that trains all
@@ -99,7 +99,7 @@ class FinetuneConfig:
   """Longest sequence in tokens, the rest is cut off; None: 512, or as much as
   the model takes."""
   rank: int = 8
-  """Rank of subspaces and adapters. GaLore's published rates are for 4 and 8."""
+  """Rank of subspaces and adapters; GaLore published rates for 4 and 8."""
   scale: float | None = None
   """Multiplies the updates of projected matrices; None takes the table's."""
   update_proj_gap: int | None = None
@@ -160,8 +160,8 @@ class FinetuneConfig:
     if self.learning_rate is not None and self.learning_rates is not None:
       raise ValueError(
         f'learning_rate={self.learning_rate} and learning_rates='
-        f'{self.learning_rates!r} exclude each other: give one rate, or several '
-        'to choose from.'
+        f'{self.learning_rates!r} exclude each other: give one rate, or '
+        'several to choose from.'
       )
     for name in ('adapter_dropout', 'dropout', 'warmup_fraction'):
       if getattr(self, name) is not None:

@@ -173,8 +173,8 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
     ValueError: If there is no such method.
 
   References:
-    Zhao et al., `GaLore`, 2024, arXiv:2403.03507, appendix on fine-tuning: batch
-    size, epochs, ranks, scales, interval, length 512, linear decay without
+    Zhao et al., `GaLore`, 2024, arXiv:2403.03507, appendix on fine-tuning:
+    batch size, epochs, ranks, scales, interval, length 512, linear decay without
     warm-up, no weight decay. Of adapters: the released scripts of Huang et al.,
     `GradNormLoRP`, 2024, arXiv:2412.19616, for all three kinds.
 
