@@ -314,7 +314,20 @@ class _Prepared:
         yield text, (index + 1) / len(self.elements)
 
 
-def _open_prepared(name: str) -> _Prepared:
+def open_prepared(name: str) -> tuple[Any, Sequence[dict[str, Any]]]:
+  """Opens a TensorFlow Datasets set prepared as ArrayRecord.
+
+  Args:
+    name: `tfds:NAME` or `tfds:NAME@SPLIT`, by default its split `train`, in the
+      folder of the environment variable `TFDS_DATA_DIR`.
+
+  Returns:
+    The builder, for what it knows of the set, and the elements of the split.
+
+  Raises:
+    ValueError: If the set is not there, is in another format or has no such
+      split.
+  """
   # Imported here: it takes a while and only this kind of source needs it.
   from tensorflow_datasets.core import read_only_builder
 
@@ -324,7 +337,7 @@ def _open_prepared(name: str) -> _Prepared:
     # Reads files alone. `tfds.data_source` would first look for the code that
     # made them, and for that needs TensorFlow or the network.
     builder = read_only_builder.builder_from_files(dataset, data_dir=data_dir)
-    elements = builder.as_data_source(split=split or 'train')
+    return builder, builder.as_data_source(split=split or 'train')
   except (ValueError, NotImplementedError) as error:
     reason = str(error).partition('\n')[0].rstrip('.:')
     raise ValueError(
@@ -333,6 +346,10 @@ def _open_prepared(name: str) -> _Prepared:
       f"install 'gnlorp_jax[tfds]', then tfds build {dataset} "
       '--file_format=array_record --data_dir=DIR, and set TFDS_DATA_DIR=DIR.'
     ) from error
+
+
+def _open_prepared(name: str) -> _Prepared:
+  builder, elements = open_prepared(name)
   if 'text' not in builder.info.features:
     raise ValueError(
       f"{name!r} has no feature 'text'; its features are "
