@@ -9,7 +9,7 @@ from typing import Any, Literal
 from gnlorp_jax import methods
 from gnlorp_jax.config import MeshConfig, check_interval, check_positive
 
-GENERATED = 'generated'  # The task that needs no files.
+DEMO = 'demo'  # The generated task, which needs no files.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class TaskDataConfig:
   source: str | None = None
   """Folder of GLUE's official files (MRPC/train.tsv, ...), or 'tfds'."""
   train: str | None = None
-  """A task of your own: file of training examples (.tsv, .csv, .jsonl)."""
+  """A task of your own: file of training examples (.tsv, .jsonl)."""
   dev: str | None = None
   """File of a task of your own to evaluate on and choose by."""
   test: str | None = None
@@ -55,9 +55,9 @@ class TaskDataConfig:
 class FinetuneConfig:
   """Fine-tuning of a RoBERTa on GLUE, one run per task, method and seed."""
 
-  task: str = GENERATED
+  task: str = DEMO
   """Tasks, joined by commas: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
-  wnli, or 'all' for those that `data.source` has; 'generated' for a small one that
+  wnli; 'all' for those that `data.source` has; 'demo' for a generated one that
   needs no files. With `data.train` it names your own."""
   method: str = 'full,lora,gradnormlorp'
   """Methods, joined by commas: full, lora, dora, galore, gradnormlorp,
@@ -65,10 +65,11 @@ class FinetuneConfig:
   weights: apollo, apollo_mini, fira, ldadam, q_galore, ..."""
   model: str | None = None
   """Hugging Face folder of a RoBERTa, or a preset with random weights: tiny,
-  mini, small, base, large. None is a tiny one, for the generated task."""
+  mini, small, base, large. None is a still smaller one, for the
+  demo."""
   tokenizer: str | None = None
   """A tokenizer.json or a folder with one; None is that of the model's folder.
-  For the generated task one is made."""
+  The demo makes its own."""
   seeds: str = '0'
   """Seeds, joined by commas: each is a run with its own classifier, order of
   the data and dropout."""
@@ -76,8 +77,8 @@ class FinetuneConfig:
   """Where runs, results and table go. The same command goes on where it
   stopped, and repeats nothing that is finished."""
   dry_run: bool = False
-  """Only report what each method would do with every parameter, and its bytes;
-  no examples are read."""
+  """Only report what each method would do with every parameter, and how many
+  bytes its optimizer takes."""
 
   learning_rate: float | None = None
   """Learning rate of every run; None takes the table's, by task and method."""
@@ -173,20 +174,20 @@ class FinetuneConfig:
       methods.get_method(method)
     if not self.seed_numbers:
       raise ValueError(f'seeds={self.seeds!r} names no seed.')
-    is_generated = self.task == GENERATED
+    is_demo = self.task == DEMO
     if self.is_custom and (',' in self.task or self.task == 'all'):
       raise ValueError(
         f'task={self.task!r} with data.train={self.data.train!r}: a task of '
         'your own has one name, without a comma.'
       )
-    if is_generated or self.is_custom:
+    if is_demo or self.is_custom:
       pass
     elif self.data.source is None:
       raise ValueError(
         f'task={self.task!r} needs data.source: a folder of the official GLUE '
         "files, or 'tfds'."
       )
-    if not is_generated or self.is_custom:
+    if not is_demo or self.is_custom:
       if self.model is None:
         raise ValueError(
           f'task={self.task!r} needs a model: give the Hugging Face folder of '
@@ -197,6 +198,11 @@ class FinetuneConfig:
   def is_custom(self) -> bool:
     """Whether the task is the user's own."""
     return self.data.train is not None
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    """The tasks that were named."""
+    return _words(self.task)
 
   @property
   def method_names(self) -> tuple[str, ...]:
@@ -216,6 +222,16 @@ class FinetuneConfig:
     if self.learning_rates is None:
       return None
     return _numbers('learning_rates', self.learning_rates, float)
+
+  @property
+  def is_single(self) -> bool:
+    """Whether the command is for one run."""
+    return (
+      self.task != 'all'
+      and self.learning_rates is None
+      and len(self.task_names) == len(self.method_names) == 1
+      and len(self.seed_numbers) == 1
+    )
 
   def hyperparameters(self, task: str, method: str) -> methods.Hyperparameters:
     """The numbers of a run: those given here, or else the table's."""

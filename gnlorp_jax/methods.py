@@ -116,7 +116,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 _OTHER_TASKS = {'galore': 2e-5, 'lora': 4e-4, 'gradnormlorp': 3e-5}
 # The generated task trains a small random model, from scratch and in a minute:
 # chosen by trial, as everything about it is ours.
-_GENERATED = {'galore': 1e-3, 'lora': 1e-2, 'gradnormlorp': 3e-3}
+_DEMO = {'galore': 1e-3, 'lora': 1e-2, 'gradnormlorp': 3e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,9 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, appendix on fine-tuning:
-    batch size, epochs, ranks, scales, interval, length 512, linear decay without
-    warm-up, no weight decay. Of adapters: the released scripts of Huang et al.,
-    `GradNormLoRP`, 2024, arXiv:2412.19616, for all three kinds.
+    batch size, epochs, ranks, scales, interval, length 512, linear decay
+    without warm-up, no weight decay. Of adapters: the released scripts of Huang
+    et al., `GradNormLoRP`, 2024, arXiv:2412.19616, for all three kinds.
 
   Note:
     LoRA's own scripts warm up over 6 % of the steps, decay weights by 0.1 and
@@ -184,25 +184,25 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
     from a model trained on MNLI. Here all methods share one protocol.
   """
   chosen = get_method(method)
-  is_generated = task == 'generated'
+  is_demo = task == 'demo'
   return Hyperparameters(
     learning_rate=_learning_rate(task, chosen, rank),
-    batch_size=32 if task == 'cola' or is_generated else 16,
-    epochs=6 if is_generated else 30,
-    max_length=32 if is_generated else 512,
+    batch_size=32 if task == 'cola' or is_demo else 16,
+    epochs=6 if is_demo else 30,
+    max_length=32 if is_demo else 512,
     weight_decay=0.0,
     warmup_fraction=0.0,
     rank=rank,
     scale=_scale(chosen, rank),
-    update_proj_gap=50 if is_generated else 500,
+    update_proj_gap=50 if is_demo else 500,
     adapter_alpha=16.0,
     adapter_dropout=0.1,
   )
 
 
 def _learning_rate(task: str, method: Method, rank: int) -> float:
-  if task == 'generated':
-    return _GENERATED[method.rates]
+  if task == 'demo':
+    return _DEMO[method.rates]
   row = method.rates
   if row == 'galore' and method.is_projected and rank <= 4:
     row = 'galore, rank 4'
