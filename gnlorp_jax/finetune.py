@@ -735,7 +735,7 @@ def dry_run(settings: FinetuneConfig) -> str:
     for method in settings.method_names:
       hyper = settings.hyperparameters(task.name, method)
       adapter = _adapter(method, hyper)
-      tx, rules = _optimizer(method, hyper, lambda count: hyper.learning_rate)
+      tx, rules = _optimizer(method, hyper, _schedule(hyper, 1))
       frozen, trainable = _abstract_parts(
         model, adapter, sharding.make_mesh(1, 1)
       )
