@@ -1,0 +1,403 @@
+r"""LoRA, DoRA and GradNormLoRP: low-rank changes of frozen kernels.
+
+A kernel :math:`W_0` stays as it is; what trains are the factors A and B of a
+change of rank r and, in two of the three, one magnitude m per output unit. With
+:math:`V = W_0 + s A B` and :math:`s = \alpha / r` the layer computes with
+
+* ``lora``: :math:`W = V`,
+* ``dora``: :math:`W = m V / |V|`, the norm a constant in the backward pass,
+* ``gradnormlorp``: the same W, differentiated through the norm as well.
+
+The arrays stand beside the kernel they adapt, stacked like it:
+
+  layers/attn/q_proj/kernel     [L, in, out]
+  layers/attn/q_proj/lora_a     [L, in, r]
+  layers/attn/q_proj/lora_b     [L, r, out]
+  layers/attn/q_proj/magnitude  [L, 1, out], absent for lora
+
+so a model's scan slices them with everything else, and any model of Flax's
+`nn.Dense` layers can be adapted without a change to its file:
+
+  config = AdapterConfig(kind='lora')
+  trainable = init(config, params, key)
+  apply = adapted(config, model.apply)
+  logits = apply(combine(params, trainable), tokens)
+  params = merge(config, combine(params, trainable))
+
+Shape suffixes in this file:
+  I, O  a kernel's input and output axes
+  R     rank of the change
+  1O    one value per output unit, [*, 1, out]
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+Params = dict[str, Any]
+Kind = Literal['lora', 'dora', 'gradnormlorp']
+
+_NAMES = ('lora_a', 'lora_b', 'magnitude')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+  """What is adapted, and how."""
+
+  kind: Kind
+  """``lora``, ``dora`` or ``gradnormlorp``."""
+  rank: int = 8
+  """Rank of the change of a kernel, at least 1."""
+  alpha: float = 16.0
+  """The change is multiplied by alpha / rank; greater than 0."""
+  dropout: float = 0.0
+  """Share of the adapter's inputs that is dropped in training, in [0, 1)."""
+  rules: tuple[str, ...] = ('layers/(attn|mlp)/.*/kernel',)
+  """Regexes over the ``/``-joined paths of kernels; one that occurs in a path
+  is enough to adapt the kernel."""
+
+  def __post_init__(self):
+    if self.kind not in get_args(Kind):
+      raise ValueError(
+        f'Unknown kind {self.kind!r}; expected one of {get_args(Kind)}.'
+      )
+    if not isinstance(self.rank, int) or self.rank < 1:
+      raise ValueError(f'rank={self.rank!r} must be an integer of at least 1.')
+    if not self.alpha > 0:
+      raise ValueError(f'alpha={self.alpha} must be positive.')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout} must be in [0, 1).')
+    if not isinstance(self.rules, tuple) or not self.rules:
+      raise ValueError(
+        f'rules={self.rules!r} must be a tuple of at least one regex, such as '
+        "('attn/.*/kernel',)."
+      )
+    for rule in self.rules:
+      try:
+        re.compile(rule)
+      except re.error as error:
+        raise ValueError(
+          f'The rule {rule!r} is no regex: {error}. Correct it.'
+        ) from error
+
+  @property
+  def scale(self) -> float:
+    """What the product of the factors is multiplied by, alpha / rank."""
+    return self.alpha / self.rank
+
+
+def _direction(
+  config: AdapterConfig, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array
+) -> jax.Array:
+  """The changed kernel ``V = W0 + s A B``, float32."""
+  w_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (w_IO, a_IR, b_RO))
+  product_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
+  return w_IO + config.scale * product_IO
+
+
+def _column_norm(x_IO: jax.Array) -> jax.Array:
+  """Length of each column, ``[*, 1, out]``, float32; its gradient at 0 is 0."""
+  square_1O = jnp.sum(
+    jnp.square(x_IO.astype(jnp.float32)), axis=-2, keepdims=True
+  )
+  is_zero = square_1O == 0
+  return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square_1O)))
+
+
+def _gain(m_1O: jax.Array, norm_1O: jax.Array) -> jax.Array:
+  """What a column of V is multiplied by, ``m / |V|``, or 1 where V is zero."""
+  is_zero = norm_1O == 0
+  return jnp.where(is_zero, 1, m_1O / jnp.where(is_zero, 1, norm_1O))
+
+
+def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
+  """Draws the arrays of the adapters.
+
+  B is zero, so that an adapted model starts as the model itself.
+
+  Args:
+    config: What to adapt.
+    params: The model's parameters, kernels ``[*, in, out]`` of any floating
+      dtype. Of those of `lora` only the shapes are read.
+    key: A random key.
+
+  Returns:
+    A nested dict of the adapters' arrays alone, all float32: ``lora_a`` uniform
+    in ±1/sqrt(in), ``lora_b`` zero and ``magnitude`` the length of the kernel's
+    columns.
+
+  Raises:
+    ValueError: If a rule matches no kernel.
+
+  Note:
+    PEFT's draws: Kaiming's uniform distribution with a = sqrt(5), whose bound
+    is 1/sqrt(in). As there, the arrays are float32 beside bfloat16 kernels too:
+    they are small, and bfloat16 would lose most steps of an optimizer.
+  """
+  kernels = {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
+    if path.split('/')[-1] == 'kernel' and len(leaf.shape) >= 2
+  }
+  for rule in config.rules:
+    if not any(re.search(rule, path) for path in kernels):
+      near = difflib.get_close_matches(rule, kernels, n=3, cutoff=0.3)
+      raise ValueError(
+        f'The adapter rule {rule!r} matches no kernel. Correct its regex. '
+        f'Similar paths: {near or list(kernels)[:3]}.'
+      )
+  chosen = {
+    path: kernel
+    for path, kernel in sorted(kernels.items())
+    if any(re.search(rule, path) for rule in config.rules)
+  }
+  flat = {}
+  keys = jax.random.split(key, len(chosen))
+  for (path, kernel), own_key in zip(chosen.items(), keys, strict=True):
+    *stack, n_in, n_out = kernel.shape
+    layer, bound = path.removesuffix('kernel'), n_in**-0.5
+    shape = (*stack, n_in, config.rank)
+    flat[f'{layer}lora_a'] = jax.random.uniform(
+      own_key, shape, jnp.float32, -bound, bound
+    )
+    flat[f'{layer}lora_b'] = jnp.zeros((*stack, config.rank, n_out))
+    if config.kind != 'lora':
+      flat[f'{layer}magnitude'] = _column_norm(kernel)
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _check_arrays(config: AdapterConfig, where: str, arrays: Params) -> None:
+  """Raises a ValueError unless a layer's arrays are those of `config`."""
+  wanted = set(_NAMES if config.kind != 'lora' else _NAMES[:2])
+  if set(arrays) != wanted:
+    raise ValueError(
+      f'{where!r} has the adapter arrays {sorted(arrays)}, but '
+      f'kind={config.kind!r} has {sorted(wanted)}. Use the configuration that '
+      'they were made with.'
+    )
+  rank = arrays['lora_a'].shape[-1]
+  if rank != config.rank:
+    raise ValueError(
+      f'{where!r} has an adapter of rank {rank}, but rank={config.rank}. Use '
+      'the configuration that it was made with.'
+    )
+
+
+def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
+  """Input with the dropout of a training step on it, or the input itself."""
+  if config.dropout == 0 or not module.has_rng('dropout'):
+    return x
+  keep = 1 - config.dropout
+  mask = jax.random.bernoulli(module.make_rng('dropout'), keep, x.shape)
+  return jnp.where(mask, x / keep, 0)
+
+
+def _adapt(
+  config: AdapterConfig, module: nn.Dense, x: jax.Array, y: jax.Array
+) -> jax.Array:
+  """An adapted layer's output, from its input and the output without adapter.
+
+  With c = m / |V| that is ``x W0 + b + d + (c - 1) (x W0 + d)``, where d is the
+  change of the output. Written so, the backward pass needs but one array of the
+  output's size, and a c near 1 keeps its digits in bfloat16.
+  """
+  own = module.variables['params']
+  arrays = {name: own[name] for name in _NAMES if name in own}
+  _check_arrays(config, '/'.join(module.path), arrays)
+  w_IO, a_IR, b_RO = own['kernel'], arrays['lora_a'], arrays['lora_b']
+  matmul = functools.partial(jnp.matmul, precision=module.precision)
+  x = x.astype(y.dtype)
+  dropped = _drop(config, module, x)
+  low = config.scale * matmul(dropped, a_IR.astype(y.dtype))
+  change = matmul(low, b_RO.astype(y.dtype))
+  if config.kind == 'lora':
+    return y + change
+
+  # V would be kept for the backward pass, once for every layer of a scan.
+  @jax.checkpoint
+  def norm(w_IO, a_IR, b_RO):
+    return _column_norm(_direction(config, w_IO, a_IR, b_RO))
+
+  norm_1O = norm(w_IO, a_IR, b_RO)
+  if config.kind == 'dora':
+    norm_1O = jax.lax.stop_gradient(norm_1O)
+  gain_O = _gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]
+  if dropped is not x:
+    base = matmul(dropped, w_IO.astype(y.dtype))
+  elif module.use_bias:
+    base = y - _along_last(own['bias'].astype(y.dtype), y)
+  else:
+    base = y
+  rest = _along_last((gain_O - 1).astype(y.dtype), y) * (base + change)
+  return y + change + rest
+
+
+def _along_last(x_O: jax.Array, y: jax.Array) -> jax.Array:
+  return x_O.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def adapted(
+  config: AdapterConfig, fn: Callable[..., Any]
+) -> Callable[..., Any]:
+  """Makes a function that applies a Flax module use the adapters it is given.
+
+  Layers whose parameters hold no adapter compute what they always do.
+
+  Args:
+    config: The configuration of the adapters.
+    fn: Any function that applies modules of Flax Linen to parameters: a model's
+      `apply` or `hidden`, or each function of its `layer_fns`. Wrap it before
+      `jax.jit` does: a compiled one may have been traced without adapters.
+
+  Returns:
+    A function of the same arguments, to be given parameters with adapters in
+    them. It works under `jax.jit` and `jax.grad`, and adapts inside of
+    `nn.scan` and `nn.remat`. When traced it raises a ValueError if an adapter
+    is not of this configuration, or stands in a layer other than `nn.Dense`.
+
+  References:
+    Hu et al., `LoRA`, 2021, arXiv:2106.09685, section 4; Liu et al., `DoRA`,
+    2024, arXiv:2402.09353, equations 5 and 11; Huang et al., `GradNormLoRP`,
+    2024, arXiv:2412.19616, whose I and J are the transposes of B and A.
+
+  Note:
+    Products are taken in the dtype of the layer's output, as PEFT does under
+    autocast. Norms are float32, where PEFT takes them in the dtype of the
+    input.
+
+    The norm of a zero column is no divisor: where V is zero, W is V itself, as
+    in LoRA, for its value and its gradient; PEFT gives NaN. The column gets a
+    direction from its first step, and then its magnitude begins to train.
+
+    As in PEFT, dropout acts on the input of the adapter and on that of
+    ``(c - 1) x W0``, with one mask; it needs Flax's collection ``dropout`` of
+    random keys at the layer (a scan must split it), and is inactive without.
+  """
+
+  def intercept(next_fn, args, kwargs, context):
+    module = context.module
+    y = next_fn(*args, **kwargs)
+    if context.method_name != '__call__' or module.scope is None:
+      return y
+    if not module.has_variable('params', 'lora_a'):
+      return y
+    if not isinstance(module, nn.Dense):
+      raise ValueError(
+        f'{"/".join(module.path)!r} has an adapter, but is a '
+        f'{type(module).__name__}: only nn.Dense can be adapted. Change the '
+        'rules so that they leave it out.'
+      )
+    (x,) = (*args, *kwargs.values())
+    return _adapt(config, module, x, y)
+
+  @functools.wraps(fn)
+  def run(*args, **kwargs):
+    with nn.intercept_methods(intercept):
+      return fn(*args, **kwargs)
+
+  return run
+
+
+def combine(frozen: Params, trainable: Params) -> Params:
+  """Joins two nested dicts of parameters that have no path in common.
+
+  Args:
+    frozen: Nested dict of arrays.
+    trainable: Nested dict of arrays.
+
+  Returns:
+    A nested dict of the arrays of both.
+
+  Raises:
+    ValueError: If both hold a parameter.
+
+  Examples:
+    >>> combine({'dense': {'kernel': 1}}, {'dense': {'lora_a': 2}})
+    {'dense': {'kernel': 1, 'lora_a': 2}}
+  """
+  flat_frozen, flat_trainable = (
+    traverse_util.flatten_dict(tree, sep='/') for tree in (frozen, trainable)
+  )
+  both = sorted(flat_frozen.keys() & flat_trainable.keys())
+  if both:
+    raise ValueError(
+      f'Both trees hold the parameters {both}. Take them out of one, as with '
+      'split.'
+    )
+  return traverse_util.unflatten_dict(
+    {**flat_frozen, **flat_trainable}, sep='/'
+  )
+
+
+def split(
+  params: Params, is_trainable: Callable[[str], bool]
+) -> tuple[Params, Params]:
+  """Takes parameters apart; `combine` puts them together again.
+
+  Args:
+    params: Nested dict of arrays.
+    is_trainable: Tells by its ``/``-joined path whether a parameter trains.
+
+  Returns:
+    The frozen and the trainable parameters.
+
+  Examples:
+    >>> split({'dense': {'kernel': 1, 'bias': 2}}, lambda p: 'bias' in p)
+    ({'dense': {'kernel': 1}}, {'dense': {'bias': 2}})
+  """
+  parts: tuple[Params, Params] = ({}, {})
+  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    parts[bool(is_trainable(path))][path] = leaf
+  frozen, trainable = (
+    traverse_util.unflatten_dict(part, sep='/') for part in parts
+  )
+  return frozen, trainable
+
+
+def merge(config: AdapterConfig, params: Params) -> Params:
+  """Folds adapters into their kernels, so that the model needs none.
+
+  Args:
+    config: The configuration of the adapters.
+    params: Parameters with adapters.
+
+  Returns:
+    Parameters without them. Each kernel is computed in float32, one matrix at a
+    time, and rounded once to its dtype.
+
+  Raises:
+    ValueError: If an adapter is not of this configuration or has no kernel.
+  """
+
+  def fold(w_IO, arrays):
+    if w_IO.ndim > 2:
+      return jax.lax.map(lambda args: fold(*args), (w_IO, arrays))
+    v_IO = _direction(config, w_IO, arrays['lora_a'], arrays['lora_b'])
+    if config.kind != 'lora':
+      v_IO *= _gain(arrays['magnitude'], _column_norm(v_IO))
+    return v_IO.astype(w_IO.dtype)
+
+  layers: dict[tuple[str, ...], Params] = {}
+  flat = {}
+  for (*layer, name), leaf in traverse_util.flatten_dict(params).items():
+    if name in _NAMES:
+      layers.setdefault(tuple(layer), {})[name] = leaf
+    else:
+      flat[*layer, name] = leaf
+  for layer, arrays in layers.items():
+    _check_arrays(config, '/'.join(layer), arrays)
+    if (*layer, 'kernel') not in flat:
+      raise ValueError(
+        f'The adapter {"/".join(layer)!r} has no kernel beside it. Combine it '
+        "with the model's parameters first."
+      )
+    flat[*layer, 'kernel'] = fold(flat[*layer, 'kernel'], arrays)
+  return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,673 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
+
+from gnlorp_jax import optim
+from gnlorp_jax.models import adapters, hf, llama
+
+KINDS = ('lora', 'dora', 'gradnormlorp')
+SMALL = {
+  'vocab_size': 40,
+  'hidden_size': 32,
+  'intermediate_size': 44,
+  'num_layers': 2,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'max_seq_len': 16,
+}
+TOKENS = np.random.default_rng(1).integers(0, 40, (2, 12))
+RANK = 3
+
+
+class Net(nn.Module):
+  """One adapted layer, with or without a bias."""
+
+  use_bias: bool = True
+  dtype: str | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(5, use_bias=self.use_bias, dtype=self.dtype, name='dense')(
+      x
+    )
+
+
+def config_of(kind, **fields):
+  return adapters.AdapterConfig(
+    **{'kind': kind, 'rank': RANK, 'alpha': 6.0, **fields}
+  )
+
+
+def dense_params(kind, dtype='float32', seed=0):
+  """Random numbers in every array of `Net`, NumPy float64 drawn."""
+  rng = np.random.default_rng(seed)
+  shapes = {
+    'kernel': (7, 5),
+    'bias': (5,),
+    'lora_a': (7, RANK),
+    'lora_b': (RANK, 5),
+    'magnitude': (1, 5),
+  }
+  arrays = {
+    name: jnp.asarray(rng.normal(size=shape), 'float32')
+    for name, shape in shapes.items()
+  }
+  if kind == 'lora':
+    del arrays['magnitude']
+  for name in ('kernel', 'bias'):
+    arrays[name] = arrays[name].astype(dtype)
+  return {'dense': arrays}
+
+
+def apply_net(config, net=None, **options):
+  net = net or Net()
+  return adapters.adapted(
+    config, lambda params, x: net.apply({'params': params}, x, **options)
+  )
+
+
+def is_adapter(path):
+  return path.split('/')[-1] in ('lora_a', 'lora_b', 'magnitude')
+
+
+INPUT = np.random.default_rng(2).normal(size=(2, 6, 7)).astype(np.float32)
+WEIGHT = np.random.default_rng(3).normal(size=(2, 6, 5)).astype(np.float32)
+
+
+def gradients(config, params, x=INPUT):
+  """Of a weighted sum of the outputs, with respect to the adapter."""
+  apply = apply_net(config)
+  frozen, trainable = adapters.split(params, is_adapter)
+
+  def loss(trainable):
+    return jnp.sum(apply(adapters.combine(frozen, trainable), x) * WEIGHT)
+
+  return jax.grad(loss)(trainable)['dense']
+
+
+@functools.cache
+def build(kind, **overrides):
+  """A small LLaMA with adapters away from their start, and its parts."""
+  model = llama.make(llama.LlamaConfig(**{**SMALL, **overrides}))
+  rng = np.random.default_rng(0)
+
+  def draw(scale):
+    return lambda x: jnp.asarray(rng.normal(scale=scale, size=x.shape), x.dtype)
+
+  params = jax.tree.map(
+    draw(0.2), jax.eval_shape(model.init, jax.random.key(0))
+  )
+  config = config_of(kind)
+  trainable = adapters.init(config, params, jax.random.key(1))
+  trainable = jax.tree.map(lambda x: x + draw(0.1)(x), trainable)
+  return model, config, params, trainable
+
+
+def squared_logits(apply, trainable, params):
+  return jnp.mean(apply(adapters.combine(params, trainable), TOKENS) ** 2)
+
+
+def assert_trees_close(got, expected, **tolerance):
+  got, expected = (
+    traverse_util.flatten_dict(tree, sep='/') for tree in (got, expected)
+  )
+  assert got.keys() == expected.keys()
+  for path in expected:
+    np.testing.assert_allclose(
+      got[path], expected[path], err_msg=path, **tolerance
+    )
+
+
+# Against PEFT.
+
+
+def peft_model(base, config, target_modules):
+  peft = pytest.importorskip('peft')
+  return peft.get_peft_model(
+    base,
+    peft.LoraConfig(
+      r=config.rank,
+      lora_alpha=config.alpha,
+      lora_dropout=config.dropout,
+      use_dora=config.kind == 'dora',
+      target_modules=target_modules,
+    ),
+  )
+
+
+def peft_parameters(layer):
+  """PEFT's parameters of an adapted layer, by our names."""
+  found = {
+    'lora_a': layer.lora_A['default'].weight,
+    'lora_b': layer.lora_B['default'].weight,
+  }
+  if 'default' in layer.lora_magnitude_vector:
+    found['magnitude'] = layer.lora_magnitude_vector['default'].weight
+  return found
+
+
+def set_peft(layer, arrays):
+  torch = pytest.importorskip('torch')
+  with torch.no_grad():
+    for name, parameter in peft_parameters(layer).items():
+      parameter.copy_(tensor(arrays[name].T).reshape(parameter.shape))
+
+
+def tensor(x):
+  torch = pytest.importorskip('torch')
+  return torch.from_numpy(np.array(x))
+
+
+def ours(name, x):
+  """A PEFT tensor as an array in our layout."""
+  x = x.detach().numpy()
+  return x[None] if name == 'magnitude' else x.T
+
+
+def peft_dense(config, params):
+  torch = pytest.importorskip('torch')
+  base = torch.nn.ModuleDict({'dense': torch.nn.Linear(7, 5)})
+  with torch.no_grad():
+    base['dense'].weight.copy_(tensor(params['dense']['kernel'].T))
+    base['dense'].bias.copy_(tensor(params['dense']['bias']))
+  model = peft_model(base, config, ['dense'])
+  return model, model.base_model.model['dense']
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_layer_is_that_of_peft(kind):
+  pytest.importorskip('peft')
+  config = config_of(kind, rules=('kernel',))
+  params = dense_params(kind)
+  model, layer = peft_dense(config, params)
+  start = adapters.init(config, params, jax.random.key(0))['dense']
+  for name, parameter in peft_parameters(layer).items():
+    expected = ours(name, parameter)
+    assert start[name].shape == expected.shape
+    if name != 'lora_a':
+      np.testing.assert_allclose(start[name], expected, rtol=1e-6)
+
+  set_peft(layer, params['dense'])
+  y = layer(tensor(INPUT))
+  (y * tensor(WEIGHT)).sum().backward()
+  np.testing.assert_allclose(
+    apply_net(config)(params, INPUT), y.detach().numpy(), atol=2e-5
+  )
+  grads = gradients(config, params)
+  for name, parameter in peft_parameters(layer).items():
+    np.testing.assert_allclose(
+      grads[name], ours(name, parameter.grad), atol=1e-4, err_msg=name
+    )
+  merged = adapters.merge(config, params)['dense']
+  assert set(merged) == {'kernel', 'bias'}
+  expected = model.merge_and_unload()['dense'].weight
+  np.testing.assert_allclose(merged['kernel'], ours('', expected), atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_dropout_is_that_of_peft(kind, monkeypatch):
+  torch = pytest.importorskip('torch')
+  pytest.importorskip('peft')
+  config = config_of(kind, dropout=0.25)
+  params = dense_params(kind)
+  mask = np.random.default_rng(4).random(INPUT.shape) < 0.75
+
+  class Mask(torch.nn.Module):
+    def forward(self, x):
+      return x * tensor(mask) / 0.75
+
+  _, layer = peft_dense(config, params)
+  set_peft(layer, params['dense'])
+  layer.lora_dropout['default'] = Mask()
+  expected = layer.train()(tensor(INPUT)).detach().numpy()
+  monkeypatch.setattr(jax.random, 'bernoulli', lambda *args: jnp.asarray(mask))
+  apply = apply_net(config, rngs={'dropout': jax.random.key(0)})
+  np.testing.assert_allclose(apply(params, INPUT), expected, atol=2e-5)
+  assert np.abs(apply_net(config)(params, INPUT) - expected).max() > 0.1
+
+
+def peft_llama_layers(model):
+  """Our path and layer number of every adapted layer."""
+  for path, name, _ in llama.HF_TENSORS:
+    if path.startswith('layers/') and path.endswith('kernel'):
+      for number in range(SMALL['num_layers']):
+        module = name.format(layer=number).removesuffix('.weight')
+        layer = model.base_model.model.get_submodule(module)
+        yield path.removesuffix('/kernel'), number, layer
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_llama_is_that_of_peft(kind, tmp_path):
+  pytest.importorskip('peft')
+  transformers = pytest.importorskip('transformers')
+  model, config, params, trainable = build(kind)
+  hf.export(
+    tmp_path / 'out', params, llama.HF_TENSORS, llama.config_to_hf(model.config)
+  )
+  theirs = peft_model(
+    transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'out'),
+    config,
+    'all-linear',
+  )
+  flat = traverse_util.flatten_dict(trainable, sep='/')
+  for path, number, layer in peft_llama_layers(theirs):
+    names = peft_parameters(layer)
+    set_peft(layer, {name: flat[f'{path}/{name}'][number] for name in names})
+  logits = theirs(tensor(TOKENS)).logits
+  (logits**2).mean().backward()
+
+  apply = adapters.adapted(config, model.apply)
+  value, grads = jax.jit(
+    jax.value_and_grad(functools.partial(squared_logits, apply))
+  )(trainable, params)
+  np.testing.assert_allclose(value, (logits**2).mean().item(), rtol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(apply)(adapters.combine(params, trainable), TOKENS),
+    logits.detach().numpy(),
+    atol=3e-5,
+  )
+  flat = traverse_util.flatten_dict(grads, sep='/')
+  count = 0
+  for path, number, layer in peft_llama_layers(theirs):
+    for name, parameter in peft_parameters(layer).items():
+      expected = ours(name, parameter.grad)
+      assert np.abs(expected).max() > 1e-6
+      np.testing.assert_allclose(
+        flat[f'{path}/{name}'][number],
+        expected,
+        atol=1e-5 * np.abs(expected).max(),
+        err_msg=f'{path}/{name}',
+      )
+      count += 1
+  assert count == SMALL['num_layers'] * len(flat)
+
+
+# Against closed forms and finite differences.
+
+
+def weight_norm_loss(arrays):
+  """The weighted sum of outputs of W = m V / |V|, NumPy float64."""
+  v = arrays['kernel'] + 2.0 * arrays['lora_a'] @ arrays['lora_b']
+  w = arrays['magnitude'] * v / np.linalg.norm(v, axis=0)
+  return ((INPUT.astype(np.float64) @ w + arrays['bias']) * WEIGHT).sum()
+
+
+def test_gradnormlorp_gradient_is_exact():
+  params = dense_params('gradnormlorp')
+  grads = gradients(config_of('gradnormlorp'), params)
+  arrays = {
+    name: np.asarray(x, np.float64) for name, x in params['dense'].items()
+  }
+  step = 1e-6
+  for name in ('lora_a', 'lora_b', 'magnitude'):
+    expected = np.zeros_like(arrays[name])
+    for index in np.ndindex(expected.shape):
+      bump = np.zeros_like(expected)
+      bump[index] = step
+      expected[index] = (
+        weight_norm_loss({**arrays, name: arrays[name] + bump})
+        - weight_norm_loss({**arrays, name: arrays[name] - bump})
+      ) / (2 * step)
+    np.testing.assert_allclose(grads[name], expected, atol=1e-4, err_msg=name)
+  # DoRA's constant norm gives another gradient.
+  other = gradients(config_of('dora'), params)
+  assert np.abs(other['lora_b'] - grads['lora_b']).max() > 1
+
+
+@pytest.mark.parametrize('kind', ['dora', 'gradnormlorp'])
+def test_zero_column_has_the_gradient_of_lora(kind):
+  params = dense_params(kind)
+  kernel = params['dense']['kernel'].at[:, 2].set(0)
+  params['dense']['kernel'] = kernel
+  config = config_of(kind, rules=('kernel',))
+  trainable = adapters.init(config, params, jax.random.key(0))
+  params['dense'].update(trainable['dense'])
+  y = apply_net(config)(params, INPUT)
+  expected = Net().apply({'params': params}, INPUT)
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+  grads = gradients(config, params)
+  assert all(np.isfinite(x).all() for x in grads.values())
+  a = np.asarray(params['dense']['lora_a'])
+  dw = np.einsum('bti,bto->io', INPUT, WEIGHT)
+  np.testing.assert_allclose(
+    grads['lora_b'][:, 2], 2 * a.T @ dw[:, 2], rtol=1e-4
+  )
+  assert grads['magnitude'][0, 2] == 0
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_dropout_has_the_mean_of_no_dropout(kind):
+  config, params = config_of(kind, dropout=0.25), dense_params(kind)
+  expected = apply_net(config)(params, INPUT)
+  np.testing.assert_array_equal(
+    expected, apply_net(config_of(kind))(params, INPUT)
+  )
+
+  def draw(key):
+    return apply_net(config, rngs={'dropout': key})(params, INPUT)
+
+  y = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+  error = y.mean(0) - expected
+  assert (y.std(0) > 0.1).all()
+  # 60 means: beyond 4.5 standard errors one in 2500 runs, and the key is fixed.
+  assert (np.abs(error) < 4.5 * y.std(0) / 4000**0.5).all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_half_precision_follows_the_layer(kind):
+  config, params = config_of(kind), dense_params(kind, 'bfloat16')
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  y = apply_net(config, Net(dtype='bfloat16'))(params, INPUT)
+  expected = apply_net(config)(exact, INPUT)
+  assert y.dtype == jnp.bfloat16
+  # A dozen roundings to 8 bits.
+  error = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+  assert 1e-4 < error < 0.02
+  merged = adapters.merge(config, params)['dense']['kernel']
+  assert merged.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(
+    merged,
+    adapters.merge(config, exact)['dense']['kernel'].astype(jnp.bfloat16),
+  )
+
+
+# In a model.
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_model_starts_unchanged_and_merges(kind):
+  model, config, params, trainable = build(kind)
+  apply = jax.jit(adapters.adapted(config, model.apply))
+  base = jax.jit(model.apply)
+  logits = base(params, TOKENS)
+  start = adapters.init(config, params, jax.random.key(2))
+  np.testing.assert_allclose(
+    apply(adapters.combine(params, start), TOKENS), logits, atol=1e-5
+  )
+  both = adapters.combine(params, trainable)
+  changed = apply(both, TOKENS)
+  assert np.abs(changed - logits).max() > 0.1
+  # Without the wrapper the adapters are not looked at.
+  np.testing.assert_array_equal(base(both, TOKENS), logits)
+  merged = jax.jit(functools.partial(adapters.merge, config))(both)
+  assert jax.tree.structure(merged) == jax.tree.structure(params)
+  np.testing.assert_allclose(base(merged, TOKENS), changed, atol=1e-5)
+
+
+def test_remat_and_pieces_give_the_same():
+  kind = 'gradnormlorp'
+  model, config, params, trainable = build(kind)
+  recomputing = build(kind, remat=True)[0]
+  values = [
+    jax.jit(
+      jax.value_and_grad(
+        functools.partial(squared_logits, adapters.adapted(config, model.apply))
+      )
+    )(trainable, params)
+    for model in (model, recomputing)
+  ]
+  np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
+  assert_trees_close(values[0][1], values[1][1], atol=1e-5, rtol=1e-4)
+
+  embed, block, head = (adapters.adapted(config, fn) for fn in model.layer_fns)
+  both = adapters.combine(params, trainable)
+  x = embed(both, TOKENS)
+  for number in range(SMALL['num_layers']):
+    layer = jax.tree.map(lambda x, n=number: x[n], both['layers'])
+    x = block(layer, x)
+  np.testing.assert_allclose(
+    jnp.mean(head(both, x) ** 2), values[0][0], rtol=1e-5
+  )
+
+
+def products(jaxpr):
+  """Shape and contracted size of every matrix product in a program."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      shape = eqn.invars[0].aval.shape
+      size = np.prod([shape[axis] for axis in contracted])
+      yield eqn.outvars[0].aval.shape, size
+    for inner in jaxprs_in_params(eqn.params):
+      yield from products(inner)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_gradient_of_a_frozen_kernel_is_computed(kind):
+  model, config, params, trainable = build(kind)
+  apply = adapters.adapted(config, model.apply)
+  loss = functools.partial(squared_logits, apply)
+  shapes = {
+    leaf.shape[1:]
+    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
+    if path.startswith('layers/') and path.endswith('kernel')
+  }
+
+  def of_kernel_size(argnums):
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums))(trainable, params).jaxpr
+    return [
+      size
+      for shape, size in products(jaxpr)
+      if shape in shapes or shape[::-1] in shapes
+    ]
+
+  # A gradient of a kernel sums over the tokens, V over the rank.
+  assert of_kernel_size((0, 1)).count(TOKENS.size) == 7
+  # V is formed for the norm, and again for the gradient through it.
+  count = {'lora': 0, 'dora': 1, 'gradnormlorp': 2}[kind]
+  assert of_kernel_size(0) == [RANK] * (7 * count)
+
+
+def test_no_stack_of_kernels_is_kept():
+  """V of all layers, were it kept for the backward pass, would show."""
+  sizes = {'hidden_size': 128, 'intermediate_size': 128, 'num_layers': 8}
+  temporary = {}
+  for kind in ('dora', 'gradnormlorp'):
+    model, config, params, trainable = build(kind, **sizes)
+    loss = functools.partial(
+      squared_logits, adapters.adapted(config, model.apply)
+    )
+    compiled = jax.jit(jax.grad(loss)).lower(trainable, params).compile()
+    memory = compiled.memory_analysis()
+    temporary[kind] = memory.temp_size_in_bytes
+  kernels = 4 * params['layers']['mlp']['up_proj']['kernel'].size
+  assert temporary['gradnormlorp'] - temporary['dora'] < kernels
+
+
+# Training.
+
+
+def optimizer_of(name, kind):
+  if name == 'adam':
+    return optax.adam(0.02)
+  labels = [('.*', 'low_rank')]
+  if kind != 'lora':
+    labels.insert(0, ('magnitude', 'full'))
+  return getattr(optim, name)(
+    0.02, rank=2, scale=1.0, side='both', param_labels=labels
+  )
+
+
+@pytest.mark.parametrize('optimizer', ['adam', 'gradnormlorp', 'galore'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_zero_factors_and_zero_columns_train(kind, optimizer):
+  params = dense_params('lora')['dense']
+  kernel = params['kernel'].at[:, 2].set(0)
+  frozen = {'dense': {'kernel': kernel, 'bias': params['bias']}}
+  config = config_of(kind, rules=('kernel',))
+  trainable = adapters.init(config, frozen, jax.random.key(0))
+  apply, tx = apply_net(config), optimizer_of(optimizer, kind)
+
+  def loss_fn(trainable):
+    y = apply(adapters.combine(frozen, trainable), INPUT)
+    return jnp.mean((y - WEIGHT) ** 2)
+
+  @jax.jit
+  def step(trainable, state):
+    loss, grads = jax.value_and_grad(loss_fn)(trainable)
+    updates, state = tx.update(grads, state, trainable)
+    return optax.apply_updates(trainable, updates), state, loss
+
+  state, losses, norms = tx.init(trainable), [], []
+  for _ in range(40):
+    trainable, state, loss = step(trainable, state)
+    losses.append(loss)
+    merged = adapters.merge(config, adapters.combine(frozen, trainable))
+    norms.append(np.linalg.norm(merged['dense']['kernel'][:, 2]))
+  assert np.isfinite(losses).all()
+  assert losses[-1] < 0.8 * losses[0]
+  assert norms[-1] > 0.02
+
+
+# Parts.
+
+
+def test_first_factor_is_drawn_as_in_peft():
+  kernel = jnp.ones((3, 400, 50), jnp.bfloat16)
+  config = config_of('dora', rank=20, rules=('kernel',))
+  arrays = adapters.init(config, {'kernel': kernel}, jax.random.key(0))
+  a = np.asarray(arrays['lora_a'])
+  assert a.shape == (3, 400, 20)
+  # Uniform in ±1/20: 24000 draws come within 1e-3 of the ends.
+  assert 0.049 < a.max() < 0.05 and -0.05 <= a.min() < -0.049
+  np.testing.assert_allclose(a.std(), 0.05 / 3**0.5, rtol=0.02)
+  assert not np.array_equal(a[0], a[1])
+  assert arrays['lora_b'].shape == (3, 20, 50)
+  assert not arrays['lora_b'].any()
+  np.testing.assert_allclose(
+    arrays['magnitude'], np.full((3, 1, 50), 20.0), rtol=1e-6
+  )
+  assert all(x.dtype == jnp.float32 for x in arrays.values())
+
+
+def test_rules_choose_kernels_and_init_needs_only_shapes():
+  model = build('lora')[0]
+  abstract = jax.eval_shape(model.init, jax.random.key(0))
+  config = config_of('dora', rules=('q_proj/kernel', 'lm_head'))
+  shapes = jax.eval_shape(
+    functools.partial(adapters.init, config), abstract, jax.random.key(0)
+  )
+  shapes = {
+    path: leaf.shape
+    for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items()
+  }
+  assert shapes == {
+    'layers/attn/q_proj/lora_a': (2, 32, RANK),
+    'layers/attn/q_proj/lora_b': (2, RANK, 32),
+    'layers/attn/q_proj/magnitude': (2, 1, 32),
+    'lm_head/lora_a': (32, RANK),
+    'lm_head/lora_b': (RANK, 40),
+    'lm_head/magnitude': (1, 40),
+  }
+
+
+def test_split_and_combine_are_inverse():
+  _, _, params, trainable = build('dora')
+  both = adapters.combine(params, trainable)
+  frozen, adapter = adapters.split(both, is_adapter)
+  assert_trees_close(frozen, params, rtol=0)
+  assert_trees_close(adapter, trainable, rtol=0)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+  'fields, text',
+  [
+    (
+      {'kind': 'LoRA'},
+      "Unknown kind 'LoRA'; expected one of ('lora', 'dora', 'gradnormlorp').",
+    ),
+    ({'rank': 0}, 'rank=0 must be an integer of at least 1.'),
+    ({'rank': 2.0}, 'rank=2.0 must be an integer of at least 1.'),
+    ({'alpha': 0.0}, 'alpha=0.0 must be positive.'),
+    ({'dropout': 1.0}, 'dropout=1.0 must be in [0, 1).'),
+    (
+      {'rules': 'kernel'},
+      "rules='kernel' must be a tuple of at least one regex, such as "
+      "('attn/.*/kernel',).",
+    ),
+    (
+      {'rules': ('(attn',)},
+      "The rule '(attn' is no regex: missing ), unterminated subpattern at "
+      'position 0. Correct it.',
+    ),
+  ],
+)
+def test_wrong_configurations_are_refused(fields, text):
+  with pytest.raises(ValueError) as error:
+    adapters.AdapterConfig(**{'kind': 'lora', **fields})
+  assert str(error.value) == text
+
+
+def test_rule_without_a_kernel_is_refused():
+  _, _, params, _ = build('lora')
+  config = config_of('lora', rules=('layers/attn/query/kernel',))
+  with pytest.raises(ValueError) as error:
+    adapters.init(config, params, jax.random.key(0))
+  assert str(error.value).startswith(
+    "The adapter rule 'layers/attn/query/kernel' matches no kernel. Correct "
+    "its regex. Similar paths: ['layers/attn/"
+  )
+
+
+def test_overlap_is_refused():
+  with pytest.raises(ValueError) as error:
+    adapters.combine({'a': {'kernel': 1}}, {'a': {'kernel': 2, 'bias': 3}})
+  assert str(error.value) == (
+    "Both trees hold the parameters ['a/kernel']. Take them out of one, as "
+    'with split.'
+  )
+
+
+@pytest.mark.parametrize('run', ['apply', 'merge'])
+def test_other_configuration_is_refused(run):
+  params = dense_params('dora')
+
+  def message(config):
+    with pytest.raises(ValueError) as error:
+      if run == 'merge':
+        adapters.merge(config, params)
+      else:
+        apply_net(config)(params, INPUT)
+    return str(error.value)
+
+  assert message(config_of('lora')) == (
+    "'dense' has the adapter arrays ['lora_a', 'lora_b', 'magnitude'], but "
+    "kind='lora' has ['lora_a', 'lora_b']. Use the configuration that they "
+    'were made with.'
+  )
+  assert message(config_of('dora', rank=8)) == (
+    "'dense' has an adapter of rank 3, but rank=8. Use the configuration that "
+    'it was made with.'
+  )
+
+
+def test_adapter_without_kernel_is_refused():
+  config = config_of('lora')
+  _, trainable = adapters.split(dense_params('lora'), is_adapter)
+  with pytest.raises(ValueError) as error:
+    adapters.merge(config, trainable)
+  assert str(error.value) == (
+    "The adapter 'dense' has no kernel beside it. Combine it with the model's "
+    'parameters first.'
+  )
+
+
+def test_other_layers_are_refused():
+  config = config_of('lora', rules=('kernel',))
+  module = nn.DenseGeneral(5)
+  params = {'kernel': jnp.ones((7, 5)), 'bias': jnp.zeros(5)}
+  both = adapters.combine(
+    params, adapters.init(config, params, jax.random.key(0))
+  )
+  with pytest.raises(ValueError, match='but is a DenseGeneral: only nn.Dense'):
+    apply_net(config, module)(both, INPUT)
