@@ -1,12 +1,14 @@
-"""Pre-trains a LLaMA with GradNormLoRP: text in, a trained model out.
+"""Pre-trains a LLaMA or a RoBERTa: text in, a trained model out.
 
 Without options, and without network, it trains a small model on the sources of
 the running Python's standard library. Configurations for real runs are in
-configs/: choose one with --config FILE and override any field. The same command
-in the same run directory resumes where it stopped. With TRAIN_LM_TRACEBACK set
-in the environment, an error shows where it arose.
+configs/: choose one with --config FILE and override any field. With --objective
+masked the model is a RoBERTa, which learns to guess tokens left out of a text.
+The same command in the same run directory resumes where it stopped. With
+TRAIN_LM_TRACEBACK set in the environment, an error shows where it arose.
 
   python train_lm.py
+  python train_lm.py --objective masked
   python train_lm.py --config configs/llama_60m.py --data.source 'c4/*.json.gz'
 """
 

@@ -16,16 +16,16 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from gnlorp_jax import folders, optim
+from gnlorp_jax import folders, models, optim
 from gnlorp_jax.config import (
   DataConfig,
   MeshConfig,
   OptimConfig,
   TrainConfig,
 )
-from gnlorp_jax.data import batches, text
+from gnlorp_jax.data import batches, masking, text
 from gnlorp_jax.data import tokenizer as tokenizers
-from gnlorp_jax.models import hf, llama
+from gnlorp_jax.models import hf, llama, roberta
 from gnlorp_jax.training import (
   layerwise,
   losses,
@@ -48,6 +48,8 @@ _OUTSIDE = {
   'clip_global_norm',
   'param_labels',
 }
+# Fields of a model's configuration that a run chooses for itself.
+_DROPOUT = {'hidden_dropout', 'attention_dropout', 'classifier_dropout'}
 # Fields of OptimConfig that decide what an optimizer's state holds.
 _SHAPING = (
   'name',
@@ -68,11 +70,14 @@ _SHAPING = (
 )
 
 
+Model = llama.Model | roberta.Model
+
+
 class Program(NamedTuple):
   """What a run computes, before there is data or any array."""
 
   config: TrainConfig  # With the architecture that is really used.
-  model: llama.Model
+  model: Model
   schedule: optax.Schedule
   tx: optax.GradientTransformation
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -87,7 +92,7 @@ class Run(NamedTuple):
   """Everything a training loop needs, built and checked."""
 
   config: TrainConfig  # With the architecture that is really used.
-  model: llama.Model
+  model: Model
   tokenizer: tokenizers.Tokenizer
   schedule: optax.Schedule
   tx: optax.GradientTransformation
@@ -124,9 +129,16 @@ def build(config: TrainConfig) -> Run:
   parts = program(config)
   config = parts.config
   tokenizer = load_tokenizer(config)
-  text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
+  check_tokenizer(config, tokenizer)
   train_file, validation_file = token_files(config.data, tokenizer)
-  shape = {'batch_size': config.batch_size, 'seq_len': config.data.seq_len}
+  options = {
+    'batch_size': config.batch_size,
+    'seq_len': config.data.seq_len,
+    'seed': config.seed,
+    'masking': masking.Masking(tokenizer, config.mask_rate)
+    if config.objective == 'masked'
+    else None,
+  }
   return Run(
     config=config,
     model=parts.model,
@@ -138,9 +150,9 @@ def build(config: TrainConfig) -> Run:
     apply=stored_apply(config, parts.model),
     train_step=parts.train_step,
     eval_step=parts.eval_step,
-    train_batches=batches.batches(train_file, seed=config.seed, **shape),
+    train_batches=batches.batches(train_file, **options),
     eval_batches=lambda: batches.batches(
-      validation_file, shuffle=False, repeat=False, **shape
+      validation_file, shuffle=False, repeat=False, **options
     ),
     new_state=functools.partial(new_state, parts),
     abstract_state=parts.abstract_state,
@@ -169,9 +181,9 @@ def program(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
   sharding.check_batch(config.batch_size, config.micro_batches, mesh)
   config = dataclasses.replace(config, model=architecture(config))
-  model = llama.make(config.model, _first_device(mesh))
+  model = models.family(config.model).make(config.model, _first_device(mesh))
   schedule = learning_rate_schedule(config.optim, config.steps)
-  tx = optimizer(config.optim, schedule, labels_of(config.optim))
+  tx = optimizer(config.optim, schedule, labels_of(config))
   abstract = state.abstract(
     _init_fn(config, model),
     _on_stored(config, tx),
@@ -197,7 +209,7 @@ def program(
 
 def _steps(
   config: TrainConfig,
-  model: llama.Model,
+  model: Model,
   tx: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   params: Any,
@@ -211,7 +223,10 @@ def _steps(
     loss_fn = functools.partial(
       language_model_loss, model, config.loss_chunk_tokens
     )
-    return loss_fn, step.make_train_step(loss_fn, tx, **options)
+    training_loss = loss_fn
+    if config.objective == 'masked':
+      training_loss = functools.partial(loss_fn, dropout=True)
+    return loss_fn, step.make_train_step(training_loss, tx, **options)
   pieces = layer_pieces(model, config.loss_chunk_tokens)
   storage = weight_storage(config)
   train_step = layerwise.make_train_step(
@@ -231,18 +246,14 @@ def _steps(
   return passes.make_loss_fn(pieces, storage), train_step
 
 
-def layer_pieces(model: llama.Model, chunk_tokens: int) -> passes.Pieces:
+def layer_pieces(model: Model, chunk_tokens: int) -> passes.Pieces:
   """The model in the pieces that a step goes through layer by layer."""
   fns = model.layer_fns
   return passes.Pieces(
     embed=lambda params, batch: fns.embed(params, batch['inputs']),
     block=fns.block,
-    loss=lambda params, x_BTD, batch: losses.chunked_cross_entropy(
-      functools.partial(fns.head, params),
-      x_BTD,
-      batch['targets'],
-      batch['weights'],
-      chunk_tokens=chunk_tokens,
+    loss=lambda params, x_BTD, batch: _cross_entropy(
+      functools.partial(fns.head, params), x_BTD, batch, chunk_tokens
     ),
     embed_keys=('embed',),
   )
@@ -267,7 +278,7 @@ def weight_storage(config: TrainConfig) -> passes.Storage:
 
 
 def stored_apply(
-  config: TrainConfig, model: llama.Model
+  config: TrainConfig, model: Model
 ) -> Callable[[Any, jax.Array], jax.Array]:
   """`model.apply` for parameters as they are stored, loaded layer by layer."""
   if config.step.weight_bits is None:
@@ -283,13 +294,13 @@ def stored_apply(
   return apply
 
 
-def _init_fn(
-  config: TrainConfig, model: llama.Model
-) -> Callable[[jax.Array], Any]:
+def _init_fn(config: TrainConfig, model: Model) -> Callable[[jax.Array], Any]:
   """Makes the parameters as they are stored, one layer after the other."""
   if config.step.weight_bits is None:
     return model.init
-  single = llama.make(dataclasses.replace(config.model, num_layers=1))
+  single = models.family(config.model).make(
+    dataclasses.replace(config.model, num_layers=1)
+  )
 
   def layer(key: jax.Array) -> Any:
     stored = optim.quantized_weights.quantize_weights(
@@ -332,13 +343,20 @@ def _abstract_batch(
   config: TrainConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> dict[str, Any]:
   """Shapes, dtypes and shardings of a batch."""
-  shape = config.batch_size, config.data.seq_len
-  dtypes = {'inputs': np.int32, 'targets': np.int32, 'weights': np.float32}
+  batch, seq_len = config.batch_size, config.data.seq_len
+  guessed = (batch, seq_len)
+  shapes = {'inputs': ((batch, seq_len), np.int32)}
+  if config.objective == 'masked':
+    guessed = (batch, masking.num_predictions(config.mask_rate, seq_len))
+    shapes['positions'] = (guessed, np.int32)
+    shapes['seeds'] = ((batch,), np.uint32)
+  shapes['targets'] = (guessed, np.int32)
+  shapes['weights'] = (guessed, np.float32)
   return {
     name: jax.ShapeDtypeStruct(
       shape, dtype, sharding=sharding.batch_sharding(mesh)
     )
-    for name, dtype in dtypes.items()
+    for name, (shape, dtype) in shapes.items()
   }
 
 
@@ -347,33 +365,35 @@ def dry_run(config: TrainConfig) -> list[optim.inspect.ReportRow]:
   # What it reports is the same on any number of devices.
   parts = program(dataclasses.replace(config, mesh=MeshConfig(data=1)), 1)
   shapes = jax.eval_shape(parts.model.init, jax.random.key(config.seed))
-  return optim.report(shapes, parts.tx, labels_of(config.optim))
+  return optim.report(shapes, parts.tx, labels_of(config))
 
 
-def labels_of(config: OptimConfig) -> tuple[tuple[str, str], ...]:
+def labels_of(config: TrainConfig) -> tuple[tuple[str, str], ...]:
   """The label rules: those of the configuration, or the model's own."""
-  return config.param_labels or llama.LABEL_RULES
+  own = models.family(config.model).LABEL_RULES
+  return config.optim.param_labels or own
 
 
-def architecture(config: TrainConfig) -> llama.LlamaConfig:
+def architecture(config: TrainConfig) -> models.Config:
   """The model's configuration: as given, or that of the folder to start from.
 
   Raises:
-    ValueError: If the folder holds no LLaMA, or its sequences are too short.
+    ValueError: If the folder holds no model of that kind, or its sequences are
+      too short.
   """
   if config.init_from is None:
     return config.model
-  found = llama.config_from_hf(hf.load_config(config.init_from))
+  family = models.family(config.model)
+  found = family.config_from_hf(hf.load_config(config.init_from))
   if config.data.seq_len > found.max_seq_len:
     raise ValueError(
       f'data.seq_len={config.data.seq_len} is longer than the model in '
       f'{config.init_from} accepts: max_seq_len={found.max_seq_len}. Lower it.'
     )
+  kept = {'param_dtype', 'compute_dtype', 'remat'} | _DROPOUT
+  kept &= {field.name for field in dataclasses.fields(found)}
   return dataclasses.replace(
-    found,
-    param_dtype=config.model.param_dtype,
-    compute_dtype=config.model.compute_dtype,
-    remat=config.model.remat,
+    found, **{name: getattr(config.model, name) for name in kept}
   )
 
 
@@ -474,7 +494,25 @@ def load_tokenizer(config: TrainConfig) -> tokenizers.Tokenizer:
     source=config.data.source,
     vocab_size=config.model.vocab_size,
     cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
+    masked=config.objective == 'masked',
   )
+
+
+def check_tokenizer(
+  config: TrainConfig, tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Checks that the model fits the tokenizer.
+
+  Raises:
+    ValueError: If the model lacks an embedding for an id, or takes another id
+      for padding.
+  """
+  text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
+  if config.objective == 'masked' and tokenizer.pad_id != config.model.pad_id:
+    raise ValueError(
+      f'The tokenizer pads with id {tokenizer.pad_id}, the model with '
+      f'model.pad_id={config.model.pad_id}. Set the latter to the former.'
+    )
 
 
 def token_files(
@@ -495,15 +533,40 @@ def token_files(
 
 
 def language_model_loss(
-  model: llama.Model,
+  model: Model,
   chunk_tokens: int,
   params: Any,
   batch: dict[str, jax.Array],
+  *,
+  dropout: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """Weighted sum of a batch's next-token losses, and the sum of weights."""
+  """Weighted sum of the losses of a batch's guesses, and the sum of weights."""
+  # A key for each (micro-)batch, made from the first of its rows' seeds.
+  key = (
+    (jax.random.fold_in(jax.random.key(0), batch['seeds'][0]),)
+    if dropout
+    else ()
+  )
+  x_BTD = model.hidden(params, batch['inputs'], *key)
+  return _cross_entropy(
+    functools.partial(model.logits, params), x_BTD, batch, chunk_tokens
+  )
+
+
+def _cross_entropy(
+  logits_fn: Callable[[jax.Array], jax.Array],
+  x_BTD: jax.Array,
+  batch: dict[str, jax.Array],
+  chunk_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+  """The loss at all positions, or at those that the batch names."""
+  if 'positions' in batch:
+    x_BTD = jax.numpy.take_along_axis(
+      x_BTD, batch['positions'][:, :, None], axis=1
+    )
   return losses.chunked_cross_entropy(
-    functools.partial(model.logits, params),
-    model.hidden(params, batch['inputs']),
+    logits_fn,
+    x_BTD,
     batch['targets'],
     batch['weights'],
     chunk_tokens=chunk_tokens,
@@ -529,8 +592,10 @@ def _metadata(
 ) -> dict[str, Any]:
   """What cannot change within a run: it decides shapes or the order of data."""
   model = dataclasses.asdict(config.model)
-  for free in ('compute_dtype', 'remat', 'max_seq_len', 'initializer_std'):
-    del model[free]
+  free = {'compute_dtype', 'remat', 'initializer_std'} | _DROPOUT
+  if config.objective == 'causal':  # No table of positions has that length.
+    free.add('max_seq_len')
+  model = {name: value for name, value in model.items() if name not in free}
   return {
     **model,
     **{f'optim.{name}': getattr(config.optim, name) for name in _SHAPING},

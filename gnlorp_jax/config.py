@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from gnlorp_jax import models
 from gnlorp_jax.models.llama import LlamaConfig
+from gnlorp_jax.models.roberta import RobertaConfig
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -240,8 +242,13 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """Pre-training of a LLaMA. Every field can be set on the command line."""
+  """Pre-training of a language model, each field an option of the program."""
 
+  objective: Literal['causal', 'masked'] = 'causal'
+  """What the model learns to guess: 'causal' the next token (a LLaMA), 'masked'
+  tokens left out of a text (a RoBERTa)."""
+  mask_rate: float = 0.15
+  """Share of the tokens to be guessed, with the masked objective."""
   run_dir: str = 'runs/stdlib'
   """Where checkpoints, metrics, plot and export go. A run directory that holds
   checkpoints is resumed."""
@@ -255,8 +262,8 @@ class TrainConfig:
   seed: int = 0
   """Decides initial weights, order of the data, and samples."""
   init_from: str | None = None
-  """Hugging Face folder of a LLaMA to start from; its architecture replaces
-  `model`, except for the dtypes and remat."""
+  """Hugging Face folder of a model to start from; its architecture replaces
+  `model`, except for the dtypes, remat and dropout."""
   eval_every: int = 100
   """Steps between two evaluations on the validation text."""
   eval_batches: int | None = None
@@ -272,7 +279,7 @@ class TrainConfig:
   dry_run: bool = False
   """Only report what would happen to every parameter, and how many bytes the
   optimizer takes."""
-  model: LlamaConfig = LlamaConfig(
+  model: tyro.conf.AvoidSubcommands[models.Config] = LlamaConfig(
     vocab_size=4096,
     hidden_size=128,
     intermediate_size=352,
@@ -280,7 +287,7 @@ class TrainConfig:
     num_heads=4,
     max_seq_len=128,
   )
-  """Architecture and dtypes."""
+  """Architecture and dtypes: a LlamaConfig or, masked, a RobertaConfig."""
   data: DataConfig = DataConfig()
   """Text and tokens."""
   optim: OptimConfig = OptimConfig(rank=32)
@@ -306,6 +313,7 @@ class TrainConfig:
     )
     if self.eval_batches is not None:
       check_positive(self, 'eval_batches')
+    self._check_objective()
     # With init_from the folder's own length counts; it is checked there.
     if self.init_from is None and self.data.seq_len > self.model.max_seq_len:
       raise ValueError(
@@ -313,6 +321,53 @@ class TrainConfig:
         f'model.max_seq_len={self.model.max_seq_len}. Lower the former or '
         'raise the latter.'
       )
+
+  def _check_objective(self):
+    masked = self.objective == 'masked'
+    expected = RobertaConfig if masked else LlamaConfig
+    if not isinstance(self.model, expected):
+      raise ValueError(
+        f'TrainConfig.objective={self.objective!r} trains a '
+        f'{expected.__name__}, and model is a {type(self.model).__name__}. '
+        'Choose a configuration of that kind.'
+      )
+    if not masked:
+      return
+    if not 0 < self.mask_rate < 1:
+      raise ValueError(
+        f'TrainConfig.mask_rate must lie between 0 and 1, got {self.mask_rate}.'
+      )
+    if self.data.mode != 'packed':
+      raise ValueError(
+        "TrainConfig.objective='masked' needs data.mode='packed', got "
+        f'{self.data.mode!r}.'
+      )
+    if self.step.mode == 'layerwise' and (
+      self.model.hidden_dropout or self.model.attention_dropout
+    ):
+      raise ValueError(
+        "StepConfig.mode='layerwise' goes without dropout, got "
+        f'model.hidden_dropout={self.model.hidden_dropout}, '
+        f'model.attention_dropout={self.model.attention_dropout}. Set both to '
+        '0.'
+      )
+
+
+MASKED = TrainConfig(
+  objective='masked',
+  run_dir='runs/stdlib_masked',
+  model=RobertaConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+  ),
+)
+"""What a run with the masked objective starts from without a file."""
 
 
 def load(path: str | pathlib.Path) -> TrainConfig:
@@ -355,7 +410,8 @@ def parse(
   """Makes a configuration from the command line.
 
   ``--config FILE`` chooses the file that overrides start from; without it they
-  start from the defaults of `TrainConfig`.
+  start from the defaults of `TrainConfig`, or with ``--objective masked`` from
+  `MASKED`.
 
   Args:
     args: Words of the command line, without the program's name.
@@ -413,7 +469,12 @@ def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
       return load(args[i + 1]), args[:i] + args[i + 2 :]
     if word.startswith('--config='):
       return load(word.split('=', 1)[1]), args[:i] + args[i + 1 :]
-  return TrainConfig(), args
+  masked = any(
+    words in (['--objective', 'masked'], ['--objective=masked'])
+    for i in range(len(args))
+    for words in (args[i : i + 2], args[i : i + 1])
+  )
+  return MASKED if masked else TrainConfig(), args
 
 
 def _check_fields(args: list[str], default: Any) -> None:

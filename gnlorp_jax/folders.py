@@ -17,9 +17,9 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from gnlorp_jax import optim
+from gnlorp_jax import models, optim
 from gnlorp_jax.config import TrainConfig
-from gnlorp_jax.models import hf, llama
+from gnlorp_jax.models import hf
 from gnlorp_jax.optim.labels import path_name
 from gnlorp_jax.optim.quantization import (
   QuantizedArray,
@@ -38,7 +38,7 @@ def load(folder: str, config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
   stacked kernel in full precision at a time, on the host and on the devices.
 
   Args:
-    folder: A Hugging Face folder of a LLaMA.
+    folder: A Hugging Face folder of a model.
     config: The run's configuration, with the folder's architecture.
     mesh: The mesh to place the weights on.
 
@@ -49,14 +49,17 @@ def load(folder: str, config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
   Raises:
     ValueError: As `hf.load_params`, or if the file of scales is damaged.
   """
-  shapes = jax.eval_shape(llama.make(config.model).init, jax.random.key(0))
+  family = models.family(config.model)
+  shapes = jax.eval_shape(family.make(config.model).init, jax.random.key(0))
   shapes = jax.tree.map(
     lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
     shapes,
     sharding.infer_shardings({'params': shapes}, mesh)['params'],
   )
   if config.step.weight_bits is None:
-    return hf.load_params(folder, llama.HF_TENSORS, shapes)
+    return hf.load_params(
+      folder, family.HF_TENSORS, shapes, unread=family.HF_UNREAD
+    )
   codec = optim.quantized_weights.CODEC
   nearest = jax.jit(
     functools.partial(optim.quantization.quantize, codec=codec, matrix_axes=2)
@@ -75,7 +78,9 @@ def load(folder: str, config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     # Before the next kernel takes its room.
     return jax.block_until_ready(kept)
 
-  return hf.load_params(folder, llama.HF_TENSORS, shapes, keep)
+  return hf.load_params(
+    folder, family.HF_TENSORS, shapes, keep, unread=family.HF_UNREAD
+  )
 
 
 def _read_grid(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -106,7 +111,7 @@ class _Decoded:
 def export(
   folder: pathlib.Path,
   params: Any,
-  config: llama.LlamaConfig,
+  config: models.Config,
   **token_ids: int,
 ) -> None:
   """Writes a Hugging Face folder, in place of one that is there.
@@ -116,7 +121,7 @@ def export(
     params: The parameters as they are stored. Quantised kernels are decoded one
       layer at a time, and written in the model's `param_dtype`.
     config: The architecture.
-    **token_ids: As `llama.config_to_hf`.
+    **token_ids: As `config_to_hf` of the model.
   """
 
   def is_quantized(node: Any) -> bool:
@@ -129,8 +134,9 @@ def export(
     is_leaf=is_quantized,
   )
   shutil.rmtree(folder, ignore_errors=True)
-  hf_config = llama.config_to_hf(config, **token_ids)
-  hf.export(folder, decoded, llama.HF_TENSORS, hf_config)
+  family = models.family(config)
+  hf_config = family.config_to_hf(config, **token_ids)
+  hf.export(folder, decoded, family.HF_TENSORS, hf_config)
   grid = {
     f'{path_name(path)}/{part}': np.asarray(getattr(node, part))
     for path, node in jax.tree_util.tree_leaves_with_path(

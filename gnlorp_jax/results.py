@@ -10,9 +10,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax import folders
+from gnlorp_jax import folders, models
 from gnlorp_jax.build import Run, weight_storage
-from gnlorp_jax.models import llama
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
 from gnlorp_jax.training import layerwise, metrics
@@ -36,7 +35,8 @@ def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
   row = {'train/tokens_per_second': tokens_per_second}
   peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
   if peak is not None:
-    flops = llama.flops_per_token(run.config.model, run.config.data.seq_len)
+    model = run.config.model
+    flops = models.family(model).flops_per_token(model, run.config.data.seq_len)
     row['train/mfu'] = tokens_per_second * flops / (peak * run.mesh.size)
   return row
 
@@ -51,7 +51,7 @@ def memory(run: Run) -> dict[str, dict[str, int]]:
   of all blocks.
   """
   config = run.config
-  exact = jax.eval_shape(llama.make(config.model).init, jax.random.key(0))
+  exact = jax.eval_shape(run.model.init, jax.random.key(0))
   ours = {
     'parameters': tree_bytes(run.abstract_state.params),
     'gradients': tree_bytes(exact)
@@ -63,13 +63,17 @@ def memory(run: Run) -> dict[str, dict[str, int]]:
     **dict.fromkeys(ours, 0),
     'parameters': tree_bytes(exact),
     'gradients': tree_bytes(exact),
-    'moments': 8 * llama.num_params(config.model),
+    'moments': 8 * _num_params(run),
   }
   return {
     name: {'this run': ours[name], 'adamw': adamw[name]}
     for name in ours
     if name != 'errors' or ours[name]  # Few optimizers have them.
   }
+
+
+def _num_params(run: Run) -> int:
+  return models.family(run.config.model).num_params(run.config.model)
 
 
 def _layerwise_gradients(run: Run) -> int:
@@ -117,10 +121,17 @@ def finish(run: Run, state: TrainState) -> None:
 
 
 def sample_text(run: Run, params: Any) -> str:
-  """A continuation of the configured prompt, prompt included."""
+  """What the model makes of text: a continuation, or guesses.
+
+  Causal, that is the configured prompt and what follows it. Masked, the
+  beginning of the validation text, in which ``[guess|token]`` stands where the
+  model was to guess a token.
+  """
   settings = run.config.sample
   if settings.num_tokens == 0:
     return ''
+  if run.config.objective == 'masked':
+    return _guesses(run, params)
   (prompt_T,) = run.tokenizer.encode_batch([settings.prompt])
   prompt_T = prompt_T[:-1]  # Without the end of sequence.
   if prompt_T.size == 0:
@@ -137,6 +148,35 @@ def sample_text(run: Run, params: Any) -> str:
     eos_id=run.tokenizer.eos_id,
   )
   return settings.prompt + run.tokenizer.decode(new_T)
+
+
+def _guesses(run: Run, params: Any) -> str:
+  batches = run.eval_batches()
+  batch = next(batches)
+  batches.close()
+  inputs_T = batch['inputs'][0][: run.config.sample.num_tokens]
+  guesses_TV = np.asarray(run.apply(params, batch['inputs'][:1]))[0]
+  guesses_T = guesses_TV.argmax(axis=-1)
+  targets = {
+    position: target
+    for position, target, weight in zip(
+      batch['positions'][0],
+      batch['targets'][0],
+      batch['weights'][0],
+      strict=True,
+    )
+    if weight
+  }
+
+  def piece(i: int) -> str:
+    if i not in targets:
+      return run.tokenizer.decode([inputs_T[i]])
+    pair = [
+      run.tokenizer.decode([x]).strip() for x in (guesses_T[i], targets[i])
+    ]
+    return ' [' + '|'.join(pair) + ']'
+
+  return ''.join(piece(i) for i in range(len(inputs_T)))
 
 
 def export(run: Run, params: Any, folder: pathlib.Path) -> None:
@@ -165,7 +205,7 @@ def summarise(run: Run, metrics_path: pathlib.Path) -> dict[str, Any]:
   ]
   summary: dict[str, Any] = {
     'optimizer': run.config.optim.name,
-    'parameters': llama.num_params(run.config.model),
+    'parameters': _num_params(run),
     'steps': run.config.steps,
     'first_eval_loss': evals[0]['eval/loss'],
     'last_eval_loss': evals[-1]['eval/loss'],

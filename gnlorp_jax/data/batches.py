@@ -5,6 +5,7 @@ import math
 import grain
 import numpy as np
 
+from gnlorp_jax.data.masking import Masking
 from gnlorp_jax.data.text import TokenFile
 
 
@@ -19,6 +20,7 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   prefetch: int = 2,
+  masking: Masking | None = None,
 ) -> grain.DatasetIterator:
   """Iterates over batches, reproducibly and resumably.
 
@@ -31,6 +33,9 @@ def batches(
     position, which has no target.
 
   Packed sequence i holds the tokens i T to i T + T, the last only as a target.
+
+  With `masking` the elements are batches of what it makes of a sequence, newly
+  drawn in every epoch; packed sequence i then holds T - 2 tokens of text.
 
   The iterator's `get_state()` returns a small dict fit for JSON: the number of
   batches taken. `set_state(state)` on an iterator made with the same arguments
@@ -49,6 +54,8 @@ def batches(
     process_count: Number of processes. Their rows, joined in order, are the
       batch a single process would get.
     prefetch: Number of batches prepared ahead by a background thread.
+    masking: Makes the tokens to be guessed; None has the next token guessed.
+      The file must be packed.
 
   Returns:
     The iterator. `close()` ends its thread.
@@ -76,6 +83,13 @@ def batches(
       f'seq_len={seq_len} differs from the padded token file, whose rows have '
       f'{token_file.seq_len} tokens. Use that length or prepare it anew.'
     )
+  if masking is not None:
+    if token_file.mode != 'packed' or seq_len < 3:
+      raise ValueError(
+        f'Masking needs a packed token file and a seq_len of at least 3; got '
+        f'mode={token_file.mode!r}, seq_len={seq_len}.'
+      )
+    seq_len -= 2  # The rest are the tokens around the text.
   _check_size(token_file, batch_size if repeat else 1, seq_len)
 
   dataset = grain.MapDataset.source(
@@ -85,6 +99,12 @@ def batches(
     dataset = dataset.shuffle(seed=seed)
   if repeat:
     dataset = dataset.repeat()
+  if masking is not None:
+    # After the repetition: every epoch guesses other tokens.
+    dataset = dataset.random_map(
+      lambda row, rng: masking(row['inputs'], rng, bool(row['weights'].any())),
+      seed=seed,
+    )
   dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
   # Consecutive local batches make up a global one.
   dataset = dataset[process_index::process_count]

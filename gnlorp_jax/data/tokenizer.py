@@ -24,9 +24,12 @@ _EOS_TOKENS = ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '[SEP]')
 _PAD_TOKENS = ('<pad>', '<|pad|>', '[PAD]')
 _BOS_TOKENS = ('<s>', '<|begin_of_text|>', '<bos>', '[CLS]')
 
+_MASK_TOKENS = ('<mask>', '[MASK]')
 _UNKNOWN_TOKENS = ('<unk>', '[UNK]')
 
 _BPE_PAD, _BPE_EOS = '<|pad|>', '<|endoftext|>'
+# Those of RoBERTa, with the ids it gives to the first four.
+_ROBERTA_TOKENS = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
 _BPE_SMALLEST = 258
 _BPE_CHARACTERS = 2**25
 
@@ -39,8 +42,11 @@ class Tokenizer:
     eos_id: Id that ends every document.
     pad_id: Id that fills up short rows; `eos_id` if the tokenizer has none.
     bos_id: Id that may start a sequence, or None. Never added by this class.
+    mask_id: Id that stands for a token to be guessed, or None. Never added by
+      this class.
+    text_ids: Ids that text can produce, ascending, ``[N]``.
     vocab_size: Largest id a text can produce, plus one: ordinary pieces and the
-      three ids above and the unknown token. The sentinels of T5 (ids 32000
+      ids above and the unknown token. The sentinels of T5 (ids 32000
       and up, of 32100) are special tokens, which no text produces: T5 has
       32000.
   """
@@ -74,17 +80,19 @@ class Tokenizer:
     self.eos_id = eos_id
     self.pad_id = eos_id if pad_id is None else pad_id
     self.bos_id = _find(backend, bos_token, _BOS_TOKENS)
+    self.mask_id = _find(backend, None, _MASK_TOKENS)
 
     ids = set(backend.get_vocab(with_added_tokens=True).values())
     added = backend.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
-    control = {self.eos_id, self.pad_id, self.bos_id} - {None}
+    control = {self.eos_id, self.pad_id, self.bos_id, self.mask_id} - {None}
     unknown = {_find(backend, None, _UNKNOWN_TOKENS)} - {None}
     self.vocab_size = max((ids - special) | control | unknown) + 1
     # A unigram model has control tokens among its pieces and may choose one for
     # text that spells it, whatever `encode_special_tokens` says.
     self._from_text = np.ones(max(ids) + 1, bool)
     self._from_text[sorted((special | control) - unknown)] = False
+    self.text_ids = np.array(sorted((ids - special - control) | unknown))
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes documents, using all cores.
@@ -133,6 +141,11 @@ class Tokenizer:
     }
     if self.bos_id is not None:
       config['bos_token'] = self.backend.id_to_token(self.bos_id)
+    if self.mask_id is not None:
+      # What a tokenizer of masked text calls these tokens.
+      config['cls_token'] = config.get('bos_token', config['eos_token'])
+      config['sep_token'] = config['eos_token']
+      config['mask_token'] = self.backend.id_to_token(self.mask_id)
     (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2))
 
 
@@ -142,6 +155,7 @@ def load(
   source: str | None = None,
   vocab_size: int = 8192,
   cache_dir: str | pathlib.Path | None = None,
+  masked: bool = False,
 ) -> Tokenizer:
   """Loads a tokenizer, or trains one.
 
@@ -155,6 +169,8 @@ def load(
       fewer. Other tokenizers bring their own.
     cache_dir: For `'bpe'`, where the trained tokenizer is kept, by the
       fingerprint of the source and by `vocab_size`.
+    masked: For `'bpe'`, whether it gets the special tokens of RoBERTa, and puts
+      them around single sentences and pairs as RoBERTa does.
 
   Returns:
     The tokenizer.
@@ -164,7 +180,7 @@ def load(
       end-of-sequence token, or what `'bpe'` needs is missing.
   """
   if spec == 'bpe':
-    return _load_bpe(source, vocab_size, cache_dir)
+    return _load_bpe(source, vocab_size, cache_dir, masked)
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     return _load_file(path / 'tokenizer.json')
@@ -219,7 +235,10 @@ def _load_from_hub(name: str) -> Tokenizer:
 
 
 def _load_bpe(
-  source: str | None, vocab_size: int, cache_dir: str | pathlib.Path | None
+  source: str | None,
+  vocab_size: int,
+  cache_dir: str | pathlib.Path | None,
+  masked: bool,
 ) -> Tokenizer:
   if source is None or cache_dir is None:
     raise ValueError(
@@ -232,14 +251,22 @@ def _load_bpe(
       'for each of the 256 bytes, the end of sequence and padding. Use at '
       f'least {_BPE_SMALLEST}.'
     )
-  key = f'{sources.fingerprint(source)} {vocab_size}'
+  key = f'{sources.fingerprint(source)} {vocab_size}' + ' masked' * masked
   digest = hashlib.sha256(key.encode()).hexdigest()[:16]
 
   def train(folder: pathlib.Path) -> None:
     logger.info('Training a BPE tokenizer of %d on %s.', vocab_size, source)
     texts = _first(sources.documents(source), _BPE_CHARACTERS)
+    special = _ROBERTA_TOKENS if masked else (_BPE_PAD, _BPE_EOS)
+    backend = _train_bpe(texts, vocab_size, special)
+    if masked:
+      backend.post_processor = tokenizers.processors.RobertaProcessing(
+        ('</s>', 2), ('<s>', 0), add_prefix_space=False
+      )
     Tokenizer(
-      _train_bpe(texts, vocab_size), eos_token=_BPE_EOS, pad_token=_BPE_PAD
+      backend,
+      eos_token='</s>' if masked else _BPE_EOS,
+      pad_token='<pad>' if masked else _BPE_PAD,
     ).save(folder)
 
   folder = pathlib.Path(cache_dir) / f'bpe-{digest}'
@@ -254,7 +281,9 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
       return
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(
+  texts: Iterator[str], vocab_size: int, special: Sequence[str]
+) -> tokenizers.Tokenizer:
   """Trains a byte-level BPE tokenizer (the same for the same texts)."""
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
@@ -266,7 +295,7 @@ def _train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     tokenizers.trainers.BpeTrainer(
       vocab_size=vocab_size,
       min_frequency=2,
-      special_tokens=[_BPE_PAD, _BPE_EOS],
+      special_tokens=list(special),
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     ),

@@ -604,12 +604,13 @@ HF_CLASSIFIER_TENSORS: tuple[tuple[str, str, bool], ...] = (
 )
 """The same with the head of `RobertaForSequenceClassification`."""
 
-# What a checkpoint may hold beside the encoder: the pooler of `RobertaModel`, a
-# buffer of early versions of transformers, heads, and the tied head's copies.
-_HF_UNREAD = (
+HF_UNREAD = (
   r'(roberta\.)?(pooler\..*|embeddings\.(position|token_type)_ids)'
   r'|lm_head\.decoder\..*'
 )
+"""What a checkpoint may hold beside: the pooler of `RobertaModel`, buffers of
+early versions of transformers, copies that the tied head does without."""
+
 _HF_HEADS = r'(lm_head|classifier)\..*'
 
 # Our field: Hugging Face's.
@@ -754,9 +755,9 @@ def load_classifier(
       f'{folder} has none' if head is None else f'{folder} has {head[0]}',
     )
     del abstract['classifier']
-    unread = f'{_HF_UNREAD}|{_HF_HEADS}'
+    unread = f'{HF_UNREAD}|{_HF_HEADS}'
   else:
-    unread = _HF_UNREAD
+    unread = HF_UNREAD
   table = HF_CLASSIFIER_TENSORS
   if not any(name.startswith('roberta.') for name in shapes):
     # A bare `RobertaModel` names its tensors without the prefix.
