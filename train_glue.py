@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
     with StopRequest() as stop:
       train_all(settings, stop)
     results = glue_table.write(settings.run_dir)
-    glue_table.show(results, rich.get_console())
+    glue_table.show(results)
     _logger.info(
       'Results of all runs are in %s: results.json, results.md, results.png.',
       settings.run_dir,
@@ -89,7 +89,10 @@ def best_rate(first: dict[float, Result]) -> float:
   best = glue_table.best_learning_rate(list(first.values()))
   result = first[best]
   metric = result['main_metric']
-  tried = ', '.join(f'{r:g}: {first[r]["best"][metric]}' for r in first)
+  tried = ', '.join(
+    f'{rate:g}: {glue_table.worth(first[rate]["best"][metric]):.4f}'
+    for rate in first
+  )
   _logger.info(
     '%s %s: learning rate %g has the best %s on the dev set with seed %d (%s).',
     *(result['task'], result['method'], best, metric, result['seed'], tried),
@@ -214,8 +217,8 @@ def note(
   if is_best:
     record['best'] = record['last']
   _logger.info(
-    '%s: step %d, %s %s%s.',
-    *(run.name, number, metric, values[metric], ', best' if is_best else ''),
+    '%s: step %d, %s %.4f%s.',
+    *(run.name, number, metric, found[metric], ', best' if is_best else ''),
   )
   return is_best
 

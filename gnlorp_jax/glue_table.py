@@ -18,6 +18,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from gnlorp_jax.methods import METHODS
 from gnlorp_jax.optim.inspect import format_bytes
 
 RESULT_FILE = 'result.json'
@@ -25,6 +26,9 @@ RESULT_FILE = 'result.json'
 # The eight tasks of the papers' averages; WNLI is the ninth.
 EIGHT_TASKS = ('cola', 'stsb', 'mrpc', 'rte', 'sst2', 'mnli', 'qnli', 'qqp')
 NINE_TASKS = (*EIGHT_TASKS, 'wnli')
+
+# Metrics as tables name them, where that differs.
+_SHORT = {'matthews_correlation': 'Matthews', 'f1': 'F1', 'pearson': 'Pearson'}
 
 Result = dict[str, Any]
 
@@ -122,8 +126,8 @@ def tabulate(results: Iterable[Result], at: str = 'best') -> Table:
       ``last``.
 
   Returns:
-    The table. Tasks and methods are in the order of GLUE's papers and of their
-    first run. The average of eight tasks, and that of nine with WNLI, are there
+    The table. Tasks are in the order of the papers' tables, methods in that of
+    `methods.METHODS`. The average of eight tasks, and that of nine with WNLI, are there
     if the results have all of them; otherwise the average is over the tasks
     used, and named so.
   """
@@ -132,7 +136,9 @@ def tabulate(results: Iterable[Result], at: str = 'best') -> Table:
   tasks = tuple(task for task in NINE_TASKS if task in found)
   tasks += tuple(task for task in found if task not in tasks)
   rows = []
-  for method in dict.fromkeys(result['method'] for result in results):
+  for method in sorted(
+    {result['method'] for result in results}, key=list(METHODS).index
+  ):
     own = [result for result in results if result['method'] == method]
     chosen, cells = [], {}
     for task in tasks:
@@ -157,8 +163,9 @@ def tabulate(results: Iterable[Result], at: str = 'best') -> Table:
 
 
 def _cell(runs: Sequence[Result], at: str) -> Cell:
+  values = [result[at][result['main_metric']] for result in runs]
   metric = runs[0]['main_metric']
-  values = [result[at][metric] for result in runs]
+  metric = _SHORT.get(metric, metric)
   rate = runs[0]['learning_rate']
   if any(value is None for value in values):
     return Cell(None, None, len(values), rate, metric)
@@ -274,8 +281,11 @@ def _runs(results: Sequence[Result]) -> str:
   return '\n'.join(lines)
 
 
-def show(results: Sequence[Result], console: rich.console.Console) -> None:
+def show(results: Sequence[Result]) -> None:
   """Prints the table for the person who waited for it."""
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console.width = 200  # Nothing is cut off in a file.
   header, body = columns(tabulate(results))
   table = rich.table.Table(title=_WHEN['best'], title_justify='left')
   for name in header:

@@ -196,7 +196,7 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
     scale=_scale(chosen, rank),
     update_proj_gap=50 if is_demo else 500,
     adapter_alpha=16.0,
-    adapter_dropout=0.1,
+    adapter_dropout=0.0 if is_demo else 0.1,
   )
 
 
