@@ -127,9 +127,9 @@ def tabulate(results: Iterable[Result], at: str = 'best') -> Table:
 
   Returns:
     The table. Tasks are in the order of the papers' tables, methods in that of
-    `methods.METHODS`. The average of eight tasks, and that of nine with WNLI, are there
-    if the results have all of them; otherwise the average is over the tasks
-    used, and named so.
+    `methods.METHODS`. The average of eight tasks, and that of nine with WNLI,
+    are there if the results have all of them; otherwise the average is over the
+    tasks used, and named so.
   """
   results = list(results)
   found = list(dict.fromkeys(result['task'] for result in results))
