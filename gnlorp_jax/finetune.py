@@ -45,7 +45,7 @@ _DEMO_MODEL = {
   'intermediate_size': 256,
   'num_layers': 2,
   'num_heads': 4,
-  'max_seq_len': 32,
+  'max_seq_len': 16,
   'initializer_std': 0.1,
   'hidden_dropout': 0.0,
   'attention_dropout': 0.0,
@@ -213,7 +213,7 @@ def architecture(
         f'model={name!r} is neither a folder nor a preset. Presets: '
         f'{list(roberta.PRESETS)}.'
       )
-    config = roberta.preset(name, **sizes, **_overrides(settings))
+    config = roberta.preset(name, **(sizes | _overrides(settings)))
   text.check_vocab(tokenizer.vocab_size, config.vocab_size)
   if tokenizer.pad_id != config.pad_id:
     raise ValueError(

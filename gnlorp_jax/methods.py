@@ -189,7 +189,7 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
     learning_rate=_learning_rate(task, chosen, rank),
     batch_size=32 if task == 'cola' or is_demo else 16,
     epochs=6 if is_demo else 30,
-    max_length=32 if is_demo else 512,
+    max_length=16 if is_demo else 512,
     weight_decay=0.0,
     warmup_fraction=0.0,
     rank=rank,
