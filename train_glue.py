@@ -32,7 +32,7 @@ import jax
 import numpy as np
 import rich
 
-from gnlorp_jax import config, finetune, glue_table
+from gnlorp_jax import config, finetune, finetune_data, glue_table
 from gnlorp_jax.finetune_config import FinetuneConfig
 from gnlorp_jax.glue_table import RESULT_FILE, Result
 from gnlorp_jax.training import metrics, sharding
@@ -68,8 +68,8 @@ def main(args: list[str]) -> None:
 def train_all(settings: FinetuneConfig, stop: StopRequest) -> None:
   """Every task with every method, learning rate and seed, one by one."""
   seeds, rates = settings.seed_numbers, settings.searched_rates
-  for task in finetune.find_tasks(settings):
-    data = finetune.load_task(settings, task)
+  for task in finetune_data.find_tasks(settings):
+    data = finetune_data.load_task(settings, task)
     for method in settings.method_names:
       programs = {
         rate: finetune.program(settings, data, method, rate)

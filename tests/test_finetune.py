@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gnlorp_jax import finetune, methods
+from gnlorp_jax import finetune, finetune_data, methods
 from gnlorp_jax.config import MeshConfig
 from gnlorp_jax.data import glue
 from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
@@ -35,8 +35,8 @@ SETTINGS = FinetuneConfig(
 
 @pytest.fixture(scope='module')
 def data():
-  (task,) = finetune.find_tasks(SETTINGS)
-  return finetune.load_task(SETTINGS, task)
+  (task,) = finetune_data.find_tasks(SETTINGS)
+  return finetune_data.load_task(SETTINGS, task)
 
 
 def make_run(data, method, seed=0):
@@ -230,12 +230,12 @@ def test_tasks_without_examples_are_left_out_of_all(shared, caplog):
   settings = FinetuneConfig(
     task='all', model='tiny', data=TaskDataConfig(source=folder)
   )
-  names = [task.name for task in finetune.find_tasks(settings)]
+  names = [task.name for task in finetune_data.find_tasks(settings)]
   assert set(names) == {'cola', 'sst2', 'mrpc', 'stsb', 'rte', 'wnli'}
   assert 'qqp (no train and dev), mnli (no train)' in caplog.text
   named = dataclasses.replace(settings, task='cola,qqp')
   with pytest.raises(ValueError, match=r"lacks examples of qqp .*\['cola'\]"):
-    finetune.find_tasks(named)
+    finetune_data.find_tasks(named)
 
 
 def write_rows(path, rows):
@@ -260,9 +260,9 @@ def test_a_task_of_ones_own(tmp_path, regression):
       regression=regression,
     ),
   )
-  (task,) = finetune.find_tasks(settings)
+  (task,) = finetune_data.find_tasks(settings)
   assert (task.name, task.is_regression) == ('mine', regression)
-  data = finetune.load_task(settings, task)
+  data = finetune_data.load_task(settings, task)
   assert list(data.evaluated) == ['dev'] and not data.predicted
   words = data.tokenizer.backend.id_to_token
   assert [words(i) for i in data.train.encoded[0]] == [
@@ -283,7 +283,7 @@ def _tokenizer(folder):
 def test_what_does_not_fit_is_refused(tmp_path, data):
   def load(**changes):
     settings = dataclasses.replace(SETTINGS, **changes)
-    return finetune.load_task(settings, data.task)
+    return finetune_data.load_task(settings, data.task)
 
   with pytest.raises(ValueError, match="'tinny' is no folder that brings a"):
     load(model='tinny')
