@@ -44,8 +44,6 @@ METHODS: dict[str, Method] = {
       'q_galore',
       'galore_adafactor',
       'dct_adamw',
-      'vlorp',
-      'projfactor',
       'apollo',
       'apollo_mini',
       'fira',
@@ -116,7 +114,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 _OTHER_TASKS = {'galore': 2e-5, 'lora': 4e-4, 'gradnormlorp': 3e-5}
 # The generated task trains a small random model, from scratch and in a minute:
 # chosen by trial, as everything about it is ours.
-_DEMO = {'galore': 1e-3, 'lora': 1e-2, 'gradnormlorp': 3e-3}
+_DEMO = {'galore': 1e-3, 'lora': 2e-3, 'gradnormlorp': 3e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,12 +186,12 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
   return Hyperparameters(
     learning_rate=_learning_rate(task, chosen, rank),
     batch_size=32 if task == 'cola' or is_demo else 16,
-    epochs=6 if is_demo else 30,
+    epochs=5 if is_demo else 30,
     max_length=16 if is_demo else 512,
     weight_decay=0.0,
     warmup_fraction=0.0,
     rank=rank,
-    scale=_scale(chosen, rank),
+    scale=_scale(task, chosen, rank),
     update_proj_gap=50 if is_demo else 500,
     adapter_alpha=16.0,
     adapter_dropout=0.0 if is_demo else 0.1,
@@ -209,7 +207,9 @@ def _learning_rate(task: str, method: Method, rank: int) -> float:
   return LEARNING_RATES[row].get(task, _OTHER_TASKS[method.rates])
 
 
-def _scale(method: Method, rank: int) -> float | None:
+def _scale(task: str, method: Method, rank: int) -> float | None:
+  if task == 'demo' and method.is_projected:
+    return 1.0
   if method.rates == 'gradnormlorp':
     return 4.0  # The released scripts, at every rank.
   if method.optimizer in ('galore', 'galore_adafactor', 'q_galore'):

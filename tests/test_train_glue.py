@@ -16,6 +16,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import train_glue
 from gnlorp_jax import config, finetune, finetune_data
@@ -37,6 +38,23 @@ OPTIONS = [
 ]
 LORA = [*OPTIONS, '--method', 'lora', '--learning-rate', '0.01']
 RUN = 'demo/lora/lr0.01_seed0'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """Runs share what XLA compiled: all of them are of the same model."""
+  settings = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # Tests before this one compiled without.
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
