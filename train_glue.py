@@ -19,6 +19,7 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
+import contextlib
 import json
 import logging
 import math
@@ -122,9 +123,10 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
   peak = peak_bytes()
   with (
     Checkpointer(run.folder / 'checkpoints', keep=2) as saved,
-    Checkpointer(run.folder / 'best', keep=2) as best,
+    contextlib.ExitStack() as stack,
   ):
     state, frozen, record = resume_or_start(run, saved)
+    best = stack.enter_context(Checkpointer(run.folder / 'best', keep=2))
     first, clock = int(state.step), Clock(record)
     batches = finetune.train_batches(run, first)
 
