@@ -19,7 +19,6 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import contextlib
 import json
 import logging
 import math
@@ -121,12 +120,8 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
   parts, settings = run.program, run.program.settings
   check_every = finetune.eval_every(parts)
   peak = peak_bytes()
-  with (
-    Checkpointer(run.folder / 'checkpoints', keep=2) as saved,
-    contextlib.ExitStack() as stack,
-  ):
+  with Checkpointer(run.folder / 'checkpoints', keep=2) as saved:
     state, frozen, record = resume_or_start(run, saved)
-    best = stack.enter_context(Checkpointer(run.folder / 'best', keep=2))
     first, clock = int(state.step), Clock(record)
     batches = finetune.train_batches(run, first)
 
@@ -134,6 +129,7 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
       saved.save(number, state, clock.update(record), run.metadata, wait=wait)
 
     with (
+      Checkpointer(run.folder / 'best', keep=2) as best,
       metrics.MetricsWriter(run.folder, first or None) as writer,
       metrics.progress(
         parts.steps, first, name=run.name, console=rich.get_console()
@@ -160,9 +156,9 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
           found = finetune.evaluate(parts, state.params, frozen)
           writer.write(number, {f'eval/{n}': v for n, v in found.items()})
           if note(run, record, number, found):
-            # First, and before the next step: a checkpoint that knows of a best
-            # model must find it.
-            best.save(number, state.params, {}, run.metadata, wait=True)
+            # Before the checkpoint, which must find what it calls the best.
+            position = {'step': number}
+            best.save(number, state.params, position, run.metadata, wait=True)
             save(number)
         every = settings.checkpoint_every or check_every
         if number % every == 0 or is_last:
@@ -174,11 +170,10 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
             *(stop.received.name, number, parts.steps, run.name),
           )
           raise SystemExit(128 + stop.received)
-    record = clock.update(record)
-    record['skipped_steps'] = int(state.skipped)
-    record['peak_device_bytes'] = risen(peak, peak_bytes())
-    params = best_params(run, best, state, record)
-  return finish(run, params, frozen, record)
+  record = clock.update(record)
+  record['skipped_steps'] = int(state.skipped)
+  record['peak_device_bytes'] = risen(peak, peak_bytes())
+  return finish(run, best_params(run, state, record), frozen, record)
 
 
 def resume_or_start(
@@ -225,14 +220,18 @@ def note(
   return is_best
 
 
-def best_params(
-  run: finetune.Run, best: Checkpointer, state: TrainState, record: dict
-) -> Any:
+def best_params(run: finetune.Run, state: TrainState, record: dict) -> Any:
   """The parameters of the best evaluation."""
   if record['best']['step'] == int(state.step):
     return state.params
-  params, _, _ = best.restore_latest(run.program.abstract_state.params)
-  return params
+  with Checkpointer(run.folder / 'best', read_only=True) as best:
+    found = best.restore_latest(run.program.abstract_state.params)
+  if found is None or found[1]['step'] != record['best']['step']:
+    raise ValueError(
+      f'{run.folder} lacks its best model, that of step '
+      f'{record["best"]["step"]}. Delete the folder to train it anew.'
+    )
+  return found[0]
 
 
 def finish(

@@ -489,7 +489,7 @@ def dry_run(settings: FinetuneConfig) -> str:
   Raises:
     ValueError: As `find_tasks` and `architecture`.
   """
-  config = finetune_data.finetune_data.architecture(
+  config = finetune_data.architecture(
     settings, finetune_data.load_tokenizer(settings)
   )
   parts = []
