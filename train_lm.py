@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.logging
 
 from gnlorp_jax import build, config, optim, results
 from gnlorp_jax.training import metrics, sharding
@@ -39,18 +38,7 @@ _logger = logging.getLogger('train_lm')
 
 def main(args: list[str]) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
-  logging.basicConfig(
-    level=logging.INFO,
-    format='%(message)s' if sys.stdout.isatty() else '%(asctime)s %(message)s',
-    handlers=[
-      rich.logging.RichHandler(show_path=False)
-      if sys.stdout.isatty()
-      else logging.StreamHandler(sys.stdout)
-    ],
-    force=True,  # absl has put its own handler there already.
-  )
-  for chatty in ('absl', 'jax', 'orbax'):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
+  metrics.log_to_terminal()
   try:
     settings = config.parse(args, __doc__)
     if settings.dry_run:

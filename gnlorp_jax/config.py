@@ -19,7 +19,8 @@ from gnlorp_jax.models.llama import LlamaConfig
 from gnlorp_jax.models.roberta import RobertaConfig
 
 
-def _check_positive(config: Any, *names: str) -> None:
+def check_positive(config: Any, *names: str) -> None:
+  """Raises ValueError unless the named fields are at least 1."""
   for name in names:
     value = getattr(config, name)
     if value < 1:
@@ -28,7 +29,8 @@ def _check_positive(config: Any, *names: str) -> None:
       )
 
 
-def _check_interval(config: Any, name: str, low: float, high: float) -> None:
+def check_interval(config: Any, name: str, low: float, high: float) -> None:
+  """Raises ValueError unless a field lies in [low, high]."""
   value = getattr(config, name)
   if not low <= value <= high:
     raise ValueError(
@@ -60,7 +62,7 @@ class DataConfig:
   """Where tokenized text and trained tokenizers are kept between runs."""
 
   def __post_init__(self):
-    _check_positive(self, 'seq_len')
+    check_positive(self, 'seq_len')
     if not 0 < self.validation_fraction < 1:
       raise ValueError(
         'DataConfig.validation_fraction must lie between 0 and 1, got '
@@ -154,7 +156,7 @@ class OptimConfig:
   def __post_init__(self):
     for name in ('rank', 'update_proj_gap'):
       if getattr(self, name) is not None:
-        _check_positive(self, name)
+        check_positive(self, name)
     if self.learning_rate <= 0:
       raise ValueError(
         f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'
@@ -164,8 +166,8 @@ class OptimConfig:
         'OptimConfig.clip_global_norm must be positive, got '
         f'{self.clip_global_norm}. Use None not to clip.'
       )
-    _check_interval(self, 'warmup_fraction', 0, 1)
-    _check_interval(self, 'final_fraction', 0, 1)
+    check_interval(self, 'warmup_fraction', 0, 1)
+    check_interval(self, 'final_fraction', 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,9 +235,9 @@ class SampleConfig:
   """Tokens to choose among at each position."""
 
   def __post_init__(self):
-    _check_positive(self, 'top_k')
-    _check_interval(self, 'num_tokens', 0, float('inf'))
-    _check_interval(self, 'temperature', 0, float('inf'))
+    check_positive(self, 'top_k')
+    check_interval(self, 'num_tokens', 0, float('inf'))
+    check_interval(self, 'temperature', 0, float('inf'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +300,7 @@ class TrainConfig:
   """Text generated at the end."""
 
   def __post_init__(self):
-    _check_positive(
+    check_positive(
       self,
       'steps',
       'batch_size',
@@ -310,7 +312,7 @@ class TrainConfig:
       'loss_chunk_tokens',
     )
     if self.eval_batches is not None:
-      _check_positive(self, 'eval_batches')
+      check_positive(self, 'eval_batches')
     self._check_objective()
     # With init_from the folder's own length counts; it is checked there.
     if self.init_from is None and self.data.seq_len > self.model.max_seq_len:
@@ -428,9 +430,30 @@ def parse(
   default = kind(
     **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
   )
+  return override(default, args, description)
+
+
+Settings = TypeVar('Settings')
+
+
+def override(default: Settings, args: list[str], description: str) -> Settings:
+  """Replaces fields of a configuration by those of the command line.
+
+  Args:
+    default: A dataclass, whose fields may be dataclasses.
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If a field does not exist or a value is not allowed.
+  """
   _check_fields(args, default)
   return tyro.cli(
-    kind,
+    type(default),
     default=default,
     args=args,
     description=description,
@@ -454,14 +477,14 @@ def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
   return MASKED if masked else TrainConfig(), args
 
 
-def _check_fields(args: list[str], default: TrainConfig) -> None:
+def _check_fields(args: list[str], default: Any) -> None:
   """Names the nearest field for an option that does not exist."""
   for word in args:
     if word.startswith('--') and word != '--help':
       _check_option(word.split('=')[0], default)
 
 
-def _check_option(option: str, default: TrainConfig) -> None:
+def _check_option(option: str, default: Any) -> None:
   """Follows an option such as ``--optim.rank`` through the fields."""
   node: Any = default
   for field in option[2:].replace('-', '_').split('.'):

@@ -1,7 +1,11 @@
-"""Cross-entropy of a language model, without its logits ever existing at once.
+"""Losses as the training step takes them: weighted sums, and sums of weights.
+
+The cross-entropy of a language model never has all its logits at once; that of
+a classifier is small.
 
 Shape suffixes in this file:
   B  sequences
+  K  classes
   T  positions of a sequence
   C  positions of a chunk
   N  chunks
@@ -77,6 +81,50 @@ def chunked_cross_entropy(
   )
   loss_sum, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)
   return loss_sum, jnp.sum(weights_BT, dtype=jnp.float32)
+
+
+def cross_entropy(
+  logits_BK: jax.Array, labels_B: jax.Array, weights_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of the cross-entropies of a classifier.
+
+  Args:
+    logits_BK: float32 logits of the classes.
+    labels_B: Integers in [0, K), also where the weight is 0.
+    weights_B: Non-negative weights; 0 leaves a sequence out.
+
+  Returns:
+    The weighted sum of the losses and the sum of the weights, float32 scalars.
+  """
+  losses_B = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BK, labels_B
+  )
+  return _weighted_sums(losses_B, weights_B)
+
+
+def squared_error(
+  outputs_B1: jax.Array, targets_B: jax.Array, weights_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of the squared errors of a regression.
+
+  Args:
+    outputs_B1: float32 predictions ``[B, 1]``.
+    targets_B: Finite targets, also where the weight is 0.
+    weights_B: Non-negative weights; 0 leaves a sequence out.
+
+  Returns:
+    The weighted sum of the losses and the sum of the weights, float32 scalars.
+
+  Note:
+    Not halved: `transformers` trains STS-B with the same ``MSELoss``.
+  """
+  losses_B = jnp.square(outputs_B1[:, 0] - targets_B.astype(jnp.float32))
+  return _weighted_sums(losses_B, weights_B)
+
+
+def _weighted_sums(losses_B, weights_B):
+  weights_B = weights_B.astype(jnp.float32)
+  return jnp.sum(losses_B * weights_B), jnp.sum(weights_B)
 
 
 def _split_positions(x_BTX, num_chunks):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import rich.console
+import rich.logging
 import rich.progress
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -120,11 +122,29 @@ def _drop_later_lines(path, resume_step):
   os.replace(temporary, path)
 
 
+def log_to_terminal() -> None:
+  """Shows what the loggers say, with the time where it is no terminal."""
+  is_terminal = sys.stdout.isatty()
+  logging.basicConfig(
+    level=logging.INFO,
+    format='%(message)s' if is_terminal else '%(asctime)s %(message)s',
+    handlers=[
+      rich.logging.RichHandler(show_path=False)
+      if is_terminal
+      else logging.StreamHandler(sys.stdout)
+    ],
+    force=True,  # absl has put its own handler there already.
+  )
+  for chatty in ('absl', 'jax', 'orbax'):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
 @contextlib.contextmanager
 def progress(
   total: int,
   start: int = 0,
   *,
+  name: str = '',
   plain_interval: float = 30.0,
   console: rich.console.Console | None = None,
 ) -> Iterator[Callable[[int, float, float], None]]:
@@ -133,6 +153,7 @@ def progress(
   Args:
     total: Number of steps of the whole run.
     start: Number of steps taken before.
+    name: Which run it is, where a program has several.
     plain_interval: Without a terminal, seconds between two lines of the log.
     console: Where to show the bar; None is the standard output.
 
@@ -141,10 +162,12 @@ def progress(
   """
   console = console or rich.console.Console()
   if not console.is_terminal:
-    yield _plain_progress(total, start, plain_interval)
+    yield _plain_progress(total, start, plain_interval, name)
     return
   columns = (
-    rich.progress.TextColumn('step {task.completed:,}/{task.total:,}'),
+    rich.progress.TextColumn(
+      '{task.description}step {task.completed:,}/{task.total:,}'
+    ),
     rich.progress.BarColumn(bar_width=None),
     rich.progress.TextColumn('loss {task.fields[loss]}'),
     rich.progress.TextColumn('{task.fields[rate]} tokens/s'),
@@ -152,7 +175,13 @@ def progress(
     rich.progress.TimeRemainingColumn(),
   )
   with rich.progress.Progress(*columns, console=console, expand=True) as bar:
-    task = bar.add_task('', total=total, completed=start, loss='-', rate='-')
+    task = bar.add_task(
+      f'{name} ' if name else '',
+      total=total,
+      completed=start,
+      loss='-',
+      rate='-',
+    )
 
     def update(step, loss, tokens_per_second):
       bar.update(
@@ -165,7 +194,7 @@ def progress(
     yield update
 
 
-def _plain_progress(total, start, interval):
+def _plain_progress(total, start, interval, name):
   """Logs a line when the last one is `interval` seconds ago, and at the end."""
   began = time.monotonic()
   last = -math.inf
@@ -179,7 +208,8 @@ def _plain_progress(total, start, interval):
     steps = step - start
     seconds_left = (now - began) / steps * (total - step) if steps else math.nan
     _logger.info(
-      'step %s/%s, loss %.4f, %s tokens/s, ETA %s',
+      '%sstep %s/%s, loss %.4f, %s tokens/s, ETA %s',
+      f'{name}: ' if name else '',
       f'{step:,}',
       f'{total:,}',
       loss,

@@ -104,8 +104,8 @@ def from_params(
   return TrainState(step, skipped, params, opt_state)
 
 
-def shardings(state: TrainState) -> TrainState:
-  """The sharding of every leaf of a state, abstract or real."""
+def shardings(state: Any) -> Any:
+  """The sharding of every leaf of a state or another tree, abstract or real."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 

@@ -13,7 +13,8 @@ from gnlorp_jax.training import sharding
 from gnlorp_jax.training.state import TrainState, shardings
 
 Batch = dict[str, jax.Array]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+# (params, batch, *constants) -> (loss_sum, weight_sum); most have no constants.
+LossFn = Callable[..., tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
 
 
@@ -23,7 +24,7 @@ def make_train_step(
   *,
   num_micro_batches: int = 1,
   clip_global_norm: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Builds the function that takes one optimizer step.
 
   The gradient is that of the weighted mean loss over the whole batch, ``sum_i
@@ -38,7 +39,8 @@ def make_train_step(
 
   Args:
     loss_fn: Maps parameters and a batch to the weighted sum of the losses and
-      the sum of the weights, float32 scalars.
+      the sum of the weights, float32 scalars. What it takes beyond these two,
+      such as frozen weights, is neither differentiated nor changed.
     tx: The optimizer. It receives gradients in the dtypes of the parameters,
       as `jax.grad` gives them. Its updates may be float32 where parameters are
       not: their sum is rounded once.
@@ -48,11 +50,12 @@ def make_train_step(
       sees them; None does not clip.
 
   Returns:
-    A pure function ``(state, batch) -> (state, metrics)``. Metrics are float32
-    scalars: ``loss`` (the weighted mean), ``weight_sum``, and the global norms
-    ``grad_norm`` (before clipping), ``update_norm`` (as `tx` returns it)
-    and ``weight_norm`` (of the new parameters), and ``skipped_steps``, int32. A
-    batch whose weights are all 0 has loss 0 and gradient 0.
+    A pure function ``(state, batch, *constants) -> (state, metrics)``; the
+    constants are those of `loss_fn`. Metrics are float32 scalars: ``loss`` (the
+    weighted mean), ``weight_sum``, and the global norms ``grad_norm`` (before
+    clipping), ``update_norm`` (as `tx` returns it) and ``weight_norm`` (of the
+    new parameters), and ``skipped_steps``, int32. A batch whose weights are all
+    0 has loss 0 and gradient 0.
 
   Raises:
     ValueError: If `num_micro_batches` is less than 1.
@@ -65,8 +68,10 @@ def make_train_step(
     jax.value_and_grad(loss_fn, has_aux=True), num_micro_batches
   )
 
-  def train_step(state, batch):
-    (loss_sum, weight_sum), grad_sums = accumulate(state.params, batch)
+  def train_step(state, batch, *constants):
+    (loss_sum, weight_sum), grad_sums = accumulate(
+      state.params, batch, *constants
+    )
     divisor = jnp.where(weight_sum > 0, weight_sum, 1)
     grads = jax.tree.map(
       lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype),
@@ -104,67 +109,81 @@ def make_train_step(
 
 def make_eval_step(
   loss_fn: LossFn,
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Builds the function that evaluates one batch.
 
   Args:
     loss_fn: As in `make_train_step`.
 
   Returns:
-    A pure function ``(params, batch) -> (loss_sum, weight_sum)``. Add both up
-    over the batches and divide once: the mean of the batches' means is another
-    number where their weights differ.
+    A pure function ``(params, batch, *constants) -> (loss_sum, weight_sum)``.
+    Add both up over the batches and divide once: the mean of the batches'
+    means is another number where their weights differ.
   """
 
-  def eval_step(params, batch):
-    return loss_fn(params, batch)
+  def eval_step(params, batch, *constants):
+    return loss_fn(params, batch, *constants)
 
   return eval_step
 
 
 def jit_train_step(
-  train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+  train_step: Callable[..., tuple[TrainState, Metrics]],
   state: TrainState,
   mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  *constants: Any,
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Compiles a training step for a mesh.
 
   Args:
     train_step: What `make_train_step` returned.
     state: A state in its shardings, real or abstract.
     mesh: The mesh of those shardings; batches come from `put_batch`.
+    *constants: What the step takes beyond state and batch, in its shardings,
+      real or abstract.
 
   Returns:
     The compiled step. It donates the state: the old one's memory becomes the
-    new one's, and the old one must not be used again.
+    new one's, and the old one must not be used again. Constants stay.
   """
   state_shardings = shardings(state)
   return jax.jit(
     train_step,
-    in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+    in_shardings=(
+      state_shardings,
+      sharding.batch_sharding(mesh),
+      *map(shardings, constants),
+    ),
     out_shardings=(state_shardings, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
 
 
 def jit_eval_step(
-  eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]],
+  eval_step: Callable[..., Any],
   params: Any,
   mesh: jax.sharding.Mesh,
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  *constants: Any,
+) -> Callable[..., Any]:
   """Compiles an evaluation step for a mesh; nothing is donated.
 
   Args:
-    eval_step: What `make_eval_step` returned.
+    eval_step: What `make_eval_step` returned, or another function of
+      parameters, a batch and constants.
     params: Parameters in their shardings, real or abstract.
     mesh: The mesh of those shardings; batches come from `put_batch`.
+    *constants: As in `jit_train_step`.
 
   Returns:
-    The compiled step.
+    The compiled step; what it returns is whole on every device.
   """
   return jax.jit(
     eval_step,
-    in_shardings=(shardings(params), sharding.batch_sharding(mesh)),
+    in_shardings=(
+      shardings(params),
+      sharding.batch_sharding(mesh),
+      *map(shardings, constants),
+    ),
     out_shardings=NamedSharding(mesh, P()),
   )
 
@@ -174,10 +193,10 @@ def _accumulator(value_and_grad, num_micro_batches):
   if num_micro_batches == 1:
     return value_and_grad
 
-  def accumulate(params, batch):
+  def accumulate(params, batch, *constants):
     def add(total, micro_batch):
       return jax.tree.map(
-        jnp.add, total, value_and_grad(params, micro_batch)
+        jnp.add, total, value_and_grad(params, micro_batch, *constants)
       ), None
 
     zero = jnp.zeros((), jnp.float32)

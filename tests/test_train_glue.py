@@ -1,0 +1,342 @@
+"""Whole runs of train_glue.py: what they leave, how they go on, how they fail.
+
+A tiny run is made once. It is stopped, killed and repeated in copies, which
+must end as it did, bit for bit.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import train_glue
+from gnlorp_jax import config, finetune, finetune_data
+from gnlorp_jax.finetune_config import FinetuneConfig
+from gnlorp_jax.models import roberta
+from gnlorp_jax.training import metrics
+from gnlorp_jax.training.checkpoint import Checkpointer
+
+# What depends on the clock, the machine or the process.
+TIMES = ('seconds_per_step', 'wall_seconds', 'peak_device_bytes')
+
+# Dropout of both kinds, so that a step depends on its seeds.
+OPTIONS = [
+  *('--rank', '2', '--batch-size', '8', '--eval-batch-size', '8'),
+  *('--epochs', '3', '--log-every', '1', '--update-proj-gap', '2'),
+  *('--dropout', '0.1', '--adapter-dropout', '0.1', '--mesh.data', '1'),
+  *('--data.max-train-examples', '24', '--data.max-dev-examples', '100'),
+  *('--keep', 'all'),
+]
+LORA = [*OPTIONS, '--method', 'lora', '--learning-rate', '0.001']
+RUN = 'demo/lora/lr0.001_seed0'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """Runs share what XLA compiled: all of them are of the same model."""
+  settings = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # Tests before this one compiled without.
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+  """Takes back what `main` does to the loggers of the whole process."""
+  root = logging.getLogger()
+  before = root.level, list(root.handlers)
+  chatty = [logging.getLogger(name) for name in ('absl', 'jax', 'orbax')]
+  levels = [logger.level for logger in chatty]
+  yield
+  root.setLevel(before[0])
+  root.handlers[:] = before[1]
+  for logger, level in zip(chatty, levels, strict=True):
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A finished run of nine steps, with its checkpoints."""
+  folder = tmp_path_factory.mktemp('whole')
+  train_glue.main([*LORA, '--run-dir', str(folder)])
+  return folder
+
+
+def parsed(args):
+  return config.override(FinetuneConfig(), args, '')
+
+
+def read(folder):
+  text = (pathlib.Path(folder) / RUN / 'result.json').read_text()
+  assert 'NaN' not in text
+  return json.loads(text)
+
+
+def without_times(result):
+  return {name: v for name, v in result.items() if name not in TIMES}
+
+
+def rows_of(folder):
+  return metrics.read_metrics(folder / RUN / 'metrics.jsonl')
+
+
+def arrays_of(folder, kind, like):
+  with Checkpointer(folder / RUN / kind, read_only=True) as saved:
+    return jax.tree.map(np.asarray, saved.restore_latest(like)[0])
+
+
+def assert_same_run(found, expected):
+  assert without_times(read(found)) == without_times(read(expected))
+  assert rows_of(found) == rows_of(expected)
+  settings = parsed([*LORA, '--run-dir', str(expected)])
+  data = finetune_data.load_task(
+    settings, finetune_data.find_tasks(settings)[0]
+  )
+  like = finetune.program(settings, data, 'lora').abstract_state
+  for kind, tree in (('checkpoints', like), ('best', like.params)):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      *(arrays_of(folder, kind, tree) for folder in (found, expected)),
+    )
+
+
+def test_what_a_run_leaves(whole):
+  result = read(whole)
+  assert (result['steps'], result['epochs']) == (9, 3)
+  steps = [row['step'] for row in rows_of(whole) if 'eval/loss' in row]
+  assert steps == [3, 6, 9]  # After every epoch.
+  evaluations = {
+    row['step']: row['eval/matthews_correlation']
+    for row in rows_of(whole)
+    if 'eval/loss' in row
+  }
+  best = max(evaluations, key=evaluations.get)  # The first of equals.
+  assert result['best']['step'] == best
+  assert result['best']['matthews_correlation'] == evaluations[best]
+  assert result['last']['step'] == 9
+  assert result['seconds_per_step'] > 0
+  rates = [row.get('optim/learning_rate') for row in rows_of(whole)]
+  assert rates[0] == pytest.approx(0.001)
+  names = {path.name for path in whole.iterdir()}
+  assert names == {'demo', 'results.json', 'results.md', 'results.png'}
+  lines = (whole / RUN / 'predictions' / 'demo.tsv').read_text().splitlines()
+  assert len(lines) == 501 and lines[0] == 'index\tprediction'
+
+
+def test_checkpoint_holds_what_trains_alone(whole):
+  folder = whole / RUN / 'checkpoints' / '9'
+  size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  result = read(whole)
+  trained = 4 * result['trainable_parameters']
+  everything = 3 * 4 * result['parameters']
+  assert trained < size < everything / 2
+
+
+def test_exported_model_says_what_the_predictions_say(whole):
+  folder = whole / RUN / 'hf'
+  model, params = roberta.load_classifier(folder, 2, jax.random.key(0))
+  settings = parsed([*LORA, '--run-dir', str(whole), '--model', str(folder)])
+  data = finetune_data.load_task(
+    settings, finetune_data.find_tasks(settings)[0]
+  )
+  split = data.predicted['test']
+  tokens = np.full((len(split.encoded), data.max_length), 1, np.int32)
+  for row, ids in zip(tokens, split.encoded, strict=True):
+    row[: len(ids)] = ids
+  classes = np.argmax(jax.jit(model.apply)(params, tokens), axis=1)
+  lines = (whole / RUN / 'predictions' / 'demo.tsv').read_text().splitlines()
+  names = [data.task.labels[c] for c in classes]
+  assert [line.split('\t')[1] for line in lines[1:]] == names
+
+
+def test_finished_run_is_not_repeated(whole, caplog):
+  before = (whole / RUN / 'result.json').stat().st_mtime_ns
+  train_glue.main([*LORA, '--run-dir', str(whole)])
+  assert (whole / RUN / 'result.json').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('change', [['--rank', '3'], ['--epochs', '4']])
+def test_other_settings_in_the_same_run_directory_are_refused(
+  whole, change, capsys
+):
+  with pytest.raises(SystemExit) as stop:
+    train_glue.main([*LORA, *change, '--run-dir', str(whole)])
+  assert stop.value.code == 2
+  name, value = change[0][2:], change[1]
+  found = capsys.readouterr().err
+  assert 'was made with other settings' in found
+  assert f'{name} {dict(rank=2, epochs=3)[name]} != {value}' in found
+
+
+@pytest.mark.parametrize('number', [4, 6, 9])
+def test_stopped_run_goes_on_at_its_batch(whole, tmp_path, monkeypatch, number):
+  write = metrics.MetricsWriter.write
+
+  def stopping(self, step, values):
+    if step == number and 'train/loss' in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+    write(self, step, values)
+
+  args = [*LORA, '--run-dir', str(tmp_path)]
+  with monkeypatch.context() as patched:
+    patched.setattr(metrics.MetricsWriter, 'write', stopping)
+    with pytest.raises(SystemExit) as stop:
+      train_glue.main(args)
+  assert stop.value.code == 128 + signal.SIGTERM
+  # A signal after the last step lets the run finish, and stops there.
+  assert (tmp_path / RUN / 'result.json').is_file() == (number == 9)
+  train_glue.main(args)
+  assert_same_run(tmp_path, whole)
+
+
+class Killed(BaseException):
+  """Stands for a kill: no code of the program catches it."""
+
+
+@pytest.mark.parametrize('owner', ['best', 'checkpoints', 'finish'])
+def test_killed_run_computes_nothing_twice(whole, tmp_path, monkeypatch, owner):
+  args = [*LORA, '--run-dir', str(tmp_path)]
+  save = Checkpointer.save
+
+  def killing(self, step, *rest, **options):
+    save(self, step, *rest, **{**options, 'wait': True})
+    if step == 6 and self._directory.name == owner:
+      raise Killed
+    if step == 3 and owner == 'best' and self._directory.name == owner:
+      raise Killed  # The first best model has no checkpoint beside it.
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Checkpointer, 'save', killing)
+    if owner == 'finish':
+      patched.setattr(train_glue, 'finish', lambda *args: _raise(Killed))
+    with pytest.raises(Killed):
+      train_glue.main(args)
+  assert not (tmp_path / RUN / 'result.json').exists()
+  train_glue.main(args)
+  assert_same_run(tmp_path, whole)
+
+
+def _raise(kind):
+  raise kind
+
+
+def test_search_takes_the_best_rate_for_the_other_seeds(
+  tmp_path, monkeypatch, caplog
+):
+  values = {0.01: 0.2, 0.02: 0.6, 0.03: None}
+  ran = []
+
+  def fake_train(run, stop):
+    rate = run.program.hyper.learning_rate
+    ran.append((rate, run.seed))
+    found = {'step': 1, 'loss': 1.0, 'matthews_correlation': values[rate]}
+    result = finetune.describe(run) | {
+      'best': found,
+      'last': found,
+      'seconds_per_step': None,
+    }
+    run.folder.mkdir(parents=True)
+    (run.folder / 'result.json').write_text(json.dumps(result))
+    return result
+
+  monkeypatch.setattr(train_glue, 'train', fake_train)
+  args = [*OPTIONS, '--method', 'lora', '--run-dir', str(tmp_path)]
+  args += ['--learning-rates', '0.01,0.02,0.03', '--seeds', '5,6,7']
+  train_glue.main(args)
+  expected = [(0.01, 5), (0.02, 5), (0.03, 5), (0.02, 6), (0.02, 7)]
+  assert ran == expected
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert sorted((r['learning_rate'], r['seed']) for r in results) == sorted(
+    expected
+  )
+  assert '| lora | 60.00 ± 0.00 |' in (tmp_path / 'results.md').read_text()
+  train_glue.main(args)
+  assert ran == expected
+
+
+def test_model_that_diverges_is_worse_than_any(tmp_path, monkeypatch):
+  values = iter([float('nan'), -0.5, float('nan')])
+  monkeypatch.setattr(
+    finetune,
+    'evaluate',
+    lambda *args: {'loss': 1.0, 'matthews_correlation': next(values)},
+  )
+  train_glue.main([*LORA, '--run-dir', str(tmp_path), '--export', 'False'])
+  result = read(tmp_path)
+  assert result['best'] == {
+    'step': 6,
+    'loss': 1.0,
+    'matthews_correlation': -0.5,
+  }
+  assert result['last']['matthews_correlation'] is None
+
+
+def test_help_explains_every_field(capsys):
+  with pytest.raises(SystemExit) as stop:
+    train_glue.main(['--help'])
+  assert stop.value.code == 0
+  text = capsys.readouterr().out
+  for field in ('--task', '--learning-rates', '--data.text-columns', '--keep'):
+    assert field in text
+
+
+def test_mistake_ends_with_one_message(capsys):
+  with pytest.raises(SystemExit) as stop:
+    train_glue.main(['--task', 'mrcp', '--model', 'tiny', '--data.source', 'x'])
+  assert stop.value.code == 2
+  assert "Did you mean 'mrpc'?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
+  root = pathlib.Path(__file__).parents[1]
+  args = [*OPTIONS, '--method', 'full,lora', '--seeds', '0,1', '--epochs', '2']
+  args += ['--learning-rate', '0.01', '--checkpoint-every', '1']
+  environment = {
+    **os.environ,
+    'PYTHONPATH': str(root),
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
+
+  def command(folder):
+    return [sys.executable, root / 'train_glue.py', *args, '--run-dir', folder]
+
+  expected = tmp_path / 'whole'
+  subprocess.run(command(expected), env=environment, check=True)
+  found = tmp_path / 'killed'
+  for wanted in ('full/lr0.01_seed0', 'lora/lr0.01_seed0'):
+    process = subprocess.Popen(command(found), env=environment)
+    path = found / 'demo' / wanted / 'metrics.jsonl'
+    while process.poll() is None:
+      if path.is_file() and path.read_text().count('\n') > 2:
+        process.kill()
+        break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+  subprocess.run(command(found), env=environment, check=True)
+  results = [
+    json.loads((folder / 'results.json').read_text())
+    for folder in (found, expected)
+  ]
+  assert len(results[0]) == 4
+  for one, other in zip(*results, strict=True):
+    assert without_times(one) == without_times(other)
+  shutil.rmtree(found)
