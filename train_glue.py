@@ -139,10 +139,10 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
         batch = next(batches)
         placed = sharding.put_batch(
           {name: rows for name, rows in batch.items() if name != 'index'},
-          parts.mesh,
+          parts.compiled.mesh,
         )
         with clock.step(batch['tokens'].shape):
-          state, values = parts.train_step(state, placed, frozen)
+          state, values = parts.compiled.train_step(state, placed, frozen)
           jax.block_until_ready(values)
         is_last = number == parts.steps
         if number % settings.log_every == 0 or is_last or number == 1:
@@ -187,7 +187,7 @@ def resume_or_start(
     record = {'best': None, 'last': None, 'seconds_per_step': None}
     return state, frozen, record | {'wall_seconds': 0.0}
   check_compatible(metadata, run.metadata, run.folder)
-  state, record, _ = saved.restore_latest(run.program.abstract_state)
+  state, record, _ = saved.restore_latest(run.program.compiled.abstract_state)
   remove_later(run.folder / 'best', int(state.step))
   _logger.info('Resuming %s at step %d.', run.name, int(state.step))
   return state, finetune.frozen_params(run), record
@@ -225,7 +225,7 @@ def best_params(run: finetune.Run, state: TrainState, record: dict) -> Any:
   if record['best']['step'] == int(state.step):
     return state.params
   with Checkpointer(run.folder / 'best', read_only=True) as best:
-    found = best.restore_latest(run.program.abstract_state.params)
+    found = best.restore_latest(run.program.compiled.abstract_state.params)
   if found is None or found[1]['step'] != record['best']['step']:
     raise ValueError(
       f'{run.folder} lacks its best model, that of step '

@@ -44,15 +44,26 @@ class Program(NamedTuple):
   data: finetune_data.TaskData
   method: str
   hyper: methods.Hyperparameters
-  model: roberta.Model
-  adapter: adapters.AdapterConfig | None
   steps: int
   steps_per_epoch: int
-  schedule: optax.Schedule
+  rates: dict[str, float]  # What decides the learning rate of every step.
+  compiled: 'Compiled'
+
+  @property
+  def schedule(self) -> optax.Schedule:
+    """The learning rate of each step."""
+    return functools.partial(learning_rate, **self.rates)
+
+
+class Compiled(NamedTuple):
+  """What programs of one shape share, whatever their task and learning rate."""
+
+  model: roberta.Model
+  adapter: adapters.AdapterConfig | None
   mesh: jax.sharding.Mesh
-  tx: optax.GradientTransformation
   abstract_state: state.TrainState  # Of the parameters that train.
   abstract_frozen: Params  # The others; empty if all train.
+  start: Any  # Compiled: (params, rates) -> state at step 0.
   train_step: Any  # Compiled: (state, batch, frozen) -> (state, metrics).
   predict: Any  # Compiled: (params, batch, frozen) -> outputs [B, C].
 
@@ -102,12 +113,55 @@ def program(
   steps = hyper.epochs * per_epoch
   if settings.max_steps is not None:
     steps = min(steps, settings.max_steps)
-  schedule = _schedule(hyper, steps)
-  model = roberta.make_classifier(
-    data.architecture, data.task.num_outputs, mesh.devices.flat[0]
+  return Program(
+    settings=settings,
+    data=data,
+    method=method,
+    hyper=hyper,
+    steps=steps,
+    steps_per_epoch=per_epoch,
+    rates={
+      'peak': hyper.learning_rate,
+      'warmup': float(round(hyper.warmup_fraction * steps)),
+      'steps': float(steps),
+    },
+    compiled=_compiled(
+      data.architecture,
+      data.task.num_outputs,
+      data.task.is_regression,
+      method,
+      # These are no part of what is compiled: a search over learning rates, or
+      # another task, compiles nothing anew.
+      dataclasses.replace(
+        hyper,
+        learning_rate=1.0,
+        warmup_fraction=0.0,
+        epochs=1,
+        batch_size=1,
+        max_length=1,
+      ),
+      mesh,
+      settings.micro_batches,
+      settings.clip_global_norm,
+    ),
   )
+
+
+@functools.cache
+def _compiled(
+  architecture: roberta.RobertaConfig,
+  num_outputs: int,
+  is_regression: bool,
+  method: str,
+  hyper: methods.Hyperparameters,
+  mesh: jax.sharding.Mesh,
+  micro_batches: int,
+  clip_global_norm: float | None,
+) -> Compiled:
+  """The functions of a method; they compile when they are first used."""
+  model = roberta.make_classifier(architecture, num_outputs)
   adapter = _adapter(method, hyper)
-  tx, _ = _optimizer(method, hyper, schedule)
+  tx, _ = _optimizer(method, hyper)
   frozen, trainable = _abstract_parts(model, adapter, mesh)
   abstract = state.abstract(
     lambda key: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), trainable),
@@ -119,29 +173,27 @@ def program(
   if adapter is not None:
     apply = adapters.adapted(adapter, model.apply)
   train_step = step.make_train_step(
-    functools.partial(classifier_loss, apply, data.task.is_regression),
+    functools.partial(classifier_loss, apply, is_regression),
     tx,
-    num_micro_batches=settings.micro_batches,
-    clip_global_norm=settings.clip_global_norm,
+    num_micro_batches=micro_batches,
+    clip_global_norm=clip_global_norm,
   )
+
+  def start(params, rates):
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = tx.init(params)._replace(hyperparams=rates)
+    return state.TrainState(zero, zero, params, opt_state)
 
   def predict(params, batch, frozen):
     return apply(adapters.combine(frozen, params), batch['tokens'])
 
-  return Program(
-    settings=settings,
-    data=data,
-    method=method,
-    hyper=hyper,
+  return Compiled(
     model=model,
     adapter=adapter,
-    steps=steps,
-    steps_per_epoch=per_epoch,
-    schedule=schedule,
     mesh=mesh,
-    tx=tx,
     abstract_state=abstract,
     abstract_frozen=frozen,
+    start=jax.jit(start, out_shardings=state.shardings(abstract)),
     train_step=step.jit_train_step(train_step, abstract, mesh, frozen),
     predict=step.jit_eval_step(predict, abstract.params, mesh, frozen),
   )
@@ -175,19 +227,23 @@ def _loss(is_regression: bool) -> Any:
   return losses.squared_error if is_regression else losses.cross_entropy
 
 
-def _schedule(hyper: methods.Hyperparameters, steps: int) -> optax.Schedule:
+def learning_rate(
+  count: jax.Array | int, peak: float, warmup: float, steps: float
+) -> jax.Array:
   """Up to the peak if asked for, then linearly down to 0 after the last step.
 
-  The first update of the decay has the peak; the last one has a step's share.
+  Args:
+    count: Steps taken before this one.
+    peak: The highest learning rate, which the first step after the rise has.
+    warmup: Steps of the rise.
+    steps: Steps of the whole run.
+
+  Returns:
+    The learning rate, a float32 scalar.
   """
-  warmup = round(hyper.warmup_fraction * steps)
-  decay = optax.linear_schedule(
-    hyper.learning_rate, 0.0, max(steps - warmup, 1)
-  )
-  if not warmup:
-    return decay
-  rise = optax.linear_schedule(0.0, hyper.learning_rate, warmup)
-  return optax.join_schedules([lambda count: rise(count + 1), decay], [warmup])
+  rise = (count + 1) / jnp.maximum(warmup, 1)
+  fall = (steps - count) / jnp.maximum(steps - warmup, 1)
+  return peak * jnp.clip(jnp.minimum(rise, fall), 0, 1)
 
 
 def _adapter(
@@ -205,9 +261,12 @@ def _adapter(
 
 
 def _optimizer(
-  method: str, hyper: methods.Hyperparameters, schedule: optax.Schedule
+  method: str, hyper: methods.Hyperparameters
 ) -> tuple[optax.GradientTransformation, tuple[tuple[str, str], ...]]:
-  """The optimizer of a method, and the label rules it was built with."""
+  """The optimizer of a method, and the label rules it was built with.
+
+  The arguments of its schedule are numbers in its state.
+  """
   chosen = methods.get_method(method)
   rules: tuple[tuple[str, str], ...] = (('.*', 'full'),)
   options: dict[str, Any] = {}
@@ -224,11 +283,18 @@ def _optimizer(
   accepted = inspect.signature(getattr(optim, chosen.optimizer)).parameters
   config = OptimConfig(
     name=chosen.optimizer,
-    learning_rate=hyper.learning_rate,
     weight_decay=hyper.weight_decay,
     **{name: value for name, value in options.items() if name in accepted},
   )
-  return build.optimizer(config, schedule, rules), rules
+
+  def make(peak, warmup, steps):
+    schedule = functools.partial(
+      learning_rate, peak=peak, warmup=warmup, steps=steps
+    )
+    return build.optimizer(config, schedule, rules)
+
+  inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+  return inject(peak=0.0, warmup=0.0, steps=1.0), rules
 
 
 def _part(
@@ -303,20 +369,22 @@ def new_state(run: Run) -> tuple[state.TrainState, Params]:
   parts = run.program
   params = starting_params(run)
   key = jax.random.fold_in(jax.random.key(run.seed), 1)
-  frozen, trainable = _part(parts.adapter, params, key)
+  frozen, trainable = _part(parts.compiled.adapter, params, key)
+  compiled = parts.compiled
+  rates = {name: jnp.float32(value) for name, value in parts.rates.items()}
   return (
-    state.from_params(trainable, parts.tx, parts.mesh),
-    _place(frozen, parts.abstract_frozen),
+    compiled.start(_place(trainable, compiled.abstract_state.params), rates),
+    _place(frozen, compiled.abstract_frozen),
   )
 
 
 def frozen_params(run: Run) -> Params:
   """The frozen parameters alone, for a run that goes on."""
   parts = run.program
-  if parts.adapter is None:
+  if parts.compiled.adapter is None:
     return {}
   frozen, _ = adapters.split(starting_params(run), _is_trained_beside_adapters)
-  return _place(frozen, parts.abstract_frozen)
+  return _place(frozen, parts.compiled.abstract_frozen)
 
 
 def starting_params(run: Run) -> Params:
@@ -324,13 +392,12 @@ def starting_params(run: Run) -> Params:
   parts, settings = run.program, run.program.settings
   key = jax.random.key(run.seed)
   if settings.model is None or not pathlib.Path(settings.model).is_dir():
-    return jax.jit(parts.model.init)(key)
+    return jax.jit(parts.compiled.model.init)(key)
   _, params = roberta.load_classifier(
     settings.model,
     parts.data.task.num_outputs,
     key,
     overrides=finetune_data.overrides(settings),
-    device=parts.mesh.devices.flat[0],
   )
   return params
 
@@ -362,8 +429,8 @@ def outputs_of(
   parts: Program, params: Params, frozen: Params, split: finetune_data.Split
 ) -> np.ndarray:
   """What a model says about every example of a split, ``[N, C]`` float32."""
-  size = parts.mesh.size * math.ceil(
-    parts.settings.eval_batch_size / parts.mesh.size
+  size = parts.compiled.mesh.size * math.ceil(
+    parts.settings.eval_batch_size / parts.compiled.mesh.size
   )
   outputs = np.zeros(
     (len(split.encoded), parts.data.task.num_outputs), np.float32
@@ -383,8 +450,12 @@ def outputs_of(
     buckets=parts.data.buckets,
     shuffle=False,
   ):
-    placed = sharding.put_batch({'tokens': batch['tokens']}, parts.mesh)
-    waiting.append((batch['index'], parts.predict(params, placed, frozen)))
+    placed = sharding.put_batch(
+      {'tokens': batch['tokens']}, parts.compiled.mesh
+    )
+    waiting.append(
+      (batch['index'], parts.compiled.predict(params, placed, frozen))
+    )
     if len(waiting) > 2:  # The device has work while one is fetched.
       collect()
   while waiting:
@@ -423,8 +494,8 @@ def export(run: Run, params: Params, frozen: Params) -> None:
   """Writes the model as a Hugging Face folder, adapters merged."""
   parts, folder = run.program, run.folder / 'hf'
   params = adapters.combine(frozen, params)
-  if parts.adapter is not None:
-    params = adapters.merge(parts.adapter, params)
+  if parts.compiled.adapter is not None:
+    params = adapters.merge(parts.compiled.adapter, params)
   shutil.rmtree(folder, ignore_errors=True)
   data = parts.data
   roberta.export_classifier(folder, data.architecture, params, data.task.labels)
@@ -447,7 +518,7 @@ def write_predictions(run: Run, params: Params, frozen: Params) -> None:
 def describe(run: Run) -> Result:
   """What a run's result says besides what came out of it."""
   parts = run.program
-  trainable = parts.abstract_state.params
+  trainable = parts.compiled.abstract_state.params
   return {
     'task': parts.data.task.name,
     'method': parts.method,
@@ -458,10 +529,12 @@ def describe(run: Run) -> Result:
     'epochs': parts.steps / parts.steps_per_epoch,
     'train_examples': len(parts.data.train.encoded),
     'trainable_parameters': _count(trainable),
-    'parameters': _count(trainable) + _count(parts.abstract_frozen),
-    'optimizer_state_bytes': tree_bytes(parts.abstract_state.opt_state),
+    'parameters': _count(trainable) + _count(parts.compiled.abstract_frozen),
+    'optimizer_state_bytes': tree_bytes(
+      parts.compiled.abstract_state.opt_state
+    ),
     'device': jax.devices()[0].device_kind,
-    'num_devices': parts.mesh.size,
+    'num_devices': parts.compiled.mesh.size,
     'versions': {
       'python': platform.python_version(),
       **{
@@ -498,7 +571,7 @@ def dry_run(settings: FinetuneConfig) -> str:
     for method in settings.method_names:
       hyper = settings.hyperparameters(task.name, method)
       adapter = _adapter(method, hyper)
-      tx, rules = _optimizer(method, hyper, _schedule(hyper, 1))
+      tx, rules = _optimizer(method, hyper)
       frozen, trainable = _abstract_parts(
         model, adapter, sharding.make_mesh(1, 1)
       )

@@ -44,7 +44,7 @@ def make_run(data, method, seed=0, **changes):
 
 def put(run, batch):
   batch = {name: rows for name, rows in batch.items() if name != 'index'}
-  return sharding.put_batch(batch, run.program.mesh)
+  return sharding.put_batch(batch, run.program.compiled.mesh)
 
 
 def paths(tree):
@@ -62,7 +62,7 @@ def test_every_method_trains_and_leaves_the_rest_alone(method, data):
   before, frozen_before = copied(state.params), copied(frozen)
   batches = finetune.train_batches(run, 0)
   for number in range(1, 4):
-    state, values = run.program.train_step(
+    state, values = run.program.compiled.train_step(
       state, put(run, next(batches)), frozen
     )
     assert values['skipped_steps'] == 0, number
@@ -82,7 +82,9 @@ def test_every_method_trains_and_leaves_the_rest_alone(method, data):
   assert changed == paths(after)
   if methods.METHODS[method].adapter is None:
     assert frozen == {}
-    assert paths(after) == paths(run.program.model.init(jax.random.key(0)))
+    assert paths(after) == paths(
+      run.program.compiled.model.init(jax.random.key(0))
+    )
   else:
     assert {path.split('/')[-1] for path in paths(after)} <= {
       *('lora_a', 'lora_b', 'magnitude', 'kernel', 'bias')
@@ -99,7 +101,7 @@ def test_every_method_trains_and_leaves_the_rest_alone(method, data):
 )
 def test_other_optimizers_train_all_weights_with_less_state(method, data):
   parts = make_run(data, method).program
-  assert parts.abstract_frozen == {}
+  assert parts.compiled.abstract_frozen == {}
   full = make_run(data, 'full').program
   sizes = [
     finetune.describe(finetune.make_run(p, 0))['optimizer_state_bytes']
@@ -131,7 +133,7 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(data):
   # So that the adapters, and their dropout, make a difference.
   state = state._replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
   batch = next(finetune.train_batches(run, 0))
-  apply = adapters.adapted(parts.adapter, parts.model.apply)
+  apply = adapters.adapted(parts.compiled.adapter, parts.compiled.model.apply)
   found, weight = finetune.classifier_loss(
     apply, False, state.params, batch, frozen
   )
@@ -161,7 +163,7 @@ def test_adapted_model_starts_as_the_model_itself(data):
   # One example at a time, with the plain model, in the order of the file.
   plain = finetune.starting_params(run)
   expected = [
-    run.program.model.apply(plain, _padded(data, ids))[0]
+    run.program.compiled.model.apply(plain, _padded(data, ids))[0]
     for ids in data.evaluated['dev'].encoded
   ]
   np.testing.assert_allclose(outputs, np.stack(expected), atol=1e-5)

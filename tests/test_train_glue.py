@@ -109,7 +109,7 @@ def assert_same_run(found, expected):
   data = finetune_data.load_task(
     settings, finetune_data.find_tasks(settings)[0]
   )
-  like = finetune.program(settings, data, 'lora').abstract_state
+  like = finetune.program(settings, data, 'lora').compiled.abstract_state
   for kind, tree in (('checkpoints', like), ('best', like.params)):
     jax.tree.map(
       np.testing.assert_array_equal,

@@ -760,10 +760,18 @@ def load_classifier(
     )
   params = hf_files.load_params(folder, table, abstract, unread=unread)
   if not fits:
-    # Of the encoder that is drawn with it, the compiler leaves nothing.
-    draw = jax.jit(lambda key: model.init(key)['classifier'])
-    params['classifier'] = draw(key)
+    params['classifier'] = _draw_classifier(config, num_outputs)(key)
   return model, params
+
+
+@functools.cache
+def _draw_classifier(
+  config: RobertaConfig, num_outputs: int
+) -> Callable[[jax.Array], Params]:
+  """A new head from a key, compiled once for all the runs of a comparison."""
+  init = make_classifier(config, num_outputs).init
+  # Of the encoder that is drawn with it, the compiler leaves nothing.
+  return jax.jit(lambda key: init(key)['classifier'])
 
 
 def export_classifier(
