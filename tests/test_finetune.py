@@ -55,7 +55,14 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-@pytest.mark.parametrize('method', methods.COMPARED)
+# Slow are those whose parts the others have too.
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(m, marks=[pytest.mark.slow] * (m in ('dora', 'galore')))
+    for m in methods.COMPARED
+  ],
+)
 def test_every_method_trains_and_leaves_the_rest_alone(method, data):
   run = make_run(data, method)
   state, frozen = finetune.new_state(run)
