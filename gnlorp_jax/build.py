@@ -596,6 +596,8 @@ def _metadata(
   if config.objective == 'causal':  # No table of positions has that length.
     free.add('max_seq_len')
   model = {name: value for name, value in model.items() if name not in free}
+  if config.objective == 'masked':
+    model['mask_rate'] = config.mask_rate
   return {
     **model,
     **{f'optim.{name}': getattr(config.optim, name) for name in _SHAPING},

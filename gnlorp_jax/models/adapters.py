@@ -278,8 +278,9 @@ def adapted(
     direction from its first step, and then its magnitude begins to train.
 
     As in PEFT, dropout acts on the input of the adapter and on that of
-    ``(c - 1) x W0``, with one mask; it needs Flax's collection ``dropout`` of
-    random keys at the layer (a scan must split it), and is inactive without.
+    ``(c - 1) x W0``, with one mask. It needs Flax's collection ``dropout`` of
+    random keys at the layer and is inactive without: `fn` must pass one to
+    `Module.apply`, and a scan must split it. `llama` does neither.
   """
 
   def intercept(next_fn, args, kwargs, context):

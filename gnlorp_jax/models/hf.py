@@ -95,7 +95,7 @@ def load_params(
   table: Table,
   abstract_params: dict[str, Any],
   keep: Callable[[str, jax.Array], Any] = lambda path, array: array,
-  unread: str = '$.',
+  unread: str = '',
 ) -> dict[str, Any]:
   """Reads the weights of a checkpoint into the layout of a model.
 

@@ -402,7 +402,7 @@ HF_TENSORS: tuple[tuple[str, str, bool], ...] = (
 )
 """Our path, Hugging Face's name, whether the matrix is transposed there."""
 
-HF_UNREAD = '$.'
+HF_UNREAD = ''
 """A regex over tensors that a checkpoint may hold beside these: none."""
 
 # Our field: Hugging Face's.

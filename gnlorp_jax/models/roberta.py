@@ -59,7 +59,7 @@ class RobertaConfig:
   num_heads: int
   """Number of attention heads per block."""
   max_seq_len: int
-  """Longest sequence the model accepts, in tokens, padding not counted."""
+  """Longest sequence the model accepts, in tokens, padding included."""
   num_types: int = 1
   """Rows of the table of token types, of which the first is used."""
   pad_id: int = 1
@@ -172,7 +172,7 @@ def preset(name: str, **overrides: Any) -> RobertaConfig:
 
 class _Attention(nn.Module):
   config: RobertaConfig
-  attention: layers.Attention
+  unmasked_kernel: layers.Attention
   dense: Callable[..., nn.Module]
 
   @nn.compact
@@ -197,8 +197,10 @@ class _Attention(nn.Module):
         dtype=c.compute_dtype,
       )
     else:
+      # cuDNN takes no mask of keys alone, and no mask of an odd length.
+      kernel = self.unmasked_kernel if mask is None else 'xla'
       y_BTNH = jax.nn.dot_product_attention(
-        *qkv_BTNH, mask=mask, implementation=self.attention
+        *qkv_BTNH, mask=mask, implementation=kernel
       )
     return self.dense(c.hidden_size, name='o_proj')(y_BTNH.reshape(x_BTD.shape))
 
@@ -239,12 +241,12 @@ def _drop(module, rate, x):
 
 class _Block(nn.Module):
   config: RobertaConfig
-  attention: layers.Attention
+  unmasked_kernel: layers.Attention = 'xla'
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
     c = self.config
-    attn = _Attention(c, self.attention, _dense(c), name='attn')
+    attn = _Attention(c, self.unmasked_kernel, _dense(c), name='attn')
     y_BTD = _drop(self, c.hidden_dropout, attn(x_BTD, mask_BT))
     x_BTD = _norm(c, 'attn_norm')(x_BTD + y_BTD)
     y_BTD = _drop(self, c.hidden_dropout, _MLP(c, _dense(c), name='mlp')(x_BTD))
@@ -282,13 +284,12 @@ class _Encoder(nn.Module):
   """What both models have in common; a subclass adds its head."""
 
   config: RobertaConfig
-  attention: layers.Attention
 
   def setup(self):
     c = self.config
     self.embedder = _Embeddings(c, name='embed')
     block = nn.remat(_Block, prevent_cse=False) if c.remat else _Block
-    self.layers = block(c, self.attention)
+    self.layers = block(c)
     self.make_head()
 
   def embed(self, tokens_BT):
@@ -329,10 +330,8 @@ class _MaskedLMHead(nn.Module):
     bias_V = self.param(
       'bias', nn.initializers.zeros, (c.vocab_size,), c.param_dtype
     )
-    bias_V = bias_V.astype(jnp.float32)
-    return logits.astype(jnp.float32) + bias_V.reshape(
-      (1,) * (logits.ndim - 1) + (-1,)
-    )
+    logits = logits.astype(jnp.float32)
+    return logits + jnp.broadcast_to(bias_V.astype(jnp.float32), logits.shape)
 
 
 class _MaskedLM(_Encoder):
@@ -420,7 +419,7 @@ def make(config: RobertaConfig, device: jax.Device | None = None) -> Model:
   Args:
     config: The architecture.
     device: One of those the functions will run on, which decides the kernel of
-      the attention; None is the first of this process.
+      the attention in `layer_fns`; None is the first of this process.
 
   Returns:
     The functions. Tokens are integers in [0, vocab_size), at most max_seq_len
@@ -434,29 +433,33 @@ def make(config: RobertaConfig, device: jax.Device | None = None) -> Model:
     In bfloat16 the LayerNorms are computed in float32, as in PyTorch; logits
     are returned as float32 so that softmax and loss are computed in float32.
     Hugging Face's model also takes types of tokens and positions; RoBERTa has
-    one type, and positions follow from the padding.
+    one type, and positions follow from the padding. PyTorch starts the
+    embeddings of padding at zero and gives them no gradient from the lookup.
+    Here they are like all others; only outputs at padding depend on them, and
+    the logit of the padding token, whose embedding is its row of the head.
   """
-  attention = _attention(config, device)
-  block = _Block(config, attention)
-  model = _functions(_MaskedLM(config, attention))
+  kernel = layers.attention_implementation(
+    jax.devices()[0] if device is None else device,
+    config.compute_dtype,
+    config.head_dim,
+  )
+  module, block = _MaskedLM(config), _Block(config, kernel)
+  model = _functions(module)
   return model._replace(
     layer_fns=LayerFns(
-      embed=_method(_MaskedLM(config, attention), 'embed'),
+      embed=_method(module, 'embed'),
       block=lambda params, x_BTD: block.apply({'params': params}, x_BTD, None),
       head=model.logits,
     )
   )
 
 
-def make_classifier(
-  config: RobertaConfig, num_outputs: int, device: jax.Device | None = None
-) -> Model:
+def make_classifier(config: RobertaConfig, num_outputs: int) -> Model:
   """Builds the functions of a model with a head over whole sequences.
 
   Args:
     config: The architecture.
     num_outputs: Number of classes, or 1 for a regression.
-    device: As in `make`.
 
   Returns:
     The functions; see `make`.
@@ -466,17 +469,7 @@ def make_classifier(
   """
   if num_outputs < 1:
     raise ValueError(f'num_outputs={num_outputs} must be at least 1.')
-  return _functions(
-    _Classifier(config, _attention(config, device), num_outputs=num_outputs)
-  )
-
-
-def _attention(config, device):
-  return layers.attention_implementation(
-    jax.devices()[0] if device is None else device,
-    config.compute_dtype,
-    config.head_dim,
-  )
+  return _functions(_Classifier(config, num_outputs))
 
 
 def _method(module, name):
@@ -492,7 +485,7 @@ def _functions(module):
   @jax.jit
   def init(key):
     tokens_BT = jnp.full((1, 1), module.config.pad_id, jnp.int32)
-    return module.init({'params': key}, tokens_BT)['params']
+    return module.init(key, tokens_BT)['params']
 
   return Model(
     config=module.config,
@@ -608,8 +601,9 @@ HF_UNREAD = (
   r'(roberta\.)?(pooler\..*|embeddings\.(position|token_type)_ids)'
   r'|lm_head\.decoder\..*'
 )
-"""What a checkpoint may hold beside: the pooler of `RobertaModel`, buffers of
-early versions of transformers, copies that the tied head does without."""
+"""What a checkpoint may hold beside the model, for `hf.load_params`: the pooler
+of `RobertaModel`, buffers of early versions of transformers, and copies of the
+tied embedding and bias."""
 
 _HF_HEADS = r'(lm_head|classifier)\..*'
 
@@ -723,7 +717,6 @@ def load_classifier(
   key: jax.Array,
   *,
   overrides: dict[str, Any] | None = None,
-  device: jax.Device | None = None,
 ) -> tuple[Model, Params]:
   """Reads an encoder, and the classifier if the folder has one that fits.
 
@@ -734,7 +727,6 @@ def load_classifier(
     key: Random key of a classifier that the folder does not have.
     overrides: Fields of the configuration to replace, such as dropout rates and
       dtypes.
-    device: As in `make`.
 
   Returns:
     The model and its parameters.
@@ -744,20 +736,21 @@ def load_classifier(
   """
   config = config_from_hf(hf_files.load_config(folder))
   config = dataclasses.replace(config, **(overrides or {}))
-  model = make_classifier(config, num_outputs, device)
+  model = make_classifier(config, num_outputs)
   shapes = hf_files.tensor_shapes(folder)
   abstract = jax.eval_shape(model.init, key)
+  unread = HF_UNREAD
   head = shapes.get('classifier.out_proj.weight')
-  if head != (num_outputs, config.hidden_size):
+  fits = head is not None and head[0] == num_outputs
+  if not fits:
     _logger.info(
-      'The classifier of %d outputs is new: %s.',
+      'The classifier of %d outputs is new: %s has %s.',
       num_outputs,
-      f'{folder} has none' if head is None else f'{folder} has {head[0]}',
+      folder,
+      'none' if head is None else f'one of {head[0]}',
     )
     del abstract['classifier']
-    unread = f'{HF_UNREAD}|{_HF_HEADS}'
-  else:
-    unread = HF_UNREAD
+    unread += f'|{_HF_HEADS}'
   table = HF_CLASSIFIER_TENSORS
   if not any(name.startswith('roberta.') for name in shapes):
     # A bare `RobertaModel` names its tensors without the prefix.
@@ -766,14 +759,11 @@ def load_classifier(
       for ours, theirs, transposed in table
     )
   params = hf_files.load_params(folder, table, abstract, unread=unread)
-  if 'classifier' not in params:
-    # Of the encoder that is initialised with it, the compiler leaves nothing.
-    params |= jax.jit(lambda key: _classifier_of(model.init(key)))(key)
+  if not fits:
+    # Of the encoder that is drawn with it, the compiler leaves nothing.
+    draw = jax.jit(lambda key: model.init(key)['classifier'])
+    params['classifier'] = draw(key)
   return model, params
-
-
-def _classifier_of(params: Params) -> Params:
-  return {'classifier': params['classifier']}
 
 
 def export_classifier(
@@ -792,15 +782,14 @@ def export_classifier(
 
   Raises:
     ValueError: If the folder holds something already, or the names are not as
-      many as the classes.
+      many as the classes, all different.
   """
   num_outputs = params['classifier']['out']['bias'].shape[0]
-  if len(labels) != (num_outputs if labels else 0) or (
-    num_outputs > 1 and not labels
-  ):
+  wanted = 0 if num_outputs == 1 else num_outputs
+  if not len(labels) == len(set(labels)) == wanted:
     raise ValueError(
-      f'{len(labels)} labels {tuple(labels)} for {num_outputs} outputs: name '
-      'each class, and none for a regression.'
+      f'{len(labels)} labels {tuple(labels)} for {num_outputs} outputs: give '
+      'each class a name of its own, and a regression none.'
     )
   names = tuple(labels) or ('LABEL_0',)
   hf_config = {

@@ -39,6 +39,20 @@ class Net(nn.Module):
     )
 
 
+class Stack(nn.Module):
+  """Eight adapted layers in a scan."""
+
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      lambda layer, x, _: (jnp.tanh(layer(x)), None),
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      length=8,
+    )
+    return scan(nn.Dense(64, name='layer'), x, None)[0]
+
+
 def config_of(kind, **fields):
   return adapters.AdapterConfig(
     **{'kind': kind, 'rank': RANK, 'alpha': 6.0, **fields}
@@ -93,20 +107,22 @@ def gradients(config, params, x=INPUT):
 
 
 @functools.cache
-def build(kind, **overrides):
+def build(kind, rules=('layers/.*/kernel',), **overrides):
   """A small LLaMA with adapters away from their start, and its parts."""
   model = llama.make(llama.LlamaConfig(**{**SMALL, **overrides}))
   rng = np.random.default_rng(0)
 
-  def draw(scale):
-    return lambda x: jnp.asarray(rng.normal(scale=scale, size=x.shape), x.dtype)
+  def draw(path, x):
+    # Kernels' columns have lengths around 1.
+    mean = float(path[-1].key == 'magnitude')
+    return jnp.asarray(rng.normal(mean, 0.2, x.shape), x.dtype)
 
-  params = jax.tree.map(
-    draw(0.2), jax.eval_shape(model.init, jax.random.key(0))
-  )
-  config = config_of(kind)
-  trainable = adapters.init(config, params, jax.random.key(1))
-  trainable = jax.tree.map(lambda x: x + draw(0.1)(x), trainable)
+  config = config_of(kind, rules=rules)
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(model.init, key)
+  params = jax.tree.map_with_path(draw, shapes)
+  shapes = jax.eval_shape(functools.partial(adapters.init, config), shapes, key)
+  trainable = jax.tree.map_with_path(draw, shapes)
   return model, config, params, trainable
 
 
@@ -360,6 +376,27 @@ def test_dropout_has_the_mean_of_no_dropout(kind):
   assert (np.abs(error) < 4.5 * y.std(0) / 4000**0.5).all()
 
 
+def test_layers_of_a_scan_drop_by_themselves(monkeypatch):
+  masks = []
+  draw = jax.random.bernoulli
+
+  def bernoulli(*args):
+    mask = draw(*args)
+    jax.debug.callback(lambda mask: masks.append(mask), mask)
+    return mask
+
+  monkeypatch.setattr(jax.random, 'bernoulli', bernoulli)
+  config = config_of('lora', dropout=0.5)
+  shapes = {'kernel': (64, 64), 'lora_a': (64, RANK), 'lora_b': (RANK, 64)}
+  layer = {name: jnp.ones((8, *shape)) for name, shape in shapes.items()}
+  params = {'layer': {**layer, 'bias': jnp.ones((8, 64))}}
+  apply_net(config, Stack(), rngs={'dropout': jax.random.key(0)})(
+    params, jnp.ones((1, 64))
+  )
+  jax.effects_barrier()
+  assert len({np.asarray(mask).tobytes() for mask in masks}) == 8
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_half_precision_follows_the_layer(kind):
   config, params = config_of(kind), dense_params(kind, 'bfloat16')
@@ -401,30 +438,30 @@ def test_model_starts_unchanged_and_merges(kind):
   np.testing.assert_allclose(base(merged, TOKENS), changed, atol=1e-5)
 
 
-def test_remat_and_pieces_give_the_same():
-  kind = 'gradnormlorp'
-  model, config, params, trainable = build(kind)
-  recomputing = build(kind, remat=True)[0]
-  values = [
-    jax.jit(
-      jax.value_and_grad(
-        functools.partial(squared_logits, adapters.adapted(config, model.apply))
-      )
-    )(trainable, params)
-    for model in (model, recomputing)
-  ]
-  np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
-  assert_trees_close(values[0][1], values[1][1], atol=1e-5, rtol=1e-4)
+def test_recomputing_and_pieces_give_the_same():
+  # Two adapters take XLA less time than seven.
+  rules = ('q_proj/kernel', 'down_proj/kernel')
+  model, config, params, trainable = build('gradnormlorp', rules)
+  recomputing = build('gradnormlorp', rules, remat=True)[0]
 
-  embed, block, head = (adapters.adapted(config, fn) for fn in model.layer_fns)
+  def value_and_grad(model):
+    apply = adapters.adapted(config, model.apply)
+    loss = functools.partial(squared_logits, apply)
+    return jax.jit(jax.value_and_grad(loss))(trainable, params)
+
+  value, grads = value_and_grad(model)
+  same_value, same_grads = value_and_grad(recomputing)
+  np.testing.assert_allclose(same_value, value, rtol=1e-6)
+  assert_trees_close(same_grads, grads, atol=1e-6, rtol=1e-4)
+
+  embed, block, head = (
+    jax.jit(adapters.adapted(config, fn)) for fn in model.layer_fns
+  )
   both = adapters.combine(params, trainable)
   x = embed(both, TOKENS)
   for number in range(SMALL['num_layers']):
-    layer = jax.tree.map(lambda x, n=number: x[n], both['layers'])
-    x = block(layer, x)
-  np.testing.assert_allclose(
-    jnp.mean(head(both, x) ** 2), values[0][0], rtol=1e-5
-  )
+    x = block(jax.tree.map(lambda x, n=number: x[n], both['layers']), x)
+  np.testing.assert_allclose(jnp.mean(head(both, x) ** 2), value, rtol=1e-5)
 
 
 def products(jaxpr):
@@ -467,18 +504,24 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(kind):
 
 def test_no_stack_of_kernels_is_kept():
   """V of all layers, were it kept for the backward pass, would show."""
-  sizes = {'hidden_size': 128, 'intermediate_size': 128, 'num_layers': 8}
+
+  x = jnp.ones((2, 64))
+  params = jax.eval_shape(Stack().init, jax.random.key(0), x)['params']
   temporary = {}
   for kind in ('dora', 'gradnormlorp'):
-    model, config, params, trainable = build(kind, **sizes)
-    loss = functools.partial(
-      squared_logits, adapters.adapted(config, model.apply)
+    config = config_of(kind, rules=('kernel',))
+    apply = apply_net(config, Stack())
+
+    def loss(trainable, params, apply=apply):
+      return jnp.sum(apply(adapters.combine(params, trainable), x) ** 2)
+
+    trainable = jax.eval_shape(
+      functools.partial(adapters.init, config), params, jax.random.key(0)
     )
     compiled = jax.jit(jax.grad(loss)).lower(trainable, params).compile()
-    memory = compiled.memory_analysis()
-    temporary[kind] = memory.temp_size_in_bytes
-  kernels = 4 * params['layers']['mlp']['up_proj']['kernel'].size
-  assert temporary['gradnormlorp'] - temporary['dora'] < kernels
+    temporary[kind] = compiled.memory_analysis().temp_size_in_bytes
+  # One V and its gradient, of eight layers.
+  assert temporary['gradnormlorp'] - temporary['dora'] <= 4 * 2 * 64 * 64
 
 
 # Training.
@@ -515,15 +558,14 @@ def test_zero_factors_and_zero_columns_train(kind, optimizer):
     updates, state = tx.update(grads, state, trainable)
     return optax.apply_updates(trainable, updates), state, loss
 
-  state, losses, norms = tx.init(trainable), [], []
+  state, losses = tx.init(trainable), []
   for _ in range(40):
     trainable, state, loss = step(trainable, state)
     losses.append(loss)
-    merged = adapters.merge(config, adapters.combine(frozen, trainable))
-    norms.append(np.linalg.norm(merged['dense']['kernel'][:, 2]))
   assert np.isfinite(losses).all()
   assert losses[-1] < 0.8 * losses[0]
-  assert norms[-1] > 0.02
+  merged = adapters.merge(config, adapters.combine(frozen, trainable))
+  assert np.linalg.norm(merged['dense']['kernel'][:, 2]) > 0.02
 
 
 # Parts.

@@ -262,6 +262,42 @@ def test_known_buffers_are_ignored(tmp_path):
   assert_trees_equal(load(tmp_path, model), params)
 
 
+def test_only_tensors_that_may_stay_unread_do(tmp_path):
+  model, params = build()
+  export(tmp_path, model, params)
+  extra = {name: np.ones(2, np.float32) for name in ('pooler.a', 'pooler.b.c')}
+  rewrite(tmp_path, lambda tensors: tensors.update(extra))
+
+  def load_without(unread):
+    return hf.load_params(
+      tmp_path, llama.HF_TENSORS, abstract(model), unread=unread
+    )
+
+  assert_trees_equal(load_without(r'pooler\..*|head\..*'), params)
+  # The regex is over whole names.
+  with pytest.raises(ValueError) as error:
+    load_without(r'pooler\..')
+  assert str(error.value) == (
+    "Checkpoint does not fit model. Missing: []. Extra: ['pooler.b.c']. "
+    'Shape: [].'
+  )
+  with pytest.raises(ValueError, match=r"Extra: \['pooler.a', 'pooler.b.c'\]"):
+    load(tmp_path, model)
+
+
+@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
+def test_tensor_shapes_are_those_in_the_files(tmp_path, max_shard_bytes):
+  model, params = build()
+  export(tmp_path / 'out', model, params, max_shard_bytes=max_shard_bytes)
+  expected = {}
+  for path in (tmp_path / 'out').glob('*.safetensors'):
+    for name, tensor in safetensors.numpy.load_file(path).items():
+      expected[name] = tensor.shape
+  got = hf.tensor_shapes(tmp_path / 'out')
+  assert got == expected
+  assert got['model.layers.2.self_attn.k_proj.weight'] == (16, 32)
+
+
 def test_folder_without_weights_is_refused(tmp_path):
   (tmp_path / 'pytorch_model.bin').touch()
   with pytest.raises(ValueError) as error:

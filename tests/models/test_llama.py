@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from jax.extend.core import jaxprs_in_params
 
 from gnlorp_jax.models import hf, layers, llama
 
@@ -377,24 +376,11 @@ def test_longer_sequence_is_refused_when_traced():
     )
 
 
-def matmul_flops(jaxpr):
-  """Floating-point operations of all matrix products in a jaxpr."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      (contract, _), _ = equation.params['dimension_numbers']
-      lhs = equation.invars[0].aval.shape
-      terms = math.prod(lhs[axis] for axis in contract)
-      total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
-    repeats = equation.params.get('length', 1)
-    for inner in jaxprs_in_params(equation.params):
-      total += repeats * matmul_flops(inner)
-  return total
-
-
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('num_kv_heads', [1, 4])
-def test_flops_per_token_equal_those_of_the_traced_step(tied, num_kv_heads):
+def test_flops_per_token_equal_those_of_the_traced_step(
+  matmul_flops, tied, num_kv_heads
+):
   model, params, tokens = build(tie_embeddings=tied, num_kv_heads=num_kv_heads)
   step = jax.grad(functools.partial(mean_loss, model))
   counted = matmul_flops(jax.make_jaxpr(step)(params, tokens[:, :9]).jaxpr)

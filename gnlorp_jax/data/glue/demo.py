@@ -43,6 +43,10 @@ _ADJECTIVES = ('brave', 'sleepy', 'purple', 'tiny', 'famous', 'clumsy')
 _PREPOSITIONS = ('near', 'behind', 'beside', 'above', 'under')
 _ADVERBS = ('softly', 'loudly', 'twice', 'again', 'backwards')
 
+# The grammar has 2.4 million acceptable sentences. Half of those drawn have no
+# adjective, of which there are 49,000.
+_MOST_EXAMPLES = 100_000
+
 _SPECIAL = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
 
 
@@ -60,7 +64,16 @@ def generated_task(
   Returns:
     A task named `'demo'` and its `'train'`, `'dev'` and `'test'`, which share
     no sentence. Half of the examples of each, rounded down, are unacceptable.
+
+  Raises:
+    ValueError: If a size is out of range.
   """
+  sizes = {'train': train, 'dev': dev, 'test': test}
+  if min(sizes.values()) < 1 or sum(sizes.values()) > _MOST_EXAMPLES:
+    raise ValueError(
+      f'train={train}, dev={dev} and test={test} must be at least 1 each and '
+      f'at most {_MOST_EXAMPLES} together, as all sentences are distinct.'
+    )
   task = custom_task(
     'demo',
     ('sentence',),
@@ -71,8 +84,7 @@ def generated_task(
   rng = np.random.default_rng(seed)
   seen: set[str] = set()
   return task, {
-    split: _examples(rng, size, seen)
-    for split, size in (('train', train), ('dev', dev), ('test', test))
+    split: _examples(rng, size, seen) for split, size in sizes.items()
   }
 
 

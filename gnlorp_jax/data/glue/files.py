@@ -120,8 +120,9 @@ def read_file(
 
   Note:
     Up to 10 malformed rows of QQP, whose official files are known to hold some,
-    are left out with a warning, as public readers do silently. An empty text is
-    accepted in a file without labels: the server wants every row answered.
+    are left out with a warning; TFDS leaves such rows out silently. An empty
+    text is accepted in a file without labels: the server wants every row
+    answered.
   """
   path = pathlib.Path(path).expanduser()
   lines, parse, skipped = _open(path, task.text_columns, task.columns)

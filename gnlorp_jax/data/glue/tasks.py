@@ -120,7 +120,7 @@ _BITS = ('0', '1')
 _PAIR = ('sentence1', 'sentence2')
 _ENTAILMENT = ('entailment', 'not_entailment')
 
-# Ids of classes are those of TFDS and of the usual public checkpoints.
+# Ids of classes are those of TFDS.
 TASKS: dict[str, Task] = {
   task.name: task
   for task in (
