@@ -282,15 +282,18 @@ def _runs(results: Sequence[Result]) -> str:
 
 
 def show(results: Sequence[Result]) -> None:
-  """Prints the table for the person who waited for it."""
+  """Prints the table for the person who waited for it.
+
+  A method is a column: there are fewer of them than of tasks.
+  """
   console = rich.console.Console()
   if not console.is_terminal:
     console.width = 200  # Nothing is cut off in a file.
   header, body = columns(tabulate(results))
   table = rich.table.Table(title=_WHEN['best'], title_justify='left')
-  for name in header:
-    table.add_column(name, justify='left' if name == 'method' else 'right')
-  for words in body:
+  for name in (header[0], *(words[0] for words in body)):
+    table.add_column(name, justify='left' if name == header[0] else 'right')
+  for words in list(zip(header, *body, strict=True))[1:]:
     table.add_row(*words)
   console.print(table)
 
@@ -308,23 +311,51 @@ _COLOURS = (
 )
 
 
+_TASKS_PER_ROW = 5
+
+
 def plot(results: Sequence[Result], png: str | pathlib.Path) -> None:
-  """Draws the main metrics as bars, one group per task, one bar per method."""
+  """Draws the main metrics as bars, one group per task, one bar per method.
+
+  Args:
+    results: Finished runs.
+    png: The picture to write; of many tasks it has several rows.
+  """
   table = tabulate(results)
-  count = max(len(table.rows), 1)
-  width = min(max(6.0, 0.42 * count * len(table.tasks) + 2), 30)
-  figure = matplotlib.figure.Figure(figsize=(width, 4.8), layout='constrained')
-  axes = figure.add_subplot()
-  slots = np.arange(len(table.tasks))
-  for i, row in enumerate(table.rows):
-    at = slots + (i - (count - 1) / 2) * 0.84 / count
-    cells = [row.cells.get(task) for task in table.tasks]
+  rows = [
+    table.tasks[i : i + _TASKS_PER_ROW]
+    for i in range(0, len(table.tasks), _TASKS_PER_ROW)
+  ]
+  width = 2 + 0.36 * len(table.rows) * len(rows[0])
+  figure = matplotlib.figure.Figure(
+    figsize=(max(width, 6), 0.6 + 3.6 * len(rows)), layout='constrained'
+  )
+  all_axes = figure.subplots(len(rows), sharey=True, squeeze=False)[:, 0]
+  for axes, tasks in zip(all_axes, rows, strict=True):
+    _plot_tasks(axes, table.rows, tasks)
+    # As many slots in each row, so that bars are equally wide.
+    axes.set_xlim(-0.5, len(rows[0]) - 0.5)
+  figure.supylabel('dev metric x 100, best evaluation', fontsize='medium')
+  figure.legend(
+    *all_axes[0].get_legend_handles_labels(),
+    loc='outside upper center',
+    ncols=3 if width < 8 else 6,
+    frameon=False,
+  )
+  figure.savefig(png, dpi=150)
+
+
+def _plot_tasks(axes: Any, rows: Sequence[Row], tasks: Sequence[str]) -> None:
+  slots = np.arange(len(tasks))
+  for i, row in enumerate(rows):
+    at = slots + (i - (len(rows) - 1) / 2) * 0.84 / len(rows)
+    cells = [row.cells.get(task) for task in tasks]
     means = [np.nan if c is None or c.mean is None else c.mean for c in cells]
     spread = [np.nan if c is None else c.deviation or np.nan for c in cells]
     bars = axes.bar(
       at,
       means,
-      0.8 / count,
+      0.8 / len(rows),
       yerr=None if np.all(np.isnan(spread)) else spread,
       color=_COLOURS[i % len(_COLOURS)],
       error_kw={'elinewidth': 1, 'capsize': 2},
@@ -332,18 +363,12 @@ def plot(results: Sequence[Result], png: str | pathlib.Path) -> None:
     )
     labels = ['' if np.isnan(mean) else f'{mean:.1f}' for mean in means]
     axes.bar_label(bars, labels, padding=3, fontsize=7, rotation=90)
-  metric = {t: c.metric for row in table.rows for t, c in row.cells.items()}
-  axes.set_xticks(slots, [f'{task}\n{metric[task]}' for task in table.tasks])
-  axes.set_ylabel('dev metric x 100, best evaluation')
-  axes.margins(y=0.12)
+  metric = {task: c.metric for row in rows for task, c in row.cells.items()}
+  axes.set_xticks(slots, [f'{task} ({metric[task]})' for task in tasks])
+  axes.margins(y=0.15)
   axes.grid(axis='y', color='0.9')
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
-  if table.rows:
-    figure.legend(
-      loc='outside upper center', ncols=min(count, 6), frameon=False
-    )
-  figure.savefig(png, dpi=150)
 
 
 def write(run_dir: str | pathlib.Path) -> list[Result]:

@@ -4,10 +4,10 @@ The demo's model and task, cut down to a few examples.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -55,7 +55,14 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-@pytest.mark.parametrize('method', methods.COMPARED)
+# Slow are those whose parts the others have too.
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(m, marks=[pytest.mark.slow] * (m in ('dora', 'galore')))
+    for m in methods.COMPARED
+  ],
+)
 def test_every_method_trains_and_leaves_the_rest_alone(method, data):
   run = make_run(data, method)
   state, frozen = finetune.new_state(run)
@@ -134,13 +141,12 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(data):
   state = state._replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
   batch = next(finetune.train_batches(run, 0))
   apply = adapters.adapted(parts.compiled.adapter, parts.compiled.model.apply)
-  found, weight = finetune.classifier_loss(
-    apply, False, state.params, batch, frozen
-  )
+  loss_fn = jax.jit(functools.partial(finetune.classifier_loss, apply, False))
+  found, weight = loss_fn(state.params, batch, frozen)
   # Step by step, with NumPy.
   key = jax.random.fold_in(jax.random.key(0), batch['seeds'][0])
   merged = adapters.combine(frozen, state.params)
-  logits = np.asarray(apply(merged, batch['tokens'], key), np.float64)
+  logits = np.asarray(jax.jit(apply)(merged, batch['tokens'], key), np.float64)
   losses = (
     np.log(np.exp(logits).sum(axis=1))
     - logits[np.arange(len(logits)), batch['labels']]
@@ -148,9 +154,7 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(data):
   np.testing.assert_allclose(found, losses @ batch['weights'], rtol=1e-5)
   assert weight == batch['weights'].sum()
   other = batch | {'seeds': batch['seeds'] + 1}
-  changed, _ = finetune.classifier_loss(
-    apply, False, state.params, other, frozen
-  )
+  changed, _ = loss_fn(state.params, other, frozen)
   assert changed != found
 
 
@@ -160,19 +164,16 @@ def test_adapted_model_starts_as_the_model_itself(data):
   outputs = finetune.outputs_of(
     run.program, state.params, frozen, data.evaluated['dev']
   )
-  # One example at a time, with the plain model, in the order of the file.
+  # The plain model, in the order of the file.
+  encoded = data.evaluated['dev'].encoded
+  tokens = np.full(
+    (len(encoded), data.max_length), data.architecture.pad_id, np.int32
+  )
+  for row, ids in zip(tokens, encoded, strict=True):
+    row[: len(ids)] = ids
   plain = finetune.starting_params(run)
-  expected = [
-    run.program.compiled.model.apply(plain, _padded(data, ids))[0]
-    for ids in data.evaluated['dev'].encoded
-  ]
-  np.testing.assert_allclose(outputs, np.stack(expected), atol=1e-5)
-
-
-def _padded(data, ids):
-  row = np.full((1, data.max_length), data.architecture.pad_id, np.int32)
-  row[0, : len(ids)] = ids
-  return jnp.asarray(row)
+  expected = jax.jit(run.program.compiled.model.apply)(plain, tokens)
+  np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
 def test_batches_go_on_from_any_step_and_epochs_differ(data):

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -307,7 +306,7 @@ def test_mistake_ends_with_one_message(capsys):
 @pytest.mark.slow
 def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
   root = pathlib.Path(__file__).parents[1]
-  args = [*OPTIONS, '--method', 'full,lora', '--seeds', '0,1', '--epochs', '2']
+  args = [*OPTIONS, '--method', 'lora', '--seeds', '0,1']
   args += ['--learning-rate', '0.01', '--checkpoint-every', '1']
   environment = {
     **os.environ,
@@ -322,9 +321,9 @@ def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
   expected = tmp_path / 'whole'
   subprocess.run(command(expected), env=environment, check=True)
   found = tmp_path / 'killed'
-  for wanted in ('full/lr0.01_seed0', 'lora/lr0.01_seed0'):
+  for wanted in ('lr0.01_seed0', 'lr0.01_seed1'):
     process = subprocess.Popen(command(found), env=environment)
-    path = found / 'demo' / wanted / 'metrics.jsonl'
+    path = found / 'demo' / 'lora' / wanted / 'metrics.jsonl'
     while process.poll() is None:
       if path.is_file() and path.read_text().count('\n') > 2:
         process.kill()
@@ -336,7 +335,6 @@ def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     json.loads((folder / 'results.json').read_text())
     for folder in (found, expected)
   ]
-  assert len(results[0]) == 4
+  assert len(results[0]) == 2
   for one, other in zip(*results, strict=True):
     assert without_times(one) == without_times(other)
-  shutil.rmtree(found)

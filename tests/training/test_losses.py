@@ -6,7 +6,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnlorp_jax.training import sharding
-from gnlorp_jax.training.losses import chunked_cross_entropy
+from gnlorp_jax.training.losses import (
+  chunked_cross_entropy,
+  cross_entropy,
+  squared_error,
+)
 
 # Shape suffixes: B sequences, T positions, D features, V vocabulary.
 B, T, D, V = 4, 12, 8, 50
@@ -205,3 +209,23 @@ def test_sharded_loss_equals_unsharded(problem):
 def test_chunk_of_no_tokens_is_an_error(problem):
   with pytest.raises(ValueError, match='^chunk_tokens=0 must be at least 1.$'):
     chunked(**problem, chunk_tokens=0)
+
+
+def test_classifier_loss_leaves_out_what_has_no_weight():
+  rng = np.random.default_rng(0)
+  logits_BK = rng.normal(size=(4, 3)).astype(np.float32)
+  labels_B, weights_B = np.array([0, 2, 1, 2]), np.array([1.0, 0.5, 0, 2])
+  found = cross_entropy(logits_BK, labels_B, weights_B)
+  exact = logits_BK.astype(np.float64)
+  losses_B = np.log(np.exp(exact).sum(axis=1)) - exact[range(4), labels_B]
+  np.testing.assert_allclose(found, [losses_B @ weights_B, 3.5], rtol=1e-6)
+  assert {value.dtype for value in found} == {jnp.dtype('float32')}
+
+
+def test_squared_error_is_not_halved():
+  outputs_B1 = np.array([[1.0], [3.0], [9.0]], np.float32)
+  targets_B = np.array([0.5, 5.0, 0.0], np.float32)
+  weights_B = np.array([2.0, 1.0, 0.0], np.float32)
+  # 2 * 0.5 ** 2 + 2 ** 2 = 4.5
+  found = squared_error(outputs_B1, targets_B, weights_B)
+  np.testing.assert_allclose(found, [4.5, 3.0])

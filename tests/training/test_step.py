@@ -306,3 +306,35 @@ def test_no_micro_batches_is_an_error(tiny_lm):
     ValueError, match='^num_micro_batches=0 must be at least 1.$'
   ):
     step.make_train_step(tiny_lm.loss_fn, optax.sgd(1.0), num_micro_batches=0)
+
+
+@pytest.mark.parametrize('num_micro_batches', [1, 2])
+def test_constants_are_neither_differentiated_nor_donated(num_micro_batches):
+  def loss_fn(params, batch, frozen):
+    scaled = {'p': params['p'] * frozen['scale']}
+    return linear_loss(scaled, batch)
+
+  tx, mesh = optax.sgd(0.5), sharding.make_mesh(1, 1)
+  batch = {
+    'inputs': np.arange(12, dtype=np.float32).reshape(4, 3),
+    'weights': np.ones(4, np.float32),
+  }
+  scale = np.array([1.0, -2.0, 3.0], np.float32)
+  state = state_lib.from_params({'p': np.zeros(3, np.float32)}, tx, mesh)
+  frozen = jax.device_put(
+    {'scale': scale}, sharding.infer_shardings({'scale': scale}, mesh)
+  )
+  train_step = step.jit_train_step(
+    step.make_train_step(loss_fn, tx, num_micro_batches=num_micro_batches),
+    state,
+    mesh,
+    frozen,
+  )
+  plain, _ = step.make_train_step(linear_loss, tx)(
+    linear_state(np.zeros(3, np.float32), tx), batch
+  )
+  state, _ = train_step(state, sharding.put_batch(batch, mesh), frozen)
+  # By the chain rule the step is the plain one, times what scales p.
+  expected = np.asarray(plain.params['p']) * scale
+  np.testing.assert_allclose(state.params['p'], expected, rtol=1e-6)
+  np.testing.assert_array_equal(frozen['scale'], scale)
