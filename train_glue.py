@@ -109,7 +109,7 @@ def run_once(run: finetune.Run, stop: StopRequest) -> Result:
     _logger.info('%s is finished already.', run.name)
     return result
   result = train(run, stop)
-  glue_table.write(run.program.settings.run_dir)
+  glue_table.write(run.program.settings.run_dir, picture=False)
   if stop.received:  # Came while the run was finished.
     raise SystemExit(128 + stop.received)
   return result

@@ -371,11 +371,12 @@ def _plot_tasks(axes: Any, rows: Sequence[Row], tasks: Sequence[str]) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def write(run_dir: str | pathlib.Path) -> list[Result]:
+def write(run_dir: str | pathlib.Path, *, picture: bool = True) -> list[Result]:
   """Writes ``results.json``, ``results.md`` and ``results.png`` anew.
 
   Args:
     run_dir: Where the runs are.
+    picture: Whether to draw the last of them too, which takes a second.
 
   Returns:
     All results there.
@@ -388,5 +389,6 @@ def write(run_dir: str | pathlib.Path) -> list[Result]:
   )
   if results:
     write_atomically(run_dir / 'results.md', to_markdown(results))
+  if results and picture:
     plot(results, run_dir / 'results.png')
   return results

@@ -108,7 +108,7 @@ def test_help_explains_every_field(capsys):
     (
       ['--steps', '3', '--batchsize=4'],
       "TrainConfig has no field 'batchsize' (from --batchsize). Did you mean "
-      "'batch_size'? Fields: ['run_dir',",
+      "'batch_size'? Fields: ['objective',",
     ),
     (
       ['--mdoel.num-layers', '3'],

@@ -80,7 +80,8 @@ class RobertaConfig:
   compute_dtype: Dtype = 'float32'
   """Dtype of activations and matrix products."""
   remat: bool = False
-  """Recompute each block in the backward pass: less memory, more time."""
+  """Recompute each block in the backward pass: less memory, more time. Without,
+  the outputs of its dense layers are kept, and the rest is recomputed."""
 
   def __post_init__(self):
     for name in (
