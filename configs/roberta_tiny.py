@@ -7,8 +7,8 @@
 Two CPU cores need about twenty minutes for its nine million tokens, and the BPE
 tokenizer is trained on the same text. `runs/roberta_tiny/hf` is then what
 `train_glue.py --model` takes. That is far too little to learn a language from:
-the loss hardly falls below that of guessing frequent words, and fine-tuning from
-it shows that the methods work, not how good they are. See docs/results.md.
+the loss falls hardly below that of guessing frequent words, and fine-tuning
+from it shows that the methods work, not how good they are. See docs/results.md.
 """
 
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
