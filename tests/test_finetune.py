@@ -276,7 +276,7 @@ def test_a_task_of_ones_own(tmp_path, regression):
   expected = [0.5, 1.5, 1.5, 1.5] if regression else [0, 1, 1, 1]
   np.testing.assert_array_equal(data.train.labels, expected)
   assert data.architecture.hidden_size == roberta.PRESETS['tiny'].hidden_size
-  assert data.buckets == (32, 64, 128, 256, 512)
+  assert data.buckets == (16, 32, 64, 128, 256, 512)
 
 
 def _tokenizer(folder):

@@ -150,16 +150,16 @@ def test_every_example_comes_once_with_its_label(encoded, shuffle):
 def test_lengths_are_the_smallest_buckets(encoded):
   epoch = epoch_of(encoded)
   lengths = [batch['tokens'].shape[1] for batch in epoch]
-  assert set(lengths) <= {32, 64, 128, 256}
+  assert set(lengths) <= {16, 32, 64, 128, 256}
   for batch, length in zip(epoch, lengths, strict=True):
     longest = max(len(encoded[i]) for i in batch['index'] if i >= 0)
     assert longest <= length
-    assert length == 32 or longest > length // 2
+    assert length == 16 or longest > length // 2
 
 
 def test_grouping_by_length_saves_padding(encoded):
   lengths = np.array([len(row) for row in encoded])
-  buckets = np.array([32, 64, 128, 256])
+  buckets = np.array([16, 32, 64, 128, 256])
   widths = buckets[np.searchsorted(buckets, lengths)]
 
   def padding(tokens):

@@ -11,7 +11,7 @@ import tokenizers
 
 from gnlorp_jax.data.glue.files import Examples
 
-BUCKETS = (32, 64, 128, 256, 512)
+BUCKETS = (16, 32, 64, 128, 256, 512)
 
 # Batches whose examples are sorted together. More would save little padding and
 # make the order less random.
