@@ -80,8 +80,7 @@ class RobertaConfig:
   compute_dtype: Dtype = 'float32'
   """Dtype of activations and matrix products."""
   remat: bool = False
-  """Recompute each block in the backward pass: less memory, more time. Without,
-  the outputs of its dense layers are kept, and the rest is recomputed."""
+  """Recompute each block in the backward pass: less memory, more time."""
 
   def __post_init__(self):
     for name in (
