@@ -68,7 +68,9 @@ def main(args: list[str]) -> None:
 def train_all(settings: FinetuneConfig, stop: StopRequest) -> None:
   """Every task with every method, learning rate and seed, one by one."""
   seeds, rates = settings.seed_numbers, settings.searched_rates
-  for task in finetune_data.find_tasks(settings):
+  tasks = finetune_data.find_tasks(settings)
+  finetune.check(settings, tasks)
+  for task in tasks:
     data = finetune_data.load_task(settings, task)
     for method in settings.method_names:
       programs = {

@@ -14,7 +14,7 @@ import math
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +82,28 @@ class Run(NamedTuple):
     parts = self.program.data.task.name, self.program.method
     rate = self.program.hyper.learning_rate
     return f'{" ".join(parts)} lr {rate:g} seed {self.seed}'
+
+
+def check(settings: FinetuneConfig, tasks: Sequence[glue.Task]) -> None:
+  """Finds what does not fit before the first of many runs; reads no examples.
+
+  Args:
+    settings: The settings.
+    tasks: The tasks that will run.
+
+  Raises:
+    ValueError: If the settings of any task and method do not fit each other or
+      the devices.
+  """
+  mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+  for task in tasks:
+    for method in settings.method_names:
+      hyper = settings.hyperparameters(task.name, method)
+      sharding.check_batch(hyper.batch_size, settings.micro_batches, mesh)
+      _adapter(method, hyper)
+      # Its arguments are checked where it is used for the first time.
+      tx, _ = _optimizer(method, hyper)
+      jax.eval_shape(tx.init, {})
 
 
 def program(

@@ -303,6 +303,20 @@ def test_mistake_ends_with_one_message(capsys):
   assert "Did you mean 'mrpc'?" in capsys.readouterr().err
 
 
+def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
+  for changes, message in (
+    (['--adapter-alpha', '-1'], 'alpha=-1.0 must be positive'),
+    (['--weight-decay', '-1'], 'weight_decay must be in [0, inf), got -1.0'),
+    (['--micro-batches', '3'], 'batch_size=8 cannot be split over data=1'),
+  ):
+    args = [*OPTIONS, '--method', 'full,lora', '--run-dir', str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+      train_glue.main([*args, *changes])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
   root = pathlib.Path(__file__).parents[1]
