@@ -742,7 +742,10 @@ def load_classifier(
   unread = HF_UNREAD
   head = shapes.get('classifier.out_proj.weight')
   fits = head is not None and head[0] == num_outputs
-  if not fits:
+  if fits:
+    # Its classes may be those of another task.
+    _logger.info('The classifier is that of %s.', folder)
+  else:
     _logger.info(
       'The classifier of %d outputs is new: %s has %s.',
       num_outputs,
