@@ -240,8 +240,9 @@ def classifier_loss(
   Returns:
     Two float32 scalars.
   """
-  key = jax.random.fold_in(jax.random.key(0), batch['seeds'][0])
-  outputs = apply(adapters.combine(frozen, params), batch['tokens'], key)
+  outputs = apply(
+    adapters.combine(frozen, params), batch['tokens'], step.dropout_key(batch)
+  )
   return _loss(is_regression)(outputs, batch['labels'], batch['weights'])
 
 
