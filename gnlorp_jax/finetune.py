@@ -37,24 +37,6 @@ _logger = logging.getLogger(__name__)
 Params = dict[str, Any]
 
 
-class Program(NamedTuple):
-  """What a method computes on a task with one learning rate."""
-
-  settings: FinetuneConfig
-  data: finetune_data.TaskData
-  method: str
-  hyper: methods.Hyperparameters
-  steps: int
-  steps_per_epoch: int
-  rates: dict[str, float]  # What decides the learning rate of every step.
-  compiled: 'Compiled'
-
-  @property
-  def schedule(self) -> optax.Schedule:
-    """The learning rate of each step."""
-    return functools.partial(learning_rate, **self.rates)
-
-
 class Compiled(NamedTuple):
   """What programs of one shape share, whatever their task and learning rate."""
 
@@ -66,6 +48,24 @@ class Compiled(NamedTuple):
   start: Any  # Compiled: (params, rates) -> state at step 0.
   train_step: Any  # Compiled: (state, batch, frozen) -> (state, metrics).
   predict: Any  # Compiled: (params, batch, frozen) -> outputs [B, C].
+
+
+class Program(NamedTuple):
+  """What a method computes on a task with one learning rate."""
+
+  settings: FinetuneConfig
+  data: finetune_data.TaskData
+  method: str
+  hyper: methods.Hyperparameters
+  steps: int
+  steps_per_epoch: int
+  rates: dict[str, float]  # What decides the learning rate of every step.
+  compiled: Compiled
+
+  @property
+  def schedule(self) -> optax.Schedule:
+    """The learning rate of each step."""
+    return functools.partial(learning_rate, **self.rates)
 
 
 class Run(NamedTuple):

@@ -165,7 +165,7 @@ def test_exported_model_says_what_the_predictions_say(whole):
   assert [line.split('\t')[1] for line in lines[1:]] == names
 
 
-def test_finished_run_is_not_repeated(whole, caplog):
+def test_finished_run_is_not_repeated(whole):
   before = (whole / RUN / 'result.json').stat().st_mtime_ns
   train_glue.main([*LORA, '--run-dir', str(whole)])
   assert (whole / RUN / 'result.json').stat().st_mtime_ns == before
@@ -210,7 +210,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize('owner', ['best', 'checkpoints', 'finish'])
-def test_killed_run_computes_nothing_twice(whole, tmp_path, monkeypatch, owner):
+def test_killed_run_ends_as_the_whole_one(whole, tmp_path, monkeypatch, owner):
   args = [*LORA, '--run-dir', str(tmp_path)]
   save = Checkpointer.save
 
@@ -236,9 +236,7 @@ def _raise(kind):
   raise kind
 
 
-def test_search_takes_the_best_rate_for_the_other_seeds(
-  tmp_path, monkeypatch, caplog
-):
+def test_search_takes_the_best_rate_for_the_other_seeds(tmp_path, monkeypatch):
   values = {0.01: 0.2, 0.02: 0.6, 0.03: None}
   ran = []
 
