@@ -257,12 +257,17 @@ def learning_rate(
 
   Args:
     count: Steps taken before this one.
-    peak: The highest learning rate, which the first step after the rise has.
+    peak: The highest learning rate, which the last step of the rise has, and
+      the first one after it.
     warmup: Steps of the rise.
     steps: Steps of the whole run.
 
   Returns:
     The learning rate, a float32 scalar.
+
+  Note:
+    The linear schedule of transformers rises from 0, so that with a warm-up its
+    first step changes nothing. Without one the two are the same.
   """
   rise = (count + 1) / jnp.maximum(warmup, 1)
   fall = (steps - count) / jnp.maximum(steps - warmup, 1)
