@@ -19,6 +19,7 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
+import contextlib
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,7 +70,9 @@ def main(args: list[str]) -> None:
 def train_all(settings: FinetuneConfig, stop: StopRequest) -> None:
   """Every task with every method, learning rate and seed, one by one."""
   seeds, rates = settings.seed_numbers, settings.searched_rates
-  for task in finetune_data.find_tasks(settings):
+  tasks = finetune_data.find_tasks(settings)
+  finetune.check(settings, tasks)
+  for task in tasks:
     data = finetune_data.load_task(settings, task)
     for method in settings.method_names:
       programs = {
@@ -261,11 +265,14 @@ class Clock:
     self._shapes: set[tuple[int, ...]] = set()
     self._seconds: list[float] = []
 
-  def step(self, shape: tuple[int, ...]) -> '_Timed':
+  @contextlib.contextmanager
+  def step(self, shape: tuple[int, ...]) -> Iterator[None]:
     """A context around a step; the first of a shape does not count."""
-    seconds = self._seconds if shape in self._shapes else []
+    began = time.perf_counter()
+    yield
+    if shape in self._shapes:
+      self._seconds.append(time.perf_counter() - began)
     self._shapes.add(shape)
-    return _Timed(seconds)
 
   def median(self) -> float | None:
     """Seconds of a step in this process; None before there are any."""
@@ -279,17 +286,6 @@ class Clock:
       'wall_seconds': wall + time.perf_counter() - self._began,
       'seconds_per_step': seconds if median is None else median,
     }
-
-
-class _Timed:
-  def __init__(self, seconds: list[float]):
-    self._seconds = seconds
-
-  def __enter__(self):
-    self._began = time.perf_counter()
-
-  def __exit__(self, *exception):
-    self._seconds.append(time.perf_counter() - self._began)
 
 
 def peak_bytes() -> int | None:

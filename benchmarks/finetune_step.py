@@ -111,7 +111,7 @@ class Theirs:
       )
     self._model.train()
     self._optimizer = torch.optim.AdamW(
-      self._model.parameters(), LEARNING_RATE, eps=1e-6, weight_decay=0.0
+      self._model.parameters(), LEARNING_RATE, eps=1e-8, weight_decay=0.0
     )
 
   def step(self, batch: dict[str, np.ndarray]) -> Any:

@@ -541,12 +541,8 @@ def language_model_loss(
   dropout: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sum of the losses of a batch's guesses, and the sum of weights."""
-  # A key for each (micro-)batch, made from the first of its rows' seeds.
-  key = (
-    (jax.random.fold_in(jax.random.key(0), batch['seeds'][0]),)
-    if dropout
-    else ()
-  )
+  # A LLaMA takes no key.
+  key = (step.dropout_key(batch),) if dropout else ()
   x_BTD = model.hidden(params, batch['inputs'], *key)
   return _cross_entropy(
     functools.partial(model.logits, params), x_BTD, batch, chunk_tokens

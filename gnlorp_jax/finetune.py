@@ -14,7 +14,7 @@ import math
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,24 +37,6 @@ _logger = logging.getLogger(__name__)
 Params = dict[str, Any]
 
 
-class Program(NamedTuple):
-  """What a method computes on a task with one learning rate."""
-
-  settings: FinetuneConfig
-  data: finetune_data.TaskData
-  method: str
-  hyper: methods.Hyperparameters
-  steps: int
-  steps_per_epoch: int
-  rates: dict[str, float]  # What decides the learning rate of every step.
-  compiled: 'Compiled'
-
-  @property
-  def schedule(self) -> optax.Schedule:
-    """The learning rate of each step."""
-    return functools.partial(learning_rate, **self.rates)
-
-
 class Compiled(NamedTuple):
   """What programs of one shape share, whatever their task and learning rate."""
 
@@ -66,6 +48,24 @@ class Compiled(NamedTuple):
   start: Any  # Compiled: (params, rates) -> state at step 0.
   train_step: Any  # Compiled: (state, batch, frozen) -> (state, metrics).
   predict: Any  # Compiled: (params, batch, frozen) -> outputs [B, C].
+
+
+class Program(NamedTuple):
+  """What a method computes on a task with one learning rate."""
+
+  settings: FinetuneConfig
+  data: finetune_data.TaskData
+  method: str
+  hyper: methods.Hyperparameters
+  steps: int
+  steps_per_epoch: int
+  rates: dict[str, float]  # What decides the learning rate of every step.
+  compiled: Compiled
+
+  @property
+  def schedule(self) -> optax.Schedule:
+    """The learning rate of each step."""
+    return functools.partial(learning_rate, **self.rates)
 
 
 class Run(NamedTuple):
@@ -82,6 +82,28 @@ class Run(NamedTuple):
     parts = self.program.data.task.name, self.program.method
     rate = self.program.hyper.learning_rate
     return f'{" ".join(parts)} lr {rate:g} seed {self.seed}'
+
+
+def check(settings: FinetuneConfig, tasks: Sequence[glue.Task]) -> None:
+  """Finds what does not fit before the first of many runs; reads no examples.
+
+  Args:
+    settings: The settings.
+    tasks: The tasks that will run.
+
+  Raises:
+    ValueError: If the settings of any task and method do not fit each other or
+      the devices.
+  """
+  mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+  for task in tasks:
+    for method in settings.method_names:
+      hyper = settings.hyperparameters(task.name, method)
+      sharding.check_batch(hyper.batch_size, settings.micro_batches, mesh)
+      _adapter(method, hyper)
+      # Its arguments are checked where it is used for the first time.
+      tx, _ = _optimizer(method, hyper)
+      jax.eval_shape(tx.init, {})
 
 
 def program(
@@ -218,8 +240,9 @@ def classifier_loss(
   Returns:
     Two float32 scalars.
   """
-  key = jax.random.fold_in(jax.random.key(0), batch['seeds'][0])
-  outputs = apply(adapters.combine(frozen, params), batch['tokens'], key)
+  outputs = apply(
+    adapters.combine(frozen, params), batch['tokens'], step.dropout_key(batch)
+  )
   return _loss(is_regression)(outputs, batch['labels'], batch['weights'])
 
 
@@ -234,12 +257,17 @@ def learning_rate(
 
   Args:
     count: Steps taken before this one.
-    peak: The highest learning rate, which the first step after the rise has.
+    peak: The highest learning rate, which the last step of the rise has, and
+      the first one after it.
     warmup: Steps of the rise.
     steps: Steps of the whole run.
 
   Returns:
     The learning rate, a float32 scalar.
+
+  Note:
+    The linear schedule of transformers rises from 0, so that with a warm-up its
+    first step changes nothing. Without one the two are the same.
   """
   rise = (count + 1) / jnp.maximum(warmup, 1)
   fall = (steps - count) / jnp.maximum(steps - warmup, 1)

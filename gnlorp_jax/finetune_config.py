@@ -4,10 +4,12 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from gnlorp_jax import methods
 from gnlorp_jax.config import MeshConfig, check_interval, check_positive
+from gnlorp_jax.data import glue
 
 DEMO = 'demo'  # The generated task, which needs no files.
 
@@ -164,35 +166,56 @@ class FinetuneConfig:
         f'{self.learning_rates!r} exclude each other: give one rate, or '
         'several to choose from.'
       )
+    if self.clip_global_norm is not None and not self.clip_global_norm > 0:
+      raise ValueError(
+        'FinetuneConfig.clip_global_norm must be positive, got '
+        f'{self.clip_global_norm}. Use None not to clip.'
+      )
     for name in ('adapter_dropout', 'dropout', 'warmup_fraction'):
       if getattr(self, name) is not None:
         check_interval(self, name, 0, 1)
     self._check_names()
 
   def _check_names(self):
+    for name in ('task', 'method', 'seeds', 'learning_rates'):
+      words = getattr(self, name)
+      if words is not None and not _words(words):
+        raise ValueError(
+          f'{name}={words!r} names nothing. Give one or more, joined by commas.'
+        )
     for method in self.method_names:
       methods.get_method(method)
-    if not self.seed_numbers:
-      raise ValueError(f'seeds={self.seeds!r} names no seed.')
-    is_demo = self.task == DEMO
-    if self.is_custom and (',' in self.task or self.task == 'all'):
+    if min(self.seed_numbers) < 0:
       raise ValueError(
-        f'task={self.task!r} with data.train={self.data.train!r}: a task of '
-        'your own has one name, without a comma.'
+        f'seeds={self.seeds!r}: a seed must not be less than 0. Give others.'
       )
-    if is_demo or self.is_custom:
-      pass
+    if self.is_custom:
+      self._check_own_name()
+    elif self.task == DEMO:
+      return
     elif self.data.source is None:
       raise ValueError(
         f'task={self.task!r} needs data.source: a folder of the official GLUE '
         "files, or 'tfds'."
       )
-    if not is_demo or self.is_custom:
-      if self.model is None:
-        raise ValueError(
-          f'task={self.task!r} needs a model: give the Hugging Face folder of '
-          'a RoBERTa, or the name of a preset for random weights.'
-        )
+    if self.model is None:
+      raise ValueError(
+        f'task={self.task!r} needs a model: give the Hugging Face folder of a '
+        'RoBERTa, or the name of a preset for random weights.'
+      )
+
+  def _check_own_name(self):
+    where = f'task={self.task!r} with data.train={self.data.train!r}'
+    if not re.fullmatch(r'\w[\w.-]*', self.task) or self.task == 'all':
+      raise ValueError(
+        f'{where}: a task of your own has one name, of letters, digits, ".", '
+        '"-" and "_": it becomes a folder.'
+      )
+    if self.task in glue.TASKS:
+      raise ValueError(
+        f'{where}: that is the name of a task of GLUE, whose averages it would '
+        'enter. Give your task another name.'
+      )
 
   @property
   def is_custom(self) -> bool:

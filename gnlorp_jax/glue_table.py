@@ -6,6 +6,7 @@ diverged) is None, and worse than any number.
 """
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -20,6 +21,8 @@ import rich.table
 
 from gnlorp_jax.methods import METHODS
 from gnlorp_jax.optim.inspect import format_bytes
+
+_logger = logging.getLogger(__name__)
 
 RESULT_FILE = 'result.json'
 
@@ -85,6 +88,41 @@ def best_learning_rate(results: Sequence[Result]) -> float:
     )
 
   return max(sorted(by_rate), key=mean)
+
+
+def differences(results: Iterable[Result]) -> list[str]:
+  """What differs between runs that the table takes for the same, but may not.
+
+  Runs of one task and one method are compared by their learning rates and
+  averaged over their seeds; with other epochs or examples they are not alike.
+
+  Args:
+    results: Finished runs.
+
+  Returns:
+    A sentence for each task and method whose runs have several settings.
+  """
+  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for result in results:
+    key = result['task'], result['method']
+    groups.setdefault(key, []).append(result['settings'])
+  sentences = []
+  for (task, method), settings in groups.items():
+    values = {
+      name: {json.dumps(one.get(name)) for one in settings}
+      for name in sorted(set().union(*settings) - {'seed', 'learning_rate'})
+    }
+    unlike = [
+      f'{name} ({", ".join(sorted(found))})'
+      for name, found in values.items()
+      if len(found) > 1
+    ]
+    if unlike:
+      sentences.append(
+        f'The runs of {task}, {method} differ in {", ".join(unlike)}: they '
+        'cannot be compared or averaged. Use a run directory for each setting.'
+      )
+  return sentences
 
 
 class Cell(NamedTuple):
@@ -256,6 +294,7 @@ def to_markdown(results: Sequence[Result]) -> str:
     lines = [f'| {" | ".join(words)} |' for words in (header, rule, *body)]
     parts.append(f'## {title}\n\n' + '\n'.join(lines) + '\n')
   parts.append(f'## Runs\n\n{_runs(results)}\n')
+  parts += [f'{sentence}\n' for sentence in differences(results)]
   return '\n'.join(parts)
 
 
@@ -296,6 +335,8 @@ def show(results: Sequence[Result]) -> None:
   for words in list(zip(header, *body, strict=True))[1:]:
     table.add_row(*words)
   console.print(table)
+  for sentence in differences(results):
+    _logger.warning('%s', sentence)
 
 
 # Eight colours that also differ in grey and for colour-blind eyes (Okabe, Ito).

@@ -7,9 +7,9 @@ none was, a comment says so.
 
 import dataclasses
 import difflib
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-AdapterKind = Literal['lora', 'dora', 'gradnormlorp']
+from gnlorp_jax.models import adapters
 
 
 class Method(NamedTuple):
@@ -24,7 +24,7 @@ class Method(NamedTuple):
   """
 
   optimizer: str
-  adapter: AdapterKind | None = None
+  adapter: adapters.Kind | None = None
   rates: str = 'galore'
   is_projected: bool = True
 
@@ -177,9 +177,11 @@ def hyperparameters(task: str, method: str, rank: int = 8) -> Hyperparameters:
     et al., `GradNormLoRP`, 2024, arXiv:2412.19616, for all three kinds.
 
   Note:
-    LoRA's own scripts warm up over 6 % of the steps, decay weights by 0.1 and
-    take other batches and epochs on some tasks, and start MRPC, RTE and STS-B
-    from a model trained on MNLI. Here all methods share one protocol.
+    LoRA's own scripts adapt queries and values alone, warm up over 6 % of the
+    steps, decay weights by 0.1 and take other batches and epochs on some tasks,
+    and start MRPC, RTE and STS-B from a model trained on MNLI. Here all methods
+    share one protocol, and adapters stand on all matrices of the blocks, which
+    are also those that the others project.
   """
   chosen = get_method(method)
   is_demo = task == 'demo'

@@ -12,6 +12,8 @@ import rich.table
 
 from gnlorp_jax import folders, models
 from gnlorp_jax.build import Run, weight_storage
+from gnlorp_jax.config import TrainConfig
+from gnlorp_jax.data import masking
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
 from gnlorp_jax.training import layerwise, metrics
@@ -35,10 +37,17 @@ def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
   row = {'train/tokens_per_second': tokens_per_second}
   peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
   if peak is not None:
-    model = run.config.model
-    flops = models.family(model).flops_per_token(model, run.config.data.seq_len)
-    row['train/mfu'] = tokens_per_second * flops / (peak * run.mesh.size)
+    flops = tokens_per_second * _flops_per_token(run.config)
+    row['train/mfu'] = flops / (peak * run.mesh.size)
   return row
+
+
+def _flops_per_token(config: TrainConfig) -> float:
+  model, seq_len = config.model, config.data.seq_len
+  if config.objective == 'causal':
+    return models.family(model).flops_per_token(model, seq_len)
+  predicted = masking.num_predictions(config.mask_rate, seq_len) / seq_len
+  return models.family(model).flops_per_token(model, seq_len, predicted)
 
 
 def memory(run: Run) -> dict[str, dict[str, int]]:

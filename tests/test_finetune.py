@@ -30,6 +30,8 @@ SETTINGS = FinetuneConfig(
   mesh=MeshConfig(data=1),
 )
 
+QUICK = ('full', 'lora', 'gradnormlorp', 'gradnormlorp_adapter')
+
 
 @pytest.fixture(scope='module')
 def data():
@@ -55,12 +57,12 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-# Slow are those whose parts the others have too.
+# Slow are those whose parts the others have too, or that have tests elsewhere.
 @pytest.mark.parametrize(
   'method',
   [
-    pytest.param(m, marks=[pytest.mark.slow] * (m in ('dora', 'galore')))
-    for m in methods.COMPARED
+    pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK))
+    for m in methods.METHODS
   ],
 )
 def test_every_method_trains_and_leaves_the_rest_alone(method, data):

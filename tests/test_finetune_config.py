@@ -59,7 +59,23 @@ def test_all_methods_are_those_that_are_compared():
       'give one of them',
     ),
     (['--seeds', '0,x'], "seeds='0,x' must be numbers joined by commas"),
-    (['--seeds', ','], "seeds=',' names no seed."),
+    (['--seeds', ','], "seeds=',' names nothing. Give one or more"),
+    (['--seeds', '0,-1'], "seeds='0,-1': a seed must not be less than 0."),
+    (['--task', ''], "task='' names nothing."),
+    (['--method', ','], "method=',' names nothing."),
+    (['--learning-rates', ''], "learning_rates='' names nothing."),
+    (
+      ['--clip-global-norm', '0'],
+      'FinetuneConfig.clip_global_norm must be positive, got 0.0. Use None',
+    ),
+    (
+      ['--task', 'a/b', '--data.train', 'x', '--data.dev', 'y'],
+      "task='a/b' with data.train='x': a task of your own has one name",
+    ),
+    (
+      ['--task', 'mrpc', '--data.train', 'x', '--data.dev', 'y'],
+      'that is the name of a task of GLUE, whose averages it would',
+    ),
     (['--learning-rates', '1e-3,-1'], 'must be positive, got -1.0'),
     (
       ['--learning-rate', '1', '--learning-rates', '1'],

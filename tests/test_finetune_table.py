@@ -20,6 +20,7 @@ def result(task, method, seed, value, *, rate=1e-3, last=None, **others):
     'trainable_parameters': 1000,
     'optimizer_state_bytes': 2048,
     'seconds_per_step': 0.25,
+    'settings': {'seed': seed, 'learning_rate': rate, 'epochs': 3},
     **others,
   }
 
@@ -131,6 +132,21 @@ def test_costs_are_of_the_largest_task_and_the_median_run():
   row = only_row(results)
   assert row.trainable_parameters == 1000
   assert row.seconds_per_step == 0.25
+
+
+def test_runs_of_other_settings_are_named(caplog):
+  alike = [result('rte', 'full', s, 0.5, rate=r) for s, r in ((0, 1), (1, 2))]
+  assert glue_table.differences(alike) == []
+  longer = {'seed': 2, 'learning_rate': 1, 'epochs': 10}
+  unlike = [*alike, result('rte', 'full', 2, 0.9, rate=1, settings=longer)]
+  # Another method may have what suits it.
+  unlike += [result('rte', 'lora', 0, 0.9, settings=longer)]
+  sentence = 'The runs of rte, full differ in epochs (10, 3): they cannot'
+  (found,) = glue_table.differences(unlike)
+  assert found.startswith(sentence)
+  assert found in glue_table.to_markdown(unlike)
+  glue_table.show(unlike)
+  assert found in caplog.text
 
 
 def test_methods_stand_in_the_order_of_their_table():

@@ -1,5 +1,6 @@
 """What a run tells about itself: bytes by hand count, speed, summary."""
 
+import dataclasses
 import json
 import types
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from gnlorp_jax import build, optim, results
-from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
-from gnlorp_jax.models import llama
+from gnlorp_jax.config import MASKED, DataConfig, OptimConfig, TrainConfig
+from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.training import metrics, sharding
 from gnlorp_jax.training import state as state_lib
 
@@ -115,6 +116,23 @@ def test_utilisation_is_flops_over_the_peak_of_all_devices(
   found = results.speed(run, 1e6)
   assert found['train/tokens_per_second'] == 1e6
   assert found['train/mfu'] == pytest.approx(1e6 * flops / (312e12 * devices))
+
+
+def test_utilisation_of_masked_training_counts_the_head_where_it_guesses(
+  monkeypatch,
+):
+  model = roberta.preset('tiny', vocab_size=300)
+  config = dataclasses.replace(MASKED, model=model, mask_rate=0.5)
+  run = types.SimpleNamespace(config=config, mesh=make_run().mesh)
+  kind = types.SimpleNamespace(device_kind='NVIDIA A100-SXM4-80GB')
+  monkeypatch.setattr(results.jax, 'devices', lambda: [kind])
+  width, length = 128, 128
+  blocks = 4 * (4 * width**2 + 2 * width * 512)
+  # Of 126 tokens of text up to 64 are guessed.
+  head = 64 / length * (width**2 + width * 300)
+  flops = 6 * (blocks + head) + 12 * 4 * width * length
+  found = results.speed(run, 1e6)['train/mfu']
+  assert found == pytest.approx(1e6 * flops / 312e12)
 
 
 def write_rows(folder, rows):

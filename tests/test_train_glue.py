@@ -165,7 +165,7 @@ def test_exported_model_says_what_the_predictions_say(whole):
   assert [line.split('\t')[1] for line in lines[1:]] == names
 
 
-def test_finished_run_is_not_repeated(whole, caplog):
+def test_finished_run_is_not_repeated(whole):
   before = (whole / RUN / 'result.json').stat().st_mtime_ns
   train_glue.main([*LORA, '--run-dir', str(whole)])
   assert (whole / RUN / 'result.json').stat().st_mtime_ns == before
@@ -210,7 +210,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize('owner', ['best', 'checkpoints', 'finish'])
-def test_killed_run_computes_nothing_twice(whole, tmp_path, monkeypatch, owner):
+def test_killed_run_ends_as_the_whole_one(whole, tmp_path, monkeypatch, owner):
   args = [*LORA, '--run-dir', str(tmp_path)]
   save = Checkpointer.save
 
@@ -236,9 +236,7 @@ def _raise(kind):
   raise kind
 
 
-def test_search_takes_the_best_rate_for_the_other_seeds(
-  tmp_path, monkeypatch, caplog
-):
+def test_search_takes_the_best_rate_for_the_other_seeds(tmp_path, monkeypatch):
   values = {0.01: 0.2, 0.02: 0.6, 0.03: None}
   ran = []
 
@@ -301,6 +299,20 @@ def test_mistake_ends_with_one_message(capsys):
     train_glue.main(['--task', 'mrcp', '--model', 'tiny', '--data.source', 'x'])
   assert stop.value.code == 2
   assert "Did you mean 'mrpc'?" in capsys.readouterr().err
+
+
+def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
+  for changes, message in (
+    (['--adapter-alpha', '-1'], 'alpha=-1.0 must be positive'),
+    (['--weight-decay', '-1'], 'weight_decay must be in [0, inf), got -1.0'),
+    (['--micro-batches', '3'], 'batch_size=8 cannot be split over data=1'),
+  ):
+    args = [*OPTIONS, '--method', 'full,lora', '--run-dir', str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+      train_glue.main([*args, *changes])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -42,9 +42,8 @@ class Masking:
 
   Note:
     As in the authors' code the number of tokens is rounded up or down at
-    random, so that `rate` holds on average. There a random token is drawn from
-    all but the special ones, here from those that text can produce, which are
-    the same.
+    random, so that `rate` holds on average, and a random token is any but the
+    special ones.
   """
 
   tokenizer: Tokenizer

@@ -44,7 +44,8 @@ class Tokenizer:
     bos_id: Id that may start a sequence, or None. Never added by this class.
     mask_id: Id that stands for a token to be guessed, or None. Never added by
       this class.
-    text_ids: Ids that text can produce, ascending, ``[N]``.
+    text_ids: Ids of the pieces of text, ascending, ``[N]``: of all but the ids
+      above, other special tokens and the unknown token.
     vocab_size: Largest id a text can produce, plus one: ordinary pieces and the
       ids above and the unknown token. The sentinels of T5 (ids 32000
       and up, of 32100) are special tokens, which no text produces: T5 has
@@ -92,7 +93,7 @@ class Tokenizer:
     # text that spells it, whatever `encode_special_tokens` says.
     self._from_text = np.ones(max(ids) + 1, bool)
     self._from_text[sorted((special | control) - unknown)] = False
-    self.text_ids = np.array(sorted((ids - special - control) | unknown))
+    self.text_ids = np.array(sorted(ids - special - control - unknown))
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes documents, using all cores.

@@ -80,8 +80,7 @@ class RobertaConfig:
   compute_dtype: Dtype = 'float32'
   """Dtype of activations and matrix products."""
   remat: bool = False
-  """Recompute each block in the backward pass: less memory, more time. Without,
-  the outputs of its dense layers are kept, and the rest is recomputed."""
+  """Recompute each block in the backward pass: less memory, more time."""
 
   def __post_init__(self):
     for name in (
@@ -743,7 +742,10 @@ def load_classifier(
   unread = HF_UNREAD
   head = shapes.get('classifier.out_proj.weight')
   fits = head is not None and head[0] == num_outputs
-  if not fits:
+  if fits:
+    # Its classes may be those of another task.
+    _logger.info('The classifier is that of %s.', folder)
+  else:
     _logger.info(
       'The classifier of %d outputs is new: %s has %s.',
       num_outputs,

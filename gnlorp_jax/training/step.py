@@ -208,6 +208,20 @@ def _accumulator(value_and_grad, num_micro_batches):
   return accumulate
 
 
+def dropout_key(batch: Batch) -> jax.Array:
+  """The random key for the dropout of a batch or micro-batch.
+
+  Args:
+    batch: Holds `seeds`, uint32 ``[B]``, of which the first decides: distinct
+      ones give micro-batches and steps keys of their own, and a resumed run
+      those of the whole one.
+
+  Returns:
+    A key.
+  """
+  return jax.random.fold_in(jax.random.key(0), batch['seeds'][0])
+
+
 def split_rows(batch: Batch, num_micro_batches: int) -> Batch:
   """Cuts ``[B, ...]`` into ``[K, B/K, ...]``, micro-batch k taking rows k::K.
 

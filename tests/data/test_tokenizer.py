@@ -33,6 +33,17 @@ def bpe(text_file, tmp_path_factory):
   )
 
 
+@pytest.fixture(scope='module')
+def masked_bpe(text_file, tmp_path_factory):
+  return tokenizer_lib.load(
+    'bpe',
+    source=text_file,
+    vocab_size=280,
+    cache_dir=tmp_path_factory.mktemp('masked'),
+    masked=True,
+  )
+
+
 @pytest.fixture
 def t5(shared):
   return tokenizer_lib.load(str(shared / 'data' / 'tokenizers' / 't5'))
@@ -55,6 +66,16 @@ def test_bpe_learned_the_words_of_its_source(bpe):
   assert len(ids) == 2
   (ids,) = bpe.encode_batch([' qzv'])
   assert len(ids) == 5
+
+
+def test_bpe_of_masked_text_has_the_special_tokens_of_roberta(masked_bpe):
+  special = masked_bpe.bos_id, masked_bpe.pad_id, masked_bpe.eos_id
+  assert (*special, masked_bpe.mask_id) == (0, 1, 2, 4)
+  # Neither these nor the unknown token, 3, may replace a token at random.
+  np.testing.assert_array_equal(masked_bpe.text_ids, np.arange(5, 280))
+  encoded = masked_bpe.backend.encode('the', 'cat').tokens
+  assert (encoded[0], encoded[-1]) == ('<s>', '</s>')
+  assert encoded.count('</s>') == 3
 
 
 @pytest.mark.parametrize('text', TEXTS)
