@@ -72,8 +72,8 @@ def train_all(settings: FinetuneConfig, stop: StopRequest) -> None:
   seeds, rates = settings.seed_numbers, settings.searched_rates
   tasks = finetune_data.find_tasks(settings)
   finetune.check(settings, tasks)
-  for task in tasks:
-    data = finetune_data.load_task(settings, task)
+  # All of them: a malformed row of the last one must not be found after days.
+  for data in [finetune_data.load_task(settings, task) for task in tasks]:
     for method in settings.method_names:
       programs = {
         rate: finetune.program(settings, data, method, rate)
@@ -110,6 +110,7 @@ def run_once(run: finetune.Run, stop: StopRequest) -> Result:
   if path.is_file():
     result = json.loads(path.read_text(encoding='utf-8'))
     check_compatible(result['settings'], run.metadata, run.folder)
+    remove_what_is_not_kept(run, result)  # A kill may have come in between.
     _logger.info('%s is finished already.', run.name)
     return result
   result = train(run, stop)
@@ -151,7 +152,10 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
         is_last = number == parts.steps
         if number % settings.log_every == 0 or is_last or number == 1:
           row = {f'train/{n}': float(v) for n, v in values.items()}
-          row['optim/learning_rate'] = float(parts.schedule(number - 1))
+          row['optim/learning_rate'] = float(
+            # It counts the steps that were taken, not those left out.
+            parts.schedule(number - 1 - int(values['skipped_steps']))
+          )
           writer.write(number, row)
           if (seconds := clock.median()) is not None:
             tokens = batch['tokens'].size / seconds
@@ -249,11 +253,19 @@ def finish(
   result = finetune.describe(run) | record
   text = json.dumps(result, indent=2, allow_nan=False)
   glue_table.write_atomically(run.folder / RESULT_FILE, text + '\n')
-  if settings.keep != 'all':
-    shutil.rmtree(run.folder / 'checkpoints')
-  if settings.keep == 'none':
-    shutil.rmtree(run.folder / 'best')
+  remove_what_is_not_kept(run, result)
   return result
+
+
+def remove_what_is_not_kept(run: finetune.Run, result: Result) -> None:
+  """Removes checkpoints of a finished run that were asked not to be kept."""
+  keep = run.program.settings.keep
+  if keep == 'all':
+    return
+  shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
+  for path in (run.folder / 'best').glob('*'):
+    if keep == 'none' or path.name != str(result['best']['step']):
+      shutil.rmtree(path)
 
 
 class Clock:

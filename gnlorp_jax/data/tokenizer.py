@@ -30,7 +30,6 @@ _UNKNOWN_TOKENS = ('<unk>', '[UNK]')
 _BPE_PAD, _BPE_EOS = '<|pad|>', '<|endoftext|>'
 # Those of RoBERTa, with the ids it gives to the first four.
 _ROBERTA_TOKENS = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
-_BPE_SMALLEST = 258
 _BPE_CHARACTERS = 2**25
 
 
@@ -246,11 +245,13 @@ def _load_bpe(
       "Tokenizer 'bpe' is trained on the data: got "
       f'source={source!r}, cache_dir={cache_dir!r}; both must be given.'
     )
-  if vocab_size < _BPE_SMALLEST:
+  special = _ROBERTA_TOKENS if masked else (_BPE_PAD, _BPE_EOS)
+  smallest = 256 + len(special)
+  if vocab_size < smallest:
     raise ValueError(
       f"Tokenizer 'bpe' cannot have vocab_size={vocab_size}: it needs an entry "
-      'for each of the 256 bytes, the end of sequence and padding. Use at '
-      f'least {_BPE_SMALLEST}.'
+      f'for each of the 256 bytes and for {", ".join(special)}. Use at least '
+      f'{smallest}.'
     )
   key = f'{sources.fingerprint(source)} {vocab_size}' + ' masked' * masked
   digest = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -258,7 +259,6 @@ def _load_bpe(
   def train(folder: pathlib.Path) -> None:
     logger.info('Training a BPE tokenizer of %d on %s.', vocab_size, source)
     texts = _first(sources.documents(source), _BPE_CHARACTERS)
-    special = _ROBERTA_TOKENS if masked else (_BPE_PAD, _BPE_EOS)
     backend = _train_bpe(texts, vocab_size, special)
     if masked:
       backend.post_processor = tokenizers.processors.RobertaProcessing(

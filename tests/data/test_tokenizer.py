@@ -128,8 +128,12 @@ def test_bpe_without_what_it_needs_is_an_error(text_file, tmp_path):
     )
   assert str(error.value) == (
     "Tokenizer 'bpe' cannot have vocab_size=257: it needs an entry for each of "
-    'the 256 bytes, the end of sequence and padding. Use at least 258.'
+    'the 256 bytes and for <|pad|>, <|endoftext|>. Use at least 258.'
   )
+  with pytest.raises(ValueError, match='<s>, <pad>, </s>, .* Use at least 261'):
+    tokenizer_lib.load(
+      'bpe', source=text_file, cache_dir=tmp_path, vocab_size=260, masked=True
+    )
 
 
 def test_t5_ids_stay_below_its_sentinels(t5):

@@ -503,8 +503,21 @@ def test_remat_recomputes_and_changes_no_value():
   assert norm(*jax.tree.leaves(difference)) < 1e-5 * norm(
     *jax.tree.leaves(gradient)
   )
-  assert 'remat' in str(jax.make_jaxpr(step(3, remat=True))(*batch))
-  assert 'remat' not in str(jax.make_jaxpr(step(3))(*batch))
+
+
+def test_backward_pass_recomputes_products_with_remat_alone():
+  _, params = build(3)
+  batch = params, sequences(), jnp.asarray([0, 1, 2])
+
+  def counts(**changes):
+    text = str(jax.make_jaxpr(step(3, **changes))(*batch))
+    return text.count('dot_general['), text.count(' erfc ')
+
+  (plain_dots, plain_erf), (dots, erf) = counts(), counts(remat=True)
+  # Six dense layers of the block, computed a second time.
+  assert dots == plain_dots + 6
+  # GELU, which is no product, is computed twice in any case.
+  assert erf == plain_erf == 2
 
 
 @pytest.mark.parametrize('predicted', [1.0, 0.25])
@@ -520,7 +533,10 @@ def test_flops_per_token_equal_those_of_the_traced_step(
     return jnp.square(model.logits(params, picked)).sum()
 
   counted = matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
-  assert counted == 2 * 8 * roberta.flops_per_token(model.config, 8, predicted)
+  # Attention's two products are computed a second time, which is not counted.
+  again = 2 * 2 * model.config.num_layers * 8 * model.config.hidden_size
+  per_token = roberta.flops_per_token(model.config, 8, predicted) + again
+  assert counted == 2 * 8 * per_token
 
 
 # Dropout.
