@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import methods, optimizer_step, record, state_bytes
+from benchmarks import (
+  finetune_step,
+  methods,
+  optimizer_step,
+  record,
+  state_bytes,
+)
 from benchmarks.optimizer_step import Sizes, Turn
 
 TINY = Sizes(layers=2, hidden=16, intermediate=24, rank=4, gap=20)
@@ -217,3 +223,18 @@ def test_the_paper_is_reached_in_bold():
 
 def test_the_yardstick_is_the_published_one():
   assert state_bytes.baseline(state_bytes.shapes_of('7b')) == 4 * 6_738_415_616
+
+
+def test_fine_tuning_beside_pytorch_computes_the_same(tmp_path, monkeypatch):
+  pytest.importorskip('torch')
+  output = tmp_path / 'speed.json'
+  arguments = ['--rounds', '2', '--turn', '2', '--dropout', '0.0']
+  monkeypatch.setattr(
+    'sys.argv', ['finetune_step', *arguments, '--output', str(output)]
+  )
+  finetune_step.main()
+  (row,) = json.loads(output.read_text())['rows']
+  assert row['loss_difference'] < 1e-4
+  low, middle, high = row['ratio']
+  assert 0 < low <= middle <= high
+  assert [len(turns) for turns in row['seconds'].values()] == [2, 2]
