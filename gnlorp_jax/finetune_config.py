@@ -196,7 +196,7 @@ class FinetuneConfig:
     elif self.data.source is None:
       raise ValueError(
         f'task={self.task!r} needs data.source: a folder of the official GLUE '
-        "files, or 'tfds'."
+        "files, or 'tfds'; a task of your own needs data.train and data.dev."
       )
     if self.model is None:
       raise ValueError(

@@ -100,9 +100,9 @@ def find_tasks(settings: FinetuneConfig) -> list[glue.Task]:
   found = [task.name for task in tasks]
   reasons = ', '.join(f'{name} (no {split})' for name, split in absent.items())
   if absent and (not is_all or not tasks):
+    fix = f'Name only {found}, or give' if found else 'Give'
     raise ValueError(
-      f'{data.source} lacks examples of {reasons}. Tasks of those asked for '
-      f'that it has: {found}. Name these, or another data.source.'
+      f'{data.source} lacks examples of {reasons}. {fix} another data.source.'
     )
   if absent:
     _logger.warning(

@@ -52,6 +52,7 @@ def test_all_methods_are_those_that_are_compared():
     (['--text-columns', 'a'], "Did you mean 'data.text_columns'?"),
     (['--method', 'loar'], "Unknown method 'loar'. Did you mean 'lora'?"),
     (['--task', 'rte'], "task='rte' needs data.source: a folder"),
+    (['--task', 'mine'], 'your own needs data.train and data.dev'),
     (['--task', 'rte', '--data.source', 'x'], "task='rte' needs a model"),
     (['--data.train', 'x'], 'A task of your own needs data.train and data.dev'),
     (

@@ -201,6 +201,13 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
   empty = write(tmp_path / 'empty.tsv', ('text', 'mood'))
   with pytest.raises(ValueError, match='empty.tsv holds no rows'):
     glue.read_file(empty, MOOD)
+  for name in ('nothing.tsv', 'nothing.jsonl'):
+    (tmp_path / name).write_text('\n')
+    with pytest.raises(ValueError, match=f'{name} is empty: it holds no rows'):
+      glue.read_file(tmp_path / name, MOOD)
+  commas = write(tmp_path / 'commas.tsv', ('text,mood',), ('a,good',))
+  with pytest.raises(ValueError, match='separated by tabs: are these'):
+    glue.read_file(commas, MOOD)
   wrong = write(tmp_path / 'wrong.tsv', ('texts', 'mood'), ('a', 'good'))
   with pytest.raises(
     ValueError, match="no column 'text'; .*'mood'.*Did you mean 'texts'"

@@ -178,7 +178,7 @@ def _find(task: Task, source: str, split: str) -> pathlib.Path:
     raise ValueError(
       f"No folder {source!r}; expected 'tfds', a folder that holds "
       f'{task.folder}, or that folder itself. A single file is read by '
-      'read_file.'
+      'read_file, in train_glue.py as data.train.'
     )
   folders = [root / task.folder, root]
   for folder in folders:
@@ -213,11 +213,12 @@ def _open(
   lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
   while lines and not lines[-1].strip():
     lines.pop()
+  if not lines:
+    raise ValueError(f'{path} is empty: it holds no rows. Give another file.')
   if path.suffix in _JSON_SUFFIXES:
     parse, skipped = _parse_json, 0
   else:
-    header = lines[0] if lines else b''
-    columns = tuple(header.decode(errors='replace').rstrip('\r').split('\t'))
+    columns = tuple(lines[0].decode(errors='replace').rstrip('\r').split('\t'))
     skipped = 1
     if unnamed and not set(needed) <= set(columns):
       columns, skipped = unnamed, 0
@@ -225,6 +226,8 @@ def _open(
       if column not in columns:
         close = difflib.get_close_matches(column, columns, n=1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
+        if len(columns) == 1:
+          hint = ' Columns are separated by tabs: are these?'
         raise ValueError(
           f'{path} has no column {column!r}; its first line names the columns '
           f'{columns}.{hint}'

@@ -230,7 +230,7 @@ def get_task(name: str) -> Task:
   hint = f' Did you mean {keys[close[0]]!r}?' if close else ''
   raise ValueError(
     f'Unknown task {name!r}; expected one of {tuple(TASKS)}.{hint} A task of '
-    'your own is made by custom_task.'
+    'your own is made by custom_task, in train_glue.py by data.train.'
   )
 
 
