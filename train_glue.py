@@ -72,6 +72,13 @@ def train_all(settings: FinetuneConfig, stop: StopRequest) -> None:
   seeds, rates = settings.seed_numbers, settings.searched_rates
   tasks = finetune_data.find_tasks(settings)
   finetune.check(settings, tasks)
+  _logger.info(
+    'Tasks: %s. Methods: %s. Learning rates: %s. Seeds: %s.',
+    ', '.join(task.name for task in tasks),
+    ', '.join(settings.method_names),
+    ', '.join(f'{rate:g}' for rate in rates or ()) or 'of the table or given',
+    ', '.join(map(str, seeds)),
+  )
   # All of them: a malformed row of the last one must not be found after days.
   for data in [finetune_data.load_task(settings, task) for task in tasks]:
     for method in settings.method_names:

@@ -162,7 +162,7 @@ def progress(
   """
   console = console or rich.console.Console()
   if not console.is_terminal:
-    yield _plain_progress(total, start, plain_interval, name)
+    yield _plain_progress(total, plain_interval, name)
     return
   columns = (
     rich.progress.TextColumn(
@@ -194,27 +194,34 @@ def progress(
     yield update
 
 
-def _plain_progress(total, start, interval, name):
-  """Logs a line when the last one is `interval` seconds ago, and at the end."""
-  began = time.monotonic()
+def _plain_progress(total, interval, name):
+  """Logs a line when the last one is `interval` seconds ago, and at the end.
+
+  The time left follows from the steps since the first call: what came before it
+  was compilation.
+  """
+  first = None
   last = -math.inf
 
   def update(step, loss, tokens_per_second):
-    nonlocal last
+    nonlocal first, last
     now = time.monotonic()
+    first = first or (step, now)
     if now - last < interval and step < total:
       return
     last = now
-    steps = step - start
-    seconds_left = (now - began) / steps * (total - step) if steps else math.nan
+    steps, seconds = step - first[0], now - first[1]
+    left = (
+      f', ETA {_duration(seconds / steps * (total - step))}' if steps else ''
+    )
     _logger.info(
-      '%sstep %s/%s, loss %.4f, %s tokens/s, ETA %s',
+      '%sstep %s/%s, loss %.4f, %s tokens/s%s',
       f'{name}: ' if name else '',
       f'{step:,}',
       f'{total:,}',
       loss,
       f'{tokens_per_second:,.0f}',
-      _duration(seconds_left),
+      left,
     )
 
   return update
@@ -222,8 +229,6 @@ def _plain_progress(total, start, interval, name):
 
 def _duration(seconds):
   """Seconds as hours, minutes and seconds: '1:02:03'."""
-  if not math.isfinite(seconds):
-    return 'unknown'
   minutes, seconds = divmod(round(seconds), 60)
   return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
