@@ -37,6 +37,17 @@ def shared():
   return SHARED
 
 
+@pytest.fixture(scope='module', autouse=True)
+def programs_are_forgotten():
+  """Frees what a module compiled.
+
+  Every program of XLA takes memory maps, of which Linux allows a process
+  65,530. With those of the whole suite XLA crashes.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def doctest_imports(doctest_namespace):
   """What the examples in docstrings may use without importing it."""
