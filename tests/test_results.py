@@ -35,12 +35,14 @@ def make_run(name='gradnormlorp', run_dir='unused', data=1, **model):
   )
   mesh = sharding.make_mesh(data, 1, devices=jax.devices()[:data])
   tx = build.optimizer(config.optim, lambda count: 0.1, llama.LABEL_RULES)
+  functions = llama.make(config.model)
   return types.SimpleNamespace(
     config=config,
+    model=functions,
     tx=tx,
     mesh=mesh,
     abstract_state=state_lib.abstract(
-      llama.make(config.model).init, tx, jax.random.key(0), mesh
+      functions.init, tx, jax.random.key(0), mesh
     ),
   )
 
