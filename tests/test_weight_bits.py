@@ -333,6 +333,7 @@ def run_of(config):
   parts = build.program(config, jax.devices()[:1])
   return types.SimpleNamespace(
     config=config,
+    model=parts.model,
     tx=parts.tx,
     mesh=parts.mesh,
     abstract_state=parts.abstract_state,
