@@ -6,6 +6,7 @@ another and a collective never completes, unless the thread pools are set wide
 (NPROC) and BLAS is kept to one thread.
 """
 
+import logging
 import os
 import pathlib
 
@@ -23,6 +24,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import (  # noqa: E402
+  compilation_cache,
+)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -52,3 +56,35 @@ def programs_are_forgotten():
 def doctest_imports(doctest_namespace):
   """What the examples in docstrings may use without importing it."""
   doctest_namespace.update(jax=jax, jnp=jnp, np=np, optax=optax)
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+  """Runs of the same model share what XLA compiled, across processes too."""
+  cache = tmp_path_factory.mktemp('compiled')
+  settings = {
+    'jax_compilation_cache_dir': str(cache),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # Tests before this one compiled without.
+  yield {name.upper(): str(value) for name, value in settings.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def logging_as_before():
+  """Takes back what `main` does to the loggers of the whole process."""
+  root = logging.getLogger()
+  before = root.level, list(root.handlers)
+  chatty = [logging.getLogger(name) for name in ('absl', 'jax', 'orbax')]
+  levels = [logger.level for logger in chatty]
+  yield
+  root.setLevel(before[0])
+  root.handlers[:] = before[1]
+  for logger, level in zip(chatty, levels, strict=True):
+    logger.setLevel(level)

@@ -21,6 +21,8 @@ from gnlorp_jax.config import MASKED, DataConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import hf, llama, roberta
 from gnlorp_jax.training import state, step
 
+pytestmark = pytest.mark.usefixtures('compiled_once', 'logging_as_before')
+
 TINY = roberta.RobertaConfig(
   vocab_size=300,
   hidden_size=32,
@@ -203,7 +205,7 @@ def run_main(args):
 
 
 @pytest.fixture(scope='module')
-def finished(options, tmp_path_factory):
+def finished(options, tmp_path_factory, compiled_once):
   folder = tmp_path_factory.mktemp('runs') / 'finished'
   return folder, run_main(options(folder))
 

@@ -5,7 +5,6 @@ must end as it did, bit for bit.
 """
 
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -15,7 +14,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import train_glue
 from gnlorp_jax import config, finetune, finetune_data
@@ -39,39 +37,11 @@ LORA = [*OPTIONS, '--method', 'lora', '--learning-rate', '0.001']
 RUN = 'demo/lora/lr0.001_seed0'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Runs share what XLA compiled: all of them are of the same model."""
-  settings = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()  # Tests before this one compiled without.
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-  """Takes back what `main` does to the loggers of the whole process."""
-  root = logging.getLogger()
-  before = root.level, list(root.handlers)
-  chatty = [logging.getLogger(name) for name in ('absl', 'jax', 'orbax')]
-  levels = [logger.level for logger in chatty]
-  yield
-  root.setLevel(before[0])
-  root.handlers[:] = before[1]
-  for logger, level in zip(chatty, levels, strict=True):
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures('compiled_once', 'logging_as_before')
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compiled_once):
   """A finished run of nine steps, with its checkpoints."""
   folder = tmp_path_factory.mktemp('whole')
   train_glue.main([*LORA, '--run-dir', str(folder)])

@@ -24,7 +24,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.experimental.compilation_cache import compilation_cache
 
 import train_lm
 from gnlorp_jax import build, config
@@ -34,7 +33,10 @@ from gnlorp_jax.optim import projections
 from gnlorp_jax.training import metrics, sharding, step
 from gnlorp_jax.training.checkpoint import Checkpointer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures('compiled_once', 'logging_as_before'),
+]
 
 KERNELS = [
   *(f'attn/{name}_proj' for name in 'qkvo'),
@@ -65,38 +67,6 @@ def wrapped(self, step, *args):
 setattr(owner, moment, wrapped)
 train_lm.main(sys.argv[5:])
 """
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Runs of the same model share what XLA compiled, across processes too."""
-  cache = tmp_path_factory.mktemp('compiled')
-  settings = {
-    'jax_compilation_cache_dir': str(cache),
-    'jax_persistent_cache_min_compile_time_secs': 0.1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()  # Tests before this one compiled without.
-  yield {name.upper(): str(value) for name, value in settings.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-  """Takes back what `main` does to the loggers of the whole process."""
-  root = logging.getLogger()
-  before = root.level, list(root.handlers)
-  chatty = [logging.getLogger(name) for name in ('absl', 'jax', 'orbax')]
-  levels = [logger.level for logger in chatty]
-  yield
-  root.setLevel(before[0])
-  root.handlers[:] = before[1]
-  for logger, level in zip(chatty, levels, strict=True):
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ which we keep as one array with a leading layer axis. A transposed matrix is
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -72,6 +73,46 @@ def check_supported(
   ]
   if wrong:
     raise ValueError(f'Unsupported {family} configuration: {", ".join(wrong)}.')
+
+
+def read_fields(
+  family: str,
+  hf_config: dict[str, Any],
+  config_class: type,
+  names: dict[str, str],
+) -> dict[str, Any]:
+  """Fields of a model's configuration from those of a `config.json`.
+
+  Args:
+    family: What to call the model in an error.
+    hf_config: The JSON object.
+    config_class: Dataclass of the model's configuration.
+    names: Hugging Face's name of each field of ours that it has.
+
+  Returns:
+    The fields that the JSON object has, and `param_dtype`: bfloat16 if the
+    checkpoint is, otherwise float32.
+
+  Raises:
+    ValueError: If fields without a default are missing; all are named.
+  """
+  missing = [
+    names[field.name]
+    for field in dataclasses.fields(config_class)
+    if field.default is dataclasses.MISSING
+    and names[field.name] not in hf_config
+  ]
+  if missing:
+    raise ValueError(f'{family} configuration lacks the fields {missing}.')
+  dtype = hf_config.get('dtype') or hf_config.get('torch_dtype')
+  return {
+    'param_dtype': 'bfloat16' if dtype == 'bfloat16' else 'float32',
+    **{
+      ours: hf_config[theirs]
+      for ours, theirs in names.items()
+      if theirs in hf_config
+    },
+  }
 
 
 def tensor_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:

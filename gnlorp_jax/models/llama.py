@@ -26,8 +26,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.models import configuration, layers
 from gnlorp_jax.models import hf as hf_files
-from gnlorp_jax.models import layers, presets
 
 Params = dict[str, Any]
 Dtype = Literal['float32', 'bfloat16']
@@ -67,27 +67,20 @@ class LlamaConfig:
   """Recompute each block in the backward pass: less memory, more time."""
 
   def __post_init__(self):
-    for name in (
+    configuration.check_positive(
+      self,
       'vocab_size',
       'hidden_size',
       'intermediate_size',
       'num_layers',
       'num_heads',
-      'kv_heads',
+      'num_kv_heads',
       'max_seq_len',
       'rms_norm_eps',
       'rope_theta',
       'initializer_std',
-    ):
-      value = getattr(self, name)
-      if not value > 0:
-        field = 'num_kv_heads' if name == 'kv_heads' else name
-        raise ValueError(f'{field}={value} must be positive.')
-    if self.hidden_size % self.num_heads:
-      raise ValueError(
-        f'hidden_size={self.hidden_size} must be a multiple of '
-        f'num_heads={self.num_heads}.'
-      )
+    )
+    configuration.check_heads(self)
     if self.head_dim % 2:
       raise ValueError(
         f'hidden_size / num_heads = {self.head_dim} must be even: rotary '
@@ -98,12 +91,7 @@ class LlamaConfig:
         f'num_heads={self.num_heads} must be a multiple of '
         f'num_kv_heads={self.num_kv_heads}.'
       )
-    for name in ('param_dtype', 'compute_dtype'):
-      value = getattr(self, name)
-      if value not in ('float32', 'bfloat16'):
-        raise ValueError(
-          f"Unknown {name} {value!r}; expected one of ('bfloat16', 'float32')."
-        )
+    configuration.check_dtypes(self)
 
   @property
   def head_dim(self) -> int:
@@ -163,7 +151,9 @@ def preset(name: str, **overrides: Any) -> LlamaConfig:
     >>> preset('60m', param_dtype='bfloat16').hidden_size
     512
   """
-  return dataclasses.replace(presets.find(name, PRESETS), **overrides)
+  return dataclasses.replace(
+    configuration.find_preset(name, PRESETS), **overrides
+  )
 
 
 class _Block(nn.Module):
@@ -451,18 +441,9 @@ def config_from_hf(hf: dict[str, Any]) -> LlamaConfig:
     {**hf, 'rope_type': rope_type},
     {**_HF_FIXED, 'rope_type': 'default', 'quantization_config': None},
   )
-  missing = [
-    _HF_FIELDS[field.name]
-    for field in dataclasses.fields(LlamaConfig)
-    if field.default is dataclasses.MISSING and _HF_FIELDS[field.name] not in hf
-  ]
-  if missing:
-    raise ValueError(f'LLaMA configuration lacks the fields {missing}.')
-  dtype = hf.get('dtype') or hf.get('torch_dtype')
   config = LlamaConfig(
     rope_theta=rope.get('rope_theta', hf.get('rope_theta', 10000.0)),
-    param_dtype='bfloat16' if dtype == 'bfloat16' else 'float32',
-    **{ours: hf[theirs] for ours, theirs in _HF_FIELDS.items() if theirs in hf},
+    **hf_files.read_fields('LLaMA', hf, LlamaConfig, _HF_FIELDS),
   )
   if hf.get('head_dim') is not None:
     hf_files.check_supported('LLaMA', hf, {'head_dim': config.head_dim})

@@ -35,8 +35,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.models import configuration, layers
 from gnlorp_jax.models import hf as hf_files
-from gnlorp_jax.models import layers, presets
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ class RobertaConfig:
   the outputs of its dense layers are kept and the rest is recomputed."""
 
   def __post_init__(self):
-    for name in (
+    configuration.check_positive(
+      self,
       'vocab_size',
       'hidden_size',
       'intermediate_size',
@@ -94,15 +95,8 @@ class RobertaConfig:
       'num_types',
       'layer_norm_eps',
       'initializer_std',
-    ):
-      value = getattr(self, name)
-      if not value > 0:
-        raise ValueError(f'{name}={value} must be positive.')
-    if self.hidden_size % self.num_heads:
-      raise ValueError(
-        f'hidden_size={self.hidden_size} must be a multiple of '
-        f'num_heads={self.num_heads}.'
-      )
+    )
+    configuration.check_heads(self)
     if not 0 <= self.pad_id < self.vocab_size:
       raise ValueError(
         f'pad_id={self.pad_id} must be in [0, vocab_size={self.vocab_size}).'
@@ -111,12 +105,7 @@ class RobertaConfig:
       value = getattr(self, name)
       if value is not None and not 0 <= value < 1:
         raise ValueError(f'{name}={value} must be in [0, 1).')
-    for name in ('param_dtype', 'compute_dtype'):
-      value = getattr(self, name)
-      if value not in ('float32', 'bfloat16'):
-        raise ValueError(
-          f"Unknown {name} {value!r}; expected one of ('bfloat16', 'float32')."
-        )
+    configuration.check_dtypes(self)
 
   @property
   def head_dim(self) -> int:
@@ -168,7 +157,9 @@ def preset(name: str, **overrides: Any) -> RobertaConfig:
     >>> preset('base', param_dtype='bfloat16').hidden_size
     768
   """
-  return dataclasses.replace(presets.find(name, PRESETS), **overrides)
+  return dataclasses.replace(
+    configuration.find_preset(name, PRESETS), **overrides
+  )
 
 
 class _Attention(nn.Module):
@@ -658,20 +649,11 @@ def config_from_hf(hf: dict[str, Any]) -> RobertaConfig:
   )
   # transformers' own defaults for what older files leave out.
   hf = {'pad_token_id': 1, 'type_vocab_size': 2, 'layer_norm_eps': 1e-12, **hf}
-  required = [
-    _HF_FIELDS[field.name]
-    for field in dataclasses.fields(RobertaConfig)
-    if field.default is dataclasses.MISSING and field.name in _HF_FIELDS
-  ]
-  missing = [name for name in (*required, _HF_POSITIONS) if name not in hf]
-  if missing:
-    raise ValueError(f'RoBERTa configuration lacks the fields {missing}.')
-  dtype = hf.get('dtype') or hf.get('torch_dtype')
-  return RobertaConfig(
-    max_seq_len=hf[_HF_POSITIONS] - hf['pad_token_id'] - 1,
-    param_dtype='bfloat16' if dtype == 'bfloat16' else 'float32',
-    **{ours: hf[theirs] for ours, theirs in _HF_FIELDS.items() if theirs in hf},
+  fields = hf_files.read_fields(
+    'RoBERTa', hf, RobertaConfig, _HF_FIELDS | {'max_seq_len': _HF_POSITIONS}
   )
+  fields['max_seq_len'] -= hf['pad_token_id'] + 1
+  return RobertaConfig(**fields)
 
 
 def config_to_hf(
