@@ -140,6 +140,11 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
     def save(number: int, *, wait: bool = False) -> None:
       saved.save(number, state, clock.update(record), run.metadata, wait=wait)
 
+    def next_batch() -> tuple[tuple[int, ...], Any]:
+      rows = {n: x for n, x in next(batches).items() if n != 'index'}
+      placed = sharding.put_batch(rows, parts.compiled.mesh)
+      return rows['tokens'].shape, placed
+
     with (
       Checkpointer(run.folder / 'best', keep=2) as best,
       metrics.MetricsWriter(run.folder, first or None) as writer,
@@ -147,14 +152,12 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
         parts.steps, first, name=run.name, console=rich.get_console()
       ) as show_progress,
     ):
+      upcoming = next_batch()
       for number in range(first + 1, parts.steps + 1):
-        batch = next(batches)
-        placed = sharding.put_batch(
-          {name: rows for name, rows in batch.items() if name != 'index'},
-          parts.compiled.mesh,
-        )
-        with clock.step(batch['tokens'].shape):
+        shape, placed = upcoming
+        with clock.step(shape):
           state, values = parts.compiled.train_step(state, placed, frozen)
+          upcoming = next_batch()  # While the device works.
           jax.block_until_ready(values)
         is_last = number == parts.steps
         if number % settings.log_every == 0 or is_last or number == 1:
@@ -165,7 +168,7 @@ def train(run: finetune.Run, stop: StopRequest) -> Result:
           )
           writer.write(number, row)
           if (seconds := clock.median()) is not None:
-            tokens = batch['tokens'].size / seconds
+            tokens = math.prod(shape) / seconds
             show_progress(number, row['train/loss'], tokens)
         if number % check_every == 0 or is_last:
           found = finetune.evaluate(parts, state.params, frozen)
