@@ -376,25 +376,23 @@ def test_dropout_has_the_mean_of_no_dropout(kind):
   assert (np.abs(error) < 4.5 * y.std(0) / 4000**0.5).all()
 
 
-def test_layers_of_a_scan_drop_by_themselves(monkeypatch):
-  masks = []
-  draw = jax.random.bernoulli
-
-  def bernoulli(*args):
-    mask = draw(*args)
-    jax.debug.callback(lambda mask: masks.append(mask), mask)
-    return mask
-
-  monkeypatch.setattr(jax.random, 'bernoulli', bernoulli)
-  config = config_of('lora', dropout=0.5)
-  shapes = {'kernel': (64, 64), 'lora_a': (64, RANK), 'lora_b': (RANK, 64)}
-  layer = {name: jnp.ones((8, *shape)) for name, shape in shapes.items()}
-  params = {'layer': {**layer, 'bias': jnp.ones((8, 64))}}
-  apply_net(config, Stack(), rngs={'dropout': jax.random.key(0)})(
-    params, jnp.ones((1, 64))
+def test_layers_of_a_scan_drop_by_themselves():
+  """Layer l writes which of the features 0 to 6 it kept to its own seven."""
+  config = config_of('lora', rank=7, dropout=0.5)
+  layer = {
+    'kernel': np.tile(np.eye(64, dtype=np.float32), (8, 1, 1)),
+    'bias': np.zeros((8, 64), np.float32),
+    'lora_a': np.tile(np.eye(64, 7, dtype=np.float32), (8, 1, 1)),
+    'lora_b': np.stack([np.eye(7, 64, 7 + 7 * i) for i in range(8)]),
+  }
+  x = np.zeros((32, 64), np.float32)
+  x[:, :7] = 1
+  y = apply_net(config, Stack(), rngs={'dropout': jax.random.key(0)})(
+    {'layer': jax.tree.map(jnp.float32, layer)}, x
   )
-  jax.effects_barrier()
-  assert len({np.asarray(mask).tobytes() for mask in masks}) == 8
+  kept = np.asarray(y)[:, 7:63].reshape(32, 8, 7) != 0
+  assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(kept.size)
+  assert len({kept[:, i].tobytes() for i in range(8)}) == 8
 
 
 @pytest.mark.parametrize('kind', KINDS)
