@@ -1,0 +1,143 @@
+"""What every benchmark has: a device, a time budget, an environment to name.
+
+A script adds its own options to those of `add_arguments`, calls `start` before
+it touches an array, and gives `Clock` what it is about to do: rows come in the
+order of their worth, and those that no longer fit the time are left out.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+# As in train_lm.py: OpenBLAS's threads would fight with those of XLA. PyTorch
+# has a LAPACK of its own and keeps all its threads.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+import jax
+
+from benchmarks import record
+
+PACKAGES = (
+  *('jax', 'optax', 'flax', 'torch', 'transformers', 'galore-torch'),
+  *('apollo-torch', 'bitsandbytes', 'peft'),
+)
+PLATFORMS = {'cpu': 'cpu', 'gpu': 'cuda'}
+BUSY = 0.25  # Load per core above which figures are in doubt.
+
+
+def add_arguments(
+  parser: argparse.ArgumentParser, output: pathlib.Path, minutes: float
+) -> None:
+  """Adds --device, --minutes and --output, whose defaults are given."""
+  add = parser.add_argument
+  add(
+    '--device',
+    choices=tuple(PLATFORMS),
+    default='cpu',
+    help='where to measure (default: %(default)s)',
+  )
+  add(
+    '--minutes',
+    type=float,
+    default=minutes,
+    help='time for everything; what no longer fits is left out and named '
+    '(default: %(default)s)',
+  )
+  add(
+    '--output',
+    type=pathlib.Path,
+    default=output,
+    help='JSON file, written after every row (default: %(default)s)',
+  )
+
+
+def start(args: argparse.Namespace) -> 'Clock':
+  """Chooses the device, warns of a busy machine, and starts the clock.
+
+  Raises:
+    SystemExit: If jax finds no such device.
+  """
+  jax.config.update('jax_platforms', PLATFORMS[args.device])
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise SystemExit(
+      f'--device {args.device}: jax finds none ({error}). Install the `cuda` '
+      'extra on a machine with an NVIDIA GPU, or use --device cpu.'
+    ) from error
+  load = os.getloadavg()[0]
+  if load > BUSY * cores():
+    progress(
+      f'Warning: the load is {load:.1f} before anything is measured. Other '
+      'processes slow some methods more than others; stop them, or take the '
+      'figures for indications.'
+    )
+  return Clock(args.minutes)
+
+
+class Clock:
+  """The time that a benchmark has left.
+
+  Args:
+    minutes: All of it, from now.
+  """
+
+  def __init__(self, minutes: float):
+    self._deadline = time.monotonic() + 60 * minutes
+
+  @property
+  def seconds_left(self) -> float:
+    """What is left, at least 0."""
+    return max(self._deadline - time.monotonic(), 0.0)
+
+  def share(self, parts: int) -> 'Clock':
+    """A clock with an equal share of what is left, for one of `parts` rows."""
+    return Clock(self.seconds_left / max(parts, 1) / 60)
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0))
+
+
+def progress(line: str) -> None:
+  """Says on the standard error how far it is."""
+  sys.stderr.write(line + '\n')
+  sys.stderr.flush()
+
+
+def environment() -> dict[str, Any]:
+  """What the figures depend on beside the code."""
+  versions = {}
+  for package in PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = None
+  cpu = platform.machine()
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    lines = [x for x in cpuinfo.read_text().splitlines() if 'model name' in x]
+    cpu = lines[0].split(':')[1].strip() if lines else cpu
+  return {
+    'date': datetime.date.today().isoformat(),
+    'commit': record.commit(),
+    'cpu': cpu,
+    'cores': cores(),
+    'device': jax.devices()[0].device_kind,
+    'load_at_start': os.getloadavg()[0],
+    'python': platform.python_version(),
+    'versions': versions,
+  }
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+  """A Markdown table."""
+  lines = [heads, ['---'] * len(heads), *rows]
+  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
