@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import layerwise_step, optimizer_step, record
+from benchmarks import harness, layerwise_step, record
 from gnlorp_jax import build
 from gnlorp_jax.collectives import collectives
 
@@ -99,14 +99,14 @@ def main() -> None:
   parser.add_argument('--devices', type=int, nargs='+', default=DEVICES)
   parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
   args = parser.parse_args()
-  header = {'sizes': SIZES, **optimizer_step.environment()}
+  header = {'sizes': SIZES, **harness.environment()}
   rows: list[dict[str, Any]] = []
   for method in args.methods:
     for devices in args.devices:
       for step in STEPS:
         rows.append(row(method, step, devices))
         record.write_json(args.output, {**header, 'rows': rows})
-        optimizer_step.progress(f'{method}, {step}, {devices} devices')
+        harness.progress(f'{method}, {step}, {devices} devices')
   sys.stdout.write(table(rows))
 
 

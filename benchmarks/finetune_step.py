@@ -39,7 +39,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import optimizer_step, record
+from benchmarks import harness, record
 from gnlorp_jax import finetune, finetune_data
 from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
 from gnlorp_jax.models import roberta
@@ -163,7 +163,7 @@ def race(args: argparse.Namespace, dropout: float) -> dict[str, Any]:
         loss = sides[name].step(batch)
       jax.block_until_ready(loss)
       seconds[name].append(time.perf_counter() - started)
-    optimizer_step.progress(f'dropout {dropout}, round {number + 1}')
+    harness.progress(f'dropout {dropout}, round {number + 1}')
   examples = [sum(int(b['weights'].sum()) for b in turn) for turn in turns[1:]]
   ratios = np.array(seconds['pytorch']) / np.array(seconds['ours'])
   return {
@@ -224,7 +224,7 @@ def main() -> None:
   header = {
     'model': None if args.model is None else pathlib.Path(args.model).name,
     **{n: getattr(args, n) for n in ('batch_size', 'max_length', 'turn')},
-    **optimizer_step.environment(),
+    **harness.environment(),
   }
   rows: list[dict[str, Any]] = []
   for dropout in args.dropout:

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import optimizer_step, record
+from benchmarks import harness, record
 from gnlorp_jax import build, config
 from gnlorp_jax.models import llama
 
@@ -369,7 +369,7 @@ def main() -> None:
   header = {
     'command': ' '.join(sys.argv[1:]),
     **(sizes if args.what == 'time' else {}),
-    **optimizer_step.environment(),
+    **harness.environment(),
   }
   rows: list[dict[str, Any]] = []
   names = SETTINGS if args.what == 'time' else MEMORY_SETTINGS
@@ -381,7 +381,7 @@ def main() -> None:
       elif setting != 'projected' or projects:
         rows.append(memory_row(method, setting))
       record.write_json(output, {**header, 'rows': rows})
-      optimizer_step.progress(f'{method}, {setting}')
+      harness.progress(f'{method}, {setting}')
   table = time_table if args.what == 'time' else memory_table
   sys.stdout.write(table(rows))
 
