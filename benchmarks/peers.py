@@ -62,6 +62,8 @@ def _galore(low, full, setting):
 
 
 def _galore_8bit(low, full, setting):
+  if not module('torch').cuda.is_available():
+    raise AbsentError('its step waits for CUDA, which PyTorch does not find')
   groups = _groups(low, full, setting, scale=SCALE, proj_type='std')
   return module('galore_torch').GaLoreAdamW8bit(
     groups, lr=setting.learning_rate

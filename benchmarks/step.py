@@ -17,8 +17,8 @@ The machine should have nothing else to do: the threads of PyTorch wait for each
 other at every operation, so that one core lost costs them many times its share.
 
 Cases come in the order of their worth: all shapes with the first rank and
-dtype, then the others. Each gets an equal share of the time that is left, and
-within it all methods run in turns of a few steps, so that a machine that slows
+dtype, then the others. Each may take a sixth of the time that is left, the last
+ones more, and within it all methods run in turns of a few steps, so that a machine that slows
 down slows them all, until each has made as many counted steps as lie between
 two refreshes. What earlier cases tell of a method's first step says whether it
 fits the share; if not, the method, or the whole case, is left out and named. A
@@ -99,6 +99,7 @@ RESULTS = pathlib.Path('benchmarks/results/step.json')
 PLOT = pathlib.Path('docs/step.png')
 REFERENCES = ('floor', 'galore-torch', 'optax-galore', 'torch-adamw')
 ROUNDS = 5  # Wanted at least: turns are shortened for them.
+SHARES = 6  # A case may take this part of the time that is left.
 Row = dict[str, Any]
 
 
@@ -579,7 +580,7 @@ def main() -> None:
   }
   cases = make_cases(args.shapes, args.dtypes, args.ranks, args.gap)
   for number, case in enumerate(cases):
-    share = clock.share(len(cases) - number)
+    share = clock.share(min(len(cases) - number, SHARES))
     why = left_out(case, runner, share)
     if why is not None:
       harness.progress(f'{case}: left out, {why}')
