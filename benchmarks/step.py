@@ -18,20 +18,23 @@ other at every operation, so that one core lost costs them many times its share.
 
 Cases come in the order of their worth: all shapes with the first rank and
 dtype, then the others. Each may take a sixth of the time that is left, the last
-ones more, and within it all methods run in turns of a few steps, so that a machine that slows
-down slows them all, until each has made as many counted steps as lie between
-two refreshes. What earlier cases tell of a method's first step says whether it
-fits the share; if not, the method, or the whole case, is left out and named. A
-method that is not known yet runs in any case: begin with a small shape. Methods
-of one framework share one set of weights, which they update in turn. Where all
-states do not fit the memory (20 GB on a CPU) together, the methods run in
+ones more. Within a case the methods run in turns of a few steps, so that a
+machine that slows down slows them all, until each has made as many counted
+steps as lie between two refreshes. What earlier cases tell of a method's first
+step says whether it fits; if not, the method, or the whole case, is left out
+and named. A method that is not known yet runs anyway: begin with a small shape.
+Methods of one framework share one set of weights, which they update in turn.
+Where all states do not fit the memory (20 GB on a CPU) together, methods run in
 groups, with the floor in each if it fits, and the table says so.
 
-Refreshes. The first step fits all bases and is timed by itself, compilation
-apart, as is the second, which warms up. Where counted steps refresh, as this
-package's do for stacks, of which one matrix at a time is refreshed, the cost is
+The first step fits all bases and is timed by itself, compilation apart, as is
+the second, which warms up. Where counted steps refresh, as this package's do
+for stacks, of which one matrix at a time is refreshed, the cost of refreshes is
 from those. Where none does, as with exact SVDs of all matrices at once every
 --gap steps, the first step less the median is the cost of a refresh.
+
+With bfloat16 this package's moments and bases are float32, the peers' bfloat16.
+On a GPU PyTorch may multiply float32 in TF32, as JAX does by default.
 
 What the columns mean:
   median      median over the turns of a turn's median step; in brackets the
@@ -44,7 +47,7 @@ What the columns mean:
               left out after two visits. For methods that refresh, but in no
               counted step, it is the first step
   refresh     what refreshes add to the mean step, at --gap; `first` marks those
-              from the first step. None for methods whose every step does it
+              from the first step. Not for methods whose every step refreshes
   first       the first step, which fits all bases
   compile     tracing and compiling the step
   state       bytes of the optimizer's state, bases included (MB are 10^6 bytes)
@@ -70,7 +73,6 @@ import os
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import argparse
-import fnmatch
 import pathlib
 import sys
 import time
@@ -92,6 +94,7 @@ from benchmarks.step_methods import (
   make_cases,
   memory_limit,
   release,
+  select,
 )
 from gnlorp_jax.models import llama
 
@@ -472,29 +475,6 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     panel.remove()
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=120)
-
-
-def select(patterns: list[str]) -> list[str]:
-  """Names of `METHODS` that a shell-style pattern fits.
-
-  Args:
-    patterns: Names, or patterns such as ``gradnormlorp*``.
-
-  Returns:
-    The names, in the order of the patterns, each once.
-
-  Raises:
-    ValueError: If a pattern fits none.
-  """
-  found: dict[str, None] = {}
-  for pattern in patterns:
-    fitting = fnmatch.filter(METHODS, pattern)
-    if not fitting:
-      raise ValueError(
-        f'No method is called {pattern!r}; there are {", ".join(METHODS)}.'
-      )
-    found |= dict.fromkeys(fitting)
-  return list(found)
 
 
 def parse() -> argparse.Namespace:
