@@ -100,6 +100,8 @@ from gnlorp_jax.models import llama
 
 RESULTS = pathlib.Path('benchmarks/results/step.json')
 PLOT = pathlib.Path('docs/step.png')
+SHAPES = ('60m', '4096x4096', '130m', '4096x11008', '350m', '1b')
+DTYPES = ('float32', 'bfloat16')
 REFERENCES = ('floor', 'galore-torch', 'optax-galore', 'torch-adamw')
 ROUNDS = 5  # Wanted at least: turns are shortened for them.
 SHARES = 6  # A case may take this part of the time that is left.
@@ -487,15 +489,15 @@ def parse() -> argparse.Namespace:
   add(
     '--shapes',
     nargs='+',
-    default=['60m', '4096x4096', '130m', '4096x11008', '350m', '1b'],
-    help='matrices INxOUT and models (default: %(default)s)',
+    default=SHAPES,
+    help=f'matrices INxOUT and models (default: {" ".join(SHAPES)})',
   )
   add(
     '--dtypes',
     nargs='+',
-    choices=('float32', 'bfloat16'),
-    default=['float32', 'bfloat16'],
-    help='of weights and gradients (default: %(default)s)',
+    choices=DTYPES,
+    default=DTYPES,
+    help='of weights and gradients (default: both)',
   )
   add(
     '--ranks',
@@ -503,7 +505,7 @@ def parse() -> argparse.Namespace:
     nargs='+',
     default=[128, 512, 32],
     help='of the matrices; models have that of the protocol '
-    '(default: %(default)s)',
+    '(default: 128 512 32)',
   )
   add(
     '--methods',
