@@ -200,7 +200,7 @@ def build(
     data: Weights and gradients.
     clock: The time of the case.
     pace: What is known of the methods' need of it.
-    note: Gets the row of each method that cannot run.
+    note: Gets the row of each method, also of one that cannot run.
 
   Returns:
     The methods, and those that did not fit the memory, with the reason.
@@ -216,6 +216,7 @@ def build(
       method = METHODS[name](data)
       racers.append(turns.Racer(name, method, data.inputs))
       method.note_peak()
+      note(row_of(racers[-1], racers, data.case.gap))
       harness.progress(f'  {name}: first step {racers[-1].first_s:.2f} s')
     except FullError as error:
       full[name] = str(error)
@@ -279,7 +280,7 @@ def run_case(
     case: What is optimized.
     runner: The methods, and how they run.
     clock: The time of the case.
-    save: Called with all rows after each method that cannot run and each round.
+    save: Called with all rows after each first step and each round.
 
   Returns:
     One row per method, in their order.
@@ -298,7 +299,7 @@ def run_case(
   waiting = sorted(runner.names, key=lambda n: runner.pace.seconds(n, case))
   with_floor = True
   while waiting:
-    again = with_floor and 'floor' in rows and 'floor' not in waiting
+    again = with_floor and 'median_s' in rows.get('floor', {})
     names = ['floor', *waiting] if again else waiting
     data = Data(case, runner.platform, runner.limit)
     racers, full = build(names, data, clock, runner.pace, note)
