@@ -370,14 +370,19 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
   return '-' if value is None else format(value * scale, form)
 
 
+def _ms(seconds: float | None) -> str:
+  small = seconds is not None and abs(seconds) < 0.01
+  return _number(seconds, '.3f' if small else '.1f', 1e3)
+
+
 def _cells(row: Row) -> list[str]:
   low, high = row['quartiles_s']
-  refresh = _number(row['refresh_s_per_step'], '.2f', 1e3)
+  refresh = _ms(row['refresh_s_per_step'])
   refresh += ' (first)' if row['refresh_from'] == turns.FIRST else ''
   per = [row['per'].get(name, (None, None, None)) for name in REFERENCES]
   return [
     row['method'],
-    f'{1e3 * row["median_s"]:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})',
+    f'{_ms(row["median_s"])} ({_ms(low)}-{_ms(high)})',
     *(_number(median, '.2f') for _, median, _ in per),
     _number(row['worst_per_median'], '.2f'),
     refresh,
@@ -414,7 +419,7 @@ def table(record: dict[str, Any]) -> str:
         text += f'* {row["method"]}: absent, {row["absent"]}\n'
       if 'error' in row:
         text += f'* {row["method"]}: failed, {row["error"]}\n'
-    text += '\n'
+    text += '' if len(rows) == len(measured) else '\n'
   for name, why in record['left_out'].items():
     text += f'* Case {name}: left out, {why}\n'
   return text
@@ -455,12 +460,15 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
       panel.loglog(
         [row['rank'] for row in points],
         [1e3 * row['median_s'] for row in points],
-        marker='ov^sD'[names.index(name) % 5],
+        marker='ov^sDPX'[names.index(name) % 7],
         linestyle='-' if is_ours(name) else '--',
         color=color,
         label=name,
       )
     panel.set(title=f'{shape} {dtype}', xlabel='rank', ylabel='ms per step')
+    ranks = sorted({row['rank'] for of in methods_of.values() for row in of})
+    panel.set_xticks(ranks, [str(rank) for rank in ranks])
+    panel.set_xticks([], minor=True)
     panel.legend(fontsize='x-small', ncols=2)
   for panel, (case, of_case) in zip(
     panels[len(lines) :], bars.items(), strict=False
