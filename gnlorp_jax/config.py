@@ -274,7 +274,7 @@ class TrainConfig:
   """Number of checkpoints kept."""
   log_every: int = 10
   """Steps between two lines of metrics."""
-  loss_chunk_tokens: int = 2048
+  loss_chunk_tokens: int = 1024
   """Tokens whose logits exist at once in the loss."""
   dry_run: bool = False
   """Only report what would happen to every parameter, and how many bytes the

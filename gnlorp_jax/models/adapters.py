@@ -42,6 +42,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models.layers import keep
+
 Params = dict[str, Any]
 Kind = Literal['lora', 'dora', 'gradnormlorp']
 
@@ -226,7 +228,7 @@ def _adapt(
   def norm(w_IO, a_IR, b_RO):
     return _column_norm(_direction(config, w_IO, a_IR, b_RO))
 
-  norm_1O = norm(w_IO, a_IR, b_RO)
+  norm_1O = keep(norm(w_IO, a_IR, b_RO))
   if config.kind == 'dora':
     norm_1O = jax.lax.stop_gradient(norm_1O)
   gain_O = _gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]

@@ -64,7 +64,9 @@ class LlamaConfig:
   compute_dtype: Dtype = 'float32'
   """Dtype of activations and matrix products."""
   remat: bool = False
-  """Recompute each block in the backward pass: less memory, more time."""
+  """Keep the inputs of the blocks alone for the backward pass, and compute them
+  again there: less memory, more time. Otherwise the products of the kernels and
+  the results of the attention are kept as well."""
 
   def __post_init__(self):
     configuration.check_positive(
@@ -172,6 +174,7 @@ class _Block(nn.Module):
     dense = functools.partial(
       nn.Dense,
       use_bias=False,
+      dot_general=layers.dot_general,
       dtype=c.compute_dtype,
       param_dtype=c.param_dtype,
       kernel_init=layers.normal_init(c.initializer_std),
@@ -201,12 +204,17 @@ class _Llama(nn.Module):
     self.embedder = nn.Embed(
       c.vocab_size, c.hidden_size, embedding_init=init, name='embed', **dtypes
     )
-    block = nn.remat(_Block, prevent_cse=False) if c.remat else _Block
+    policy = None if c.remat else layers.keep_marked
+    block = nn.remat(_Block, prevent_cse=False, policy=policy)
     self.layers = block(c, self.attention)
     self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, **dtypes)
     if not c.tie_embeddings:
       self.lm_head = nn.Dense(
-        c.vocab_size, use_bias=False, kernel_init=init, **dtypes
+        c.vocab_size,
+        use_bias=False,
+        dot_general=layers.dot_general,
+        kernel_init=init,
+        **dtypes,
       )
 
   def embed(self, tokens_BT):

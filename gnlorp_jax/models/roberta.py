@@ -211,6 +211,7 @@ class _MLP(nn.Module):
 def _dense(config):
   return functools.partial(
     nn.Dense,
+    dot_general=layers.dot_general,
     dtype=config.compute_dtype,
     param_dtype=config.param_dtype,
     kernel_init=layers.normal_init(config.initializer_std),
@@ -280,10 +281,7 @@ class _Encoder(nn.Module):
   def setup(self):
     c = self.config
     self.embedder = _Embeddings(c, name='embed')
-    # Keeping the products alone is leaner than keeping everything, and faster
-    # on CPUs, where the rest costs more to store than to compute again.
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policy = None if c.remat else products
+    policy = None if c.remat else layers.keep_marked
     self.layers = nn.remat(_Block, prevent_cse=False, policy=policy)(c)
     self.make_head()
 

@@ -33,9 +33,11 @@ def chunked_cross_entropy(
 
   Computes ``sum_bt w_bt (logsumexp(z_bt) - z_bt[y_bt])`` with the logits
   ``z = logits_fn(x)``, weights w and targets y. Positions are worked through
-  in chunks, and the backward pass computes each chunk's logits afresh, so that
-  only one chunk's logits exist at a time. Chunks are cut along T, never along
-  B: each chunk keeps the sharding of the batch.
+  in chunks, so that only one chunk's logits exist at a time. Where a gradient
+  is asked for, each chunk's is taken at once, from the logits at hand: they are
+  computed once, and what waits for the backward pass is the gradient of x and
+  of the arrays in `logits_fn`. Chunks are cut along T, never along B: each
+  chunk keeps the sharding of the batch.
 
   Args:
     logits_fn: Maps features ``[B, C, D]`` to float32 logits ``[B, C, V]``,
@@ -56,31 +58,74 @@ def chunked_cross_entropy(
   Note:
     The gradients of arrays inside `logits_fn` are added up over the chunks in
     their own dtype. Keep a float32 head, or cast it inside `logits_fn`, where
-    many chunks of a bfloat16 head would round too often.
+    many chunks of a bfloat16 head would round too often. There is a first
+    derivative only.
   """
   if chunk_tokens < 1:
     raise ValueError(f'chunk_tokens={chunk_tokens} must be at least 1.')
   batch, positions = targets_BT.shape
   largest = max(1, chunk_tokens // batch)
   num_chunks = -(-positions // largest)
-
-  # Inside a scan nothing can be merged with the forward pass anyway.
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def chunk_loss(x_BCD, targets_BC, weights_BC):
-    losses_BC = optax.softmax_cross_entropy_with_integer_labels(
-      logits_fn(x_BCD), targets_BC
-    )
-    return jnp.sum(losses_BC * weights_BC, dtype=jnp.float32)
-
-  def add_chunk(loss_sum, chunk):
-    return loss_sum + chunk_loss(*chunk), None
-
   chunks = jax.tree.map(
     lambda array: _split_positions(array, num_chunks),
     (x_BTD, targets_BT, weights_BT.astype(jnp.float32)),
   )
-  loss_sum, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)
+  # What a rule for the gradient is written for are arguments.
+  logits_fn, arrays = jax.closure_convert(logits_fn, chunks[0][0])
+  loss_sum = _loss_of_chunks(logits_fn, arrays, *chunks)
   return loss_sum, jnp.sum(weights_BT, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_of_chunks(logits_fn, arrays, x_NBCD, targets_NBC, weights_NBC):
+  def add_chunk(loss_sum, chunk):
+    x_BCD, targets_BC, weights_BC = chunk
+    losses_BC, _ = _losses_and_slopes(logits_fn(x_BCD, *arrays), targets_BC)
+    return loss_sum + jnp.sum(losses_BC * weights_BC), None
+
+  chunks = (x_NBCD, targets_NBC, weights_NBC)
+  return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)[0]
+
+
+def _loss_and_gradients(logits_fn, arrays, x_NBCD, targets_NBC, weights_NBC):
+  def add_chunk(sums, chunk):
+    x_BCD, targets_BC, weights_BC = chunk
+    logits_BCV, pull_back = jax.vjp(logits_fn, x_BCD, *arrays)
+    losses_BC, slopes_BCV = _losses_and_slopes(logits_BCV, targets_BC)
+    grad_BCD, *grads = pull_back(slopes_BCV * weights_BC[..., None])
+    chunk_sums = (jnp.sum(losses_BC * weights_BC), grads)
+    return jax.tree.map(jnp.add, sums, chunk_sums), (grad_BCD, losses_BC)
+
+  zeros = jax.tree.map(jnp.zeros_like, list(arrays))
+  (loss_sum, grads), (grad_NBCD, losses_NBC) = jax.lax.scan(
+    add_chunk,
+    (jnp.zeros((), jnp.float32), zeros),
+    (x_NBCD, targets_NBC, weights_NBC),
+  )
+  return loss_sum, (grads, grad_NBCD, losses_NBC)
+
+
+def _scale_gradients(logits_fn, residuals, slope):
+  del logits_fn
+  grads, grad_NBCD, losses_NBC = jax.tree.map(
+    lambda g: (slope * g).astype(g.dtype), residuals
+  )
+  return grads, grad_NBCD, None, losses_NBC
+
+
+_loss_of_chunks.defvjp(_loss_and_gradients, _scale_gradients)
+
+
+def _losses_and_slopes(logits_BCV, targets_BC):
+  """Cross-entropies ``[B, C]`` and their derivatives by the logits."""
+  largest_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+  exp_BCV = jnp.exp(logits_BCV - largest_BC1)
+  sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+  target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+  losses_BC = (jnp.log(sum_BC1) + (largest_BC1 - target_BC1))[..., 0]
+  # A comparison, not a scatter: XLA fuses it with the rest.
+  target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1])
+  return losses_BC, exp_BCV / sum_BC1 - target_BCV
 
 
 def cross_entropy(
