@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import pathlib
@@ -54,24 +55,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import harness, record
+from benchmarks import harness, quality_rows, record
+from benchmarks.quality_rows import Plan, Row, Run
 from gnlorp_jax import build, optim
-from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig
+from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.data import batches, text
 from gnlorp_jax.models import llama
 from gnlorp_jax.training import sharding, step
 
 RESULTS = pathlib.Path('benchmarks/results/quality.json')
 PLOT = pathlib.Path('docs/quality.png')
-MIB = 2**20
 POINTS = 30  # Of a recorded training curve.
-
-Row = dict[str, Any]
-Run = tuple[str, float, int]  # Method, peak learning rate, seed.
 
 
 class Method(NamedTuple):
@@ -94,65 +91,12 @@ METHODS = {
 }
 
 
-class Plan(NamedTuple):
-  """Which runs are wanted."""
-
-  rates: dict[str, tuple[float, ...]]  # By method, the likeliest first.
-  seeds: int
-  extend: int  # Most rates tried beyond the given ones, per method.
-
-
 class Corpus(NamedTuple):
   """Tokenised text."""
 
   train: text.TokenFile
   validation: text.TokenFile
   tokenizer: str  # Its fingerprint.
-
-
-def final(row: Row) -> float:
-  """The evaluation loss after the last step."""
-  return row['eval'][-1][1]
-
-
-def trained(rows: Sequence[Row]) -> list[Row]:
-  """The runs that neither failed nor diverged."""
-  return [row for row in rows if row.get('outcome') == 'trained']
-
-
-def best_rate(rows: Sequence[Row], name: str) -> float | None:
-  """The rate at which seed 0 ended lowest; None if it trained at none."""
-  first = [
-    row for row in trained(rows) if (row['method'], row['seed']) == (name, 0)
-  ]
-  return min(first, key=final)['learning_rate'] if first else None
-
-
-def pending(name: str, rows: Sequence[Row], plan: Plan) -> list[Run]:
-  """The runs of a method that come next, given those that are known.
-
-  First the planned rates, then rates beyond the edge, then seeds: what follows
-  depends on how these end.
-  """
-  done = {
-    (row['learning_rate'], row['seed']) for row in rows if row['method'] == name
-  }
-  planned = plan.rates[name]
-  untried = [rate for rate in planned if (rate, 0) not in done]
-  if untried:
-    return [(name, rate, 0) for rate in untried]
-  tried = [rate for rate, seed in done if seed == 0]
-  best = best_rate(rows, name)
-  if len(set(tried) - set(planned)) < plan.extend:
-    # Where nothing trained, the rates were too high.
-    if best is None or best == min(tried):
-      return [(name, min(tried) / 2, 0)]
-    if best == max(tried):
-      return [(name, max(tried) * 2, 0)]
-  if best is None:
-    return []
-  seeds = range(1, plan.seeds)
-  return [(name, best, seed) for seed in seeds if (best, seed) not in done]
 
 
 def base_config(
@@ -171,6 +115,7 @@ def base_config(
       tokenizer=args.tokenizer,
       seq_len=args.seq_len,
     ),
+    mesh=MeshConfig(data=1),  # Of several devices, one.
   )
 
 
@@ -195,7 +140,7 @@ def read_corpus(config: TrainConfig) -> Corpus:
 
 
 def settings_of(
-  args: argparse.Namespace, base: TrainConfig, corpus: Corpus
+  args: argparse.Namespace, base: TrainConfig, rank: int, corpus: Corpus
 ) -> dict[str, Any]:
   """What the runs of one file share."""
 
@@ -216,7 +161,7 @@ def settings_of(
     'steps': base.steps,
     'batch_size': base.batch_size,
     'seq_len': base.data.seq_len,
-    'rank': args.rank,
+    'rank': rank,
     'update_proj_gap': args.gap,
     'warmup_fraction': base.optim.warmup_fraction,
     'final_fraction': base.optim.final_fraction,
@@ -279,7 +224,7 @@ class Trainer:
     with contextlib.closing(rows):
       return [
         sharding.put_batch(batch, self._parts.mesh)
-        for batch, _ in zip(rows, range(config.eval_batches), strict=False)
+        for batch in itertools.islice(rows, config.eval_batches)
       ]
 
   def evaluate(self, params: Any) -> float:
@@ -393,7 +338,9 @@ def run_all(
     save: Is called with the row of each run.
   """
   rows, trainers, seconds = list(known), {}, []
-  while left := [runs for n in names if (runs := pending(n, rows, plan))]:
+  while left := [
+    runs for n in names if (runs := quality_rows.pending(n, rows, plan))
+  ]:
     for name, rate, seed in [runs[0] for runs in left]:
       if clock.seconds_left < np.median(seconds or [1.0]):
         harness.progress('Out of time; the same command goes on.')
@@ -403,224 +350,25 @@ def run_all(
       save(row)
       seconds.append(row['seconds'])
       harness.progress(
-        f'{name}, rate {rate:g}, seed {seed}: {_ended(row)}, '
+        f'{name}, rate {rate:g}, seed {seed}: {quality_rows.ended(row)}, '
         f'{row["seconds"]:.0f} s'
       )
 
 
-def _ended(row: Row) -> str:
-  """The last evaluation loss, or what went wrong."""
-  if row.get('outcome') == 'trained':
-    return f'{final(row):.4f}'
-  return row.get('absent') or row['outcome']
-
-
-def part(output: pathlib.Path, number: int, count: int) -> pathlib.Path:
-  """The file of one of several processes."""
-  return output.with_name(f'{output.stem}.{number}of{count}.json')
-
-
-def read(
-  output: pathlib.Path, settings: dict[str, Any] | None = None
-) -> tuple[dict[str, Any] | None, list[Row]]:
-  """The runs of a file and of its parts, each run once.
-
-  Args:
-    output: The file of the whole comparison.
-    settings: What the runs must have been made with; None takes those of the
-      first file.
-
-  Returns:
-    What the first file holds beside its rows (None if there is no file), and
-    the rows.
-
-  Raises:
-    ValueError: If a file has other settings.
-  """
-  header, rows = None, {}
-  parts = sorted(output.parent.glob(f'{output.stem}.*of*.json'))
-  for path in (output, *parts):
-    if not path.exists():
-      continue
-    found = json.loads(path.read_text())
-    settings = settings or found['settings']
-    check_settings(path, found['settings'], settings)
-    rows |= {
-      (row['method'], row['learning_rate'], row['seed']): row
-      for row in found.pop('rows')
-    }
-    header = header or found
-  order = list(METHODS)
-  keys = sorted(rows, key=lambda key: (order.index(key[0]), *key[1:]))
-  return header, [rows[key] for key in keys]
-
-
-def check_settings(
-  path: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-  """Raises ValueError if a file's settings are not those wanted."""
-  other = [
-    f'{name} is {found.get(name)!r} there and {wanted.get(name)!r} here'
-    for name in sorted({*found, *wanted})
-    if found.get(name) != wanted.get(name)
-  ]
-  if other:
-    raise ValueError(
-      f'{path} holds runs with other settings: {"; ".join(other)}. Runs of '
-      'different settings do not compare: name another --output, or remove '
-      'the file.'
-    )
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-  """Mean and, of two values or more, their standard deviation, as text."""
-  mean = f'{np.mean(values):.{digits}f}'
-  if len(values) < 2:
-    return mean
-  return f'{mean} ± {np.std(values, ddof=1):.{digits}f}'
-
-
-def chosen(rows: Sequence[Row]) -> dict[str, list[Row]]:
-  """The trained runs at the best rate of every method, the lowest first."""
-  found = {}
-  for name in METHODS:
-    best = best_rate(rows, name)
-    mine = [
-      row
-      for row in trained(rows)
-      if (row['method'], row['learning_rate']) == (name, best)
-    ]
-    if mine:
-      found[name] = mine
-  return dict(
-    sorted(found.items(), key=lambda item: np.mean([*map(final, item[1])]))
-  )
-
-
-def table(rows: Sequence[Row]) -> str:
-  """A Markdown row per method, the lowest loss first."""
-  heads = ['optimizer', 'peak rate', 'eval loss', 'perplexity']
-  heads += ['seeds', 'state, MiB', 'tuning']
-  lines = []
-  winners = chosen(rows)
-  failed = [name for name in METHODS if name not in winners]
-  for name in (*winners, *failed):
-    mine = [row for row in rows if row['method'] == name]
-    if not mine:
-      continue
-    tuning = ', '.join(
-      f'{row["learning_rate"]:g}: {_ended(row)}'
-      for row in mine
-      if row['seed'] == 0
-    )
-    best = winners.get(name, [])
-    if not best:
-      lines.append([name, *['-'] * 5, tuning])
-      continue
-    losses = [final(row) for row in best]
-    rate = best[0]['learning_rate']
-    seeds = sum(row['learning_rate'] == rate for row in mine)
-    lines.append(
-      [
-        name,
-        f'{rate:g}',
-        spread(losses, 4),
-        spread([math.exp(loss) for loss in losses], 1),
-        f'{seeds}' if seeds == len(best) else f'{len(best)} of {seeds} trained',
-        f'{sum(best[0]["state_bytes"].values()) / MIB:.1f}',
-        tuning,
-      ]
-    )
-  return harness.markdown(heads, lines)
-
-
-def missing(names: list[str], rows: Sequence[Row], plan: Plan) -> str:
-  """Names the runs that are left, for below the table."""
-  left = [
-    f'{name} at {rate:g} with seed {seed}'
-    for method in names
-    for name, rate, seed in pending(method, rows, plan)
-  ]
-  if not left:
-    return ''
-  return f'Not run, and what would follow: {", ".join(left)}.\n'
-
-
-def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-  """Loss curves with their deviation, and memory against loss."""
-  figure = matplotlib.figure.Figure(figsize=(12, 4.8), layout='constrained')
-  curves, memory = figure.subplots(1, 2)
-  tops = []
-  order = list(METHODS)
-  for name, runs in chosen(rows).items():
-    color = f'C{order.index(name)}'
-    steps = [number for number, _ in runs[0]['train']]
-    losses = np.array([[loss for _, loss in row['train']] for row in runs])
-    evals = np.array([[loss for _, loss in row['eval'][1:]] for row in runs])
-    mean, deviation = losses.mean(axis=0), _deviation(losses)
-    tops.append(mean[len(mean) // 5])
-    curves.fill_between(
-      *(steps, mean - deviation, mean + deviation),
-      color=color,
-      alpha=0.15,
-      lw=0,
-    )
-    curves.plot(steps, mean, color=color, lw=0.8)
-    rate = runs[0]['learning_rate']
-    curves.errorbar(
-      [number for number, _ in runs[0]['eval'][1:]],
-      evals.mean(axis=0),
-      _deviation(evals),
-      fmt='o',
-      ms=4,
-      capsize=3,
-      color=color,
-      label=f'{spread(evals[:, -1], 3)}  {name}, {rate:g}',
-    )
-    point = sum(runs[0]['state_bytes'].values()) / MIB, evals[:, -1].mean()
-    memory.errorbar(
-      *point, _deviation(evals[:, -1]), fmt='o', capsize=4, color=color
-    )
-    memory.annotate(
-      name, point, xytext=(7, 3), textcoords='offset points', color=color
-    )
-  curves.set(
-    xlabel='step', ylabel='loss, nats per token', ylim=(None, max(tops))
-  )
-  curves.legend(
-    title='evaluation (points), training (lines)', fontsize=8, frameon=False
-  )
-  memory.set(
-    xlabel='optimizer state, MiB',
-    ylabel='eval loss after the last step',
-    xlim=(0, 1.25 * memory.get_xlim()[1]),  # Room for the names.
-  )
-  for axes in (curves, memory):
-    axes.grid(color='0.9')
-    axes.set_axisbelow(True)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=130)
-
-
-def _deviation(values: np.ndarray) -> np.ndarray:
-  """Over the first axis; 0 where it is of one run."""
-  if len(values) < 2:
-    return np.zeros(values.shape[1:])
-  return values.std(axis=0, ddof=1)
-
-
 def report(args: argparse.Namespace, plan: Plan) -> None:
   """Merges the files of all processes into one, and shows what they hold."""
-  header, rows = read(args.output)
+  header, rows = quality_rows.read(args.output)
   if header is None:
     raise ValueError(
       f'{args.output} does not exist, so there is nothing to report. Run '
       'without --report first.'
     )
   record.write_json(args.output, {**header, 'rows': rows})
-  sys.stdout.write(table(rows) + missing(args.methods, rows, plan))
-  if chosen(rows):
-    plot(rows, args.plot)
+  sys.stdout.write(
+    quality_rows.table(rows) + quality_rows.missing(args.methods, rows, plan)
+  )
+  if quality_rows.chosen(rows):
+    quality_rows.plot(rows, args.plot)
 
 
 def measure(
@@ -632,27 +380,28 @@ def measure(
   """Runs what is missing of this process's share of the methods."""
   clock = harness.start(args)
   base = base_config(args, model)
-  args.rank = args.rank or base.model.hidden_size // 4
+  rank = args.rank or base.model.hidden_size // 4
   corpus = read_corpus(base)
   header = {
-    'settings': settings_of(args, base, corpus),
+    'settings': settings_of(args, base, rank, corpus),
     'environment': harness.environment(),
   }
-  _, known = read(args.output, header['settings'])
+  _, known = quality_rows.read(args.output, header['settings'])
   number, count = share
   path, own = args.output, known
   if count > 1:
-    path = part(args.output, number, count)
+    path = quality_rows.part_path(args.output, number, count)
     own = json.loads(path.read_text())['rows'] if path.exists() else []
 
   def make(name: str) -> Trainer:
     options = METHODS[name].options
-    return Trainer(configure(base, options, args.rank, args.gap), corpus)
+    return Trainer(configure(base, options, rank, args.gap), corpus)
 
-  def save(row: Row) -> None:
-    own.append(row)
+  def save(*rows: Row) -> None:
+    own.extend(rows)
     record.write_json(path, {**header, 'rows': own})
 
+  save()
   # A process keeps a method to itself: its seeds follow from its rates.
   names = args.methods[number - 1 :: count]
   run_all(names, plan, make, clock, known, save)
@@ -713,11 +462,7 @@ def parser() -> argparse.ArgumentParser:
   add('--eval-every', **number, help='steps; default: a quarter of --steps')
   add('--eval-batches', **number, default=40, help='held-out batches')
   add('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-  add(
-    *('--rates',),
-    **{'nargs': '+', 'default': (), 'metavar': 'METHOD=RATE,RATE'},
-    help='peak learning rates instead of those of the script',
-  )
+  add('--rates', nargs='+', default=(), metavar='METHOD=RATE,RATE')
   add('--extend', **number, default=2, help='most rates beyond the edge')
   add('--seeds', **number, default=3, help='seeds 0 to N - 1')
   add('--process', default='1/1', help='I/N: the I-th of N processes')
@@ -735,6 +480,11 @@ def main(
   try:
     plan = Plan(parse_rates(args.rates), args.seeds, args.extend)
     share = parse_share(args.process)
+    if args.seeds < 1 or args.extend < 0:
+      raise ValueError(
+        f'--seeds {args.seeds} must be at least 1 and --extend {args.extend} '
+        'at least 0.'
+      )
     if not args.report:
       measure(args, plan, share, model)
     if args.report or share[1] == 1:
