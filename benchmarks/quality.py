@@ -1,0 +1,497 @@
+"""Pre-trains one LLaMA with several optimizers, tuned, over several seeds.
+
+Every optimizer takes equal steps on equal data with the training step,
+schedule and clipping of `train_lm.py`, in one process: text is tokenised once,
+and each optimizer's step is compiled once, with the learning rate as an
+argument. First each peak learning rate of an optimizer is tried with seed 0,
+the likeliest first; where the best lies at the edge of those tried, up to
+--extend more follow beyond it. The best is then repeated with the other seeds.
+A seed decides the initial weights and the order of the data, the same for
+every optimizer.
+
+  python -m benchmarks.quality --data 'wikipedia_en/*train*' \
+    --validation 'wikipedia_en/*validation*' --tokenizer t5 --seeds 3
+
+The JSON file is written after every run. The same command goes on where it
+stopped and repeats no run; a file of other settings is refused. On two cores,
+two processes of one thread share the optimizers:
+
+  export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
+  taskset -c 0 python -m benchmarks.quality OPTIONS --process 1/2 &
+  taskset -c 1 python -m benchmarks.quality OPTIONS --process 2/2 & wait
+  python -m benchmarks.quality --report
+
+The table, and its plot of loss curves and of memory against loss:
+
+  peak rate   the learning rate whose run with seed 0 ended lowest
+  eval loss   after the last step, on the same held-out tokens for every run,
+              nats per token: mean and standard deviation over the seeds
+  perplexity  the same of exp(loss)
+  state       the optimizer's arrays, bases included, counted from their shapes
+  tuning      the eval loss of seed 0 at each rate tried
+
+Seed 0 chose the rate and counts among the seeds. Differences within the
+deviations order nothing.
+"""
+
+import os
+
+# As in train_lm.py: OpenBLAS's threads would fight with those of XLA.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import harness, quality_rows, record
+from benchmarks.quality_rows import Plan, Row, Run
+from gnlorp_jax import build, optim
+from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from gnlorp_jax.data import batches, text
+from gnlorp_jax.models import llama
+from gnlorp_jax.training import sharding, step
+
+RESULTS = pathlib.Path('benchmarks/results/quality.json')
+PLOT = pathlib.Path('docs/quality.png')
+POINTS = 30  # Of a recorded training curve.
+
+
+class Method(NamedTuple):
+  """An optimizer of the comparison."""
+
+  options: dict[str, Any]  # Of OptimConfig, beyond rank and interval.
+  rates: tuple[float, ...]  # Peak learning rates, the likeliest first.
+
+
+METHODS = {
+  'adamw': Method({'name': 'adamw'}, (2e-3, 4e-3, 1e-3)),
+  'galore': Method({'name': 'galore'}, (5e-3, 1e-2, 2.5e-3)),
+  'gradnormlorp': Method({'name': 'gradnormlorp'}, (5e-3, 1e-2, 2.5e-3)),
+  'gradnormlorp-8bit': Method(
+    {'name': 'gradnormlorp', 'moment_bits': 8, 'basis_bits': 8},
+    (5e-3, 1e-2, 2.5e-3),
+  ),
+  'apollo': Method({'name': 'apollo'}, (5e-3, 2.5e-3, 1e-2)),
+  'fira': Method({'name': 'fira'}, (5e-3, 2.5e-3, 1e-2)),
+}
+
+
+class Corpus(NamedTuple):
+  """Tokenised text."""
+
+  train: text.TokenFile
+  validation: text.TokenFile
+  tokenizer: str  # Its fingerprint.
+
+
+def base_config(
+  args: argparse.Namespace, model: llama.LlamaConfig | None = None
+) -> TrainConfig:
+  """What all runs have in common."""
+  return TrainConfig(
+    steps=args.steps,
+    batch_size=args.batch_size,
+    eval_every=args.eval_every or max(args.steps // 4, 1),
+    eval_batches=args.eval_batches,
+    model=model or llama.preset(args.size),
+    data=DataConfig(
+      source=args.data,
+      validation_source=args.validation,
+      tokenizer=args.tokenizer,
+      seq_len=args.seq_len,
+    ),
+    mesh=MeshConfig(data=1),  # Of several devices, one.
+  )
+
+
+def configure(
+  base: TrainConfig, options: dict[str, Any], rank: int, gap: int
+) -> TrainConfig:
+  """The configuration of a method, at a peak learning rate of 1."""
+  low_rank = {'rank': rank, 'update_proj_gap': gap}
+  if options['name'] == 'adamw':
+    low_rank = {}
+  return dataclasses.replace(
+    base, optim=OptimConfig(learning_rate=1.0, **low_rank, **options)
+  )
+
+
+def read_corpus(config: TrainConfig) -> Corpus:
+  """Tokenises the text, or finds it in the cache."""
+  tokenizer = build.load_tokenizer(config)
+  build.check_tokenizer(config, tokenizer)
+  files = build.token_files(config.data, tokenizer)
+  return Corpus(*files, tokenizer.fingerprint)
+
+
+def settings_of(
+  args: argparse.Namespace, base: TrainConfig, rank: int, corpus: Corpus
+) -> dict[str, Any]:
+  """What the runs of one file share."""
+
+  def names(source: str | None) -> list[str] | None:
+    return source and [pathlib.Path(part).name for part in source.split(',')]
+
+  def size(file: text.TokenFile) -> int:
+    return file.stop - file.start
+
+  return {
+    'size': args.size,
+    'parameters': llama.num_params(base.model),
+    'data': names(args.data),
+    'validation': names(args.validation),
+    'training_tokens': size(corpus.train),
+    'validation_tokens': size(corpus.validation),
+    'tokenizer': corpus.tokenizer,
+    'steps': base.steps,
+    'batch_size': base.batch_size,
+    'seq_len': base.data.seq_len,
+    'rank': rank,
+    'update_proj_gap': args.gap,
+    'warmup_fraction': base.optim.warmup_fraction,
+    'final_fraction': base.optim.final_fraction,
+    'clip_global_norm': base.optim.clip_global_norm,
+    'eval_every': base.eval_every,
+    'eval_batches': base.eval_batches,
+    'device': args.device,
+  }
+
+
+class Trainer:
+  """Trains with one method; its step is compiled at the first run.
+
+  Args:
+    config: What `configure` returned.
+    corpus: The tokens.
+  """
+
+  def __init__(self, config: TrainConfig, corpus: Corpus):
+    self._corpus = corpus
+    self._parts = build.program(config)
+    self._train_step = self._make_step()
+    self._eval_batches = self._place_evaluation()
+    self.state_bytes = optim.inspect.state_bytes(
+      self._parts.abstract_state.opt_state
+    )
+
+  def _make_step(self) -> Callable[..., Any]:
+    """The training step of `build`, with the peak rate as an argument."""
+    config, mesh = self._parts.config, self._parts.mesh
+    # Schedules are proportional to their peak, which is 1 here.
+    share = self._parts.schedule
+    labels = build.labels_of(config)
+
+    def train_step(state, batch, peak):
+      tx = build.optimizer(
+        config.optim, lambda count: peak * share(count), labels
+      )
+      return step.make_train_step(
+        self._parts.loss_fn, tx, clip_global_norm=config.optim.clip_global_norm
+      )(state, batch)
+
+    return step.jit_train_step(
+      train_step, self._parts.abstract_state, mesh, self._place_rate(0.0)
+    )
+
+  def _place_rate(self, rate: float) -> jax.Array:
+    everywhere = NamedSharding(self._parts.mesh, PartitionSpec())
+    return jax.device_put(jnp.float32(rate), everywhere)
+
+  def _place_evaluation(self) -> list[step.Batch]:
+    config = self._parts.config
+    rows = batches.batches(
+      self._corpus.validation,
+      batch_size=config.batch_size,
+      seq_len=config.data.seq_len,
+      shuffle=False,
+      repeat=False,
+    )
+    with contextlib.closing(rows):
+      return [
+        sharding.put_batch(batch, self._parts.mesh)
+        for batch in itertools.islice(rows, config.eval_batches)
+      ]
+
+  def evaluate(self, params: Any) -> float:
+    """Mean loss over the held-out tokens."""
+    sums = [self._parts.eval_step(params, b) for b in self._eval_batches]
+    losses, weights = np.asarray(jax.device_get(sums), np.float64).T
+    return float(losses.sum() / weights.sum())
+
+  def __call__(self, rate: float, seed: int) -> Row:
+    """One run: its curves, and how it ended.
+
+    It ends early, at an evaluation, if the loss is not finite any more.
+    """
+    config = dataclasses.replace(self._parts.config, seed=seed)
+    state = build.new_state(self._parts._replace(config=config))
+    stream = batches.batches(
+      self._corpus.train,
+      batch_size=config.batch_size,
+      seq_len=config.data.seq_len,
+      seed=seed,
+    )
+    peak = self._place_rate(rate)
+    losses: list[float] = []
+    evals = [[0, self.evaluate(state.params)]]
+    with contextlib.closing(stream):
+      while len(losses) < config.steps:
+        count = min(config.eval_every, config.steps - len(losses))
+        values = []
+        for _ in range(count):
+          batch = sharding.put_batch(next(stream), self._parts.mesh)
+          state, metrics = self._train_step(state, batch, peak)
+          values.append(metrics['loss'])
+        losses += map(float, jax.device_get(values))
+        evals.append([len(losses), self.evaluate(state.params)])
+        if not math.isfinite(losses[-1] + evals[-1][1]):
+          break
+    return {
+      'outcome': outcome(evals, losses),
+      'eval': [[number, _finite(loss)] for number, loss in evals],
+      'train': thinned(losses),
+      'skipped_steps': int(state.skipped),
+      'state_bytes': self.state_bytes,
+    }
+
+
+def outcome(evals: list[list[float]], losses: list[float]) -> str:
+  """How a run ended, in words for the table."""
+  finite = np.isfinite(losses)
+  if not finite.all():
+    return f'loss not finite from step {int(np.argmin(finite)) + 1}'
+  if not math.isfinite(evals[-1][1]):
+    return f'eval loss not finite after step {evals[-1][0]}'
+  if evals[-1][1] > evals[0][1]:
+    return f'eval loss {evals[-1][1]:.2f}, above the untrained'
+  return 'trained'
+
+
+def thinned(losses: list[float]) -> list[list[float | None]]:
+  """Means of equal windows of steps, with the last step of each window."""
+  window = max(len(losses) // POINTS, 1)
+  return [
+    [end, _finite(float(np.mean(losses[end - window : end])))]
+    for end in range(window, len(losses) + 1, window)
+  ]
+
+
+def _finite(value: float) -> float | None:
+  """JSON has no NaN."""
+  return value if math.isfinite(value) else None
+
+
+def take_run(
+  run: Run, trainers: dict[str, Trainer], make: Callable[[str], Trainer]
+) -> Row:
+  """The row of a run; one that fails says why."""
+  name, rate, seed = run
+  started, worked = time.monotonic(), time.process_time()
+  row: Row = {'method': name, 'learning_rate': rate, 'seed': seed}
+  try:
+    if name not in trainers:
+      trainers[name] = make(name)
+    row |= trainers[name](rate, seed)
+  except Exception as error:  # Whatever it is, the other runs go on.
+    lines = str(error).splitlines() or ['']
+    row['absent'] = f'{type(error).__name__}: {lines[0]}'
+  return row | {
+    'seconds': round(time.monotonic() - started, 1),
+    'cpu_seconds': round(time.process_time() - worked, 1),
+    'date': datetime.date.today().isoformat(),
+    'commit': record.commit(),
+  }
+
+
+def run_all(
+  names: list[str],
+  plan: Plan,
+  make: Callable[[str], Trainer],
+  clock: harness.Clock,
+  known: list[Row],
+  save: Callable[[Row], None],
+) -> None:
+  """Takes the runs of the methods in turns, until none or no time is left.
+
+  Args:
+    names: The methods.
+    plan: Which runs are wanted.
+    make: Makes the trainer of a method.
+    clock: No run starts that would not end in its time, were it as slow as
+      the median so far: a process may have been stopped for a while.
+    known: Rows of runs that are not repeated.
+    save: Is called with the row of each run.
+  """
+  rows, trainers, seconds = list(known), {}, []
+  while left := [
+    runs for n in names if (runs := quality_rows.pending(n, rows, plan))
+  ]:
+    for name, rate, seed in [runs[0] for runs in left]:
+      if clock.seconds_left < np.median(seconds or [1.0]):
+        harness.progress('Out of time; the same command goes on.')
+        return
+      row = take_run((name, rate, seed), trainers, make)
+      rows.append(row)
+      save(row)
+      seconds.append(row['seconds'])
+      harness.progress(
+        f'{name}, rate {rate:g}, seed {seed}: {quality_rows.ended(row)}, '
+        f'{row["seconds"]:.0f} s'
+      )
+
+
+def report(args: argparse.Namespace, plan: Plan) -> None:
+  """Merges the files of all processes into one, and shows what they hold."""
+  header, rows = quality_rows.read(args.output)
+  if header is None:
+    raise ValueError(
+      f'{args.output} does not exist, so there is nothing to report. Run '
+      'without --report first.'
+    )
+  record.write_json(args.output, {**header, 'rows': rows})
+  sys.stdout.write(
+    quality_rows.table(rows) + quality_rows.missing(args.methods, rows, plan)
+  )
+  if quality_rows.chosen(rows):
+    quality_rows.plot(rows, args.plot)
+
+
+def measure(
+  args: argparse.Namespace,
+  plan: Plan,
+  share: tuple[int, int],
+  model: llama.LlamaConfig | None,
+) -> None:
+  """Runs what is missing of this process's share of the methods."""
+  clock = harness.start(args)
+  base = base_config(args, model)
+  rank = args.rank or base.model.hidden_size // 4
+  corpus = read_corpus(base)
+  header = {
+    'settings': settings_of(args, base, rank, corpus),
+    'environment': harness.environment(),
+  }
+  _, known = quality_rows.read(args.output, header['settings'])
+  number, count = share
+  path, own = args.output, known
+  if count > 1:
+    path = quality_rows.part_path(args.output, number, count)
+    own = json.loads(path.read_text())['rows'] if path.exists() else []
+
+  def make(name: str) -> Trainer:
+    options = METHODS[name].options
+    return Trainer(configure(base, options, rank, args.gap), corpus)
+
+  def save(*rows: Row) -> None:
+    own.extend(rows)
+    record.write_json(path, {**header, 'rows': own})
+
+  save()
+  # A process keeps a method to itself: its seeds follow from its rates.
+  names = args.methods[number - 1 :: count]
+  run_all(names, plan, make, clock, known, save)
+
+
+def parse_rates(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
+  """Reads ``METHOD=RATE,RATE`` words; methods without one keep their rates.
+
+  Raises:
+    ValueError: If a word does not read so.
+  """
+  rates = {name: method.rates for name, method in METHODS.items()}
+  for word in words:
+    name, _, values = word.partition('=')
+    try:
+      given = tuple(map(float, values.split(',')))
+    except ValueError:
+      given = ()
+    if name not in METHODS or not given or min(given) <= 0:
+      raise ValueError(
+        f'--rates {word} must be METHOD=RATE[,RATE...] with positive rates and '
+        f'a method of {", ".join(METHODS)}.'
+      )
+    rates[name] = given
+  return rates
+
+
+def parse_share(word: str) -> tuple[int, int]:
+  """Reads ``I/N``.
+
+  Raises:
+    ValueError: If it does not read so, or I is not one of N.
+  """
+  match = re.fullmatch(r'(\d+)/(\d+)', word)
+  number, count = map(int, match.groups()) if match else (0, 0)
+  if not 1 <= number <= count:
+    raise ValueError(f'--process {word} must be I/N with 1 <= I <= N.')
+  return number, count
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line."""
+  found = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  harness.add_arguments(found, RESULTS, 90)
+  add = found.add_argument
+  number = {'type': int, 'metavar': 'N'}
+  add('--size', choices=llama.PRESETS, default='9m', help='preset of LLaMA')
+  add('--data', default='stdlib', help="training text, as train_lm's")
+  add('--validation', help='validation text (default: the end of --data)')
+  add('--tokenizer', default='bpe', help="as train_lm's data.tokenizer")
+  add('--steps', **number, default=300, help='steps of a run')
+  add('--batch-size', **number, default=4, help='sequences of a step')
+  add('--seq-len', **number, default=128, help='tokens of a sequence')
+  add('--rank', **number, help='default: a quarter of the width')
+  add('--gap', **number, default=50, help='steps between two refreshes')
+  add('--eval-every', **number, help='steps; default: a quarter of --steps')
+  add('--eval-batches', **number, default=40, help='held-out batches')
+  add('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+  add('--rates', nargs='+', default=(), metavar='METHOD=RATE,RATE')
+  add('--extend', **number, default=2, help='most rates beyond the edge')
+  add('--seeds', **number, default=3, help='seeds 0 to N - 1')
+  add('--process', default='1/1', help='I/N: the I-th of N processes')
+  add('--report', action='store_true', help='only merge, table and plot')
+  add('--plot', type=pathlib.Path, default=PLOT, help='PNG file')
+  return found
+
+
+def main(
+  arguments: list[str] | None = None, model: llama.LlamaConfig | None = None
+) -> None:
+  """Runs what is missing, then reports; one of several processes only runs."""
+  command = parser()
+  args = command.parse_args(arguments)
+  try:
+    plan = Plan(parse_rates(args.rates), args.seeds, args.extend)
+    share = parse_share(args.process)
+    if args.seeds < 1 or args.extend < 0:
+      raise ValueError(
+        f'--seeds {args.seeds} must be at least 1 and --extend {args.extend} '
+        'at least 0.'
+      )
+    if not args.report:
+      measure(args, plan, share, model)
+    if args.report or share[1] == 1:
+      report(args, plan)
+  except (ValueError, OSError) as error:
+    command.error(str(error))
+
+
+if __name__ == '__main__':
+  main()
