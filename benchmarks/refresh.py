@@ -88,7 +88,7 @@ FITS = {
   'random': projections.get('random'),
 }
 JITTED = {name: jax.jit(fit.refresh) for name, fit in FITS.items()}
-WAYS = ('exact', 'eigh', 'power warm', 'power first', 'stale', 'dct', 'random')
+WAYS = refresh_report.WAYS
 
 # Long and short axis of the kernels of 9m, 60m, 350m, 1b and 7b.
 SHAPES = (

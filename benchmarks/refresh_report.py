@@ -10,11 +10,13 @@ import numpy as np
 from benchmarks import harness
 
 FITS = ('exact', 'eigh', 'power', 'dct', 'random')
-WAYS = ('exact', 'eigh', 'power warm', 'power first', 'stale', 'dct', 'random')
+WARM = 'power warm'
+WAYS = ('exact', 'eigh', WARM, 'power first', 'stale', 'dct', 'random')
+SYNTHETIC = 'synthetic'
 SHARES = (16, 4)  # Ranks of the table: these shares of the short axis.
 COLORS = {
   **{'exact': 'C0', 'eigh': 'C1', 'power': 'C2', 'power warm': 'C2'},
-  **{'power first': 'C6', 'stale': 'C7', 'dct': 'C3', 'random': 'C4'},
+  **{'power first': 'C6', 'stale': 'C8', 'dct': 'C3', 'random': 'C4'},
 }
 
 Row = dict[str, Any]
@@ -85,18 +87,18 @@ def time_table(rows: list[Row]) -> str:
 
 
 def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-  """The rows by size and shape."""
+  """The rows by size and shape, those that all ways can be compared on.
+
+  The first step is left out: no gradient before it makes a warm start. A
+  synthetic matrix has that step alone, and stays.
+  """
   found: dict[tuple[str, str], list[Row]] = {}
   for row in rows:
-    if 'absent' not in row:
-      m, n = row['shape']
-      found.setdefault((row['size'], f'{m} x {n}'), []).append(row)
+    if 'absent' in row or not (row['size'] == SYNTHETIC or row['energy'][WARM]):
+      continue
+    m, n = row['shape']
+    found.setdefault((row['size'], f'{m} x {n}'), []).append(row)
   return found
-
-
-def _values(rows: list[Row], field: str, way: str, rank: str) -> list[float]:
-  """A field of all rows that have it; the first step has no way `warm`."""
-  return [r[field][way][rank] for r in rows if rank in r[field][way]]
 
 
 def energy_table(rows: list[Row]) -> str:
@@ -112,14 +114,13 @@ def energy_table(rows: list[Row]) -> str:
       best = np.median([row['best'][rank] for row in group])
       cells = [f'{best:.3f}']
       for way in WAYS:
-        energies = _values(group, 'energy', way, rank)
-        overlaps = _values(group, 'overlap', way, rank)
-        cells.append(
-          f'{np.median(energies):.3f} [{min(energies):.3f}], '
-          f'{np.median(overlaps):.2f}'
-          if energies
-          else '-'
-        )
+        if rank not in group[0]['energy'][way]:
+          cells.append('-')
+          continue
+        energies = [row['energy'][way][rank] for row in group]
+        shared = np.median([row['overlap'][way][rank] for row in group])
+        middle, lowest = np.median(energies), min(energies)
+        cells.append(f'{middle:.3f} [{lowest:.3f}], {shared:.2f}')
       lines.append([size, shape, str(len(group)), rank, *cells])
   heads = ['size', 'shape', 'gradients', 'rank', 'best energy', *WAYS]
   return harness.markdown(heads, lines) + '\n' + _absent(rows)
@@ -151,7 +152,7 @@ def loss_table(rows: list[Row]) -> str:
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
   """Time against size, and captured energy against rank on real gradients."""
   groups = _groups(results.get('energy', {}).get('rows', []))
-  sizes = list(dict.fromkeys(s for s, _ in groups if s != 'synthetic'))
+  sizes = list(dict.fromkeys(s for s, _ in groups if s != SYNTHETIC))
   figure = matplotlib.figure.Figure(
     figsize=(5 * (1 + len(sizes)), 4.5), layout='constrained'
   )
@@ -180,25 +181,32 @@ def _plot_times(axes: Any, rows: list[Row]) -> None:
     if 'absent' not in row and row['rank'] == row['shape'][1] // 4
   ]
   for name in FITS:
-    found = sorted(
-      (np.prod(row['shape']) / 1e6, *row[name]['seconds'])
-      for row in quarter
-      if 'absent' not in row[name]
-    )
-    if not found:
-      continue
-    x, low, middle, high = np.transpose(found)
-    errors = 1e3 * (middle - low), 1e3 * (high - middle)
-    axes.errorbar(
-      x, 1e3 * middle, errors, fmt='o-', ms=3, color=COLORS[name], label=name
-    )
+    for is_square, line in ((False, 'o-'), (True, 's:')):
+      found = sorted(
+        (row['shape'][1], *row[name]['seconds'])
+        for row in quarter
+        if 'absent' not in row[name]
+        and (row['shape'][0] == row['shape'][1]) == is_square
+      )
+      if not found:
+        continue
+      n, low, middle, high = np.transpose(found)
+      axes.errorbar(
+        *(n, 1e3 * middle, (1e3 * (middle - low), 1e3 * (high - middle))),
+        **{'fmt': line, 'ms': 3, 'lw': 1.2, 'color': COLORS[name]},
+        label=None if is_square else name,
+      )
+  ticks = sorted({row['shape'][1] for row in quarter})
   axes.set(
-    xscale='log',
-    yscale='log',
-    xlabel='millions of numbers in the matrix',
-    ylabel='ms for one refresh',
-    title='rank: a quarter of the short axis',
+    xscale='log', yscale='log', title='rank: a quarter of the short axis'
   )
+  axes.set(
+    xlabel='short axis (full lines: MLP kernels, dotted: square ones)',
+    ylabel='ms for one refresh',
+    xticks=ticks,
+    xticklabels=ticks,
+  )
+  axes.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
 
 
 def _plot_energies(axes: Any, size: str, rows: list[Row]) -> None:
@@ -213,14 +221,10 @@ def _plot_energies(axes: Any, size: str, rows: list[Row]) -> None:
   axes.fill_between(x, low, high, color='0.9')
   axes.plot(x, middle, color='k', lw=2.5, alpha=0.4, label='best (quartiles)')
   for way in WAYS:
-    medians = []
-    for rank in ranks:
-      found = [
-        row['best'][rank] * row['energy'][way][rank]
-        for row in rows
-        if rank in row['energy'][way]
-      ]
-      medians.append(np.median(found) if found else np.nan)
+    medians = [
+      np.median([row['best'][r] * row['energy'][way][r] for row in rows])
+      for r in ranks
+    ]
     axes.plot(x, medians, 'o-', ms=3, lw=1, color=COLORS[way], label=way)
   axes.set(
     xscale='log',
@@ -231,4 +235,4 @@ def _plot_energies(axes: Any, size: str, rows: list[Row]) -> None:
     ylim=(0, 1.02),
     title=f'gradients of LLaMA-{size}',
   )
-  axes.minorticks_off()
+  axes.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
