@@ -1,4 +1,4 @@
-"""What refreshing a subspace costs, what it captures, what it does to a loss.
+r"""What refreshing a subspace costs, captures, and does to a loss.
 
 Every few hundred steps a projected kernel gets a new basis of rank r, fitted to
 the gradient at hand. The ways to fit one are compared, each by the library's
@@ -22,16 +22,22 @@ There are four parts; without names all of them run, in this order:
            much of it a basis captures, |G Q|^2 / |G|^2, relative to the best
            that rank r allows, and how much of the exact subspace it contains,
            |Q^T V|^2 / r (its mean squared canonical correlation). The best and
-           V come from NumPy's SVD in float64; Q is orthonormalised first.
+           V come from NumPy's SVD in float64; Q is orthonormalised first. A
+           cell of the table has the median over matrices of the energy, [the
+           lowest], and the median overlap; gradients of the first step, before
+           which there is none, are in the JSON file alone.
   time     seconds of one refresh, after compilation, in turns whose order
            alternates. Wants a quiet machine.
-  loss     the smallest of the models with `gradnormlorp` and each way of
-           refreshing, on equal data, with equal learning rate and rank: the
-           evaluation loss at the end. A tokenizer of 4096 is trained on the
-           text, since a head for more would take most of the time.
+  loss     the first size with `gradnormlorp` and each way of refreshing,
+           on equal data, with equal learning rate and rank: the evaluation loss
+           at the end
 
-  text="--data.source wikipedia_en/*train* --data.tokenizer t5"
-  python -m benchmarks.refresh save energy loss $text --size 9m 60m --gap 50 10
+Models have a vocabulary of 4096, of a tokenizer that is trained on the text:
+the head for a larger one would take most of the time. With --data.tokenizer
+`save` takes another one, and the preset's vocabulary.
+
+  python -m benchmarks.refresh save energy loss --size 9m 60m --gap 50 10 \
+    --data.source 'wikipedia_en/*train.00000*'
   python -m benchmarks.refresh time --minutes 4
 
 Without --data.source the text is the sources of the standard library. Each part
@@ -39,8 +45,8 @@ replaces its own rows in the JSON file and leaves the others.
 
 A rectangular matrix is turned so that its shorter axis is compressed, the
 library's default: gate, up and down projections have one shape here. Times are
-medians, in brackets the ratio to the time of `exact` in the same round, with
-its quartiles: below 1 is faster. LAPACK has one thread, as in train_lm.py;
+medians, after them the median ratio to the time of `exact` in the same round
+[its quartiles]: below 1 is faster. LAPACK has one thread, as in train_lm.py;
 XLA's matrix products have all cores. `dct` and `random` store no basis: what
 they leave undone here, every step does. A synthetic matrix is a product of low
 rank, whose singular values fall about as 1/i, with a tenth of its energy in
@@ -511,7 +517,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     help='steps between two saved gradients, one for all sizes or one for each '
     '(default: 50)',
   )
-  add('--steps', type=int, default=200, help='of a run of `loss` (%(default)s)')
+  add('--steps', type=int, default=150, help='of a run of `loss` (%(default)s)')
   add('--seeds', type=int, default=2, help='of `loss` (default: %(default)s)')
   add('--eval-batches', type=int, default=40, help='of `loss` (%(default)s)')
   add('--batch-size', type=int, default=8, help='x 128 tokens (%(default)s)')
