@@ -355,11 +355,14 @@ def time_row(
   size = grad_MN.shape[0] * grad_MN.shape[1] ** 2
   matrix = scaled(grad_MN)
   row: Row = {}
+  planned = 0.0  # Seconds of the turns of what was taken on.
   for name in reversed(FITS):  # The fast ones first.
     expected = slowness.get(name, 0.0) * size
-    if (1 + FEWEST_ROUNDS) * expected > clock.seconds_left:
-      row[name] = {'absent': f'left out: about {expected:.0f} s a refresh'}
+    turns = FEWEST_ROUNDS * expected
+    if planned + turns + expected > clock.seconds_left:
+      row[name] = {'absent': f'left out: about {expected:.1f} s a refresh'}
       continue
+    planned += turns
     row[name] = attempt(lambda name=name: {'fit': Fit(name, matrix, rank)})
   fits = {name: row[name]['fit'] for name in FITS if 'fit' in row[name]}
   seconds: dict[str, list[float]] = {name: [] for name in fits}

@@ -164,7 +164,7 @@ def test_fits_that_take_too_long_or_fail_leave_the_others(monkeypatch):
   monkeypatch.setitem(refresh.JITTED, 'eigh', Broken())
   row = refresh.time_row(matrix()[2], RANK, 3, clock(), {'exact': 1.0})
   size = 20 * 12**2
-  assert row['exact'] == {'absent': f'left out: about {size} s a refresh'}
+  assert row['exact'] == {'absent': f'left out: about {size}.0 s a refresh'}
   assert row['eigh'] == {'absent': 'RuntimeError: no kernel'}
   assert row['power']['ratio'] is None and row['power']['rounds'] == 3
   row |= {'shape': [20, 12], 'rank': RANK, 'matrix': 'synthetic'}
