@@ -35,7 +35,7 @@ def _seconds(value: float) -> str:
     return f'{value:.1f} s'
   if value >= 1e-3:
     return f'{1e3 * value:.3g} ms'
-  return f'{1e6 * value:.2g} us'
+  return f'{1e6 * value:.3g} us'
 
 
 def _places(row: Row) -> str:
