@@ -5,7 +5,8 @@
   python -m benchmarks.scaling state devices plan   # these time nothing
 
 Each part is a process of its own and replaces its own rows in the JSON file, so
-that parts can be made on different days and machines: each names its own. The
+that parts can be made on different days and machines: each names its own, and
+each row its commit. --resume goes on with a part that was interrupted. The
 models are LLaMAs of the published presets, 9m to 7b; the rank is a quarter of
 the width unless a row says otherwise; `8 bits` means moments and bases.
 
@@ -52,7 +53,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # After `harness`, which sets what must be set before it.
@@ -292,35 +293,7 @@ def race(
       break
     for racer in racers[:: -1 if number % 2 else 1]:
       racer.turn(TURN)
-  return timed_rows(racers, parameters) + failed
-
-
-def timed_rows(racers: list[Racer], parameters: int) -> list[Row]:
-  """What steps that took turns came to, each beside AdamW where it raced."""
-  medians = {i: np.median(r.turns, axis=1) for i, r in enumerate(racers)}
-  adamw = next(
-    (medians[i] for i, r in enumerate(racers) if r.key['method'] == 'adamw'),
-    None,
-  )
-  rows = []
-  for i, racer in enumerate(racers):
-    low, median, high = np.quantile(medians[i], (0.25, 0.5, 0.75)).tolist()
-    ratios = None
-    if adamw is not None:
-      ratios = np.quantile(medians[i] / adamw, (0.25, 0.5, 0.75)).tolist()
-    rows.append(
-      {
-        **racer.key,
-        'parameters': parameters,
-        'median_s': median,
-        'quartiles_s': [low, high],
-        'of_adamw': ratios,
-        'first_s': racer.first_s,
-        'compile_s': racer.compile_s,
-        'steps': sum(map(len, racer.turns)),
-      }
-    )
-  return rows
+  return scaling_report.timed_rows(racers, parameters) + failed
 
 
 def optimizer_race(keys: list[Row], clock: harness.Clock) -> list[Row]:
@@ -469,8 +442,8 @@ def planned_row(key: Row) -> list[Row]:
 def device_cases() -> Iterator[Case]:
   """Every mesh along one axis; all steps, and AdamW's as a yardstick."""
   meshes = [(n, 1) for n in DEVICES] + [(1, n) for n in DEVICES if n > 1]
-  rows = [('adamw', 'whole')]
-  rows += itertools.product(('gradnormlorp', 'galore'), STEPS)
+  rows = [('gradnormlorp', step) for step in STEPS]
+  rows += [('adamw', 'whole'), *(('galore', step) for step in STEPS)]
   for (method, step), (data, fsdp) in itertools.product(rows, meshes):
     key = {
       **{'method': method, 'step': step, 'rank': 64},
@@ -494,6 +467,7 @@ def plan_cases() -> Iterator[Case]:
 
 # All parts.
 
+sizes = scaling_report.sizes  # For benchmarks.check.
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
   'state': state_cases,
   'time': time_cases,
@@ -511,23 +485,39 @@ def reason(error: Exception) -> Row:
 
 
 def measure(
-  part: str, clock: harness.Clock, save: Callable[[Row], None]
+  part: str,
+  clock: harness.Clock,
+  save: Callable[[Row], None],
+  known: Sequence[Row] = (),
 ) -> None:
-  """Measures a part; `save` is given all of its rows after every case."""
+  """Measures a part.
+
+  Args:
+    part: One of `PARTS`.
+    clock: What no longer fits its time is left out.
+    save: Given all rows, and the names of those left out, after every case.
+    known: Rows that need not be measured again.
+  """
+  commit = record.commit()
   cases = list(CASES[part]())
-  rows: list[Row] = []
+  found = [
+    [row for row in known if case.key.items() <= row.items()] for case in cases
+  ]
   left_out: list[Row] = []
-  for done, case in enumerate(cases):
-    name = ', '.join(str(value) for value in case.key.values())
+  for number, case in enumerate(cases):
+    if found[number]:
+      continue
     if clock.seconds_left:
+      name = ', '.join(str(value) for value in case.key.values())
       harness.progress(f'{part}: {name}')
       try:
-        rows += case.measure(clock.share(len(cases) - done))
+        rows = case.measure(clock.share(len(cases) - number))
       except Exception as error:
-        rows.append({**case.key, **reason(error)})
+        rows = [{**case.key, **reason(error)}]
+      found[number] = [{**row, 'commit': commit} for row in rows]
     else:
       left_out.append(case.key)
-    save({'rows': rows, 'left_out': left_out})
+    save({'rows': list(itertools.chain(*found)), 'left_out': left_out})
 
 
 def in_this_process(part: str, args: argparse.Namespace) -> None:
@@ -544,7 +534,9 @@ def in_this_process(part: str, args: argparse.Namespace) -> None:
     found['parts'][part] = {'environment': header, **rows}
     record.write_json(args.output, found)
 
-  measure(part, clock, save)
+  known = found['parts'].get(part, {}).get('rows', []) if args.resume else []
+  known = [r for r in known if not {'absent', 'error'} & r.keys()]
+  measure(part, clock, save, known)
   args.plot.parent.mkdir(parents=True, exist_ok=True)
   scaling_report.plot(found).savefig(args.plot, dpi=120)
   sys.stdout.write(scaling_report.tables(found, part))
@@ -555,22 +547,6 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     return {'parts': {}}
   return json.loads(path.read_text())
-
-
-def sizes(found: dict[str, Any]) -> dict[str, int]:
-  """Bytes that do not depend on the machine, by name; see benchmarks.check."""
-  counted = {}
-  for part, content in found['parts'].items():
-    for row in content['rows']:
-      names = [
-        f'{key}={row[key]}'
-        for key in ('size', 'method', 'step', 'rank', 'data', 'fsdp')
-        if key in row
-      ]
-      for name in ('bytes', 'device_bytes', 'bytes_per_step'):
-        if name in row:
-          counted[f'{part}: {", ".join(names)}: {name}'] = row[name]
-  return counted
 
 
 def main() -> None:
@@ -588,6 +564,11 @@ def main() -> None:
     default=PLOT,
     help='image of all parts that are in the JSON file (default: %(default)s)',
   )
+  parser.add_argument(
+    '--resume',
+    action='store_true',
+    help='keep the rows that the JSON file has, and measure the others',
+  )
   args = parser.parse_args()
   for part in args.parts:
     if part not in PARTS:
@@ -602,6 +583,7 @@ def main() -> None:
     command = [sys.executable, '-m', 'benchmarks.scaling', part]
     for name in ('device', 'output', 'plot'):
       command += [f'--{name}', str(getattr(args, name))]
+    command += ['--resume'] if args.resume else []
     subprocess.run([*command, '--minutes', str(minutes)], check=True)
 
 

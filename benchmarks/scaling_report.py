@@ -69,6 +69,50 @@ def chosen(rows: list[Row], **values: Any) -> list[Row]:
   ]
 
 
+def timed_rows(racers: list[Any], parameters: int) -> list[Row]:
+  """What steps that took turns came to, each beside AdamW where it raced."""
+  medians = {i: np.median(r.turns, axis=1) for i, r in enumerate(racers)}
+  adamw = next(
+    (medians[i] for i, r in enumerate(racers) if r.key['method'] == 'adamw'),
+    None,
+  )
+  rows = []
+  for i, racer in enumerate(racers):
+    low, median, high = np.quantile(medians[i], (0.25, 0.5, 0.75)).tolist()
+    ratios = None
+    if adamw is not None:
+      ratios = np.quantile(medians[i] / adamw, (0.25, 0.5, 0.75)).tolist()
+    rows.append(
+      {
+        **racer.key,
+        'parameters': parameters,
+        'median_s': median,
+        'quartiles_s': [low, high],
+        'of_adamw': ratios,
+        'first_s': racer.first_s,
+        'compile_s': racer.compile_s,
+        'steps': sum(map(len, racer.turns)),
+      }
+    )
+  return rows
+
+
+def sizes(found: dict[str, Any]) -> dict[str, int]:
+  """Bytes that do not depend on the machine, by name; see benchmarks.check."""
+  counted = {}
+  for part, content in found['parts'].items():
+    for row in content['rows']:
+      names = [
+        f'{key}={row[key]}'
+        for key in ('size', 'method', 'step', 'rank', 'data', 'fsdp')
+        if key in row
+      ]
+      for name in ('bytes', 'device_bytes', 'bytes_per_step'):
+        if name in row:
+          counted[f'{part}: {", ".join(names)}: {name}'] = row[name]
+  return counted
+
+
 # Tables.
 
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, methods, scaling, scaling_report
+from benchmarks import harness, methods, record, scaling, scaling_report
+from gnlorp_jax import accelerators
 from gnlorp_jax.models import llama
 
 V, D, F, L, R = 96, 32, 48, 2, 8
@@ -134,12 +135,12 @@ def racer(method, turns):
 def test_medians_and_ratios_of_known_times():
   ours = racer('galore', [[3.0, 3.0, 9.0], [4.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
   adamw = racer('adamw', [[1.0] * 3, [2.0] * 3, [1.0] * 3])
-  first, second = scaling.timed_rows([ours, adamw], 7)
+  first, second = scaling_report.timed_rows([ours, adamw], 7)
   assert first['median_s'] == 3.0 and first['quartiles_s'] == [2.5, 3.5]
   assert first['of_adamw'] == [2.0, 2.0, 2.5]  # Of 3, 2, 2.
   assert (first['steps'], first['parameters']) == (9, 7)
   assert second['median_s'] == 1.0
-  assert scaling.timed_rows([ours], 7)[0]['of_adamw'] is None
+  assert scaling_report.timed_rows([ours], 7)[0]['of_adamw'] is None
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
@@ -160,7 +161,8 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
   cases = [scaling.Case({'method': 'galore'}, absent)]
   monkeypatch.setitem(scaling.CASES, 'plan', lambda: iter(cases))
   rows, table, _ = run('plan')
-  assert rows == [{'method': 'galore', 'absent': 'not installed'}]
+  (row,) = rows
+  assert row['absent'] == 'not installed' and row['commit'] == record.commit()
   assert '* method galore: not installed' in table
 
 
@@ -172,6 +174,18 @@ def test_what_no_longer_fits_is_named():
   assert len(saved[-1]['left_out']) == len(list(scaling.state_cases()))
   table = scaling_report.tables({'parts': {'state': saved[-1]}}, 'state')
   assert 'size tiny, method adamw, rank 8: left out, no time' in table
+
+
+@pytest.mark.usefixtures('tiny')
+def test_an_interrupted_part_goes_on():
+  rows, _, _ = run('state')
+  marked = [{**row, 'commit': 'earlier'} for row in rows[:-1]]
+  saved = []
+  scaling.measure('state', harness.Clock(10), saved.append, marked)
+  assert saved[-1]['rows'] == [*marked, rows[-1]]
+  scaling.measure('state', harness.Clock(0), saved.append, marked)
+  assert saved[-1]['rows'] == marked
+  assert len(saved[-1]['left_out']) == 1
 
 
 @pytest.mark.usefixtures('tiny')
@@ -250,3 +264,12 @@ def test_parameters_of_a_tree():
   tree = {'a': np.zeros((2, 3)), 'b': np.zeros(())}
   assert scaling.count_parameters(tree) == 7
   assert math.isclose(scaling.count_parameters([]), 0)
+
+
+def test_machines_hold_equal_parts_of_the_devices():
+  h100 = accelerators.ACCELERATORS['h100']
+  with pytest.raises(ValueError) as error:
+    accelerators.described_devices(h100, 10, machines=4)
+  assert str(error.value) == (
+    '10 devices cannot be divided among 4 machines: use a multiple of 4.'
+  )
