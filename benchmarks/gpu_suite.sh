@@ -57,18 +57,18 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 
 # Name, share of the time, and options at full size and tiny.
 names=(train layerwise step refresh)
-shares=(48 18 23 11)
+shares=(44 22 23 11)
 declare -A module=(
   [train]=train [layerwise]=gpu_layerwise [step]=step [refresh]=refresh
 )
 declare -A full=(
-  [train]='--sizes 60m 130m 350m 1b'
+  [train]='--sizes 60m 130m 350m 1b --dtype bfloat16'
   [layerwise]='--part memory_7b_24gb'
   [step]='--shapes 60m 350m 1b 4096x4096 --ranks 512 --dtypes bfloat16 float32'
   [refresh]='time'
 )
 declare -A small=(
-  [train]='--sizes 9m'
+  [train]='--sizes 9m --batch-size 2 --seq-len 64 --gap 4'
   [layerwise]='--part memory_130m --tiny'
   [step]='--shapes 64x96 --ranks 8 --dtypes float32 --methods floor gradnormlorp'
   [refresh]='time --rounds 2'

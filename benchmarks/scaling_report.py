@@ -250,10 +250,6 @@ def plot(found: dict[str, Any]) -> Figure:
   return figure
 
 
-def _colors(rows: list[Row]) -> dict[str, str]:
-  return {m: f'C{i}' for i, m in enumerate(unique(rows, 'method'))}
-
-
 def _curves(
   axes: Axes,
   rows: list[Row],
@@ -264,7 +260,7 @@ def _curves(
   names: bool = True,
 ) -> None:
   """A cost against the parameters, one curve for each method."""
-  for method, color in _colors(rows).items():
+  for i, method in enumerate(unique(rows, 'method')):
     part = [row for row in chosen(rows, method=method) if cost in row]
     part.sort(key=lambda row: row['parameters'])
     power = fits(part, cost).get(method)
@@ -273,7 +269,9 @@ def _curves(
       [row['parameters'] for row in part],
       [row[cost] / scale for row in part],
       style,
-      color=color,
+      color=f'C{i}',
+      # Where curves coincide, the ones below can be seen.
+      linewidth=4 - i,
       label=shown if names else None,
     )
   axes.set_xlabel('parameters')
@@ -328,6 +326,20 @@ def _communication(axes: Axes, small: list[Row], planned: list[Row]) -> None:
       alpha=0.6,
       label=f'{size}, {method}, {step} (GPUs)',
     )
+    for row in part:
+      place = (
+        row['data'] * row['fsdp'],
+        row['bytes_per_step'] / row['parameter_bytes'],
+      )
+      axes.annotate(
+        f'data {row["data"]}, fsdp {row["fsdp"]}',
+        place,
+        xytext=(-6, 0),
+        textcoords='offset points',
+        ha='right',
+        va='center',
+        fontsize='xx-small',
+      )
   axes.set_xscale('log', base=2)
   axes.set_xlabel('devices')
   axes.set_ylabel('sent per device and step, in bytes of the parameters')
