@@ -230,7 +230,7 @@ TABLES = {
 def plot(found: dict[str, Any]) -> Figure:
   """State, time and communication, of the parts that there are."""
   rows = {part: found['parts'].get(part, {}).get('rows', []) for part in TABLES}
-  figure = Figure(figsize=(15, 4.5), layout='constrained')
+  figure = Figure(figsize=(17, 4.5), layout='constrained')
   state, seconds, sent = figure.subplots(1, 3)
   _curves(
     *(state, chosen(rows['state'], against='parameters'), 'bytes'),
@@ -278,6 +278,8 @@ def _curves(
   axes.set_ylabel(label)
   if axes.get_legend_handles_labels()[0]:
     axes.legend(title='exponent', fontsize='small')
+  elif names:
+    axes.set_title('not measured yet')
 
 
 def _communication(axes: Axes, small: list[Row], planned: list[Row]) -> None:
@@ -344,4 +346,5 @@ def _communication(axes: Axes, small: list[Row], planned: list[Row]) -> None:
   axes.set_xlabel('devices')
   axes.set_ylabel('sent per device and step, in bytes of the parameters')
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(fontsize='xx-small')
+    # Beside the plot: there is no corner without a point.
+    axes.legend(fontsize='x-small', loc='upper left', bbox_to_anchor=(1, 1))
