@@ -39,7 +39,11 @@ CHECKS: dict[str, tuple[str, ...]] = {
     *('--shapes', '60m', '--dtypes', 'float32', '--ranks', '128'),
     *('--methods', 'floor', 'galore-torch', 'gradnormlorp', 'adamw'),
   ),
-  'train': ('--sizes', '20m'),
+  # What it has no time for in a short run would delay the rest.
+  'train': (
+    *('--sizes', '20m', '--methods', 'gradnormlorp', 'galore-torch'),
+    *('adamw', 'torch-adamw', 'galore'),
+  ),
   'scaling': ('state',),
 }
 """Benchmark: the options of a short run that covers what is worth checking.
@@ -49,6 +53,7 @@ A benchmark has a path RESULTS and functions of a record: `ratios`, of names to
 a path PLOT and an option for it.
 """
 TOLERANCE = 0.05  # Of a median.
+NAMED = 8  # Of what only one record has.
 WORSE, SAME, BETTER = 'WORSE', 'same', 'better'
 
 Ratio = tuple[float, float, float]
@@ -225,7 +230,9 @@ def report(name: str, outcome: Outcome) -> str:
     ('In this run, not recorded', outcome.new),
   ):
     if names:
-      text += f'\n{title}: {"; ".join(names)}.\n'
+      more = len(names) - NAMED
+      end = f'; and {more} more' if more > 0 else ''
+      text += f'\n{title}: {"; ".join(names[:NAMED])}{end}.\n'
   return text
 
 

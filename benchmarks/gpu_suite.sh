@@ -55,20 +55,22 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 [[ $device == cpu ]] && export JAX_PLATFORMS=cpu
 
-# Name, share of the time, and options at full size and tiny.
+# Name, share of the time, and options at full size and tiny. Every method of
+# `train` has to compile before the first turn: only those that matter most.
 names=(train layerwise step refresh)
 shares=(44 22 23 11)
 declare -A module=(
   [train]=train [layerwise]=gpu_layerwise [step]=step [refresh]=refresh
 )
+methods='--methods gradnormlorp galore-torch adamw torch-adamw galore'
 declare -A full=(
-  [train]='--sizes 60m 130m 350m 1b --dtype bfloat16'
+  [train]="--sizes 60m 130m 350m 1b --dtype bfloat16 --loss-chunk 4096 $methods"
   [layerwise]='--part memory_7b_24gb'
   [step]='--shapes 60m 350m 1b 4096x4096 --ranks 512 --dtypes bfloat16 float32'
   [refresh]='time'
 )
 declare -A small=(
-  [train]='--sizes 9m --batch-size 2 --seq-len 64 --gap 4'
+  [train]="--sizes 9m --batch-size 2 --seq-len 64 --gap 4 $methods"
   [layerwise]='--part memory_130m --tiny'
   [step]='--shapes 64x96 --ranks 8 --dtypes float32 --methods floor gradnormlorp'
   [refresh]='time --rounds 2'

@@ -74,6 +74,12 @@ def test_what_only_one_record_has_is_named():
   assert 'In this run, not recorded: other.' in text
 
 
+def test_of_many_missing_names_the_first_are_given():
+  found = check.Outcome(missing=[f'n{i}' for i in range(10)])
+  text = check.report('step', found)
+  assert 'not in this run: n0; n1; n2; n3; n4; n5; n6; n7; and 2 more.' in text
+
+
 def test_another_machine_or_package_is_stated():
   parts = {'parts': {'a': {'environment': MACHINE}}}
   assert check.differences(parts, MACHINE) == []
