@@ -130,25 +130,36 @@ def compiler_is_installed() -> bool:
   return importlib.util.find_spec('jax_cuda12_plugin') is not None
 
 
-def described_devices(accelerator: Accelerator, count: int) -> list[jax.Device]:
-  """Devices to compile for, on one machine; nothing can run on them.
+def described_devices(
+  accelerator: Accelerator, count: int, machines: int = 1
+) -> list[jax.Device]:
+  """Devices to compile for; nothing can run on them.
 
   JAX must have been told not to look for GPUs (``jax_platforms='cpu'``): its
   plugin otherwise checks for a driver.
 
   Args:
     accelerator: Their kind.
-    count: Their number.
+    count: Their number in all.
+    machines: Number of machines that they are in, in equal parts.
 
   Returns:
-    The devices.
+    The devices, machine by machine.
+
+  Raises:
+    ValueError: If they cannot be divided among the machines.
   """
+  if count % machines:
+    raise ValueError(
+      f'{count} devices cannot be divided among {machines} machines: use a '
+      f'multiple of {machines}.'
+    )
   return list(
     topologies.get_topology_desc(
       '',
       platform='cuda',
       target_config=target_config(accelerator),
-      topology=f'1x1x{count}',
+      topology=f'1x{machines}x{count // machines}',
     ).devices
   )
 

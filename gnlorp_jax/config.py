@@ -12,8 +12,6 @@ import pathlib
 import sys
 from typing import Any, Literal, TypeVar
 
-import tyro
-
 from gnlorp_jax import models
 from gnlorp_jax.models.llama import LlamaConfig
 from gnlorp_jax.models.roberta import RobertaConfig
@@ -279,7 +277,7 @@ class TrainConfig:
   dry_run: bool = False
   """Only report what would happen to every parameter, and how many bytes the
   optimizer takes."""
-  model: tyro.conf.AvoidSubcommands[models.Config] = LlamaConfig(
+  model: models.Config = LlamaConfig(
     vocab_size=4096,
     hidden_size=128,
     intermediate_size=352,
@@ -451,12 +449,17 @@ def override(default: Settings, args: list[str], description: str) -> Settings:
     SystemExit: After `--help`.
     ValueError: If a field does not exist or a value is not allowed.
   """
+  # Who runs no command line, such as a benchmark, need not have it.
+  import tyro
+
   _check_fields(args, default)
   return tyro.cli(
     type(default),
     default=default,
     args=args,
     description=description,
+    # The model is of the kind that is there: its fields are options as others.
+    config=(tyro.conf.AvoidSubcommands,),
   )
 
 

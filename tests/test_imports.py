@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +34,38 @@ def test_folder_imports_nothing_of_the_others(folder):
     and not f'{module}.'.startswith(f'{allowed}.')
   }
   assert not foreign
+
+
+# What a machine that was lent for a while may lack.
+ABSENT = (
+  *('grain', 'tyro', 'tensorboardX', 'tensorflow_datasets', 'transformers'),
+  'sklearn',
+)
+WITHOUT = """
+import importlib.abc
+import sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    if name.partition('.')[0] in {absent}:
+      raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import gnlorp_jax.build
+from gnlorp_jax import config
+
+program = gnlorp_jax.build.program(config.TrainConfig(batch_size=16), 1)
+print(len(program.abstract_batch))
+"""
+
+
+def test_a_program_is_built_without_what_only_data_and_command_lines_need():
+  found = subprocess.run(
+    [sys.executable, '-c', WITHOUT.replace('{absent}', str(ABSENT))],
+    cwd=PACKAGE.parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 0, found.stderr
+  assert found.stdout == '3\n'

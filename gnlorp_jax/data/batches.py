@@ -1,12 +1,17 @@
 """A file of token ids to batches for training and evaluation."""
 
-import math
+from __future__ import annotations
 
-import grain
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from gnlorp_jax.data.masking import Masking
 from gnlorp_jax.data.text import TokenFile
+
+if TYPE_CHECKING:
+  import grain
 
 
 def batches(
@@ -63,6 +68,9 @@ def batches(
   Raises:
     ValueError: If a size is out of range or the file is too small.
   """
+  # A program can be built and compiled without it.
+  import grain
+
   if min(batch_size, seq_len, process_count) < 1 or prefetch < 0:
     raise ValueError(
       f'batch_size={batch_size}, seq_len={seq_len} and process_count='
