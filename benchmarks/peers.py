@@ -1,7 +1,8 @@
 """The packages that the benchmarks compare with, as their users install them.
 
 PyTorch's optimizers are built from two groups of parameters, those that a
-low-rank method projects and the others, and one `Setting` for all of them. What
+low-rank method projects and the others, and one `Setting` for all of them; none
+decays weights, whatever its default. What
 is not installed, or has no kernel for the device, is an `AbsentError` with the
 reason.
 """
@@ -46,12 +47,13 @@ def _groups(
 
 
 def _torch_adamw(low, full, setting):
-  return module('torch').optim.AdamW(low + full, setting.learning_rate)
+  adamw = module('torch').optim.AdamW
+  return adamw(low + full, setting.learning_rate, weight_decay=0)
 
 
 def _torch_adamw_fused(low, full, setting):
   adamw = module('torch').optim.AdamW
-  return adamw(low + full, setting.learning_rate, fused=True)
+  return adamw(low + full, setting.learning_rate, weight_decay=0, fused=True)
 
 
 def _galore(low, full, setting):
@@ -90,7 +92,7 @@ def _apollo_mini(low, full, setting):
 
 def _bnb_adam8bit(low, full, setting):
   optim = module('bitsandbytes').optim
-  return optim.AdamW8bit(low + full, lr=setting.learning_rate)
+  return optim.AdamW8bit(low + full, lr=setting.learning_rate, weight_decay=0)
 
 
 TORCH: dict[str, Callable[[list[Any], list[Any], Setting], Any]] = {

@@ -496,7 +496,9 @@ METHODS: dict[str, Callable[[Data], StepMethod]] = {
   ),
   'floor-layers': functools.partial(floor, layout='layers'),
   'optax-galore': optax_galore,
-  'optax-adamw': lambda data: transformation(data, 'layers', optax.adamw(RATE)),
+  'optax-adamw': lambda data: transformation(
+    data, 'layers', optax.adamw(RATE, weight_decay=0)
+  ),
   'optax-adafactor': lambda data: transformation(
     data, 'layers', optax.adafactor(RATE)
   ),
@@ -507,7 +509,14 @@ METHODS: dict[str, Callable[[Data], StepMethod]] = {
 # Of most worth first.
 DEFAULT = (
   *('floor', 'gradnormlorp', 'galore-torch', 'optax-galore'),
-  *('gradnormlorp-8bit', 'galore', 'adamw', 'torch-adamw', 'apollo'),
+  *(
+    'gradnormlorp-8bit',
+    'galore',
+    'adamw',
+    'torch-adamw',
+    'torch-adamw-fused',
+    'apollo',
+  ),
   *('apollo-torch', 'fira', 'bitsandbytes-adamw8bit', 'optax-adamw'),
   *('optax-adafactor', 'floor-layers', 'galore-torch-8bit'),
 )

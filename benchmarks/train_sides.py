@@ -243,7 +243,7 @@ def _optax_galore(setting: peers.Setting) -> optax.GradientTransformation:
 
   rate, rank, gap = setting
   low = optax.contrib.galore(rate, rank, gap, peers.SCALE)
-  transforms = {'low': low, 'full': optax.adamw(rate)}
+  transforms = {'low': low, 'full': optax.adamw(rate, weight_decay=0)}
   return _unstacked(optax.partition(transforms, labels))
 
 
@@ -289,7 +289,9 @@ METHODS: dict[str, Callable[[Case], Ours | Theirs]] = {
   'bitsandbytes-adamw8bit': _theirs('bitsandbytes-adamw8bit'),
   'galore-torch-8bit': _theirs('galore-torch-8bit'),
   'apollo-torch': _theirs('apollo-torch'),
-  'optax-adamw': _optax(lambda setting: optax.adamw(setting.learning_rate)),
+  'optax-adamw': _optax(
+    lambda setting: optax.adamw(setting.learning_rate, weight_decay=0)
+  ),
   'optax-galore': _optax(_optax_galore),
   'optax-adafactor': _optax(
     lambda setting: optax.adafactor(setting.learning_rate)
