@@ -387,11 +387,13 @@ def measure(
     'environment': harness.environment(),
   }
   _, known = quality_rows.read(args.output, header['settings'])
+  known = quality_rows.without_failed(known)
   number, count = share
   path, own = args.output, known
   if count > 1:
     path = quality_rows.part_path(args.output, number, count)
-    own = json.loads(path.read_text())['rows'] if path.exists() else []
+    rows = json.loads(path.read_text())['rows'] if path.exists() else []
+    own = quality_rows.without_failed(rows)
 
   def make(name: str) -> Trainer:
     options = METHODS[name].options
@@ -454,17 +456,47 @@ def parser() -> argparse.ArgumentParser:
   add('--data', default='stdlib', help="training text, as train_lm's")
   add('--validation', help='validation text (default: the end of --data)')
   add('--tokenizer', default='bpe', help="as train_lm's data.tokenizer")
-  add('--steps', **number, default=300, help='steps of a run')
-  add('--batch-size', **number, default=4, help='sequences of a step')
-  add('--seq-len', **number, default=128, help='tokens of a sequence')
+  add('--steps', **number, default=300, help='steps of a run (default: 300)')
+  add(
+    '--batch-size', **number, default=4, help='sequences of a step (default: 4)'
+  )
+  add(
+    '--seq-len',
+    **number,
+    default=128,
+    help='tokens of a sequence (default: 128)',
+  )
   add('--rank', **number, help='default: a quarter of the width')
-  add('--gap', **number, default=50, help='steps between two refreshes')
+  add(
+    '--gap',
+    **number,
+    default=50,
+    help='between two refreshes, steps (default: 50)',
+  )
   add('--eval-every', **number, help='steps; default: a quarter of --steps')
-  add('--eval-batches', **number, default=40, help='held-out batches')
-  add('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-  add('--rates', nargs='+', default=(), metavar='METHOD=RATE,RATE')
+  add(
+    '--eval-batches',
+    **number,
+    default=40,
+    help='held-out batches (default: 40)',
+  )
+  add(
+    '--methods',
+    nargs='+',
+    choices=METHODS,
+    default=list(METHODS),
+    metavar='NAME',
+    help='default: all, ' + ', '.join(METHODS),
+  )
+  add(
+    '--rates',
+    nargs='+',
+    default=(),
+    metavar='METHOD=RATE,RATE',
+    help='peak learning rates to try, the likeliest first',
+  )
   add('--extend', **number, default=2, help='most rates beyond the edge')
-  add('--seeds', **number, default=3, help='seeds 0 to N - 1')
+  add('--seeds', **number, default=3, help='seeds 0 to N - 1 (default: 3)')
   add('--process', default='1/1', help='I/N: the I-th of N processes')
   add('--report', action='store_true', help='only merge, table and plot')
   add('--plot', type=pathlib.Path, default=PLOT, help='PNG file')

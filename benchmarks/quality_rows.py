@@ -64,6 +64,8 @@ def pending(name: str, rows: Sequence[Row], plan: Plan) -> list[Run]:
     return [(name, rate, 0) for rate in untried]
   tried = [rate for rate, seed in done if seed == 0]
   best = best_rate(rows, name)
+  if best is None and any('absent' in r for r in rows if r['method'] == name):
+    return []  # It cannot run at all: lower rates would not help.
   if len(set(tried) - set(planned)) < plan.extend:
     # Where nothing trained, the rates were too high.
     if best is None or best == min(tried):
@@ -129,6 +131,11 @@ def check_settings(
       'different settings do not compare: name another --output, or remove '
       'the file.'
     )
+
+
+def without_failed(rows: Sequence[Row]) -> list[Row]:
+  """The rows but for those that may end otherwise when they are tried again."""
+  return [row for row in rows if 'absent' not in row]
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -19,17 +19,25 @@ counted in part or not at all).
   interval    counted steps, in refresh intervals
   worst       the slowest step, in medians of its turn
   state       bytes of the optimizer's state
-  peak        GPU: what a step has at most. CPU: what the compiled step has, for
-              this package; PyTorch does not tell
+  peak        this package: what the compiled step has at most, state included.
+              PyTorch: what it had allocated at most in its second step, on a
+              GPU; on a CPU it does not tell
   compile     tracing and compiling, seconds
   MFU         model FLOPs (6 per weight and token, and attention) over the dense
-              bfloat16 peak of the GPU, where that is known
+              bfloat16 peak of the GPU, where that is known and all weights are
+              trained
 
-`products` are the bare matrix products of a step (forward, and both gradients
-of every kernel and of the head), timed by themselves in turns with XLA and with
-PyTorch: what either's step cannot go below with these products. PEFT's LoRA and
-DoRA train their adapters alone, which is less work; the others train all
-weights.
+`products` are the bare matrix products of a float32 step (forward, and both
+gradients of every kernel and of the head, in the form that the step has),
+timed by themselves in turns with XLA and with PyTorch on a CPU: what either's
+step cannot go below with these products.
+
+What is not alike: ours clips nothing but computes the global norms that it
+reports and leaves out steps that are not finite; PyTorch runs eagerly, without
+`torch.compile`, and has all logits at once where ours has --loss-chunk tokens'.
+In bfloat16 our moments are float32 and PyTorch's bfloat16. On a GPU both
+multiply float32 matrices in TF32. Nobody decays weights. PEFT's LoRA and DoRA
+train their adapters alone, which is less work; the others train all weights.
 """
 
 import argparse
@@ -50,7 +58,8 @@ from gnlorp_jax.models import llama
 
 RESULTS = pathlib.Path('benchmarks/results/train.json')
 PLOT = pathlib.Path('docs/train.png')
-PEERS = ('galore-torch', 'torch-adamw', 'adamw')
+PEERS = ('galore-torch', 'torch-adamw', 'torch-adamw-fused', 'adamw')
+OURS = ('gradnormlorp', 'galore', 'adamw')  # What a regression check sees.
 # Dense bfloat16 peaks in FLOP/s by what jax calls the GPU, from data sheets.
 PEAK_FLOPS = {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12}
 
@@ -63,6 +72,7 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
   mean = float(seconds.mean())
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   flops = llama.flops_per_token(case.config, case.seq_len) * case.tokens
+  partial = racer.name.startswith('peft')  # It trains adapters alone.
   return {
     'method': racer.name,
     'tokens_per_second': case.tokens / mean,
@@ -76,7 +86,7 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
     'compile_s': side.compile_s,
     'first_step_s': racer.first_s,
     'loss': side.loss,
-    'mfu': None if peak is None else flops / mean / peak,
+    'mfu': None if peak is None or partial else flops / mean / peak,
   }
 
 
@@ -103,6 +113,10 @@ def with_ratios(racers: list[turns.Racer], case: Case) -> list[dict[str, Any]]:
         'quartiles': [low, middle, high],
       }
   return rows
+
+
+def _reason(error: Exception) -> str:
+  return f'{error}'.strip().split('\n')[0] or type(error).__name__
 
 
 def compare(
@@ -133,11 +147,14 @@ def compare(
     return [(found | missing)[n] for n in names if n in found or n in missing]
 
   for name in names:
+    if racers and not clock.seconds_left:
+      absent[name] = 'no time was left to build it'
+      continue
     try:
       racers.append(turns.Racer(name, METHODS[name](case), BATCHES))
       harness.progress(f'{name}: first step {racers[-1].first_s:.2f} s')
     except Exception as error:  # Out of memory, no kernel: the others go on.
-      absent[name] = f'{error}'.strip().split('\n')[0] or type(error).__name__
+      absent[name] = _reason(error)
       harness.progress(f'{name}: absent, {absent[name]}')
     save(rows())
   rounds = 0
@@ -147,7 +164,12 @@ def compare(
     for racer in turns.order(racers, rounds):
       # PyTorch's threads keep spinning for a while after their work.
       time.sleep(0.05)
-      racer.turn(turn)
+      try:
+        racer.turn(turn)
+      except Exception as error:
+        absent[racer.name] = _reason(error)
+        racers.remove(racer)
+        harness.progress(f'{racer.name}: failed, {absent[racer.name]}')
     rounds += 1
     save(rows())
     harness.progress(
@@ -164,13 +186,13 @@ def ratios(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
     found: A record as this script writes it.
 
   Returns:
-    Quartiles over the rounds of the speed of `gradnormlorp` and `adamw` in that
-    of each peer, by a name.
+    The speed of each of `OURS` in that of each of `PEERS`, from the medians of
+    rounds (most refreshes are left out of them): quartiles, by a name.
   """
   named = {}
   for case in found['cases']:
     for known in case['rows']:
-      if known['method'] not in ('gradnormlorp', 'adamw', 'galore'):
+      if known['method'] not in OURS:
         continue
       for peer, ratio in known.get('speed_per', {}).items():
         if peer != known['method']:
@@ -192,7 +214,7 @@ def sizes(found: dict[str, Any]) -> dict[str, int]:
   named = {}
   for case in found['cases']:
     for known in case['rows']:
-      if known['method'] in ('gradnormlorp', 'adamw', 'galore'):
+      if known['method'] in OURS:
         for key in ('state_bytes', 'peak_bytes'):
           if known.get(key) is not None:
             name = f'train {case["size"]}: {known["method"]}, {key}'
@@ -353,9 +375,10 @@ def arguments() -> argparse.ArgumentParser:
   add(
     '--loss-chunk',
     type=int,
-    default=512,
-    help='tokens whose logits ours has at once: 512 is best on these CPUs, '
-    'thousands on a GPU (default: %(default)s)',
+    default=1024,
+    help='tokens whose logits ours has at once; the default is that of '
+    'train_lm.py, hundreds are faster on a CPU, thousands on a GPU (default: '
+    '%(default)s)',
   )
   add(
     '--turn',
@@ -364,9 +387,10 @@ def arguments() -> argparse.ArgumentParser:
     help='steps in a row of one method (default: %(default)s)',
   )
   add(
-    '--no-products',
-    action='store_true',
-    help='leave out the bare matrix products',
+    '--products',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='time the bare matrix products as well',
   )
   add('--plot', type=pathlib.Path, default=PLOT, help='picture')
   return parser
@@ -377,6 +401,11 @@ def main() -> None:
   parser = arguments()
   args = parser.parse_args()
   try:
+    for name in ('batch_size', 'seq_len', 'rank', 'gap', 'turn', 'loss_chunk'):
+      value = getattr(args, name)
+      if value is not None and value < 1:
+        option = name.replace('_', '-')
+        raise ValueError(f'--{option} {value} must be at least 1.')
     names = select(args.methods)
     cases = {size: make_case(size, args) for size in args.sizes}
   except ValueError as error:
@@ -404,7 +433,7 @@ def main() -> None:
       entry['left_out'] = 'no time was left'
       save([])
       continue
-    if args.device == 'cpu' and not args.no_products:
+    if (args.device, args.dtype) == ('cpu', 'float32') and args.products:
       entry['products'] = products.measure(case.config, case.tokens)
     share = clock.share(len(cases) - number)
     compare(names, case, share, args.turn, save)

@@ -127,6 +127,8 @@ class Theirs:
     if case.device == 'gpu' and not torch.cuda.is_available():
       raise methods.AbsentError('PyTorch was built without CUDA, or finds none')
     torch.set_num_threads(harness.cores())
+    # As JAX does on these GPUs.
+    torch.set_float32_matmul_precision('high')
     self._before = self._allocated()
     self._model = _torch_model(case).to(self._device)
     if adapters is not None:

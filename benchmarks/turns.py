@@ -80,9 +80,9 @@ def order(racers: Sequence[Racer], rounds: int) -> list[Racer]:
     rounds: Rounds before this one; every other round is turned about.
 
   Returns:
-    The same, turned on by 7 places a round.
+    The same, turned on by one place a round.
   """
-  first = rounds * 7 % len(racers)
+  first = rounds % len(racers)
   turned = [*racers[first:], *racers[:first]]
   return turned[::-1] if rounds % 2 else turned
 

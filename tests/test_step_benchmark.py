@@ -314,7 +314,9 @@ def test_ratios_of_turns():
 
 def test_everyone_comes_once_in_a_round_and_in_other_places():
   orders = [''.join(turns.order('abcd', rounds)) for rounds in range(4)]
-  assert orders == ['abcd', 'cbad', 'cdab', 'adcb']
+  assert orders == ['abcd', 'adcb', 'cdab', 'cbad']
+  seven = {turns.order('abcdefg', rounds)[0] for rounds in range(0, 14, 2)}
+  assert seven == set('abcdefg')
 
 
 def test_shapes_and_the_order_of_cases():

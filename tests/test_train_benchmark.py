@@ -78,9 +78,11 @@ def test_rows_of_this_package():
 @pytest.mark.usefixtures('one_torch_thread')
 def test_pytorch_computes_the_same(tmp_path):
   pytest.importorskip('galore_torch')
-  rows = compare('galore', 'galore-torch', 'adamw', 'torch-adamw')
+  rows = compare(
+    *('galore', 'galore-torch', 'adamw', 'torch-adamw', 'torch-adamw-fused')
+  )
   losses = [known['loss'] for known in rows.values()]
-  assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+  assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
   assert set(rows['galore']['speed_per']) == set(train.PEERS)
   # Other frameworks count steps too, 4 bytes a matrix.
   difference = rows['torch-adamw']['state_bytes'] - rows['adamw']['state_bytes']
@@ -92,9 +94,11 @@ def test_pytorch_computes_the_same(tmp_path):
   assert set(named) == {
     'train t: galore / galore-torch',
     'train t: galore / torch-adamw',
+    'train t: galore / torch-adamw-fused',
     'train t: galore / adamw',
     'train t: adamw / galore-torch',
     'train t: adamw / torch-adamw',
+    'train t: adamw / torch-adamw-fused',
   }
   assert all(low <= mid <= high for low, mid, high in named.values())
   assert (
@@ -145,11 +149,38 @@ def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch):
 
   monkeypatch.setitem(train.METHODS, 'fira', fail)
   monkeypatch.setitem(train.METHODS, 'torch-adamw', absent)
-  rows = compare('adamw', 'torch-adamw', 'fira', minutes=0.0)
+  rows = compare('adamw', 'torch-adamw', 'fira')
   assert rows['fira'] == {'method': 'fira', 'absent': 'out of memory:'}
-  assert rows['adamw']['steps'] == 2 and rows['adamw']['intervals'] == 0.5
+  assert rows['adamw']['steps'] == 4
   text = train.table({'size': 'tiny', 'rows': list(rows.values())})
   assert '* torch-adamw: absent, not installed: No module named torch' in text
+
+
+def test_a_method_that_fails_later_leaves_the_race(monkeypatch):
+  take_turn = turns.Racer.turn
+
+  def turn(racer, steps):
+    if racer.name == 'galore' and racer.turns:
+      raise RuntimeError('out of memory at a refresh')
+    take_turn(racer, steps)
+
+  monkeypatch.setattr(turns.Racer, 'turn', turn)
+  rows = compare('galore', 'adamw')
+  assert rows['galore']['absent'] == 'out of memory at a refresh'
+  assert rows['adamw']['steps'] == 4
+
+
+def test_without_time_one_method_takes_one_turn():
+  rows = compare('adamw', 'galore', minutes=0.0)
+  assert rows['adamw']['intervals'] == 0.5
+  assert rows['galore']['absent'] == 'no time was left to build it'
+
+
+def test_wrong_numbers_are_refused(monkeypatch, capsys):
+  monkeypatch.setattr('sys.argv', ['train', '--turn', '0'])
+  with pytest.raises(SystemExit):
+    train.main()
+  assert '--turn 0 must be at least 1.' in capsys.readouterr().err
 
 
 def test_unstacked_optimizer_equals_one_on_each_layer():

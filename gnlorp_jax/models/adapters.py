@@ -197,9 +197,9 @@ def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
   """Input with the dropout of a training step on it, or the input itself."""
   if config.dropout == 0 or not module.has_rng('dropout'):
     return x
-  keep = 1 - config.dropout
-  mask = jax.random.bernoulli(module.make_rng('dropout'), keep, x.shape)
-  return jnp.where(mask, x / keep, 0)
+  share = 1 - config.dropout
+  mask = jax.random.bernoulli(module.make_rng('dropout'), share, x.shape)
+  return jnp.where(mask, x / share, 0)
 
 
 def _adapt(
@@ -218,7 +218,7 @@ def _adapt(
   matmul = functools.partial(jnp.matmul, precision=module.precision)
   x = x.astype(y.dtype)
   dropped = _drop(config, module, x)
-  low = config.scale * matmul(dropped, a_IR.astype(y.dtype))
+  low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))
   change = matmul(low, b_RO.astype(y.dtype))
   if config.kind == 'lora':
     return y + change
@@ -233,7 +233,7 @@ def _adapt(
     norm_1O = jax.lax.stop_gradient(norm_1O)
   gain_O = _gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]
   if dropped is not x:
-    base = matmul(dropped, w_IO.astype(y.dtype))
+    base = keep(matmul(dropped, w_IO.astype(y.dtype)))
   elif module.use_bias:
     base = y - _along_last(own['bias'].astype(y.dtype), y)
   else:

@@ -89,9 +89,9 @@ def keep(x: jax.Array) -> jax.Array:
 def keep_marked(primitive: Any, *avals: Any, **params: Any) -> bool:
   """A policy for `jax.checkpoint`: the backward pass keeps what is marked.
 
-  These are the products of `dot_general` and the results of attention. All else
-  is element-wise and costs more to store than to compute again, on CPUs in time
-  as well.
+  These are the products of `dot_general`, the results of attention, and of an
+  adapter what takes a sum over many features. All else is cheap, and costs more
+  to store than to compute again, on CPUs in time as well.
   """
   named = jax.checkpoint_policies.save_only_these_names(_KEPT)
   is_cudnn = primitive.name.startswith('dot_product_attention_fwd')
@@ -121,15 +121,24 @@ def dot_general(
     preferred_element_type: None, or the dtype of x.
 
   Returns:
-    ``[*, O]``, in the dtype of x.
+    ``[*, O]``.
 
   Raises:
-    ValueError: If it is asked for another product.
+    ValueError: If it is asked for another product, or if x and the kernel have
+      different dtypes.
+
+  Note:
+    There is a reverse mode only: `jax.jvp` raises.
   """
   if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
     raise ValueError(
       f'dimension_numbers={dimension_numbers}: only the last axis of x can be '
       'contracted with the first one of a kernel. Use jax.lax.dot_general.'
+    )
+  if x.dtype != kernel_IO.dtype:
+    raise ValueError(
+      f'x is {x.dtype}, the kernel {kernel_IO.dtype}: both must have one '
+      'dtype. Cast one of them, or set the dtype of the layer.'
     )
   if preferred_element_type not in (None, x.dtype):
     raise ValueError(

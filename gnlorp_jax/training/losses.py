@@ -40,8 +40,8 @@ def chunked_cross_entropy(
   chunk keeps the sharding of the batch.
 
   Args:
-    logits_fn: Maps features ``[B, C, D]`` to float32 logits ``[B, C, V]``,
-      each position by itself.
+    logits_fn: Maps features ``[B, C, D]`` to logits ``[B, C, V]``, each
+      position by itself; what is not float32 is cast.
     x_BTD: Features, any floating dtype.
     targets_BT: Integers in [0, V), also where the weight is 0.
     weights_BT: Non-negative weights; 0 leaves a position out.
@@ -70,9 +70,13 @@ def chunked_cross_entropy(
     lambda array: _split_positions(array, num_chunks),
     (x_BTD, targets_BT, weights_BT.astype(jnp.float32)),
   )
-  # What a rule for the gradient is written for are arguments.
-  logits_fn, arrays = jax.closure_convert(logits_fn, chunks[0][0])
-  loss_sum = _loss_of_chunks(logits_fn, arrays, *chunks)
+  # A function of all arrays that it differentiates is what a rule for gradients
+  # needs. It is a new one each time: closure_convert remembers those it has
+  # seen, with the arrays in them.
+  float32_logits_fn, arrays = jax.closure_convert(
+    lambda x_BCD: logits_fn(x_BCD).astype(jnp.float32), chunks[0][0]
+  )
+  loss_sum = _loss_of_chunks(float32_logits_fn, arrays, *chunks)
   return loss_sum, jnp.sum(weights_BT, dtype=jnp.float32)
 
 
@@ -124,7 +128,9 @@ def _losses_and_slopes(logits_BCV, targets_BC):
   target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
   losses_BC = (jnp.log(sum_BC1) + (largest_BC1 - target_BC1))[..., 0]
   # A comparison, not a scatter: XLA fuses it with the rest.
-  target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1])
+  target_BCV = jax.nn.one_hot(
+    targets_BC, logits_BCV.shape[-1], dtype=logits_BCV.dtype
+  )
   return losses_BC, exp_BCV / sum_BC1 - target_BCV
 
 

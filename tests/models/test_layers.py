@@ -1,6 +1,7 @@
 import types
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,3 +73,89 @@ def test_attention_implementation_follows_device_and_dtype(
   device = types.SimpleNamespace(**attributes)
   found = layers.attention_implementation(device, dtype, head_dim)
   assert found == expected
+
+
+@pytest.mark.parametrize('shape', [(6,), (5, 6), (2, 5, 6)])
+@pytest.mark.parametrize('width', [4, 9])
+def test_products_and_both_gradients_equal_float64(shape, width):
+  random = np.random.default_rng(0)
+  x, kernel = random.normal(size=shape), random.normal(size=(6, width))
+  slopes = random.normal(size=(*shape[:-1], width))
+  dims = (((x.ndim - 1,), (0,)), ((), ()))
+  y, pull_back = jax.vjp(
+    lambda x, kernel: layers.dot_general(x, kernel, dims),
+    jnp.asarray(x, jnp.float32),
+    jnp.asarray(kernel, jnp.float32),
+  )
+  grads = pull_back(jnp.asarray(slopes, jnp.float32))
+  flat = x.reshape(-1, 6).T @ slopes.reshape(-1, width)
+  for got, expected in zip(
+    (y, *grads), (x @ kernel, slopes @ kernel.T, flat), strict=True
+  ):
+    # Sums of at most ten float32 products of order 1.
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+def test_dot_general_refuses_what_it_cannot_do():
+  x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
+  dims = (((1,), (0,)), ((), ()))
+  with pytest.raises(ValueError, match='^dimension_numbers=.*: only the last'):
+    layers.dot_general(x, kernel.T, (((1,), (1,)), ((), ())))
+  with pytest.raises(ValueError) as error:
+    layers.dot_general(x, kernel.astype(jnp.bfloat16), dims)
+  assert str(error.value) == (
+    'x is float32, the kernel bfloat16: both must have one dtype. Cast one of '
+    'them, or set the dtype of the layer.'
+  )
+  with pytest.raises(ValueError) as error:
+    layers.dot_general(
+      x, kernel, dims, preferred_element_type=jnp.dtype('bfloat16')
+    )
+  assert str(error.value) == (
+    'preferred_element_type=bfloat16 must be None or the dtype of x, float32. '
+    'Use jax.lax.dot_general.'
+  )
+
+
+@pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_attention_and_its_gradients_equal_those_of_jax(num_kv_heads, dtype):
+  keys = jax.random.split(jax.random.key(0), 4)
+  shapes = [(2, 7, heads, 8) for heads in (4, num_kv_heads, num_kv_heads, 4)]
+  q, k, v, slopes = (
+    jax.random.normal(key, shape).astype(dtype)
+    for key, shape in zip(keys, shapes, strict=True)
+  )
+
+  def gradients(attend, *qkv):
+    y, pull_back = jax.vjp(attend, *qkv)
+    return y, *pull_back(slopes.astype(y.dtype))
+
+  got = gradients(lambda *a: layers.causal_attention(*a, 'xla'), q, k, v)
+  exact = gradients(
+    lambda *a: jax.nn.dot_product_attention(*a, is_causal=True),
+    *(x.astype(jnp.float32) for x in (q, k, v)),
+  )
+  for x, expected in zip(got, exact, strict=True):
+    assert x.dtype == dtype
+    error = jnp.max(jnp.abs(x.astype(jnp.float32) - expected))
+    # bfloat16 has 8 bits: weights, slopes and results are each rounded.
+    tolerance = 1e-6 if dtype == jnp.float32 else 0.02
+    assert error < tolerance * jnp.max(jnp.abs(expected))
+
+
+def test_what_is_marked_is_kept_and_nothing_else(capsys):
+  kernel = jnp.ones((3, 4))
+
+  def block(x):
+    y = layers.dot_general(jnp.sin(x), kernel, (((1,), (0,)), ((), ())))
+    return jnp.sum(jnp.sin(jnp.cos(y) @ jnp.ones((4, 5))))
+
+  jax.ad_checkpoint.print_saved_residuals(
+    jax.checkpoint(block, policy=layers.keep_marked), jnp.ones((2, 3))
+  )
+  kept = capsys.readouterr().out.splitlines()
+  assert sum(line.startswith('f32[2,4]') for line in kept) == 1
+  assert not any(line.startswith('f32[2,5]') for line in kept)
+  primitive = types.SimpleNamespace(name='dot_product_attention_fwd_wrapper')
+  assert layers.keep_marked(primitive)
