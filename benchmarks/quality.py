@@ -103,12 +103,13 @@ def base_config(
   args: argparse.Namespace, model: llama.LlamaConfig | None = None
 ) -> TrainConfig:
   """What all runs have in common."""
+  vocabulary = {} if args.vocab is None else {'vocab_size': args.vocab}
   return TrainConfig(
     steps=args.steps,
     batch_size=args.batch_size,
     eval_every=args.eval_every or max(args.steps // 4, 1),
     eval_batches=args.eval_batches,
-    model=model or llama.preset(args.size),
+    model=model or llama.preset(args.size, **vocabulary),
     data=DataConfig(
       source=args.data,
       validation_source=args.validation,
@@ -152,6 +153,7 @@ def settings_of(
 
   return {
     'size': args.size,
+    'vocab_size': base.model.vocab_size,
     'parameters': llama.num_params(base.model),
     'data': names(args.data),
     'validation': names(args.validation),
@@ -456,6 +458,7 @@ def parser() -> argparse.ArgumentParser:
   add('--data', default='stdlib', help="training text, as train_lm's")
   add('--validation', help='validation text (default: the end of --data)')
   add('--tokenizer', default='bpe', help="as train_lm's data.tokenizer")
+  add('--vocab', **number, help="vocabulary (default: the preset's)")
   add('--steps', **number, default=300, help='steps of a run (default: 300)')
   add(
     '--batch-size', **number, default=4, help='sequences of a step (default: 4)'
