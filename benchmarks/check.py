@@ -41,8 +41,9 @@ CHECKS: dict[str, tuple[str, ...]] = {
   ),
   # What it has no time for in a short run would delay the rest.
   'train': (
-    *('--sizes', '20m', '--methods', 'gradnormlorp', 'galore-torch'),
-    *('adamw', 'torch-adamw', 'galore'),
+    *('--sizes', '20m', '--gap', '100', '--loss-chunk', '512', '--methods'),
+    *('gradnormlorp', 'galore-torch', 'adamw', 'torch-adamw'),
+    'torch-adamw-fused',
   ),
   'scaling': ('state',),
 }

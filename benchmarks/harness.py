@@ -61,15 +61,19 @@ def start(args: argparse.Namespace) -> 'Clock':
   """Chooses the device, warns of a busy machine, and starts the clock.
 
   Raises:
-    SystemExit: If jax finds no such device.
+    SystemExit: If jax finds no such device, or --minutes is no positive number.
   """
+  if not 0 < args.minutes < float('inf'):
+    raise SystemExit(f'--minutes {args.minutes:g} must be a positive number.')
   jax.config.update('jax_platforms', PLATFORMS[args.device])
   try:
     jax.devices()
-  except RuntimeError as error:
+  # An absent plugin is an assertion of jax's, without a text.
+  except (RuntimeError, AssertionError) as error:
     raise SystemExit(
-      f'--device {args.device}: jax finds none ({error}). Install the `cuda` '
-      'extra on a machine with an NVIDIA GPU, or use --device cpu.'
+      f'--device {args.device}: jax finds none ({error or "no plugin"}). '
+      'Install the `cuda` extra on a machine with an NVIDIA GPU, or use '
+      '--device cpu.'
     ) from error
   load = os.getloadavg()[0]
   if load > BUSY * cores():

@@ -14,11 +14,13 @@ state     Bytes of the optimizer state, counted from shapes alone: of every
           preset, and of 7b at several ranks.
 time      Seconds of the optimizer step (update and addition, all weights of the
           model, float32, random gradients, bases refreshed in turn over 200
-          steps), 9m to 350m, and of 60m at several ranks; and of the whole
-          training step on 4 x 128 random tokens, 9m to 60m. Within a size all
-          methods take turns of a few steps in one process, in an order that
-          alternates. The sizes come one after the other: a machine that slows
-          down between them bends the curve, but not the ratio to AdamW.
+          steps, with the aliases' guard against gradients that are not finite,
+          which benchmarks.step leaves out), 9m to 350m, and of 60m at several
+          ranks; and of the whole training step on 4 x 128 random tokens, 9m
+          to 60m. Within a size all methods take turns of a few steps in one
+          process, in an order that alternates. The sizes come one after the
+          other: a machine that slows down between them bends the curve, but
+          not the ratio to AdamW.
 devices   Compiled steps of a LLaMA of width 512, 8 layers, rank 64, vocabulary
           4096, float32, 16 x 128 tokens in two micro-batches, on meshes of 1,
           2, 4 and 8 forced CPU devices. Nothing runs: devices that share the

@@ -1,6 +1,6 @@
 """Whole training steps beside PyTorch's: speed, memory, compilation.
 
-  python -m benchmarks.train --sizes 20m --minutes 15
+  python -m benchmarks.train --sizes 20m --minutes 15 --output runs/train.json
   python -m benchmarks.train --device gpu --dtype bfloat16 --sizes 60m 130m 350m
 
 Each size of LLaMA is trained by this package and by transformers' PyTorch model
@@ -67,40 +67,43 @@ PEAK_FLOPS = {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12}
 def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
   """What is known of a method by now."""
   side: Any = racer.method
+  known = {
+    'method': racer.name,
+    'state_bytes': side.state_bytes,
+    'peak_bytes': side.peak_bytes,
+    'compile_s': side.compile_s,
+    'first_step_s': racer.first_s,
+    'loss': side.loss,
+  }
+  if not racer.turns:
+    return known
   seconds = np.concatenate([turn.seconds for turn in racer.turns])
   relative = [t.seconds / np.median(t.seconds) for t in racer.turns]
   mean = float(seconds.mean())
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   flops = llama.flops_per_token(case.config, case.seq_len) * case.tokens
   partial = racer.name.startswith('peft')  # It trains adapters alone.
-  return {
-    'method': racer.name,
+  return known | {
     'tokens_per_second': case.tokens / mean,
     'mean_s': mean,
     'median_s': float(np.median(seconds)),
     'worst_per_median': float(np.concatenate(relative).max()),
     'steps': len(seconds),
     'intervals': len(seconds) / case.setting.gap,
-    'state_bytes': side.state_bytes,
-    'peak_bytes': side.peak_bytes,
-    'compile_s': side.compile_s,
-    'first_step_s': racer.first_s,
-    'loss': side.loss,
     'mfu': None if peak is None or partial else flops / mean / peak,
   }
 
 
 def with_ratios(racers: list[turns.Racer], case: Case) -> list[dict[str, Any]]:
-  """The rows of all methods that have turns, with ratios to the peers."""
-  racers = [racer for racer in racers if racer.turns]
+  """The rows of all methods, with ratios to the peers for those with turns."""
   rows = [row(racer, case) for racer in racers]
-  pairs = zip(rows, racers, strict=True)
+  pairs = [x for x in zip(rows, racers, strict=True) if x[1].turns]
   by_name = {known['method']: (known, racer) for known, racer in pairs}
   for name in PEERS:
     if name not in by_name:
       continue
     other, other_racer = by_name[name]
-    for known, racer in zip(rows, racers, strict=True):
+    for known, racer in pairs:
       low, middle, high = turns.ratio_quartiles(other_racer.turns, racer.turns)
       # Of the rounds that both have made.
       common = min(len(racer.turns), len(other_racer.turns))
@@ -179,6 +182,14 @@ def compare(
   return rows()
 
 
+def _name(case: dict[str, Any]) -> str:
+  """What a regression check may compare: only the same with the same."""
+  return (
+    f'train {case["size"]} {case["dtype"]} {case["batch_size"]} x '
+    f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}'
+  )
+
+
 def ratios(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
   """What a regression check compares: larger is better for this package.
 
@@ -196,7 +207,7 @@ def ratios(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
         continue
       for peer, ratio in known.get('speed_per', {}).items():
         if peer != known['method']:
-          name = f'train {case["size"]}: {known["method"]} / {peer}'
+          name = f'{_name(case)}: {known["method"]} / {peer}'
           named[name] = tuple(ratio['quartiles'])
   return named
 
@@ -217,7 +228,7 @@ def sizes(found: dict[str, Any]) -> dict[str, int]:
       if known['method'] in OURS:
         for key in ('state_bytes', 'peak_bytes'):
           if known.get(key) is not None:
-            name = f'train {case["size"]}: {known["method"]}, {key}'
+            name = f'{_name(case)}: {known["method"]}, {key}'
             named[name] = known[key]
   return named
 
@@ -238,7 +249,7 @@ def table(case: dict[str, Any]) -> str:
     return f'{found["mean"]:.2f} [{low:.2f}, {high:.2f}]'
 
   lines = []
-  for known in (r for r in case['rows'] if 'absent' not in r):
+  for known in (r for r in case['rows'] if 'mean_s' in r):
     peak = known['peak_bytes']
     lines.append(
       [
@@ -256,6 +267,12 @@ def table(case: dict[str, Any]) -> str:
   text = f'LLaMA-{case["size"]}:\n\n' + harness.markdown(heads, lines)
   for known in (r for r in case['rows'] if 'absent' in r):
     text += f'\n* {known["method"]}: absent, {known["absent"]}'
+  for known in case['rows']:
+    if 'absent' not in known and 'mean_s' not in known:
+      text += (
+        f'\n* {known["method"]}: {known["first_step_s"]:.2f} s for its first '
+        'step; no time was left for a turn'
+      )
   for name, total in case.get('products', {}).items():
     if name != 'products':
       text += (
@@ -273,7 +290,7 @@ def plot(cases: list[dict[str, Any]], path: pathlib.Path) -> None:
   for axes, case in zip(
     figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True
   ):
-    rows = [known for known in case['rows'] if 'absent' not in known]
+    rows = [known for known in case['rows'] if 'mean_s' in known]
     if not rows:
       continue
     names = [known['method'] for known in rows]
@@ -290,6 +307,7 @@ def plot(cases: list[dict[str, Any]], path: pathlib.Path) -> None:
       f'{case["seq_len"]}: tokens/s, in those of {base}'
     )
   figure.supxlabel('blue: jax, grey: PyTorch', fontsize='small')
+  path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
 
 
@@ -321,6 +339,11 @@ def make_case(size: str, args: argparse.Namespace) -> Case:
     **({} if args.vocab is None else {'vocab_size': args.vocab}),
   )
   rank = config.hidden_size // 4 if args.rank is None else args.rank
+  if rank > config.hidden_size:
+    raise ValueError(
+      f'--rank {rank} must be at most the width of {size}, '
+      f'{config.hidden_size}.'
+    )
   return Case(
     *(config, args.batch_size, args.seq_len),
     peers.Setting(RATE, rank, args.gap),
@@ -437,14 +460,14 @@ def main() -> None:
       entry['products'] = products.measure(case.config, case.tokens)
     share = clock.share(len(cases) - number)
     compare(names, case, share, args.turn, save)
-  measured = [entry for entry in found['cases'] if entry['rows']]
-  if measured:
-    plot(measured, args.plot)
   for entry in found['cases']:
     if entry['rows']:
       sys.stdout.write(table(entry) + '\n')
     else:
       sys.stdout.write(f'LLaMA-{entry["size"]}: {entry["left_out"]}\n\n')
+  measured = [entry for entry in found['cases'] if entry['rows']]
+  if measured:
+    plot(measured, args.plot)
 
 
 if __name__ == '__main__':

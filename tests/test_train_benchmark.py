@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -87,27 +90,30 @@ def test_pytorch_computes_the_same(tmp_path):
   # Other frameworks count steps too, 4 bytes a matrix.
   difference = rows['torch-adamw']['state_bytes'] - rows['adamw']['state_bytes']
   assert abs(difference) < 300
-  known = {
-    'cases': [{'size': 't', 'rows': list(rows.values())}],
+  entry = {
+    **{'size': 't', 'batch_size': 2, 'seq_len': 8, 'dtype': 'float32'},
+    **{'gap': 4, 'loss_chunk': 16},
   }
+  known = {'cases': [{**entry, 'rows': list(rows.values())}]}
+  case = 'train t float32 2 x 8, T=4, chunk 16'
   named = train.ratios(known)
   assert set(named) == {
-    'train t: galore / galore-torch',
-    'train t: galore / torch-adamw',
-    'train t: galore / torch-adamw-fused',
-    'train t: galore / adamw',
-    'train t: adamw / galore-torch',
-    'train t: adamw / torch-adamw',
-    'train t: adamw / torch-adamw-fused',
+    f'{case}: galore / galore-torch',
+    f'{case}: galore / torch-adamw',
+    f'{case}: galore / torch-adamw-fused',
+    f'{case}: galore / adamw',
+    f'{case}: adamw / galore-torch',
+    f'{case}: adamw / torch-adamw',
+    f'{case}: adamw / torch-adamw-fused',
   }
   assert all(low <= mid <= high for low, mid, high in named.values())
   assert (
-    train.sizes(known)['train t: adamw, state_bytes']
+    train.sizes(known)[f'{case}: adamw, state_bytes']
     == (rows['adamw']['state_bytes'])
   )
-  entry = {'size': 't', 'batch_size': 2, 'seq_len': 8}
-  train.plot([{**entry, 'rows': list(rows.values())}], tmp_path / 'a.png')
-  assert (tmp_path / 'a.png').stat().st_size > 1000
+  path = tmp_path / 'folder' / 'a.png'
+  train.plot(known['cases'], path)
+  assert path.stat().st_size > 1000
 
 
 def test_speed_is_the_inverse_ratio_of_the_seconds():
@@ -176,11 +182,33 @@ def test_without_time_one_method_takes_one_turn():
   assert rows['galore']['absent'] == 'no time was left to build it'
 
 
-def test_wrong_numbers_are_refused(monkeypatch, capsys):
-  monkeypatch.setattr('sys.argv', ['train', '--turn', '0'])
-  with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+  'options, reason',
+  [
+    (['--turn', '0'], '--turn 0 must be at least 1.'),
+    (['--rank', '500'], '--rank 500 must be at most the width of 20m, 256.'),
+    (['--minutes', 'nan'], '--minutes nan must be a positive number.'),
+  ],
+)
+def test_wrong_numbers_are_refused(monkeypatch, capsys, options, reason):
+  monkeypatch.setattr('sys.argv', ['train', *options])
+  with pytest.raises(SystemExit) as stop:
     train.main()
-  assert '--turn 0 must be at least 1.' in capsys.readouterr().err
+  assert reason in capsys.readouterr().err + str(stop.value)
+
+
+def test_a_gpu_that_is_not_there_is_named():
+  command = [sys.executable, '-m', 'benchmarks.train', '--device', 'gpu']
+  environment = {k: v for k, v in os.environ.items() if k != 'JAX_PLATFORMS'}
+  if jax.default_backend() == 'gpu':
+    pytest.skip('there is a GPU')
+  ended = subprocess.run(
+    command, capture_output=True, text=True, env=environment, check=False
+  )
+  assert ended.returncode == 1
+  assert ended.stderr.splitlines()[-1].startswith(
+    '--device gpu: jax finds none ('
+  )
 
 
 def test_unstacked_optimizer_equals_one_on_each_layer():
@@ -233,7 +261,7 @@ def test_main_writes_after_every_round_and_names_what_is_left_out(
     [
       *('train', '--sizes', '9m', '20m', '--methods', 'adamw'),
       *('--batch-size', '1', '--seq-len', '8', '--vocab', '64'),
-      *('--gap', '4', '--turn', '2', '--minutes', '0', '--no-products'),
+      *('--gap', '4', '--turn', '2', '--minutes', '1', '--no-products'),
       *('--output', str(output), '--plot', str(tmp_path / 'train.png')),
     ],
   )
