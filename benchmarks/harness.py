@@ -61,10 +61,10 @@ def start(args: argparse.Namespace) -> 'Clock':
   """Chooses the device, warns of a busy machine, and starts the clock.
 
   Raises:
-    SystemExit: If jax finds no such device, or --minutes is no positive number.
+    SystemExit: If jax finds no such device, or --minutes is no time.
   """
-  if not 0 < args.minutes < float('inf'):
-    raise SystemExit(f'--minutes {args.minutes:g} must be a positive number.')
+  if not 0 <= args.minutes < float('inf'):
+    raise SystemExit(f'--minutes {args.minutes:g} must be finite, 0 or more.')
   jax.config.update('jax_platforms', PLATFORMS[args.device])
   try:
     jax.devices()

@@ -187,7 +187,7 @@ def test_without_time_one_method_takes_one_turn():
   [
     (['--turn', '0'], '--turn 0 must be at least 1.'),
     (['--rank', '500'], '--rank 500 must be at most the width of 20m, 256.'),
-    (['--minutes', 'nan'], '--minutes nan must be a positive number.'),
+    (['--minutes', 'nan'], '--minutes nan must be finite, 0 or more.'),
   ],
 )
 def test_wrong_numbers_are_refused(monkeypatch, capsys, options, reason):
