@@ -52,6 +52,18 @@ def programs_are_forgotten():
   jax.clear_caches()
 
 
+@pytest.fixture
+def one_torch_thread(monkeypatch):
+  """PyTorch's threads wait for each other; a busy machine makes them crawl."""
+  torch = pytest.importorskip('torch')
+  from benchmarks import harness
+
+  threads = torch.get_num_threads()
+  monkeypatch.setattr(harness, 'cores', lambda: 1)
+  yield
+  torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def doctest_imports(doctest_namespace):
   """What the examples in docstrings may use without importing it."""

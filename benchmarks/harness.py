@@ -7,12 +7,14 @@ order of their worth, and those that no longer fit the time are left out.
 
 import argparse
 import datetime
+import fnmatch
 import importlib.metadata
 import os
 import pathlib
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 # As in train_lm.py: OpenBLAS's threads would fight with those of XLA. PyTorch
@@ -103,6 +105,31 @@ class Clock:
   def share(self, parts: int) -> 'Clock':
     """A clock with an equal share of what is left, for one of `parts` rows."""
     return Clock(self.seconds_left / max(parts, 1) / 60)
+
+
+def select(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+  """The methods that shell-style patterns fit.
+
+  Args:
+    patterns: Names, or patterns such as ``gradnormlorp*``.
+    names: Of all methods.
+
+  Returns:
+    Names, in the order of the patterns, each once.
+
+  Raises:
+    ValueError: If a pattern fits none.
+  """
+  names = list(names)
+  found: dict[str, None] = {}
+  for pattern in patterns:
+    fitting = fnmatch.filter(names, pattern)
+    if not fitting:
+      raise ValueError(
+        f'No method is called {pattern!r}; there are {", ".join(names)}.'
+      )
+    found |= dict.fromkeys(fitting)
+  return list(found)
 
 
 def cores() -> int:

@@ -94,7 +94,6 @@ from benchmarks.step_methods import (
   make_cases,
   memory_limit,
   release,
-  select,
 )
 from gnlorp_jax.models import llama
 
@@ -545,7 +544,7 @@ def parse() -> argparse.Namespace:
   )
   args = parser.parse_args()
   try:
-    args.methods = select(args.methods)
+    args.methods = harness.select(args.methods, METHODS)
     for shape in args.shapes:
       kernels_of(shape)
   except ValueError as error:

@@ -7,7 +7,6 @@ compresses the longer axis of a matrix, the others the shorter; the products are
 as large either way, its moments are smaller.)
 """
 
-import fnmatch
 import functools
 import gc
 import math
@@ -525,26 +524,3 @@ DEFAULT = (
 def is_ours(name: str) -> bool:
   """Whether a method is one of this package's optimizers."""
   return name in dict(_our_methods()) or name == 'gradnormlorp-guard'
-
-
-def select(patterns: list[str]) -> list[str]:
-  """Names of `METHODS` that a shell-style pattern fits.
-
-  Args:
-    patterns: Names, or patterns such as ``gradnormlorp*``.
-
-  Returns:
-    The names, in the order of the patterns, each once.
-
-  Raises:
-    ValueError: If a pattern fits none.
-  """
-  found: dict[str, None] = {}
-  for pattern in patterns:
-    fitting = fnmatch.filter(METHODS, pattern)
-    if not fitting:
-      raise ValueError(
-        f'No method is called {pattern!r}; there are {", ".join(METHODS)}.'
-      )
-    found |= dict.fromkeys(fitting)
-  return list(found)

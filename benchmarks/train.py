@@ -41,7 +41,6 @@ train their adapters alone, which is less work; the others train all weights.
 """
 
 import argparse
-import fnmatch
 import pathlib
 import sys
 import time
@@ -54,14 +53,13 @@ import numpy as np
 
 from benchmarks import harness, peers, products, record, turns
 from benchmarks.train_sides import BATCHES, METHODS, RATE, Case
+from gnlorp_jax import accelerators
 from gnlorp_jax.models import llama
 
 RESULTS = pathlib.Path('benchmarks/results/train.json')
 PLOT = pathlib.Path('docs/train.png')
 PEERS = ('galore-torch', 'torch-adamw', 'torch-adamw-fused', 'adamw')
 OURS = ('gradnormlorp', 'galore', 'adamw')  # What a regression check sees.
-# Dense bfloat16 peaks in FLOP/s by what jax calls the GPU, from data sheets.
-PEAK_FLOPS = {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12}
 
 
 def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
   seconds = np.concatenate([turn.seconds for turn in racer.turns])
   relative = [t.seconds / np.median(t.seconds) for t in racer.turns]
   mean = float(seconds.mean())
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = accelerators.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   flops = llama.flops_per_token(case.config, case.seq_len) * case.tokens
   partial = racer.name.startswith('peft')  # It trains adapters alone.
   return known | {
@@ -311,24 +309,6 @@ def plot(cases: list[dict[str, Any]], path: pathlib.Path) -> None:
   figure.savefig(path, dpi=150)
 
 
-def select(patterns: list[str]) -> list[str]:
-  """Names of `METHODS` that a shell-style pattern fits, in their order.
-
-  Raises:
-    ValueError: If a pattern fits none.
-  """
-  for pattern in patterns:
-    if not fnmatch.filter(METHODS, pattern):
-      raise ValueError(
-        f'No method is called {pattern!r}; there are {", ".join(METHODS)}.'
-      )
-  return [
-    name
-    for name in METHODS
-    if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-  ]
-
-
 def make_case(size: str, args: argparse.Namespace) -> Case:
   """The case of a size; the rank defaults to a quarter of the width."""
   config = llama.preset(
@@ -429,7 +409,7 @@ def main() -> None:
       if value is not None and value < 1:
         option = name.replace('_', '-')
         raise ValueError(f'--{option} {value} must be at least 1.')
-    names = select(args.methods)
+    names = harness.select(args.methods, METHODS)
     cases = {size: make_case(size, args) for size in args.sizes}
   except ValueError as error:
     parser.error(str(error))

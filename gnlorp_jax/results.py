@@ -10,7 +10,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax import folders, models
+from gnlorp_jax import accelerators, folders, models
 from gnlorp_jax.build import Run, weight_storage
 from gnlorp_jax.config import TrainConfig
 from gnlorp_jax.data import masking
@@ -21,21 +21,11 @@ from gnlorp_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
 
-# Dense bfloat16 peak of a device in FLOP/s, by what jax calls it (makers' data
-# sheets, without sparsity).
-_PEAK_FLOPS = {
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA GeForce RTX 4090': 165e12,
-}
-
 
 def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
   """Tokens per second, and model FLOP utilisation where the peak is known."""
   row = {'train/tokens_per_second': tokens_per_second}
-  peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = accelerators.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   if peak is not None:
     flops = tokens_per_second * _flops_per_token(run.config)
     row['train/mfu'] = flops / (peak * run.mesh.size)

@@ -137,15 +137,6 @@ def test_layouts_hold_the_same_gradients():
   np.testing.assert_array_equal(tensors[-1].numpy(), kernel[1].T)
 
 
-@pytest.fixture
-def one_torch_thread(monkeypatch):
-  torch = pytest.importorskip('torch')
-  threads = torch.get_num_threads()
-  monkeypatch.setattr(harness, 'cores', lambda: 1)
-  yield
-  torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures('one_torch_thread')
 def test_torch_adamw():
   row = run('torch-adamw')['torch-adamw']
@@ -342,14 +333,15 @@ def test_shapes_and_the_order_of_cases():
 
 def test_unknown_method_names_the_known_ones():
   with pytest.raises(ValueError) as error:
-    step.select(['gallore'])
+    harness.select(['gallore'], step_methods.METHODS)
   assert str(error.value) == (
     "No method is called 'gallore'; there are " + ', '.join(METHODS) + '.'
   )
-  names = step.select(['torch*', 'floor', '*adamw'])
+  names = harness.select(['torch*', 'floor', '*adamw'], step_methods.METHODS)
   assert names[:3] == ['torch-adamw', 'torch-adamw-fused', 'floor']
   assert len(names) == len(set(names))
-  assert step.select(list(step_methods.DEFAULT)) == list(step_methods.DEFAULT)
+  default = list(step_methods.DEFAULT)
+  assert harness.select(default, step_methods.METHODS) == default
 
 
 def test_the_command_writes_file_tables_and_picture(
