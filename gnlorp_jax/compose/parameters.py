@@ -160,8 +160,8 @@ def _check_weight_bits(
   ]
   if names:
     raise ValueError(
-      f"StepConfig.weight_bits={step.weight_bits} needs mode='layerwise', which "
-      'rounds the updates of kernels stochastically, or adapters '
+      f"StepConfig.weight_bits={step.weight_bits} needs mode='layerwise', "
+      'which rounds the updates of kernels stochastically, or adapters '
       "(adapter.kind='lora') beside kernels that stay as they are; got "
       f'mode={step.mode!r} and adapter.kind='
       f'{None if adapter is None else adapter.kind!r}.'
@@ -269,7 +269,7 @@ class _Layout:
   # Arrays.
 
   def random(self, key: jax.Array) -> Any:
-    """Random weights as they are stored, one layer after the other in 8 bits."""
+    """Random weights as they are stored; in 8 bits, layer after layer."""
     if not self.is_quantized:
       return self.make(self.config).init(key)
     single = self.make(dataclasses.replace(self.config, num_layers=1))

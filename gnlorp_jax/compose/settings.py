@@ -162,8 +162,8 @@ class OptimConfig:
   """Gradients are scaled down to this global norm; None does not clip."""
   param_labels: tuple[tuple[str, str], ...] | None = result(None)
   """Ordered pairs (regex, label) over parameter paths; the labels are low_rank,
-  full and frozen. None is the model's own: attention and MLP are projected; with
-  an adapter, its factors."""
+  full and frozen. None is the model's own: attention and MLP are projected;
+  with an adapter, its factors."""
 
   def __post_init__(self):
     check_at_least_one(self, 'rank', 'update_proj_gap')
@@ -182,7 +182,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-  """Low-rank changes beside frozen kernels, in place of training the kernels."""
+  """Low-rank changes beside frozen kernels, which train in their place."""
 
   kind: Literal['lora', 'dora', 'gradnormlorp'] | None = None
   """Kind of the adapters; None trains the model's own weights, or, in
@@ -261,7 +261,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """What every recipe is asked for; each adds its model, data and evaluation."""
+  """What every recipe is asked for; each adds model, data and evaluation."""
 
   run_dir: str = free('runs/run')
   """Where checkpoints, metrics and results go. A run directory that holds

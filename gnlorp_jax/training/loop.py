@@ -66,8 +66,8 @@ class Run(NamedTuple):
       resumes; a pytree that steps neither differentiate nor change.
     better: ``better(found, best)``: whether an evaluation is better than the
       best so far. With it, the best parameters are kept in ``best/``.
-    select: ``select(state, candidates)``: the batch to train on, of a larger one
-      on the devices.
+    select: ``select(state, candidates)``: the batch to train on, chosen from a
+      larger one on the devices.
     context: ``context(number)``: a pytree that varies from step to step.
   """
 
@@ -198,6 +198,12 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     def evaluate(number: int) -> None:
       found = run.evaluate(state.params, constants)
       writer.write(number, {f'eval/{name}': v for name, v in found.items()})
+      _logger.info(
+        '%sstep %d: %s',
+        f'{run.name}: ' if run.name else '',
+        number,
+        ', '.join(f'{name} {value:.4f}' for name, value in found.items()),
+      )
       if keeper.note(number, found, state.params):
         # After the best model, which the checkpoint must find.
         save(number)
@@ -278,8 +284,8 @@ def _resume_or_start(
   number = int(state.step)
   if number > run.steps:
     raise ValueError(
-      f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise steps '
-      'or use another run directory.'
+      f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise '
+      'steps or use another run directory.'
     )
   run.batches.set_state(position['batches'])
   if number == run.steps:

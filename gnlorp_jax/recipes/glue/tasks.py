@@ -1,4 +1,4 @@
-"""What GLUE fine-tuning learns from: tasks, their examples, tokenizer and model.
+"""What GLUE fine-tuning learns from: tasks, examples, tokenizer and model.
 
 Shapes only: of the model there is its configuration.
 """
@@ -14,9 +14,9 @@ from gnlorp_jax.compose import parameters
 from gnlorp_jax.data import glue, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.data.glue.batching import BUCKETS
+from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue.protocol import resolve
 from gnlorp_jax.recipes.glue.settings import DEMO, GlueConfig
-from gnlorp_jax.models import roberta
 
 _logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def load_tokenizer(settings: GlueConfig) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer(glue.generated_tokenizer())
   if not parameters.is_folder(settings.init_from):
     raise ValueError(
-      f'init_from={settings.init_from!r} is no folder that brings a tokenizer: name '
-      'one as tokenizer, a tokenizer.json or a folder with one.'
+      f'init_from={settings.init_from!r} is no folder that brings a '
+      'tokenizer: name one as tokenizer, a tokenizer.json or a folder with one.'
     )
   return tokenizers.load(settings.init_from)
 

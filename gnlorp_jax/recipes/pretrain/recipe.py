@@ -136,7 +136,7 @@ def _reader(config: TrainConfig) -> Any:
 
 
 def prepare(config: TrainConfig) -> Prepared:
-  """Builds what all runs of a command share; cheap checks come before slow work.
+  """Builds what all runs of a command share; cheap checks come first.
 
   Args:
     config: The configuration.
