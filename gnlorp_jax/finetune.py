@@ -421,13 +421,12 @@ def starting_params(run: Run) -> Params:
   key = jax.random.key(run.seed)
   if settings.model is None or not pathlib.Path(settings.model).is_dir():
     return jax.jit(parts.compiled.model.init)(key)
-  _, params = roberta.load_classifier(
+  return roberta.load_classifier(
     settings.model,
+    parts.data.architecture,
     parts.data.task.num_outputs,
     key,
-    overrides=finetune_data.overrides(settings),
   )
-  return params
 
 
 def _place(tree: Params, like: Params) -> Params:
