@@ -693,6 +693,15 @@ def encoder(params):
   return {key: params[key] for key in ('embed', 'layers')}
 
 
+def load_classifier(folder, num_outputs, key=0, **fields):
+  """With the folder's configuration, some fields replaced."""
+  config = roberta.config_from_hf(hf.load_config(folder))
+  config = dataclasses.replace(config, **fields)
+  return roberta.load_classifier(
+    folder, config, num_outputs, jax.random.key(key)
+  )
+
+
 EXTRAS = {
   'roberta.pooler.dense.weight': (32, 32),
   'roberta.pooler.dense.bias': (32,),
@@ -725,9 +734,7 @@ def test_fitting_classifier_is_read(tmp_path, caplog, head, extras):
   model, params = build(head)
   export(tmp_path, head, model, params)
   rewrite(tmp_path, added(extras))
-  got_model, got = roberta.load_classifier(tmp_path, head, jax.random.key(0))
-  assert got_model.config == model.config
-  assert_trees_equal(got, params)
+  assert_trees_equal(load_classifier(tmp_path, head), params)
   # It may be that of another task with as many classes.
   assert caplog.messages == [f'The classifier is that of {tmp_path}.']
 
@@ -759,15 +766,15 @@ def test_other_folders_give_their_encoder_and_a_new_classifier(
     )
 
   def load(key):
-    return roberta.load_classifier(tmp_path, 2, jax.random.key(key))
+    return load_classifier(tmp_path, 2, key)
 
-  got_model, got = load(0)
+  got = load(0)
   assert_trees_equal(encoder(got), encoder(params))
   assert f'The classifier of 2 outputs is new: {tmp_path} has {found}.' in (
     caplog.messages
   )
-  assert got_model.config == model.config
-  assert jax.tree.structure(got) == jax.tree.structure(abstract(got_model))
+  like = roberta.make_classifier(model.config, 2)
+  assert jax.tree.structure(got) == jax.tree.structure(abstract(like))
   dense, out = got['classifier']['dense'], got['classifier']['out']
   assert out['kernel'].shape == (32, 2)
   assert not np.any(dense['bias']) and not np.any(out['bias'])
@@ -775,23 +782,22 @@ def test_other_folders_give_their_encoder_and_a_new_classifier(
   assert abs(np.std(dense['kernel']) / 0.5 - 1) < 0.09
   assert abs(np.std(out['kernel']) / 0.5 - 1) < 0.36
   if source == 'bare':
-    assert_trees_equal(load(0)[1], got)
-    other = load(1)[1]
+    assert_trees_equal(load(0), got)
+    other = load(1)
     assert_trees_equal(encoder(other), encoder(got))
     assert np.any(other['classifier']['out']['kernel'] != out['kernel'])
 
 
-def test_overrides_replace_fields_of_the_folder(tmp_path):
+@pytest.mark.parametrize('outputs', [3, 2])
+def test_parameters_have_the_dtype_of_the_configuration(tmp_path, outputs):
   model, params = build(3)
   export(tmp_path, 3, model, params)
-  overrides = {'attention_dropout': 0.0, 'param_dtype': 'bfloat16'}
-  got_model, got = roberta.load_classifier(
-    tmp_path, 3, jax.random.key(0), overrides=overrides
-  )
-  assert got_model.config == dataclasses.replace(model.config, **overrides)
-  assert_trees_equal(
-    got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  )
+  got = load_classifier(tmp_path, outputs, param_dtype='bfloat16')
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got))
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  assert_trees_equal(encoder(got), encoder(half))
+  if outputs == 3:
+    assert_trees_equal(got, half)
 
 
 def test_folder_of_robertamodel_gives_its_hidden_states(tmp_path):
@@ -804,7 +810,8 @@ def test_folder_of_robertamodel_gives_its_hidden_states(tmp_path):
   ).eval()
   oracle.save_pretrained(tmp_path)
   assert 'pooler.dense.weight' in hf.tensor_shapes(tmp_path)
-  model, params = roberta.load_classifier(tmp_path, 3, jax.random.key(0))
+  model = roberta.make_classifier(build()[0].config, 3)
+  params = load_classifier(tmp_path, 3)
   tokens = sequences()
   ids = torch.from_numpy(np.array(tokens, np.int64))
   mask = (ids != SMALL['pad_id']).long()
@@ -846,7 +853,7 @@ def test_unexpected_and_missing_tensors_are_named(tmp_path):
 
   rewrite(tmp_path, change)
   with pytest.raises(ValueError) as error:
-    roberta.load_classifier(tmp_path, 3, jax.random.key(0))
+    load_classifier(tmp_path, 3)
   assert str(error.value) == (
     f"Checkpoint does not fit model. Missing: ['{query.format(1)}']. "
     f"Extra: ['{query.format(2)}']. Shape: ['classifier.dense.bias: (31,) in "
@@ -859,7 +866,7 @@ def test_new_classifier_excuses_no_other_tensor(tmp_path):
   export(tmp_path, MASKED_LM, model, params)
   rewrite(tmp_path, added({'adapter.weight': (2,)}))
   with pytest.raises(ValueError, match=r"Extra: \['adapter.weight'\]"):
-    roberta.load_classifier(tmp_path, 3, jax.random.key(0))
+    load_classifier(tmp_path, 3)
 
 
 # Export.
