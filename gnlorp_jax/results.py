@@ -10,13 +10,13 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax import accelerators, folders, models
+from gnlorp_jax import folders, models
 from gnlorp_jax.build import Run, weight_storage
 from gnlorp_jax.config import TrainConfig
 from gnlorp_jax.data import masking
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
-from gnlorp_jax.training import layerwise, metrics
+from gnlorp_jax.training import hardware, layerwise, metrics
 from gnlorp_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 def speed(run: Run, tokens_per_second: float) -> dict[str, float]:
   """Tokens per second, and model FLOP utilisation where the peak is known."""
   row = {'train/tokens_per_second': tokens_per_second}
-  peak = accelerators.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = hardware.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   if peak is not None:
     flops = tokens_per_second * _flops_per_token(run.config)
     row['train/mfu'] = flops / (peak * run.mesh.size)
