@@ -26,6 +26,7 @@ def batches(
   process_count: int = 1,
   prefetch: int = 2,
   masking: Masking | None = None,
+  with_seeds: bool = False,
 ) -> grain.DatasetIterator:
   """Iterates over batches, reproducibly and resumably.
 
@@ -61,6 +62,8 @@ def batches(
     prefetch: Number of batches prepared ahead by a background thread.
     masking: Makes the tokens to be guessed; None has the next token guessed.
       The file must be packed.
+    with_seeds: Adds `seeds`, uint32 ``[B]``, newly drawn in every epoch, for
+      dropout. What `masking` makes of a sequence has them already.
 
   Returns:
     The iterator. `close()` ends its thread.
@@ -111,6 +114,11 @@ def batches(
     # After the repetition: every epoch guesses other tokens.
     dataset = dataset.random_map(
       lambda row, rng: masking(row['inputs'], rng, bool(row['weights'].any())),
+      seed=seed,
+    )
+  elif with_seeds:
+    dataset = dataset.random_map(
+      lambda row, rng: {**row, 'seeds': rng.integers(2**32, dtype=np.uint32)},
       seed=seed,
     )
   dataset = dataset.batch(batch_size // process_count, drop_remainder=True)

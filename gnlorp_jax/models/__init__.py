@@ -1,10 +1,12 @@
 """Models: Flax inside, plain nested dicts outside."""
 
+import importlib
 from types import ModuleType
 
-from gnlorp_jax.models import llama, roberta
+from gnlorp_jax.models.families.llama import LlamaConfig
+from gnlorp_jax.models.families.roberta import RobertaConfig
 
-Config = llama.LlamaConfig | roberta.RobertaConfig
+Config = LlamaConfig | RobertaConfig
 
 
 def family(config: Config) -> ModuleType:
@@ -14,8 +16,8 @@ def family(config: Config) -> ModuleType:
     config: The architecture.
 
   Returns:
-    `llama` or `roberta`. Both have `make`, `LABEL_RULES`, `HF_TENSORS`,
-    `HF_UNREAD`, `config_from_hf`, `config_to_hf`, `num_params` and
-    `flops_per_token`.
+    The module of `families` that its `model_type` names. All have `make`,
+    `LABEL_RULES`, `HF_TENSORS`, `HF_UNREAD`, `config_from_hf`, `config_to_hf`,
+    `num_params` and `flops_per_token`.
   """
-  return roberta if isinstance(config, roberta.RobertaConfig) else llama
+  return importlib.import_module(f'{__name__}.families.{config.model_type}')

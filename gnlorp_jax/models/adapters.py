@@ -20,8 +20,8 @@ so a model's scan slices them with everything else, and any model of Flax's
 
   config = AdapterConfig(kind='lora')
   trainable = init(config, params, key)
-  apply = adapted(config, model.apply)
-  logits = apply(combine(params, trainable), tokens)
+  model = adapt(config, model)
+  logits = model.apply(combine(params, trainable), tokens)
   params = merge(config, combine(params, trainable))
 
 Shape suffixes in this file:
@@ -42,9 +42,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models.interface import LayerFns, Model, Params
 from gnlorp_jax.models.layers import keep
 
-Params = dict[str, Any]
 Kind = Literal['lora', 'dora', 'gradnormlorp']
 
 _NAMES = ('lora_a', 'lora_b', 'magnitude')
@@ -163,12 +163,12 @@ def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
   }
   flat = {}
   keys = jax.random.split(key, len(chosen))
-  for (path, kernel), own_key in zip(chosen.items(), keys, strict=True):
+  for (path, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
     *stack, n_in, n_out = kernel.shape
     layer, bound = path.removesuffix('kernel'), n_in**-0.5
     shape = (*stack, n_in, config.rank)
     flat[f'{layer}lora_a'] = jax.random.uniform(
-      own_key, shape, jnp.float32, -bound, bound
+      kernel_key, shape, jnp.float32, -bound, bound
     )
     flat[f'{layer}lora_b'] = jnp.zeros((*stack, config.rank, n_out))
     if config.kind != 'lora':
@@ -202,7 +202,7 @@ def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
   return jnp.where(mask, x / share, 0)
 
 
-def _adapt(
+def _adapted_output(
   config: AdapterConfig, module: nn.Dense, x: jax.Array, y: jax.Array
 ) -> jax.Array:
   """An adapted layer's output, from its input and the output without adapter.
@@ -211,10 +211,10 @@ def _adapt(
   change of the output. Written so, the backward pass needs but one array of the
   output's size, and a c near 1 keeps its digits in bfloat16.
   """
-  own = module.variables['params']
-  arrays = {name: own[name] for name in _NAMES if name in own}
+  weights = module.variables['params']
+  arrays = {name: weights[name] for name in _NAMES if name in weights}
   _check_arrays(config, '/'.join(module.path), arrays)
-  w_IO, a_IR, b_RO = own['kernel'], arrays['lora_a'], arrays['lora_b']
+  w_IO, a_IR, b_RO = weights['kernel'], arrays['lora_a'], arrays['lora_b']
   matmul = functools.partial(jnp.matmul, precision=module.precision)
   x = x.astype(y.dtype)
   dropped = _drop(config, module, x)
@@ -235,7 +235,7 @@ def _adapt(
   if dropped is not x:
     base = keep(matmul(dropped, w_IO.astype(y.dtype)))
   elif module.use_bias:
-    base = y - _along_last(own['bias'].astype(y.dtype), y)
+    base = y - _along_last(weights['bias'].astype(y.dtype), y)
   else:
     base = y
   rest = _along_last((gain_O - 1).astype(y.dtype), y) * (base + change)
@@ -255,8 +255,8 @@ def adapted(
 
   Args:
     config: The configuration of the adapters.
-    fn: Any function that applies modules of Flax Linen to parameters: a model's
-      `apply` or `hidden`, or each function of its `layer_fns`. Wrap it before
+    fn: Any function that applies modules of Flax Linen to parameters, such as
+      a model's `apply`; `adapt` wraps all of a model's. Wrap it before
       `jax.jit` does: a compiled one may have been traced without adapters.
 
   Returns:
@@ -282,7 +282,8 @@ def adapted(
     As in PEFT, dropout acts on the input of the adapter and on that of
     ``(c - 1) x W0``, with one mask. It needs Flax's collection ``dropout`` of
     random keys at the layer and is inactive without: `fn` must pass one to
-    `Module.apply`, and a scan must split it. `llama` does neither.
+    `Module.apply`, and a scan must split it, as those of a `Model` do that are
+    given a dropout key.
   """
 
   def intercept(next_fn, args, kwargs, context):
@@ -299,7 +300,7 @@ def adapted(
         'rules so that they leave it out.'
       )
     (x,) = (*args, *kwargs.values())
-    return _adapt(config, module, x, y)
+    return _adapted_output(config, module, x, y)
 
   @functools.wraps(fn)
   def run(*args, **kwargs):
@@ -307,6 +308,27 @@ def adapted(
       return fn(*args, **kwargs)
 
   return run
+
+
+def adapt(config: AdapterConfig, model: Model) -> Model:
+  """Makes a model use the adapters among its parameters.
+
+  Args:
+    config: The configuration of the adapters.
+    model: The model, of functions that are not compiled yet.
+
+  Returns:
+    The model with `hidden`, `logits`, `apply` and the functions of `layer_fns`
+    as of `adapted`; `init` draws the parameters without adapters. A dropout key
+    also drops what the adapters read.
+  """
+  wrap = functools.partial(adapted, config)
+  return model._replace(
+    hidden=wrap(model.hidden),
+    logits=wrap(model.logits),
+    apply=wrap(model.apply),
+    layer_fns=LayerFns(*map(wrap, model.layer_fns)),
+  )
 
 
 def combine(frozen: Params, trainable: Params) -> Params:

@@ -36,7 +36,8 @@ def chunked_cross_entropy(
   in chunks, so that only one chunk's logits exist at a time. Where a gradient
   is asked for, each chunk's is taken at once, from the logits at hand: they are
   computed once, and what waits for the backward pass is the gradient of x and
-  of the arrays in `logits_fn`. Chunks are cut along T, never along B: each
+  of the arrays in `logits_fn`, of those that are differentiated: a frozen head
+  has none. Chunks are cut along T, never along B: each
   chunk keeps the sharding of the batch.
 
   Args:
@@ -92,21 +93,42 @@ def _loss_of_chunks(logits_fn, arrays, x_NBCD, targets_NBC, weights_NBC):
 
 
 def _loss_and_gradients(logits_fn, arrays, x_NBCD, targets_NBC, weights_NBC):
+  """The loss, and the gradients of what is differentiated; None of the rest."""
+  is_moved = [array.perturbed for array in arrays]
+  arrays = [array.value for array in arrays]
+  chunks = (x_NBCD.value, targets_NBC.value, weights_NBC.value)
+
   def add_chunk(sums, chunk):
     x_BCD, targets_BC, weights_BC = chunk
-    logits_BCV, pull_back = jax.vjp(logits_fn, x_BCD, *arrays)
+
+    def logits_of(x_BCD, *moved):
+      rest = iter(moved)
+      pairs = zip(arrays, is_moved, strict=True)
+      return logits_fn(x_BCD, *(next(rest) if m else a for a, m in pairs))
+
+    logits_BCV, pull_back = jax.vjp(
+      logits_of, x_BCD, *_chosen(arrays, is_moved)
+    )
     losses_BC, slopes_BCV = _losses_and_slopes(logits_BCV, targets_BC)
     grad_BCD, *grads = pull_back(slopes_BCV * weights_BC[..., None])
     chunk_sums = (jnp.sum(losses_BC * weights_BC), grads)
-    return jax.tree.map(jnp.add, sums, chunk_sums), (grad_BCD, losses_BC)
+    rows = (
+      grad_BCD if x_NBCD.perturbed else None,
+      losses_BC if weights_NBC.perturbed else None,
+    )
+    return jax.tree.map(jnp.add, sums, chunk_sums), rows
 
-  zeros = jax.tree.map(jnp.zeros_like, list(arrays))
+  zeros = jax.tree.map(jnp.zeros_like, _chosen(arrays, is_moved))
   (loss_sum, grads), (grad_NBCD, losses_NBC) = jax.lax.scan(
-    add_chunk,
-    (jnp.zeros((), jnp.float32), zeros),
-    (x_NBCD, targets_NBC, weights_NBC),
+    add_chunk, (jnp.zeros((), jnp.float32), zeros), chunks
   )
+  rest = iter(grads)
+  grads = [next(rest) if moved else None for moved in is_moved]
   return loss_sum, (grads, grad_NBCD, losses_NBC)
+
+
+def _chosen(arrays, is_chosen):
+  return [a for a, chosen in zip(arrays, is_chosen, strict=True) if chosen]
 
 
 def _scale_gradients(logits_fn, residuals, slope):
@@ -117,7 +139,9 @@ def _scale_gradients(logits_fn, residuals, slope):
   return grads, grad_NBCD, None, losses_NBC
 
 
-_loss_of_chunks.defvjp(_loss_and_gradients, _scale_gradients)
+_loss_of_chunks.defvjp(
+  _loss_and_gradients, _scale_gradients, symbolic_zeros=True
+)
 
 
 def _losses_and_slopes(logits_BCV, targets_BC):

@@ -229,3 +229,47 @@ def test_squared_error_is_not_halved():
   # 2 * 0.5 ** 2 + 2 ** 2 = 4.5
   found = squared_error(outputs_B1, targets_B, weights_B)
   np.testing.assert_allclose(found, [4.5, 3.0])
+
+
+def gradient_shapes(jaxpr):
+  """Shapes of all sums that a loop carries, and of what it stacks."""
+  (scan,) = (e for e in jaxpr.eqns if e.primitive.name == 'scan')
+  return [x.aval.shape for x in scan.outvars]
+
+
+def test_no_gradient_of_what_is_not_differentiated(problem):
+  chunk_tokens = 3 * B  # Four chunks of three positions.
+
+  def loss_fn(x_BTD, head_DV, bias_V, weights_BT):
+    return chunked_cross_entropy(
+      lambda x_BCD: x_BCD @ head_DV + bias_V[None, None],
+      *(x_BTD, problem['targets_BT'], weights_BT),
+      chunk_tokens=chunk_tokens,
+    )[0]
+
+  args = (
+    *(problem['x_BTD'], problem['head_DV'], np.zeros(V, np.float32)),
+    problem['weights_BT'],
+  )
+  of_x, of_head, of_bias, of_weights = (4, B, 3, D), (D, V), (V,), (4, B, 3)
+  expected = jax.grad(loss_fn, argnums=(0, 1, 2, 3))(*args)
+  for argnums, shapes in [
+    ((0,), [of_x]),
+    ((0, 2), [of_bias, of_x]),
+    ((1,), [of_head]),
+    ((3,), [of_weights]),
+    ((0, 1, 2, 3), [of_head, of_bias, of_x, of_weights]),
+  ]:
+    grad_fn = jax.jit(jax.grad(loss_fn, argnums=argnums))
+    (program,) = jax.make_jaxpr(grad_fn)(*args).eqns
+    found = gradient_shapes(program.params['jaxpr'].jaxpr)
+    assert sorted(found[1:]) == sorted(shapes), argnums
+    for number, grad in zip(argnums, grad_fn(*args), strict=True):
+      np.testing.assert_allclose(grad, expected[number], rtol=1e-6, atol=1e-6)
+
+
+def test_a_loss_that_is_not_used_has_gradient_zero(problem):
+  def weight_sum(x_BTD):
+    return chunked(**(problem | {'x_BTD': x_BTD}), chunk_tokens=3 * B)[1]
+
+  np.testing.assert_array_equal(jax.grad(weight_sum)(problem['x_BTD']), 0)

@@ -6,7 +6,12 @@ metrics (`scores`) and files for the GLUE server (`write_submission`).
 `generated_task` is a task that needs no files.
 """
 
-from gnlorp_jax.data.glue.batching import batches, encode, num_batches
+from gnlorp_jax.data.glue.batching import (
+  TrainingBatches,
+  batches,
+  encode,
+  num_batches,
+)
 from gnlorp_jax.data.glue.demo import generated_task, generated_tokenizer
 from gnlorp_jax.data.glue.files import (
   Examples,
@@ -24,6 +29,7 @@ __all__ = [
   'Examples',
   'MissingSplitError',
   'Task',
+  'TrainingBatches',
   'batches',
   'custom_task',
   'encode',

@@ -3,6 +3,7 @@
 Shape suffixes: N examples, B rows of a batch, T positions.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -92,7 +93,7 @@ def batches(
 
   Each batch is a dict with
 
-  * `tokens`: int32 ``[B, T]``, T being the smallest bucket that holds its
+  * `inputs`: int32 ``[B, T]``, ids, T being the smallest bucket that holds its
     longest row;
   * `labels`: of the dtype of `labels`, ``[B]``; absent if `labels` is None;
   * `weights`: float32 ``[B]``, 1, or 0 for a row that only fills up the last
@@ -209,7 +210,7 @@ def _batch(
     tokens_T[: len(row)] = row
   filled = np.arange(batch_size - len(index))
   batch = {
-    'tokens': tokens_BT,
+    'inputs': tokens_BT,
     'weights': (np.arange(batch_size) < len(index)).astype(np.float32),
     'seeds': _mix(offset, np.concatenate([index, len(encoded) + filled])),
     'index': np.concatenate([index, np.full_like(filled, -1)]).astype(np.int32),
@@ -226,3 +227,62 @@ def _mix(offset: np.uint32, positions_B: np.ndarray) -> np.ndarray:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x_B = (x_B ^ (x_B >> np.uint32(shift))) * np.uint32(factor)
   return x_B ^ (x_B >> np.uint32(16))
+
+
+class TrainingBatches:
+  """Batches of shuffled examples, epoch after epoch, from any position.
+
+  What `next` returns are the batches of `batches` without `index`.
+
+  Args:
+    encoded: As in `batches`, as are the others.
+    labels: Their labels.
+    batch_size: B.
+    pad_id: Id that fills up short rows.
+    buckets: Lengths, ascending.
+    seed: Decides the order.
+  """
+
+  def __init__(
+    self,
+    encoded: Sequence[np.ndarray],
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    pad_id: int,
+    buckets: tuple[int, ...] = BUCKETS,
+    seed: int = 0,
+  ):
+    self._epoch_batches = functools.partial(
+      batches,
+      encoded,
+      labels,
+      batch_size=batch_size,
+      pad_id=pad_id,
+      buckets=buckets,
+      seed=seed,
+      shuffle=True,
+    )
+    self._per_epoch = num_batches(len(encoded), batch_size)
+    self.set_state({'taken': 0})
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = next(self._rest, None)
+    if batch is None:  # The next epoch begins.
+      self.set_state({'taken': self._taken})
+      batch = next(self._rest)
+    self._taken += 1
+    return {name: rows for name, rows in batch.items() if name != 'index'}
+
+  def get_state(self) -> dict[str, int]:
+    """The position: the number of batches taken."""
+    return {'taken': self._taken}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes on behind the position that `get_state` returned."""
+    self._taken = state['taken']
+    epoch, start = divmod(self._taken, self._per_epoch)
+    self._rest = self._epoch_batches(epoch=epoch, start=start)

@@ -1,36 +1,24 @@
-"""What fine-tuning learns from: tasks, their examples, tokenizer and model.
+"""What GLUE fine-tuning learns from: tasks, examples, tokenizer and model.
 
 Shapes only: of the model there is its configuration.
 """
 
-import dataclasses
 import functools
 import hashlib
 import logging
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gnlorp_jax.compose import parameters
 from gnlorp_jax.data import glue, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.data.glue.batching import BUCKETS
-from gnlorp_jax.finetune_config import DEMO, FinetuneConfig
-from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.models import roberta
+from gnlorp_jax.recipes.glue.protocol import resolve
+from gnlorp_jax.recipes.glue.settings import DEMO, GlueConfig
 
 _logger = logging.getLogger(__name__)
-
-# The demo's model: it learns the demo's task from scratch in seconds.
-_DEMO_MODEL = {
-  'hidden_size': 64,
-  'intermediate_size': 256,
-  'num_layers': 2,
-  'num_heads': 4,
-  'max_seq_len': 16,
-  'initializer_std': 0.1,
-  'hidden_dropout': 0.0,
-  'attention_dropout': 0.0,
-}
 
 
 class Split(NamedTuple):
@@ -60,7 +48,7 @@ class TaskData(NamedTuple):
     return (*shorter, self.max_length)
 
 
-def find_tasks(settings: FinetuneConfig) -> list[glue.Task]:
+def find_tasks(settings: GlueConfig) -> list[glue.Task]:
   """The tasks that were asked for and whose examples are there.
 
   Args:
@@ -117,7 +105,7 @@ def _demo() -> tuple[glue.Task, dict[str, glue.Examples]]:
   return glue.generated_task(0)
 
 
-def load_tokenizer(settings: FinetuneConfig) -> tokenizers.Tokenizer:
+def load_tokenizer(settings: GlueConfig) -> tokenizers.Tokenizer:
   """The tokenizer: the one that is named, the model's, or the demo's.
 
   Raises:
@@ -125,40 +113,38 @@ def load_tokenizer(settings: FinetuneConfig) -> tokenizers.Tokenizer:
   """
   if settings.tokenizer is not None:
     return tokenizers.load(settings.tokenizer)
-  if settings.model is None:
+  if settings.init_from is None:
     return tokenizers.Tokenizer(glue.generated_tokenizer())
-  if not pathlib.Path(settings.model).is_dir():
+  if not parameters.is_folder(settings.init_from):
     raise ValueError(
-      f'model={settings.model!r} is no folder that brings a tokenizer: name '
-      'one as tokenizer, a tokenizer.json or a folder with one.'
+      f'init_from={settings.init_from!r} is no folder that brings a '
+      'tokenizer: name one as tokenizer, a tokenizer.json or a folder with one.'
     )
-  return tokenizers.load(settings.model)
+  return tokenizers.load(settings.init_from)
 
 
 def architecture(
-  settings: FinetuneConfig, tokenizer: tokenizers.Tokenizer
+  settings: GlueConfig, tokenizer: tokenizers.Tokenizer
 ) -> roberta.RobertaConfig:
-  """The model's configuration: that of its folder, or of a preset.
+  """The model's configuration: as given, that of a folder, or of a preset.
 
   Raises:
     ValueError: If there is no such folder or preset, or the tokenizer does not
       fit the model.
   """
-  if settings.model is not None and pathlib.Path(settings.model).is_dir():
-    config = roberta.config_from_hf(hf.load_config(settings.model))
-    config = dataclasses.replace(config, **overrides(settings))
-  else:
+  overrides: dict[str, Any] = {}
+  if not parameters.is_folder(settings.init_from):
     ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
-    sizes = {'vocab_size': max(ids) + 1, 'pad_id': tokenizer.pad_id}
-    if settings.model is None:
-      sizes |= _DEMO_MODEL
-    name = settings.model or 'tiny'
-    if name not in roberta.PRESETS:
-      raise ValueError(
-        f'model={name!r} is neither a folder nor a preset. Presets: '
-        f'{list(roberta.PRESETS)}.'
-      )
-    config = roberta.preset(name, **(sizes | overrides(settings)))
+    overrides = {'vocab_size': max(ids) + 1, 'pad_id': tokenizer.pad_id}
+  if settings.dropout is not None:
+    names = 'hidden_dropout', 'attention_dropout', 'classifier_dropout'
+    overrides |= dict.fromkeys(names, settings.dropout)
+  config = parameters.architecture(
+    settings.init_from,
+    settings.model,
+    keep_dropout=settings.init_from is None,
+    **overrides,
+  )
   text.check_vocab(tokenizer.vocab_size, config.vocab_size)
   if tokenizer.pad_id != config.pad_id:
     raise ValueError(
@@ -168,19 +154,7 @@ def architecture(
   return config
 
 
-def overrides(settings: FinetuneConfig) -> dict[str, Any]:
-  """Fields of the architecture that the settings decide."""
-  fields = {
-    name: getattr(settings, name)
-    for name in ('param_dtype', 'compute_dtype', 'remat')
-  }
-  if settings.dropout is not None:
-    names = 'hidden_dropout', 'attention_dropout', 'classifier_dropout'
-    fields |= dict.fromkeys(names, settings.dropout)
-  return fields
-
-
-def load_task(settings: FinetuneConfig, task: glue.Task) -> TaskData:
+def load_task(settings: GlueConfig, task: glue.Task) -> TaskData:
   """Reads and tokenizes the examples of a task.
 
   Args:
@@ -196,7 +170,7 @@ def load_task(settings: FinetuneConfig, task: glue.Task) -> TaskData:
   tokenizer = load_tokenizer(settings)
   config = architecture(settings, tokenizer)
   # The same for all methods.
-  wanted = settings.hyperparameters(task.name, 'full').max_length
+  wanted = resolve(settings, task.name, settings.method_names[0]).max_length
   max_length = min(wanted, config.max_seq_len)
   if settings.max_length is not None and max_length < wanted:
     raise ValueError(
@@ -231,7 +205,7 @@ def load_task(settings: FinetuneConfig, task: glue.Task) -> TaskData:
   )
 
 
-def _read(settings: FinetuneConfig, task: glue.Task, split: str):
+def _read(settings: GlueConfig, task: glue.Task, split: str):
   if settings.is_custom:
     path = getattr(settings.data, split)
     return glue.read_file(path, task, needs_labels=split != 'test')
@@ -240,7 +214,7 @@ def _read(settings: FinetuneConfig, task: glue.Task, split: str):
   return glue.read(task, settings.data.source, split)
 
 
-def _has(settings: FinetuneConfig, task: glue.Task, split: str) -> bool:
+def _has(settings: GlueConfig, task: glue.Task, split: str) -> bool:
   if settings.is_custom:
     return getattr(settings.data, split) is not None
   if settings.task == DEMO:

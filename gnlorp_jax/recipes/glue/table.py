@@ -7,8 +7,6 @@ diverged) is None, and worse than any number.
 
 import json
 import logging
-import math
-import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
@@ -19,12 +17,16 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax.methods import METHODS
+from gnlorp_jax.compose.methods import METHODS
 from gnlorp_jax.optim.inspect import format_bytes
+from gnlorp_jax.recipes.grid import (
+  Result,
+  best_learning_rate,
+  read_results,
+  write_atomically,
+)
 
 _logger = logging.getLogger(__name__)
-
-RESULT_FILE = 'result.json'
 
 # The eight tasks of the papers' averages; WNLI is the ninth.
 EIGHT_TASKS = ('cola', 'stsb', 'mrpc', 'rte', 'sst2', 'mnli', 'qnli', 'qqp')
@@ -32,62 +34,6 @@ NINE_TASKS = (*EIGHT_TASKS, 'wnli')
 
 # Metrics as tables name them, where that differs.
 _SHORT = {'matthews_correlation': 'Matthews', 'f1': 'F1', 'pearson': 'Pearson'}
-
-Result = dict[str, Any]
-
-
-def worth(value: float | None) -> float:
-  """A metric as something to compare: no number is worse than any number."""
-  if value is None or math.isnan(value):
-    return -math.inf
-  return value
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is there whole or not at all."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
-def read_results(run_dir: str | pathlib.Path) -> list[Result]:
-  """All finished runs below a run directory, in the order of their folders."""
-  paths = sorted(pathlib.Path(run_dir).glob(f'*/*/*/{RESULT_FILE}'))
-  return [json.loads(path.read_text(encoding='utf-8')) for path in paths]
-
-
-def best_learning_rate(results: Sequence[Result]) -> float:
-  """The learning rate with the best main metric on the dev set.
-
-  Args:
-    results: Runs of one task and one method. Rates are compared by the mean
-      over those seeds that ran with all of them, so that no rate is judged by
-      other seeds than the rest.
-
-  Returns:
-    The rate; of equally good ones the lowest.
-
-  Raises:
-    ValueError: If there are no results.
-  """
-  if not results:
-    raise ValueError('There are no results to choose a learning rate from.')
-  by_rate: dict[float, dict[int, Result]] = {}
-  for result in results:
-    by_rate.setdefault(result['learning_rate'], {})[result['seed']] = result
-  common = set.intersection(*(set(runs) for runs in by_rate.values()))
-
-  def mean(rate: float) -> float:
-    runs = by_rate[rate]
-    return statistics.fmean(
-      worth(runs[seed]['best'][runs[seed]['main_metric']])
-      for seed in (common or runs)
-    )
-
-  return max(sorted(by_rate), key=mean)
 
 
 def differences(results: Iterable[Result]) -> list[str]:
@@ -110,7 +56,9 @@ def differences(results: Iterable[Result]) -> list[str]:
   for (task, method), settings in groups.items():
     values = {
       name: {json.dumps(one.get(name)) for one in settings}
-      for name in sorted(set().union(*settings) - {'seed', 'learning_rate'})
+      for name in sorted(
+        set().union(*settings) - {'seed', 'optim.learning_rate'}
+      )
     }
     unlike = [
       f'{name} ({", ".join(sorted(found))})'
@@ -423,7 +371,7 @@ def write(run_dir: str | pathlib.Path, *, picture: bool = True) -> list[Result]:
     All results there.
   """
   run_dir = pathlib.Path(run_dir)
-  results = read_results(run_dir)
+  results = read_results(run_dir, '*/*/*')
   write_atomically(
     run_dir / 'results.json',
     json.dumps(results, indent=2, allow_nan=False) + '\n',

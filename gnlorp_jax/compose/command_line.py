@@ -1,0 +1,147 @@
+"""A command line to settings, and a user's mistake to one clear message."""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+_logger = logging.getLogger(__name__)
+
+Settings = TypeVar('Settings')
+Aliases = Mapping[str, tuple[str, ...]]
+
+
+def override(
+  default: Settings,
+  args: list[str],
+  description: str,
+  aliases: Aliases | None = None,
+) -> Settings:
+  """Replaces fields of a configuration by those of the command line.
+
+  Args:
+    default: A dataclass, whose fields may be dataclasses.
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+    aliases: Earlier names of fields, and the dotted fields that each sets now.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If a field does not exist or a value is not allowed.
+  """
+  # Who runs no command line, such as a benchmark, need not have it.
+  import tyro
+
+  args = _replace_aliases(args, default, aliases or {})
+  _check_fields(args, default)
+  return tyro.cli(
+    type(default),
+    default=default,
+    args=args,
+    description=description,
+    # The model is of the kind that is there: its fields are options as others.
+    config=(tyro.conf.AvoidSubcommands,),
+  )
+
+
+def run(main: Callable[[], None], traceback_variable: str) -> None:
+  """Runs a program; a user's mistake ends it with one message.
+
+  Args:
+    main: The program.
+    traceback_variable: Name of the environment variable with which an error
+      shows where it arose.
+
+  Raises:
+    SystemExit: With status 2, after a ValueError or an OSError.
+  """
+  try:
+    main()
+  except (ValueError, OSError) as error:
+    if traceback_variable in os.environ:
+      raise
+    exit_with_message(error)
+
+
+def exit_with_message(error: Exception) -> None:
+  """Ends the program with the message of a user's mistake, no traceback."""
+  sys.stderr.write(f'error: {error}\n')
+  raise SystemExit(2)
+
+
+def _replace_aliases(
+  args: list[str], default: Any, aliases: Aliases
+) -> list[str]:
+  """Puts today's names in the place of earlier ones, and says so."""
+  replaced: list[str] = []
+  words = iter(args)
+  for word in words:
+    option, equals, value = word.partition('=')
+    name = option.removeprefix('--').replace('-', '_')
+    is_negated = name.startswith('no_') and name.removeprefix('no_') in aliases
+    fields = aliases.get(name.removeprefix('no_') if is_negated else name)
+    if not option.startswith('--') or fields is None:
+      replaced.append(word)
+      continue
+    values = [value] if equals else []
+    if not equals and not isinstance(_value(default, fields[0]), bool):
+      values = [next(words, '')]
+    options = [_option(field, negated=is_negated) for field in fields]
+    for new in options:
+      replaced += [new, *values]
+    _logger.info('%s is now %s.', option, ' and '.join(options))
+  return replaced
+
+
+def _option(field: str, *, negated: bool) -> str:
+  """A dotted field as an option, such as ``--model.no-remat``."""
+  *groups, name = field.replace('_', '-').split('.')
+  return '--' + '.'.join([*groups, f'no-{name}' if negated else name])
+
+
+def _value(node: Any, field: str) -> Any:
+  for name in field.split('.'):
+    node = getattr(node, name)
+  return node
+
+
+def _check_fields(args: list[str], default: Any) -> None:
+  """Names the nearest field for an option that does not exist."""
+  for word in args:
+    if word.startswith('--') and word != '--help':
+      _check_option(word.split('=')[0], default)
+
+
+def _check_option(option: str, default: Any) -> None:
+  """Follows an option such as ``--optim.rank`` through the fields."""
+  node: Any = default
+  for field in option[2:].replace('-', '_').split('.'):
+    names = [f.name for f in dataclasses.fields(node)]
+    known = field if field in names else field.removeprefix('no_')  # A flag.
+    if known not in names:
+      near = difflib.get_close_matches(field, names, n=1)
+      near = near or [f for f in _nested(node) if f.endswith(f'.{field}')]
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(
+        f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
+        f'Fields: {names}.'
+      )
+    node = getattr(node, known)
+    if not dataclasses.is_dataclass(node):
+      return  # tyro judges the rest.
+
+
+def _nested(node: Any) -> list[str]:
+  """Dotted names of the fields of a configuration's groups."""
+  return [
+    f'{group.name}.{field.name}'
+    for group in dataclasses.fields(node)
+    if dataclasses.is_dataclass(getattr(node, group.name))
+    for field in dataclasses.fields(getattr(node, group.name))
+  ]

@@ -1,0 +1,297 @@
+"""From a group of settings to an optimizer and its learning rates.
+
+What decides the learning rate of every step are numbers in the optimizer's
+state, so that programs are shared by all learning rates.
+"""
+
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax import optim
+from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.optim.hyperparams import inject_hyperparams
+
+_logger = logging.getLogger(__name__)
+
+LabelRules = tuple[tuple[str, str], ...]
+
+# The factors of adapters, where an optimizer projects them.
+_ADAPTER_RULES: LabelRules = ((r'/lora_[ab]$', 'low_rank'), ('.*', 'full'))
+_ALL_FULL: LabelRules = (('.*', 'full'),)
+
+# Fields of OptimConfig that are no arguments of an optimizer.
+_NOT_ARGUMENTS = {
+  'name',
+  'learning_rate',
+  'schedule',
+  'warmup_fraction',
+  'final_fraction',
+  'solver',
+  'stochastic_rounding',
+  'clip_global_norm',
+  'param_labels',
+}
+
+
+def accepts(config: OptimConfig, argument: str) -> bool:
+  """Whether the optimizer has an argument of that name, such as ``rank``."""
+  return argument in inspect.signature(getattr(optim, config.name)).parameters
+
+
+def label_rules(
+  config: OptimConfig, model_rules: LabelRules, *, adapted: bool
+) -> LabelRules:
+  """Which parameters are trained how: the configuration's rules, or defaults.
+
+  Args:
+    config: The optimizer.
+    model_rules: The rules of the model's family, for its own weights.
+    adapted: Whether adapters train in place of the model's kernels.
+
+  Returns:
+    Pairs (regex, label). An optimizer with subspaces projects the factors of
+    adapters; one without treats all that trains alike.
+  """
+  if config.param_labels is not None:
+    return config.param_labels
+  if not adapted:
+    return model_rules
+  return _ADAPTER_RULES if accepts(config, 'rank') else _ALL_FULL
+
+
+def for_adapters(config: OptimConfig) -> OptimConfig:
+  """The optimizer as it projects the factors of adapters: on both sides.
+
+  References:
+    Huang et al., `GradNormLoRP`, 2024, arXiv:2412.19616: the fine-tuning form.
+  """
+  if config.side is None and accepts(config, 'side'):
+    return dataclasses.replace(config, side='both')
+  return config
+
+
+def make(
+  config: OptimConfig, steps: int, rules: LabelRules
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer by its name, its learning rates numbers in its state.
+
+  Gradients are clipped by the training step, which also leaves out those that
+  are not finite. `start` puts the learning rates of a run into a state.
+
+  Args:
+    config: The optimizer; its name is not None.
+    steps: Number of steps of a run; it counts where `depends_on_steps`.
+    rules: Pairs (regex, label) over the paths of what trains.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: If an option is not allowed.
+  """
+  build = _builder(config, rules)
+
+  def make_one(**numbers: Any) -> optax.GradientTransformation:
+    return build(functools.partial(_rate(config, steps), **numbers))
+
+  return inject_hyperparams(make_one, **_numbers(config, steps, peak=1.0))
+
+
+def start(opt_state: Any, numbers: dict[str, jax.Array]) -> Any:
+  """A fresh state of `make`'s optimizer with the learning rates of a run."""
+  return opt_state._replace(hyperparams=numbers)
+
+
+def numbers(config: OptimConfig, steps: int) -> dict[str, jax.Array]:
+  """The numbers that decide every learning rate of a run, float32 scalars."""
+  found = _numbers(config, steps, config.learning_rate)
+  return {name: jnp.float32(value) for name, value in found.items()}
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+  """The learning rate after a number of steps taken."""
+  return functools.partial(
+    _rate(config, steps), **_numbers(config, steps, config.learning_rate)
+  )
+
+
+def depends_on_steps(config: OptimConfig) -> bool:
+  """Whether the number of steps is a constant of the compiled program."""
+  return config.schedule == 'cosine'
+
+
+def without_rates(config: OptimConfig) -> OptimConfig:
+  """The settings without what is a number in the state: equal for a program.
+
+  Args:
+    config: The optimizer.
+
+  Returns:
+    The same with a learning rate of None; of a linear schedule, whose warm-up
+    is such a number too, without warm-up.
+  """
+  config = dataclasses.replace(config, learning_rate=None)
+  if config.schedule == 'linear':
+    config = dataclasses.replace(config, warmup_fraction=0.0)
+  return config
+
+
+def transformation(
+  config: OptimConfig, learning_rate: optax.ScalarOrSchedule, rules: LabelRules
+) -> optax.GradientTransformation:
+  """The optimizer with a learning rate that is a constant of the program."""
+  return _builder(config, rules)(learning_rate)
+
+
+def _builder(
+  config: OptimConfig, rules: LabelRules
+) -> Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]:
+  """Makes the optimizer from a learning rate; says once what has no effect."""
+  alias = getattr(optim, config.name)
+  options = _arguments(config, inspect.signature(alias).parameters)
+
+  def build(learning_rate: optax.ScalarOrSchedule) -> Any:
+    # The training step leaves out bad steps itself.
+    tx = alias(
+      learning_rate, param_labels=rules, skip_nonfinite=False, **options
+    )
+    if config.stochastic_rounding:
+      tx = optim.split.chain(tx, optim.stochastic_rounding())
+    return tx
+
+  return build
+
+
+def _arguments(config: OptimConfig, accepted: Any) -> dict[str, Any]:
+  """The arguments of an optimizer that a configuration names."""
+  options = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in _NOT_ARGUMENTS
+    and getattr(config, field.name) is not None
+  }
+  if config.lazy_refresh is not None:
+    options['lazy_refresh'] = None
+    if config.lazy_refresh != 'never':
+      options['lazy_refresh'] = optim.LazyRefresh(
+        similarity=config.lazy_refresh
+      )
+  if config.error_bits == 0:
+    options['error_bits'] = None
+  if config.solver is not None:
+    default = None
+    if 'projection' in accepted:
+      default = accepted['projection'].default
+    if (config.projection or default) == 'svd':
+      options['projection'] = optim.projections.get('svd', solver=config.solver)
+    else:
+      options['solver'] = config.solver  # Named below: without effect.
+  for name in sorted(set(options) - set(accepted)):
+    value = options.pop(name)
+    if value != getattr(OptimConfig(), name):
+      _logger.warning(
+        'optim.%s=%r has no effect with optim.name=%r.',
+        name,
+        getattr(config, name),
+        config.name,
+      )
+  return options
+
+
+# Learning rates.
+
+
+def _rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
+  """A function of a count and the numbers of `_numbers`."""
+  if config.schedule == 'linear':
+    return functools.partial(linear_rate, final=config.final_fraction)
+  return functools.partial(
+    cosine_rate,
+    warmup=_warmup_steps(config, steps),
+    steps=steps,
+    final=config.final_fraction,
+  )
+
+
+def _numbers(config: OptimConfig, steps: int, peak: float) -> dict[str, float]:
+  if config.schedule == 'linear':
+    warmup = float(round(config.warmup_fraction * steps))
+    return {'peak': peak, 'warmup': warmup, 'steps': float(steps)}
+  # Rounded once: the difference of two rounded numbers is another one.
+  return {'peak': peak, 'climb': peak / _warmup_steps(config, steps) - peak}
+
+
+def _warmup_steps(config: OptimConfig, steps: int) -> int:
+  return max(round(config.warmup_fraction * steps), 1)
+
+
+def cosine_rate(
+  count: jax.Array | int,
+  peak: jax.Array | float,
+  climb: jax.Array | float,
+  *,
+  warmup: int,
+  steps: int,
+  final: float,
+) -> jax.Array:
+  """Linear warm-up, then a cosine down to a share of the peak.
+
+  The first update already has ``peak / warmup`` (a schedule that starts at 0
+  would waste a step); the last one has ``final * peak``.
+
+  Args:
+    count: Steps taken before this one.
+    peak: The highest learning rate.
+    climb: The first learning rate minus the peak, at most 0.
+    warmup: Steps of the rise, at least 1.
+    steps: Steps of the whole run.
+    final: Where the cosine ends, as a share of the peak.
+
+  Returns:
+    The learning rate, a float32 scalar.
+  """
+  fall = optax.cosine_decay_schedule(1.0, max(steps - warmup - 1, 1), final)
+  rise_steps = max(warmup - 1, 1)
+  progress = jnp.clip(count, 0, rise_steps) / rise_steps
+  rise = climb * (1 - progress) + peak
+  return jnp.where(count < warmup, rise, peak * fall(count - warmup))
+
+
+def linear_rate(
+  count: jax.Array | int,
+  peak: jax.Array | float,
+  warmup: jax.Array | float,
+  steps: jax.Array | float,
+  *,
+  final: float = 0.0,
+) -> jax.Array:
+  """Up to the peak if asked for, then linearly down.
+
+  Args:
+    count: Steps taken before this one.
+    peak: The highest learning rate, which the last step of the rise has, and
+      the first one after it.
+    warmup: Steps of the rise.
+    steps: Steps of the whole run.
+    final: What is reached after the last step, as a share of the peak.
+
+  Returns:
+    The learning rate, a float32 scalar.
+
+  Note:
+    The linear schedule of transformers rises from 0, so that with a warm-up its
+    first step changes nothing. Without one the two are the same.
+  """
+  rise = (count + 1) / jnp.maximum(warmup, 1)
+  fall = (steps - count) / jnp.maximum(steps - warmup, 1)
+  if final:
+    fall = final + (1 - final) * fall
+  return peak * jnp.clip(jnp.minimum(rise, fall), 0, 1)

@@ -1,0 +1,326 @@
+"""How a run holds a model's weights: what trains, what stays, in how many bits.
+
+Adapters, weights in 8 bits, frozen weights and weights from a Hugging Face
+folder are all values of one `training.parameters.Parameters`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from gnlorp_jax import models, optim
+from gnlorp_jax.compose import folders
+from gnlorp_jax.compose.optimizer import LabelRules
+from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
+from gnlorp_jax.models import adapters, hf
+from gnlorp_jax.models.interface import Model
+from gnlorp_jax.optim.labels import Assignment, assign, path_name
+from gnlorp_jax.training import parameters, sharding
+
+Params = dict[str, Any]
+# A field of a model's configuration that a run has its own value of.
+_FROM_RUN = 'from_run'
+
+
+def architecture(
+  init_from: str | None,
+  model: models.Config,
+  *,
+  keep_dropout: bool = True,
+  **overrides: Any,
+) -> models.Config:
+  """A model's configuration: as given, of a folder, or a preset of that name.
+
+  Args:
+    init_from: A Hugging Face folder, the name of a preset of the family of
+      `model`, or None.
+    model: The configuration that the run gives. What is its own affair (dtypes,
+      remat, dropout) it keeps where the rest comes from elsewhere.
+    keep_dropout: Whether rates of dropout are among that.
+    **overrides: Fields to replace in the end.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: If there is neither a folder nor a preset of that name, or the
+      folder holds no model of that family.
+  """
+  if init_from is None:
+    return dataclasses.replace(model, **overrides)
+  family = models.family(model)
+  if pathlib.Path(init_from).is_dir():
+    found = family.config_from_hf(hf.load_config(init_from))
+  elif init_from in family.PRESETS:
+    found = family.PRESETS[init_from]
+  else:
+    raise ValueError(
+      f'init_from={init_from!r} is neither a folder nor a preset. Presets: '
+      f'{list(family.PRESETS)}.'
+    )
+  kept = {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.metadata.get(_FROM_RUN)
+    and (keep_dropout or not field.name.endswith('_dropout'))
+  }
+  return dataclasses.replace(found, **(kept | overrides))
+
+
+def is_folder(init_from: str | None) -> bool:
+  """Whether weights come from a folder, and are not random."""
+  return init_from is not None and pathlib.Path(init_from).is_dir()
+
+
+def adapter_config(options: AdapterOptions) -> adapters.AdapterConfig | None:
+  """The adapters that are asked for; None trains the model's own weights."""
+  if options.kind is None:
+    return None
+  given = {
+    field.name: getattr(options, field.name)
+    for field in dataclasses.fields(options)
+    if getattr(options, field.name) is not None
+  }
+  return adapters.AdapterConfig(**given)
+
+
+def plan(
+  make: Callable[[Any], Model],
+  config: models.Config,
+  *,
+  mesh: Mesh | AbstractMesh,
+  adapter: adapters.AdapterConfig | None,
+  step: StepConfig,
+  rules: LabelRules,
+  beside_adapters: tuple[str, ...] = (),
+  read: Callable[..., Params] | None = None,
+  seed: int = 0,
+) -> tuple[parameters.Parameters, LabelRules]:
+  """Says how a run holds a model's weights; allocates nothing.
+
+  Args:
+    make: Makes the model of a configuration.
+    config: The architecture.
+    mesh: The devices.
+    adapter: Low-rank changes beside the kernels; None trains the weights.
+    step: How steps go through the model, and the bits of its kernels.
+    rules: Pairs (regex, label) over the paths of what may train, adapters in
+      place of the model's weights. What they label frozen is not trained.
+    beside_adapters: Prefixes of paths that train with adapters, such as those
+      of a new head.
+    read: ``read(key, shapes)`` reads the weights to start from as they are
+      stored (`folders.read`); None draws them.
+    seed: Decides how weights in 8 bits are rounded.
+
+  Returns:
+    The parameters, and the label rules of what trains.
+
+  Raises:
+    ValueError: If weights that train in whole steps should be kept in 8 bits,
+      or rules match nothing.
+  """
+  layout = _Layout(
+    make, config, mesh, adapter, step, beside_adapters, rules, seed
+  )
+  trained, frozen, trained_rules = layout.abstract()
+  if step.mode == 'whole':
+    _check_weight_bits(step, trained, adapter)
+  return parameters.Parameters(
+    trained=trained,
+    frozen=frozen,
+    join=parameters.join,
+    decode=layout.decode(config.compute_dtype),
+    decode_exact=layout.decode('float32'),
+    store=layout.store,
+    start=functools.partial(layout.initialise, read),
+    start_frozen=functools.partial(layout.initialise_frozen, read),
+    merge=lambda trained, frozen: folders.merged(
+      parameters.join(trained, frozen), adapter, config.param_dtype
+    ),
+  ), trained_rules
+
+
+def _check_weight_bits(
+  step: StepConfig, trained: Any, adapter: adapters.AdapterConfig | None
+) -> None:
+  """Whole steps would have a full-precision gradient of every such kernel."""
+  if step.weight_bits is None:
+    return
+  names = [
+    path_name(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      trained, is_leaf=folders.is_quantized
+    )
+    if folders.is_quantized(leaf)
+  ]
+  if names:
+    raise ValueError(
+      f"StepConfig.weight_bits={step.weight_bits} needs mode='layerwise', "
+      'which rounds the updates of kernels stochastically, or adapters '
+      "(adapter.kind='lora') beside kernels that stay as they are; got "
+      f'mode={step.mode!r} and adapter.kind='
+      f'{None if adapter is None else adapter.kind!r}.'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """What of a model trains, and how all of it is stored."""
+
+  make: Callable[[Any], Model]
+  config: models.Config
+  mesh: Mesh | AbstractMesh
+  adapter: adapters.AdapterConfig | None
+  step: StepConfig
+  beside_adapters: tuple[str, ...]
+  rules: LabelRules
+  seed: int
+
+  @property
+  def is_quantized(self) -> bool:
+    return self.step.weight_bits is not None
+
+  def decode(self, dtype: Any) -> Callable[[Any], Any]:
+    if not self.is_quantized:
+      return parameters.unchanged
+    return lambda tree: optim.quantized_weights.dequantize_weights(tree, dtype)
+
+  def store(self, new: Any, old: Any, number: jax.Array, first: Any) -> Any:
+    if not self.is_quantized:
+      return parameters.cast_like(new, old, number, first)
+    key = jax.random.fold_in(jax.random.key(self.seed), number)
+    key = jax.random.fold_in(key, first)
+    return optim.quantized_weights.requantize_weights(new, old, key)
+
+  # Shapes.
+
+  def abstract(self) -> tuple[Any, Any, LabelRules]:
+    """Trained and frozen shapes in their shardings, and rules of the former."""
+    trained, frozen, rules = self.divide(
+      jax.eval_shape(self.random, jax.random.key(0)), None
+    )
+    return self.placed(trained), self.placed(frozen), rules
+
+  def placed(self, tree: Any) -> Any:
+    """Shapes with the shardings of parameters."""
+    shardings = sharding.infer_shardings({'params': tree}, self.mesh)['params']
+    return jax.tree.map(
+      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+      tree,
+      shardings,
+    )
+
+  # Shapes or arrays.
+
+  def divide(
+    self, base: Any, key: jax.Array | None
+  ) -> tuple[Any, Any, LabelRules]:
+    """The model's weights as those that train and those that do not.
+
+    Args:
+      base: The weights as they are stored, or their shapes.
+      key: Draws the adapters; None makes shapes alone.
+
+    Returns:
+      The two trees, and the label rules of the first.
+    """
+    trained, frozen = base, {}
+    if self.adapter is not None:
+      frozen, trained = adapters.split(
+        base, lambda path: path.startswith(self.beside_adapters)
+      )
+      trained = parameters.join(trained, self.adapters(base, key))
+    exact = jax.eval_shape(self.decode('float32'), trained)
+    labels = {
+      path_name(path): assignment.label
+      for path, assignment in jax.tree_util.tree_leaves_with_path(
+        assign(exact, self.rules),
+        is_leaf=lambda node: isinstance(node, Assignment),
+      )
+    }
+    if 'frozen' not in labels.values():
+      return trained, frozen, self.rules
+    labelled, trained = adapters.split(
+      trained, lambda path: labels[path] != 'frozen'
+    )
+    rules = tuple(rule for rule in self.rules if rule[1] != 'frozen')
+    return trained, parameters.join(labelled, frozen), rules
+
+  def adapters(self, base: Any, key: jax.Array | None) -> Any:
+    """The arrays of the adapters beside these weights."""
+    exact = self.decode('float32')
+    if key is None:
+      return jax.eval_shape(
+        lambda base: adapters.init(
+          self.adapter, exact(base), jax.random.key(0)
+        ),
+        base,
+      )
+    init = functools.partial(adapters.init, self.adapter)
+    return jax.jit(lambda base, key: init(exact(base), key))(
+      base, jax.random.fold_in(key, 1)
+    )
+
+  # Arrays.
+
+  def random(self, key: jax.Array) -> Any:
+    """Random weights as they are stored; in 8 bits, layer after layer."""
+    if not self.is_quantized:
+      return self.make(self.config).init(key)
+    single = self.make(dataclasses.replace(self.config, num_layers=1))
+
+    def layer(key: jax.Array) -> Any:
+      stored = optim.quantized_weights.quantize_weights(
+        single.init(key)['layers']
+      )
+      return jax.tree.map(lambda x: x[0], stored)
+
+    keys_L = jax.random.split(
+      jax.random.fold_in(key, 1), self.config.num_layers
+    )
+    # Outside of the layers as in `Model.init`. Of the layer that comes with it,
+    # the compiler leaves nothing.
+    outside = single.init(key)
+    return {**outside, 'layers': jax.lax.map(layer, keys_L)}
+
+  def initialise(
+    self, read: Callable[..., Params] | None, key: jax.Array
+  ) -> tuple[Any, Any]:
+    """Trained and frozen weights in their shardings."""
+    if read is None:
+      shapes = self.placed(jax.eval_shape(self.random, key))
+      shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+      base = jax.jit(self.random, out_shardings=shardings)(key)
+    else:
+      shapes = jax.eval_shape(self.make(self.config).init, key)
+      base = read(key, self.placed(shapes))
+    trained, frozen, _ = self.divide(base, key)
+    like, frozen_like, _ = self.abstract()
+    return _put(trained, like), _put(frozen, frozen_like)
+
+  def initialise_frozen(
+    self, read: Callable[..., Params] | None, key: jax.Array
+  ) -> Any:
+    """The frozen weights alone."""
+    if not self.abstract()[1]:
+      return {}
+    return self.initialise(read, key)[1]
+
+
+def _put(tree: Any, like: Any) -> Any:
+  return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
+
+
+def make_model(
+  make: Callable[[Any], Model],
+  config: models.Config,
+  adapter: adapters.AdapterConfig | None,
+) -> Model:
+  """The model of a configuration, with adapters where there are any."""
+  model = make(config)
+  return model if adapter is None else adapters.adapt(adapter, model)

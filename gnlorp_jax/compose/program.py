@@ -1,0 +1,273 @@
+"""What a run computes: its compiled steps, and how its state begins."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax import optim
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.compose.settings import MeshConfig, OptimConfig, StepConfig
+from gnlorp_jax.models import layers
+from gnlorp_jax.models.interface import Model
+from gnlorp_jax.training import forward, layerwise, sharding, state, step
+from gnlorp_jax.training.hardware import PEAK_FLOPS
+from gnlorp_jax.training.monitor import Instruments
+from gnlorp_jax.training.objectives import Objective
+from gnlorp_jax.training.parameters import Parameters
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+class Program(NamedTuple):
+  """What a run computes, before there is data or any array.
+
+  Attributes:
+    mesh: The devices.
+    model: The model; its functions take parameters as they are stored, frozen
+      and trained ones joined.
+    objective: What is minimised and evaluated.
+    parameters: How the weights are held.
+    tx: The optimizer of what trains.
+    rules: The label rules it was built with.
+    abstract_state: Shapes and shardings of the training state.
+    init_optimizer: Compiled: (trained, numbers) -> the optimizer's state.
+    train_step: Compiled: (state, batch, frozen) -> (state, metrics).
+    eval_step: Compiled: (trained, batch, frozen) -> `Objective.evaluate`.
+    stats: Compiled: the optimizer's state -> scalars by name.
+  """
+
+  mesh: Mesh
+  model: Model
+  objective: Objective
+  parameters: Parameters
+  tx: optax.GradientTransformation
+  rules: optimizer.LabelRules
+  abstract_state: state.TrainState
+  init_optimizer: Callable[[Any, dict[str, jax.Array]], Any]
+  train_step: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]
+  eval_step: Callable[[Any, Any, Any], Any]
+  stats: Callable[[Any], dict[str, jax.Array]]
+
+  def start(
+    self, key: jax.Array, numbers: dict[str, jax.Array]
+  ) -> tuple[state.TrainState, Any]:
+    """The state at step 0 and the frozen weights, in their shardings.
+
+    Args:
+      key: Draws the weights that are not read from a folder.
+      numbers: What decides the learning rates, from `optimizer.numbers`.
+    """
+    trained, frozen = self.parameters.start(key)
+    opt_state = self.init_optimizer(trained, numbers)
+    zero, skipped = (
+      jax.device_put(
+        jnp.zeros((), jnp.int32), self.abstract_state.step.sharding
+      )
+      for _ in range(2)
+    )
+    return state.TrainState(zero, skipped, trained, opt_state), frozen
+
+  def apply(self, trained: Any, frozen: Any, tokens_BT: jax.Array) -> jax.Array:
+    """The model's outputs for parameters as a run holds them."""
+    return self.model.apply(self.parameters.join(trained, frozen), tokens_BT)
+
+  def instruments(
+    self,
+    config: OptimConfig,
+    steps: int,
+    *,
+    tokens_per_step: int | None = None,
+    flops_per_token: float | None = None,
+  ) -> Instruments:
+    """What rows of metrics say of a run of this program."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return Instruments(
+      schedule=optimizer.schedule(config, steps),
+      stats=self.stats,
+      state_bytes=optim.inspect.tree_bytes(self.abstract_state.opt_state),
+      tokens_per_step=tokens_per_step,
+      flops_per_token=flops_per_token,
+      peak_flops=None if peak is None else peak * self.mesh.size,
+    )
+
+
+def make_mesh(
+  config: MeshConfig,
+  batch_size: int,
+  micro_batches: int,
+  devices: Sequence[jax.Device] | int | None = None,
+) -> Mesh:
+  """The devices as a mesh that a batch can be split over.
+
+  Args:
+    config: How they are arranged.
+    batch_size: Sequences per step.
+    micro_batches: Pieces of a batch.
+    devices: Those to use, real or described; None means all of this process. A
+      number is enough for shapes and shardings.
+
+  Raises:
+    ValueError: If sizes do not fit each other or the devices.
+  """
+  mesh = sharding.make_mesh(config.data, config.fsdp, devices=devices)
+  sharding.check_batch(batch_size, micro_batches, mesh)
+  return mesh
+
+
+def first_device(mesh: Mesh) -> jax.Device | None:
+  """A device of the mesh, if there are any."""
+  if isinstance(mesh, jax.sharding.AbstractMesh):
+    return None
+  return mesh.devices.flat[0]
+
+
+def on_stored(
+  model: Model, parameters: Parameters, weight_bits: int | None
+) -> Model:
+  """The model with functions that take parameters as they are stored."""
+  if weight_bits is None:
+    return model
+  policy = None if model.config.remat else layers.keep_marked
+  return forward.on_stored(model, parameters.decode, policy)
+
+
+def build(
+  model: Model,
+  objective: Objective,
+  parameters: Parameters,
+  tx: optax.GradientTransformation,
+  rules: optimizer.LabelRules,
+  mesh: Mesh,
+  *,
+  step_config: StepConfig,
+  micro_batches: int,
+  clip_global_norm: float | None,
+  cut_rows: bool,
+) -> Program:
+  """Puts together what a run computes; compiles nothing yet.
+
+  Args:
+    model: The model, on stored parameters (`on_stored`).
+    objective: Its objective.
+    parameters: How its weights are held.
+    tx: The optimizer of what trains, from `optimizer.make`.
+    rules: Its label rules.
+    mesh: The devices.
+    step_config: How steps go through the model.
+    micro_batches: Pieces of a batch.
+    clip_global_norm: As in `training.step.make_train_step`.
+    cut_rows: Whether the optimizer treats the rows of a matrix that it does not
+      project independently, so that layer-wise steps may cut it.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: If parts do not fit each other.
+  """
+  abstract = state.abstract(
+    lambda key: _zeros(parameters.trained),
+    optax.GradientTransformation(
+      lambda trained: tx.init(parameters.decode_exact(trained)), tx.update
+    ),
+    jax.random.key(0),
+    mesh,
+  )
+  options = {
+    'num_micro_batches': micro_batches,
+    'clip_global_norm': clip_global_norm,
+  }
+  if step_config.mode == 'whole':
+    train_step = step.make_train_step(
+      lambda trained, batch, frozen: objective.loss(
+        parameters.join(trained, frozen), batch
+      ),
+      tx,
+      **options,
+    )
+  else:
+    train_step = layerwise.make_train_step(
+      objective.pieces,
+      tx,
+      parameters,
+      clipping=step_config.clipping,
+      accumulate=step_config.accumulate,
+      mesh=mesh,
+      offload=step_config.offload,
+      # Split matrices are cut already.
+      row_blocks=cut_rows and mesh.shape['fsdp'] == 1,
+      **options,
+    )
+
+  def init_optimizer(trained: Any, numbers: dict[str, jax.Array]) -> Any:
+    return optimizer.start(tx.init(parameters.decode_exact(trained)), numbers)
+
+  def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
+    return objective.evaluate(parameters.join(trained, frozen), batch)
+
+  return Program(
+    mesh=mesh,
+    model=model,
+    objective=objective,
+    parameters=parameters,
+    tx=tx,
+    rules=rules,
+    abstract_state=abstract,
+    init_optimizer=jax.jit(
+      init_optimizer, out_shardings=state.shardings(abstract.opt_state)
+    ),
+    train_step=step.jit_train_step(
+      train_step, abstract, mesh, parameters.frozen
+    ),
+    eval_step=step.jit_eval_step(
+      evaluate, abstract.params, mesh, parameters.frozen
+    ),
+    stats=jax.jit(subspace_stats),
+  )
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
+  """What the optimizer did, per kernel and for all kernels together."""
+  subspaces = optim.inspect.subspace_stats(opt_state)
+  stats = {}
+  for field in optim.inspect.SubspaceStats._fields:
+    values = {name: getattr(s, field) for name, s in subspaces.items()}
+    stats |= {f'{field}/{name}': value for name, value in values.items()}
+    if values:
+      stats[f'{field}/low_rank'] = sum(values.values()) / len(values)
+  return stats
+
+
+def report(program: Program) -> list[optim.inspect.ReportRow]:
+  """What would happen to every parameter, those that do not train included.
+
+  Args:
+    program: The program.
+
+  Returns:
+    The rows of `optim.report`, then one for each frozen array.
+  """
+  parameters = program.parameters
+  exact = jax.eval_shape(parameters.decode_exact, parameters.trained)
+  rows = optim.report(exact, program.tx, program.rules)
+  frozen = jax.eval_shape(parameters.decode_exact, parameters.frozen)
+  return rows + [
+    optim.inspect.ReportRow(
+      name=optim.labels.path_name(path),
+      shape=leaf.shape,
+      label='frozen',
+      rank=None,
+      side='',
+      state_bytes=0,
+      adamw_bytes=8 * leaf.size,
+      reason='not trained: it has no gradient and no state',
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+  ]

@@ -1,0 +1,365 @@
+"""What a run is asked for: typed, frozen, validated groups of settings.
+
+Every recipe's configuration is a `RunConfig` and adds its data and evaluation,
+so that every optimizer, adapter and way of stepping can be asked of each. A
+function takes the group it needs, never the whole configuration. The docstring
+under a field is its help text on the command line.
+
+What becomes of a run that is resumed with another value of a field stands in
+the field's metadata, under `ON_RESUME`:
+
+  fixed   it cannot change: it decides shapes, or the order of the data
+  result  it may change in a run by itself, not among runs that are compared
+  free    it may change; results do not depend on it
+
+A field without it is fixed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+ON_RESUME = 'on_resume'
+
+OptimizerName = Literal[
+  'gradnormlorp',
+  'galore',
+  'q_galore',
+  'galore_adafactor',
+  'dct_adamw',
+  'vlorp',
+  'projfactor',
+  'apollo',
+  'apollo_mini',
+  'fira',
+  'ldadam',
+  'adamw',
+]
+
+
+def result(default: Any) -> Any:
+  """A field that may change in a run by itself, not among compared runs."""
+  return dataclasses.field(default=default, metadata={ON_RESUME: 'result'})
+
+
+def free(default: Any) -> Any:
+  """A field that may change whenever a run is resumed."""
+  return dataclasses.field(default=default, metadata={ON_RESUME: 'free'})
+
+
+def fixed_settings(config: Any, *, compared: bool = False) -> dict[str, Any]:
+  """The settings that a resumed run must share with the run it resumes.
+
+  Args:
+    config: A dataclass whose fields may be dataclasses.
+    compared: Whether the run is one of several that are compared, which must
+      also agree in what changes results.
+
+  Returns:
+    Values by dotted names, such as ``optim.rank``.
+  """
+  return dict(_fixed(config, 'fixed result' if compared else 'fixed'))
+
+
+def _fixed(config: Any, kinds: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      for name, inner in _fixed(value, kinds):
+        yield f'{field.name}.{name}', inner
+    elif field.metadata.get(ON_RESUME, 'fixed') in kinds.split():
+      yield field.name, value
+
+
+def check_at_least_one(config: Any, *names: str) -> None:
+  """Raises ValueError unless the named fields are None or at least 1."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and value < 1:
+      raise ValueError(
+        f'{type(config).__name__}.{name} must be at least 1, got {value}.'
+      )
+
+
+def check_between(config: Any, name: str, low: float, high: float) -> None:
+  """Raises ValueError unless a field is None or lies in [low, high]."""
+  value = getattr(config, name)
+  if value is not None and not low <= value <= high:
+    raise ValueError(
+      f'{type(config).__name__}.{name} must be in [{low}, {high}], got {value}.'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+  """Optimizer, its subspaces, and the learning-rate schedule."""
+
+  name: OptimizerName | None = 'gradnormlorp'
+  """Which optimizer trains the model; None, in fine-tuning, is that of the
+  method. Of the options below each has those that mean something to it, and
+  where they are None its own defaults."""
+  learning_rate: float | None = result(1e-2)
+  """Learning rate at its peak, after the warm-up; None, in fine-tuning, takes
+  the table's, by task and method."""
+  schedule: Literal['cosine', 'linear'] = 'cosine'
+  """How the learning rate falls after the warm-up."""
+  warmup_fraction: float = result(0.1)
+  """Share of the steps over which the learning rate rises to its peak."""
+  final_fraction: float = result(0.1)
+  """Where the schedule ends, as a share of the peak."""
+  rank: int | None = None
+  """Rank of the subspaces; clipped to a matrix's shorter axis."""
+  update_proj_gap: int | None = None
+  """Steps between two refreshes of a subspace."""
+  scale: float | None = result(None)
+  """Multiplies the updates of projected matrices; of apollo, its root does."""
+  projection: str | None = None
+  """How a subspace is chosen: a module of gnlorp_jax.optim.projections."""
+  granularity: float | None = None
+  """Pieces that vlorp and projfactor cut every row into; `rank` is then that of
+  a piece."""
+  solver: Literal['power', 'eigh', 'exact'] | None = result(None)
+  """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
+  of the Gram matrix, or a full SVD."""
+  side: Literal['short', 'long', 'in', 'out', 'both'] | None = None
+  """Which axis of a matrix is compressed."""
+  spread_refreshes: bool = True
+  """Whether to refresh one matrix at a time instead of all in one step."""
+  basis_bits: Literal[32, 16, 8, 4] | None = None
+  """Bits for every element of the bases."""
+  lazy_refresh: Literal['never', 'overlap', 'abs_cosine', 'cosine'] | None = (
+    None
+  )
+  """Whether a matrix whose subspace rests waits longer for its next refresh,
+  and by which similarity of old and new subspace."""
+  moments_on_refresh: Literal['keep', 'reset', 'rotate'] | None = None
+  """What becomes of the moments when their subspace changes."""
+  error_bits: Literal[32, 8, 4, 0] | None = None
+  """Bits for every element of a buffer that feeds back what projecting lost;
+  0 feeds nothing back."""
+  weight_norm: bool = False
+  """Whether kernels move as magnitude times direction; gradnormlorp always
+  does."""
+  norm_state: Literal['synced', 'tracked'] | None = None
+  """Whether the direction's length is reset to the magnitude after each step
+  (no state) or kept, as classical weight normalisation does."""
+  moment_bits: Literal[32, 8, 4] | None = None
+  """Bits for every element of the moments."""
+  stochastic_rounding: bool = False
+  """Whether bfloat16 parameters are rounded up or down at random, so that no
+  small update is lost on average."""
+  b1: float | None = result(None)
+  """Decay of the first moment."""
+  b2: float | None = result(None)
+  """Decay of the second moment."""
+  eps: float | None = result(None)
+  """Added to the root of the second moment."""
+  eps_mode: Literal['standard', 'hf'] | None = result(None)
+  """Where eps stands."""
+  weight_decay: float = result(0.0)
+  """Decoupled weight decay of all trained weights."""
+  clip_global_norm: float | None = result(1.0)
+  """Gradients are scaled down to this global norm; None does not clip."""
+  param_labels: tuple[tuple[str, str], ...] | None = result(None)
+  """Ordered pairs (regex, label) over parameter paths; the labels are low_rank,
+  full and frozen. None is the model's own: attention and MLP are projected;
+  with an adapter, its factors."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'rank', 'update_proj_gap')
+    if self.learning_rate is not None and not self.learning_rate > 0:
+      raise ValueError(
+        f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'
+      )
+    if self.clip_global_norm is not None and not self.clip_global_norm > 0:
+      raise ValueError(
+        'OptimConfig.clip_global_norm must be positive, got '
+        f'{self.clip_global_norm}. Use None not to clip.'
+      )
+    check_between(self, 'warmup_fraction', 0, 1)
+    check_between(self, 'final_fraction', 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+  """Low-rank changes beside frozen kernels, which train in their place."""
+
+  kind: Literal['lora', 'dora', 'gradnormlorp'] | None = None
+  """Kind of the adapters; None trains the model's own weights, or, in
+  fine-tuning, does what the method says."""
+  rank: int | None = None
+  """Rank of the change of a kernel; None is 8."""
+  alpha: float | None = None
+  """The change is multiplied by alpha / rank; None is 16."""
+  dropout: float | None = result(None)
+  """Share of the adapters' inputs that is dropped in training; None is the
+  recipe's: 0 in pre-training, 0.1 on GLUE."""
+  rules: tuple[str, ...] | None = None
+  """Regexes over paths of kernels, of which one must occur in the path of a
+  kernel for it to be adapted; None adapts all matrices of the blocks."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'rank')
+    check_between(self, 'dropout', 0, 1)
+    if self.alpha is not None and not self.alpha > 0:
+      raise ValueError(
+        f'AdapterOptions.alpha must be positive, got {self.alpha}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+  """How a training step goes through the model, and how weights are stored."""
+
+  mode: Literal['whole', 'layerwise'] = result('whole')
+  """'whole' computes all gradients, then updates; 'layerwise' updates each
+  block as the backward pass reaches it, so that the gradient of one block
+  exists at a time."""
+  accumulate: Literal['gradient', 'projected'] = result('gradient')
+  """What is summed over micro-batches in layerwise mode: 'gradient' keeps the
+  blocks' inputs for the whole batch and is exact; 'projected' keeps those of
+  one micro-batch, and projected gradients, which are all that devices along
+  mesh.data exchange."""
+  clipping: Literal['waiting', 'recompute'] = result('waiting')
+  """How layerwise mode knows the norm to clip before it updates: 'waiting'
+  keeps the projected gradients of all blocks, 'recompute' takes a backward pass
+  before, which needs more time and no memory. Optimizers that need the whole
+  gradient always take that."""
+  offload: bool = free(False)
+  """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
+  weight_bits: Literal[8] | None = None
+  """8 keeps the kernels of the blocks in 8 bits: those that train, layerwise,
+  round their updates stochastically; those beside adapters stay as they are.
+  None keeps them in model.param_dtype."""
+
+  def __post_init__(self):
+    if self.accumulate == 'projected' and self.clipping == 'recompute':
+      raise ValueError(
+        "StepConfig.clipping='recompute' measures gradients that "
+        "accumulate='projected' does not sum. Use one or the other."
+      )
+    if self.mode == 'layerwise':
+      return
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if name != 'weight_bits' and value != field.default:
+        raise ValueError(
+          f"StepConfig.{name}={value!r} needs mode='layerwise', got mode="
+          f'{self.mode!r}.'
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """How devices are arranged."""
+
+  data: int = free(-1)
+  """Number of copies of the state; -1 takes all devices that `fsdp` leaves."""
+  fsdp: int = free(1)
+  """Number of pieces each copy is split into."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """What every recipe is asked for; each adds model, data and evaluation."""
+
+  run_dir: str = free('runs/run')
+  """Where checkpoints, metrics and results go. A run directory that holds
+  checkpoints is resumed."""
+  steps: int | None = result(None)
+  """Number of optimizer steps of the whole run."""
+  batch_size: int | None = None
+  """Sequences per step, over all devices."""
+  micro_batches: int = result(1)
+  """Pieces of a batch that are worked through one after the other, to save
+  activation memory."""
+  seed: int = 0
+  """Decides initial weights, order of the data, dropout and samples."""
+  seeds: str | None = free(None)
+  """Seeds of several runs, joined by commas; None is one run with `seed`."""
+  learning_rates: str | None = free(None)
+  """Learning rates to search, joined by commas: the first seed runs with each,
+  the others with the best of them. Nothing is compiled anew for another."""
+  init_from: str | None = result(None)
+  """Hugging Face folder of a model to start from; its architecture replaces
+  `model`, except for the dtypes, remat and dropout."""
+  eval_every: int | None = result(None)
+  """Steps between two evaluations."""
+  checkpoint_every: int | None = free(None)
+  """Steps between two checkpoints."""
+  checkpoint_keep: int = free(3)
+  """Number of checkpoints kept."""
+  log_every: int = free(10)
+  """Steps between two lines of metrics."""
+  dry_run: bool = free(False)
+  """Only report what would happen to every parameter, and how many bytes the
+  optimizer takes."""
+  optim: OptimConfig = OptimConfig()
+  """Optimizer and schedule."""
+  adapter: AdapterOptions = AdapterOptions()
+  """Low-rank changes beside frozen kernels."""
+  step: StepConfig = StepConfig()
+  """Whole steps, or layer by layer; bits of the weights."""
+  mesh: MeshConfig = MeshConfig()
+  """Devices."""
+
+  def __post_init__(self):
+    check_at_least_one(
+      self,
+      'steps',
+      'batch_size',
+      'micro_batches',
+      'eval_every',
+      'checkpoint_every',
+      'checkpoint_keep',
+      'log_every',
+    )
+    for name in ('seeds', 'learning_rates'):
+      text = getattr(self, name)
+      if text is not None and not words(text):
+        raise ValueError(
+          f'{name}={text!r} names nothing. Give one or more, joined by commas.'
+        )
+    if min(self.seed_numbers) < 0:
+      raise ValueError(
+        f'seeds={self.seeds!r}: a seed must not be less than 0. Give others.'
+        if self.seeds is not None
+        else f'seed={self.seed} must not be less than 0.'
+      )
+    for rate in self.searched_rates or ():
+      if not rate > 0:
+        raise ValueError(f'A learning rate must be positive, got {rate}.')
+
+  @property
+  def seed_numbers(self) -> tuple[int, ...]:
+    """The seeds as numbers."""
+    if self.seeds is None:
+      return (self.seed,)
+    return _numbers('seeds', self.seeds, int)
+
+  @property
+  def searched_rates(self) -> tuple[float, ...] | None:
+    """The learning rates to search as numbers, or None."""
+    if self.learning_rates is None:
+      return None
+    return _numbers('learning_rates', self.learning_rates, float)
+
+  @property
+  def is_single(self) -> bool:
+    """Whether one learning rate and one seed are asked for."""
+    return self.learning_rates is None and len(self.seed_numbers) == 1
+
+
+def words(text: str) -> tuple[str, ...]:
+  """The words between commas, each once."""
+  found = (word.strip() for word in text.split(','))
+  return tuple(dict.fromkeys(word for word in found if word))
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+  try:
+    return tuple(dict.fromkeys(kind(word) for word in words(text)))
+  except ValueError as error:
+    raise ValueError(
+      f'{name}={text!r} must be numbers joined by commas: {error}.'
+    ) from None

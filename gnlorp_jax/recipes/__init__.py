@@ -1,0 +1,1 @@
+"""What there is to train: a folder for each, none of which imports another."""

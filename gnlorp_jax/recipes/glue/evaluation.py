@@ -1,0 +1,153 @@
+"""What a fine-tuned model says: outputs, metrics, predictions, an export."""
+
+import collections
+import logging
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from gnlorp_jax.compose import folders
+from gnlorp_jax.compose.program import Program
+from gnlorp_jax.data import glue
+from gnlorp_jax.models import roberta
+from gnlorp_jax.recipes.glue.tasks import Split, TaskData
+from gnlorp_jax.training import losses, sharding
+from gnlorp_jax.training.loop import Outcome
+
+_logger = logging.getLogger(__name__)
+
+
+def outputs_of(
+  program: Program,
+  data: TaskData,
+  batch_size: int,
+  params: Any,
+  frozen: Any,
+  split: Split,
+) -> np.ndarray:
+  """What a model says about every example of a split.
+
+  Args:
+    program: What the run computes.
+    data: The task.
+    batch_size: Examples per batch; it is rounded up to a multiple of the
+      devices.
+    params: The parameters that train.
+    frozen: The others.
+    split: The examples.
+
+  Returns:
+    The outputs, ``[N, C]`` float32.
+  """
+  size = program.mesh.size * math.ceil(batch_size / program.mesh.size)
+  outputs = np.zeros((len(split.encoded), data.task.num_outputs), np.float32)
+  waiting: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+  def collect() -> None:
+    index_B, values_BC = waiting.popleft()
+    is_example = index_B >= 0
+    outputs[index_B[is_example]] = np.asarray(values_BC)[is_example]
+
+  for batch in glue.batches(
+    split.encoded,
+    None,
+    batch_size=size,
+    pad_id=data.architecture.pad_id,
+    buckets=data.buckets,
+    shuffle=False,
+  ):
+    placed = sharding.put_batch({'inputs': batch['inputs']}, program.mesh)
+    waiting.append((batch['index'], program.eval_step(params, placed, frozen)))
+    if len(waiting) > 2:  # The device has work while one is fetched.
+      collect()
+  while waiting:
+    collect()
+  return outputs
+
+
+def evaluate(
+  program: Program, data: TaskData, batch_size: int, params: Any, frozen: Any
+) -> dict[str, float]:
+  """Mean loss on the dev set, and all metrics of the task.
+
+  Args:
+    program: What the run computes.
+    data: The task.
+    batch_size: As in `outputs_of`.
+    params: The parameters that train.
+    frozen: The others.
+
+  Returns:
+    ``loss`` and the metrics, those of every evaluated split; NaN where one is
+    not defined or the model diverged.
+  """
+  loss_of = losses.cross_entropy
+  if data.task.is_regression:
+    loss_of = losses.squared_error
+  metrics = {}
+  for name, split in data.evaluated.items():
+    outputs = outputs_of(program, data, batch_size, params, frozen, split)
+    if name == 'dev':
+      loss_sum, weight_sum = loss_of(
+        outputs, split.labels, np.ones(len(outputs), np.float32)
+      )
+      metrics['loss'] = float(loss_sum / weight_sum)
+    metrics |= glue.scores(data.task, outputs, split.labels, name)
+  return metrics
+
+
+def finish(
+  program: Program,
+  data: TaskData,
+  batch_size: int,
+  folder: pathlib.Path,
+  outcome: Outcome,
+  *,
+  exports: bool,
+) -> None:
+  """Writes predictions of the test splits, and the model if that is asked for.
+
+  Args:
+    program: What the run computes.
+    data: The task.
+    batch_size: As in `outputs_of`.
+    folder: That of the run.
+    outcome: What the loop left.
+    exports: Whether to write the model as a Hugging Face folder.
+  """
+  for name, split in data.predicted.items():
+    outputs = outputs_of(
+      program,
+      data,
+      batch_size,
+      outcome.params,
+      outcome.constants,
+      split,
+    )
+    if not np.isfinite(outputs).all():
+      _logger.warning('%s diverged: no predictions of %s.', folder, name)
+      continue
+    # As GLUE's server takes them.
+    glue.write_submission(
+      data.task, folder / 'predictions', name, split.ids, outputs
+    )
+  if exports:
+    export(program, data, outcome, folder / 'hf')
+
+
+def export(
+  program: Program, data: TaskData, outcome: Outcome, folder: pathlib.Path
+) -> None:
+  """Writes the model as a Hugging Face folder, adapters merged."""
+  params = program.parameters.merge(outcome.params, outcome.constants)
+  folders.export(
+    folder,
+    params,
+    lambda folder, params: roberta.export_classifier(
+      folder, data.architecture, params, data.task.labels
+    ),
+  )
+  data.tokenizer.save(folder)

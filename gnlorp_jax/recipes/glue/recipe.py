@@ -1,0 +1,382 @@
+"""GLUE fine-tuning: from settings to runs of the training loop.
+
+Examples are read once (`tasks`); what a method computes on a task is built once
+(`prepare`) and shared by learning rates and seeds (`make_run`).
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gnlorp_jax.compose import folders, optimizer, parameters, program
+from gnlorp_jax.compose.settings import (
+  AdapterOptions,
+  OptimConfig,
+  StepConfig,
+  fixed_settings,
+)
+from gnlorp_jax.data import glue
+from gnlorp_jax.models import roberta
+from gnlorp_jax.optim.inspect import tree_bytes
+from gnlorp_jax.recipes.glue import evaluation, tasks
+from gnlorp_jax.recipes.glue.protocol import resolve
+from gnlorp_jax.recipes.glue.settings import GlueConfig
+from gnlorp_jax.recipes.grid import Member, Result, quality
+from gnlorp_jax.training import loop, objectives, sharding
+
+
+class Planned(NamedTuple):
+  """What follows from settings alone: no examples, no arrays."""
+
+  config: GlueConfig  # Of one method on one task, nothing in it None.
+  program: program.Program
+  abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Prepared(NamedTuple):
+  """What the runs of a method on a task share."""
+
+  config: GlueConfig  # As in `Planned`.
+  method: str
+  data: tasks.TaskData
+  program: program.Program
+  steps: int
+  steps_per_epoch: int
+
+  @property
+  def eval_every(self) -> int:
+    """Steps between two evaluations."""
+    return self.config.eval_every or self.steps_per_epoch
+
+
+def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
+  """Finds what does not fit before the first of many runs; reads no examples.
+
+  Args:
+    config: The settings.
+    found: The tasks that will run.
+
+  Raises:
+    ValueError: If the settings of any task and method do not fit each other or
+      the devices.
+  """
+  for task in found:
+    for method in config.method_names:
+      plan(config, task=task, method=method)
+
+
+def plan(
+  config: GlueConfig,
+  devices: Sequence[jax.Device] | int | None = None,
+  *,
+  task: glue.Task | None = None,
+  method: str | None = None,
+) -> Planned:
+  """Builds what a method computes on a task; reads no examples.
+
+  Args:
+    config: The settings.
+    devices: The devices to compile for, real or described; None means all of
+      this process. A number is enough for shapes and shardings.
+    task: The task; None is the first that the settings name.
+    method: The method; None is the first that the settings name.
+
+  Raises:
+    ValueError: If parts of the settings do not fit each other or the devices.
+  """
+  task = task or tasks.find_tasks(config)[0]
+  method = method or config.method_names[0]
+  architecture = tasks.architecture(config, tasks.load_tokenizer(config))
+  config = resolve(config, task.name, method)
+  mesh = program.make_mesh(
+    config.mesh, config.batch_size, config.micro_batches, devices
+  )
+  built = build_program(config, architecture, task, mesh)
+  length = min(config.max_length, architecture.max_seq_len)
+  return Planned(
+    dataclasses.replace(config, model=architecture),
+    built,
+    abstract_batch(config.batch_size, length, task, mesh),
+  )
+
+
+def abstract_batch(
+  batch_size: int, length: int, task: glue.Task, mesh: program.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of the largest batch."""
+  label = np.float32 if task.is_regression else np.int32
+  shapes = {
+    'inputs': ((batch_size, length), np.int32),
+    'weights': ((batch_size,), np.float32),
+    'seeds': ((batch_size,), np.uint32),
+    'labels': ((batch_size,), label),
+  }
+  return {
+    name: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def build_program(
+  config: GlueConfig,
+  architecture: roberta.RobertaConfig,
+  task: glue.Task,
+  mesh: program.Mesh,
+  steps: int = 0,
+) -> program.Program:
+  """What a method computes; equal ones are built, and compiled, once.
+
+  Args:
+    config: What `resolve` returned.
+    architecture: The model's configuration.
+    task: The task; its number of outputs counts.
+    mesh: The devices.
+    steps: Number of steps of a run, where the schedule is compiled in.
+  """
+  return _program(
+    architecture,
+    task.num_outputs,
+    task.is_regression,
+    # A search over learning rates, or another task, compiles nothing anew.
+    optimizer.without_rates(config.optim),
+    config.adapter,
+    config.step,
+    config.micro_batches,
+    config.init_from,
+    steps if optimizer.depends_on_steps(config.optim) else 0,
+    mesh,
+  )
+
+
+@functools.cache
+def _program(
+  architecture: roberta.RobertaConfig,
+  num_outputs: int,
+  is_regression: bool,
+  optim: OptimConfig,
+  adapter_options: AdapterOptions,
+  step: StepConfig,
+  micro_batches: int,
+  init_from: str | None,
+  steps: int,
+  mesh: program.Mesh,
+) -> program.Program:
+  def make(config: roberta.RobertaConfig) -> Any:
+    return roberta.make_classifier(config, num_outputs)
+
+  adapter = parameters.adapter_config(adapter_options)
+  if adapter is not None:
+    optim = optimizer.for_adapters(optim)
+  read = None
+  if parameters.is_folder(init_from):
+
+    def read(key: jax.Array, shapes: Any) -> Any:
+      return roberta.load_classifier(
+        init_from,
+        architecture,
+        num_outputs,
+        key,
+        shapes=shapes,
+        keep=folders.keeper(init_from, step.weight_bits),
+      )
+
+  held, rules = parameters.plan(
+    make,
+    architecture,
+    mesh=mesh,
+    adapter=adapter,
+    step=step,
+    rules=optimizer.label_rules(
+      optim, roberta.LABEL_RULES, adapted=adapter is not None
+    ),
+    beside_adapters=('classifier/',),
+    read=read,
+  )
+  model = parameters.make_model(make, architecture, adapter)
+  model = program.on_stored(model, held, step.weight_bits)
+  return program.build(
+    model,
+    objectives.classifier(model, is_regression),
+    held,
+    optimizer.make(optim, steps, rules),
+    rules,
+    mesh,
+    step_config=step,
+    micro_batches=micro_batches,
+    clip_global_norm=optim.clip_global_norm,
+    cut_rows=optim.name != 'galore_adafactor',
+  )
+
+
+def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
+  """Builds what the runs of a method on a task share; allocates nothing.
+
+  Args:
+    config: The settings.
+    data: The task with its examples.
+    method: Name of the method.
+
+  Returns:
+    The parts. Steps compile when they are first used.
+
+  Raises:
+    ValueError: If parts of the settings do not fit each other or the devices.
+  """
+  config = resolve(config, data.task.name, method)
+  mesh = program.make_mesh(config.mesh, config.batch_size, config.micro_batches)
+  per_epoch = glue.num_batches(len(data.train.encoded), config.batch_size)
+  steps = config.epochs * per_epoch
+  if config.steps is not None:
+    steps = min(steps, config.steps)
+  return Prepared(
+    config=config,
+    method=method,
+    data=data,
+    program=build_program(config, data.architecture, data.task, mesh, steps),
+    steps=steps,
+    steps_per_epoch=per_epoch,
+  )
+
+
+def make_run(
+  prepared: Prepared, learning_rate: float | None, seed: int
+) -> Member:
+  """A run of a method on a task.
+
+  Args:
+    prepared: What the runs share.
+    learning_rate: In place of that of settings and table; None is that.
+    seed: Its seed.
+  """
+  config, data, built = prepared.config, prepared.data, prepared.program
+  optim = config.optim
+  if learning_rate is not None:
+    optim = dataclasses.replace(optim, learning_rate=learning_rate)
+  exports = config.is_single if config.export is None else config.export
+  config = dataclasses.replace(
+    config,
+    optim=optim,
+    learning_rates=None,
+    seed=seed,
+    seeds=None,
+    steps=prepared.steps,
+  )
+  key = jax.random.key(seed)
+  rate = optim.learning_rate
+  folder = (
+    pathlib.Path(config.run_dir)
+    / data.task.name
+    / prepared.method
+    / f'lr{rate:g}_seed{seed}'
+  )
+  metric = data.task.main_metric
+  every = prepared.eval_every
+  run = loop.Run(
+    name=f'{data.task.name} {prepared.method} lr {rate:g} seed {seed}',
+    folder=folder,
+    steps=prepared.steps,
+    mesh=built.mesh,
+    abstract_state=built.abstract_state,
+    start=lambda: built.start(key, optimizer.numbers(optim, prepared.steps)),
+    train_step=built.train_step,
+    batches=glue.TrainingBatches(
+      data.train.encoded,
+      data.train.labels,
+      batch_size=config.batch_size,
+      pad_id=data.architecture.pad_id,
+      buckets=data.buckets,
+      seed=seed,
+    ),
+    evaluate=functools.partial(
+      evaluation.evaluate, built, data, config.eval_batch_size
+    ),
+    instruments=built.instruments(optim, prepared.steps),
+    metadata=metadata(prepared, config),
+    every=loop.Every(
+      log=config.log_every,
+      evaluate=every,
+      checkpoint=config.checkpoint_every or every,
+    ),
+    keep=config.checkpoint_keep,
+    constants=lambda: built.parameters.start_frozen(key),
+    better=lambda found, best: quality(found[metric]) > quality(best[metric]),
+  )
+  return Member(
+    run,
+    finish=functools.partial(
+      evaluation.finish,
+      built,
+      data,
+      config.eval_batch_size,
+      folder,
+      exports=exports,
+    ),
+    describe=functools.partial(describe, prepared, rate, seed),
+    metric=metric,
+    higher_is_better=True,
+  )
+
+
+def metadata(prepared: Prepared, config: GlueConfig) -> dict[str, Any]:
+  """What a checkpoint and a result must agree with."""
+  config = dataclasses.replace(config, model=prepared.data.architecture)
+  return fixed_settings(config, compared=True) | {
+    'task': prepared.data.task.name,
+    'method': prepared.method,
+    'max_length': prepared.data.max_length,
+    'eval_every': prepared.eval_every,
+    'examples': prepared.data.fingerprint,
+    'tokenizer': prepared.data.tokenizer.fingerprint,
+  }
+
+
+def describe(prepared: Prepared, learning_rate: float, seed: int) -> Result:
+  """What a run's result says besides what came out of it."""
+  data, built = prepared.data, prepared.program
+  return {
+    'group': f'{data.task.name} {prepared.method}',
+    'task': data.task.name,
+    'method': prepared.method,
+    'learning_rate': learning_rate,
+    'seed': seed,
+    'steps': prepared.steps,
+    'epochs': prepared.steps / prepared.steps_per_epoch,
+    'train_examples': len(data.train.encoded),
+    **describe_sizes(built),
+    'device': jax.devices()[0].device_kind,
+    'num_devices': built.mesh.size,
+    'versions': {
+      'python': platform.python_version(),
+      **{
+        name: importlib.metadata.version(name)
+        for name in ('jax', 'flax', 'optax', 'numpy')
+      },
+    },
+  }
+
+
+def describe_sizes(built: program.Program) -> dict[str, int]:
+  """Numbers of parameters, and bytes of the optimizer's state."""
+  trained = _count(built.parameters.trained)
+  return {
+    'trainable_parameters': trained,
+    'parameters': trained + _count(built.parameters.frozen),
+    'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
+  }
+
+
+def _count(tree: Any) -> int:
+  """Number of parameters, of those in codes as of others."""
+  nodes = jax.tree.leaves(tree, is_leaf=folders.is_quantized)
+  return sum(
+    (node.codes if folders.is_quantized(node) else node).size for node in nodes
+  )

@@ -1,0 +1,218 @@
+"""Many runs: a search over learning rates, then the other seeds.
+
+A finished run leaves a ``result.json`` and is not repeated; one that was
+interrupted goes on at its batch.
+"""
+
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gnlorp_jax.training import loop
+from gnlorp_jax.training.checkpoint import check_compatible
+from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.monitor import DivergedError
+
+_logger = logging.getLogger(__name__)
+
+RESULT_FILE = 'result.json'
+# What a finished run writes: see `run_once`.
+Result = dict[str, Any]
+Kept = Literal['best', 'all', 'none']
+
+
+class Member(NamedTuple):
+  """One run of a grid.
+
+  Attributes:
+    run: The run; its evaluations hold `metric`.
+    finish: Writes what a run leaves behind, from its outcome.
+    describe: What its result says besides what came out of it: at least
+      ``learning_rate``, ``seed``, and ``group``, which tells runs that are
+      compared from others; it may be empty.
+    metric: The number that runs are compared by.
+    higher_is_better: Which way.
+  """
+
+  run: loop.Run
+  finish: Callable[[loop.Outcome], None]
+  describe: Callable[[], Result]
+  metric: str
+  higher_is_better: bool
+
+
+def quality(value: float | None, *, higher_is_better: bool = True) -> float:
+  """A metric as something to compare: no number is worse than any number."""
+  if value is None or math.isnan(value):
+    return -math.inf
+  return value if higher_is_better else -value
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a file that is there whole or not at all."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def read_results(run_dir: str | pathlib.Path, pattern: str) -> list[Result]:
+  """All finished runs below a folder, in the order of their folders.
+
+  Args:
+    run_dir: The folder.
+    pattern: Where the folders of runs are, such as ``*/*/*``.
+  """
+  paths = sorted(pathlib.Path(run_dir).glob(f'{pattern}/{RESULT_FILE}'))
+  return [json.loads(path.read_text(encoding='utf-8')) for path in paths]
+
+
+def search(
+  rates: Sequence[float] | None,
+  seeds: Sequence[int],
+  run: Callable[[float | None, int], Result],
+) -> list[Result]:
+  """Runs the first seed with every learning rate, the others with the best.
+
+  Args:
+    rates: Learning rates to search; None is the one that is configured.
+    seeds: The seeds.
+    run: The result of a run of a learning rate and a seed.
+
+  Returns:
+    The results.
+  """
+  first = {rate: run(rate, seeds[0]) for rate in rates or (None,)}
+  best = None
+  if rates:
+    best = best_learning_rate(list(first.values()))
+    _say_best(first, best)
+  others = [run(best, seed) for seed in seeds[1:]]
+  return [*first.values(), *others]
+
+
+def _say_best(first: dict[float, Result], best: float) -> None:
+  chosen = first[best]
+  tried = ', '.join(
+    f'{rate:g}: {_text(result["best"][result["main_metric"]])}'
+    for rate, result in first.items()
+  )
+  _logger.info(
+    '%slearning rate %g has the best %s with seed %d (%s).',
+    f'{chosen["group"]}: ' if chosen.get('group') else '',
+    *(best, chosen['main_metric'], chosen['seed'], tried),
+  )
+
+
+def _text(value: float | None) -> str:
+  return 'no number' if value is None else f'{value:.4f}'
+
+
+def best_learning_rate(results: Sequence[Result]) -> float:
+  """The learning rate with the best main metric.
+
+  Args:
+    results: Runs that differ in learning rate and seed. Rates are compared by
+      the mean over those seeds that ran with all of them, so that no rate is
+      judged by other seeds than the rest.
+
+  Returns:
+    The rate; of equally good ones the lowest.
+
+  Raises:
+    ValueError: If there are no results.
+  """
+  if not results:
+    raise ValueError('There are no results to choose a learning rate from.')
+  by_rate: dict[float, dict[int, Result]] = {}
+  for result in results:
+    by_rate.setdefault(result['learning_rate'], {})[result['seed']] = result
+  common = set.intersection(*(set(runs) for runs in by_rate.values()))
+
+  def mean(rate: float) -> float:
+    runs = by_rate[rate]
+    return statistics.fmean(
+      quality(
+        runs[seed]['best'][runs[seed]['main_metric']],
+        higher_is_better=runs[seed].get('higher_is_better', True),
+      )
+      for seed in (common or runs)
+    )
+
+  return max(sorted(by_rate), key=mean)
+
+
+def run_once(
+  member: Member, stop: StopRequest, *, keep: Kept, is_single: bool
+) -> Result:
+  """The result of a run: read if it is finished, or else worked out.
+
+  Args:
+    member: The run.
+    stop: Tells of signals.
+    keep: Which checkpoints of a finished run stay.
+    is_single: Whether it is the only run: then divergence is an error.
+
+  Returns:
+    The result, as it is in the run's folder: what `Member.describe` says, the
+    record of the loop, and the settings.
+
+  Raises:
+    SystemExit: After a signal.
+    DivergedError: If the only run diverged.
+    ValueError: If the folder holds a run with other settings.
+  """
+  run = member.run
+  path = run.folder / RESULT_FILE
+  if path.is_file():
+    result = json.loads(path.read_text(encoding='utf-8'))
+    check_compatible(result['settings'], run.metadata, run.folder)
+    _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
+    _logger.info('%s is finished already.', run.name)
+    return result
+  try:
+    outcome = loop.train(run, stop)
+    member.finish(outcome)
+    result = member.describe() | outcome.record
+    # A run that keeps no best parameters ends with its last ones.
+    result['best'] = result['best'] or result['last']
+  except DivergedError as error:
+    if is_single:
+      raise
+    _logger.warning('%s diverged and is given up: %s', run.name, error)
+    nothing = {'step': None, member.metric: None}
+    result = member.describe() | {
+      'best': nothing,
+      'last': nothing,
+      'seconds_per_step': None,
+      'diverged': str(error),
+    }
+  result |= {
+    'main_metric': member.metric,
+    'higher_is_better': member.higher_is_better,
+    'settings': run.metadata,
+  }
+  text = json.dumps(result, indent=2, allow_nan=False)
+  write_atomically(path, text + '\n')
+  _remove_what_is_not_kept(run, result, keep)
+  if stop.received:  # Came while the run was finished.
+    raise SystemExit(128 + stop.received)
+  return result
+
+
+def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
+  """Removes checkpoints of a finished run that were asked not to be kept."""
+  if keep == 'all':
+    return
+  shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
+  for path in (run.folder / 'best').glob('*'):
+    if keep == 'none' or path.name != str(result['best']['step']):
+      shutil.rmtree(path)

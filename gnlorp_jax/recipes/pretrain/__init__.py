@@ -1,0 +1,1 @@
+"""Pre-training of a language model on text, causal or masked."""

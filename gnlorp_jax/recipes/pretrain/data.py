@@ -1,0 +1,161 @@
+"""Text to batches, as a pre-training run asks for it."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from gnlorp_jax import models
+from gnlorp_jax.compose.parameters import is_folder
+from gnlorp_jax.data import batches, masking, text
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
+from gnlorp_jax.training import sharding
+
+
+class Text(NamedTuple):
+  """What a run learns from and is evaluated on."""
+
+  tokenizer: tokenizers.Tokenizer
+  training: text.TokenFile
+  validation: text.TokenFile
+
+
+def load(config: TrainConfig, model: models.Config) -> Text:
+  """Reads or makes the tokenizer and the tokens.
+
+  Args:
+    config: The run.
+    model: Its architecture.
+
+  Raises:
+    ValueError: If the folder to start from has no tokenizer and none is named,
+      or the tokenizer does not fit the model.
+  """
+  tokenizer = load_tokenizer(config, model)
+  check_tokenizer(tokenizer, model, masked=config.is_masked)
+  return Text(tokenizer, *token_files(config.data, tokenizer))
+
+
+def load_tokenizer(
+  config: TrainConfig, model: models.Config
+) -> tokenizers.Tokenizer:
+  """The tokenizer; a BPE is trained as large as the model's vocabulary.
+
+  A model that `init_from` loads knows its own tokens: unless another tokenizer
+  is named, the folder's is used.
+
+  Raises:
+    ValueError: If the folder to start from has no tokenizer and none is named.
+  """
+  spec = config.data.tokenizer
+  if is_folder(config.init_from) and spec == 'bpe':
+    if not (pathlib.Path(config.init_from) / 'tokenizer.json').is_file():
+      raise ValueError(
+        f'{config.init_from} has no tokenizer.json, and its weights fit no '
+        'other tokens: name the tokenizer as data.tokenizer.'
+      )
+    spec = config.init_from
+  return tokenizers.load(
+    spec,
+    source=config.data.source,
+    vocab_size=model.vocab_size,
+    cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
+    masked=config.is_masked,
+  )
+
+
+def check_tokenizer(
+  tokenizer: tokenizers.Tokenizer, model: models.Config, *, masked: bool
+) -> None:
+  """Checks that the model fits the tokenizer.
+
+  Raises:
+    ValueError: If the model lacks an embedding for an id, or takes another id
+      for padding.
+  """
+  text.check_vocab(tokenizer.vocab_size, model.vocab_size)
+  if masked and tokenizer.pad_id != model.pad_id:
+    raise ValueError(
+      f'The tokenizer pads with id {tokenizer.pad_id}, the model with '
+      f'model.pad_id={model.pad_id}. Set the latter to the former.'
+    )
+
+
+def token_files(
+  config: DataConfig, tokenizer: tokenizers.Tokenizer
+) -> tuple[text.TokenFile, text.TokenFile]:
+  """Training and validation tokens."""
+  prepare = functools.partial(
+    text.prepare,
+    tokenizer=tokenizer,
+    mode=config.mode,
+    seq_len=config.seq_len if config.mode == 'padded' else None,
+    cache_dir=pathlib.Path(config.cache_dir).expanduser(),
+  )
+  train_file = prepare(config.source)
+  if config.validation_source is None:
+    return text.split(train_file, config.validation_fraction)
+  return train_file, prepare(config.validation_source)
+
+
+def training_batches(config: TrainConfig, data: Text) -> Any:
+  """A grain iterator: next(), get_state(), set_state()."""
+  return batches.batches(
+    data.training,
+    with_seeds=has_dropout(config) and not config.is_masked,
+    **_options(config, data),
+  )
+
+
+def evaluation_batches(
+  config: TrainConfig, data: Text
+) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
+  """Makes an iterator over the validation text, each sequence once."""
+  return lambda: batches.batches(
+    data.validation, shuffle=False, repeat=False, **_options(config, data)
+  )
+
+
+def _options(config: TrainConfig, data: Text) -> dict[str, Any]:
+  mask = None
+  if config.is_masked:
+    mask = masking.Masking(data.tokenizer, config.mask_rate)
+  return {
+    'batch_size': config.batch_size,
+    'seq_len': config.data.seq_len,
+    'seed': config.seed,
+    'masking': mask,
+  }
+
+
+def abstract_batch(
+  config: TrainConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of a batch."""
+  batch, seq_len = config.batch_size, config.data.seq_len
+  guessed = (batch, seq_len)
+  shapes = {'inputs': ((batch, seq_len), np.int32)}
+  if config.is_masked:
+    guessed = (batch, masking.num_predictions(config.mask_rate, seq_len))
+    shapes['positions'] = (guessed, np.int32)
+    shapes['seeds'] = ((batch,), np.uint32)
+  elif has_dropout(config):
+    shapes['seeds'] = ((batch,), np.uint32)
+  shapes['targets'] = (guessed, np.int32)
+  shapes['weights'] = (guessed, np.float32)
+  return {
+    name: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def has_dropout(config: TrainConfig) -> bool:
+  """Whether training drops features of a causal model: an adapter's inputs."""
+  return config.adapter.kind is not None and bool(config.adapter.dropout)

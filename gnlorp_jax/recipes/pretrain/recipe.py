@@ -1,0 +1,254 @@
+"""Pre-training: from settings to runs of the training loop."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import folders, optimizer, parameters, program
+from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.models import hf
+from gnlorp_jax.recipes.pretrain import data
+from gnlorp_jax.recipes.pretrain.settings import TrainConfig
+from gnlorp_jax.training import loop, objectives, sharding
+
+
+class Planned(NamedTuple):
+  """What follows from settings alone: no data, no arrays."""
+
+  config: TrainConfig  # With the architecture that is really used.
+  program: program.Program
+  abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Prepared(NamedTuple):
+  """What all runs of a command share."""
+
+  planned: Planned
+  text: data.Text
+
+  @property
+  def config(self) -> TrainConfig:
+    """The settings, with the architecture that is really used."""
+    return self.planned.config
+
+  @property
+  def program(self) -> program.Program:
+    """What is computed."""
+    return self.planned.program
+
+
+def plan(
+  config: TrainConfig, devices: Sequence[jax.Device] | int | None = None
+) -> Planned:
+  """Builds what a run computes; reads no data, allocates nothing.
+
+  Args:
+    config: The configuration.
+    devices: The devices to compile for, real or described; None means all of
+      this process. A number is enough for shapes and shardings, but such a
+      program cannot be compiled.
+
+  Raises:
+    ValueError: If parts of the configuration do not fit each other or the
+      devices.
+  """
+  mesh = program.make_mesh(
+    config.mesh, config.batch_size, config.micro_batches, devices
+  )
+  architecture = parameters.architecture(config.init_from, config.model)
+  if config.data.seq_len > architecture.max_seq_len:
+    raise ValueError(
+      f'data.seq_len={config.data.seq_len} is longer than the model in '
+      f'{config.init_from} accepts: max_seq_len={architecture.max_seq_len}. '
+      'Lower it.'
+    )
+  config = dataclasses.replace(config, model=architecture)
+  family = models.family(architecture)
+  make = functools.partial(family.make, device=program.first_device(mesh))
+  adapter = parameters.adapter_config(config.adapter)
+  optim = config.optim
+  if adapter is not None:
+    optim = optimizer.for_adapters(optim)
+  held, rules = parameters.plan(
+    make,
+    architecture,
+    mesh=mesh,
+    adapter=adapter,
+    step=config.step,
+    rules=optimizer.label_rules(
+      optim, family.LABEL_RULES, adapted=adapter is not None
+    ),
+    read=_reader(config),
+    seed=config.seed,
+  )
+  model = parameters.make_model(make, architecture, adapter)
+  model = program.on_stored(model, held, config.step.weight_bits)
+  built = program.build(
+    model,
+    objectives.language_model(
+      model,
+      config.loss_chunk_tokens,
+      dropout=config.is_masked or data.has_dropout(config),
+    ),
+    held,
+    optimizer.make(optim, config.steps, rules),
+    rules,
+    mesh,
+    step_config=config.step,
+    micro_batches=config.micro_batches,
+    clip_global_norm=config.optim.clip_global_norm,
+    # The rows of Adafactor are not independent.
+    cut_rows=config.optim.name != 'galore_adafactor',
+  )
+  return Planned(config, built, data.abstract_batch(config, mesh))
+
+
+def plan_anywhere(config: TrainConfig) -> Planned:
+  """`plan` for one device that need not be there: enough for a report."""
+  # What it reports is the same on any number of devices.
+  mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
+  return plan(dataclasses.replace(config, mesh=mesh), 1)
+
+
+def _reader(config: TrainConfig) -> Any:
+  """Reads the weights of the folder to start from; None if there is none."""
+  if not parameters.is_folder(config.init_from):
+    return None
+  family = models.family(config.model)
+
+  def read(key: jax.Array, shapes: Any) -> Any:
+    del key  # Nothing is drawn.
+    return hf.load_params(
+      config.init_from,
+      family.HF_TENSORS,
+      shapes,
+      folders.keeper(config.init_from, config.step.weight_bits),
+      unread=family.HF_UNREAD,
+    )
+
+  return read
+
+
+def prepare(config: TrainConfig) -> Prepared:
+  """Builds what all runs of a command share; cheap checks come first.
+
+  Args:
+    config: The configuration.
+
+  Returns:
+    The parts. No parameter is allocated yet.
+
+  Raises:
+    ValueError: If parts of the configuration do not fit each other, the data
+      or the devices.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'This is one of {jax.process_count()} processes: train_lm.py runs in '
+      'one, with all its devices.'
+    )
+  planned = plan(config)
+  return Prepared(planned, data.load(planned.config, planned.config.model))
+
+
+def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
+  """A run of the training loop.
+
+  Args:
+    prepared: What the runs share.
+    config: The settings of this one, which differ from those of `prepared` in
+      learning rate, seed and folder at most.
+  """
+  built = prepared.program
+  key = jax.random.key(config.seed)
+  tokens = config.batch_size * config.data.seq_len
+  return loop.Run(
+    name='' if prepared.config.is_single else pathlib.Path(config.run_dir).name,
+    folder=pathlib.Path(config.run_dir),
+    steps=config.steps,
+    mesh=built.mesh,
+    abstract_state=built.abstract_state,
+    start=lambda: built.start(
+      key, optimizer.numbers(config.optim, config.steps)
+    ),
+    train_step=built.train_step,
+    batches=data.training_batches(config, prepared.text),
+    evaluate=evaluation(prepared, config),
+    instruments=built.instruments(
+      config.optim,
+      config.steps,
+      tokens_per_step=tokens,
+      flops_per_token=flops_per_token(config),
+    ),
+    metadata=metadata(prepared, config),
+    every=loop.Every(
+      log=config.log_every,
+      evaluate=config.eval_every,
+      checkpoint=config.checkpoint_every,
+      evaluate_first=True,
+    ),
+    keep=config.checkpoint_keep,
+    constants=lambda: built.parameters.start_frozen(key),
+    better=is_better if config.keep_best else None,
+  )
+
+
+def is_better(found: loop.Found, best: loop.Found) -> bool:
+  """Whether the validation loss is lower; no number is worse than any."""
+  if found['loss'] is None:
+    return False
+  return best['loss'] is None or found['loss'] < best['loss']
+
+
+def flops_per_token(config: TrainConfig) -> float:
+  """Operations that training needs for a token."""
+  family, seq_len = models.family(config.model), config.data.seq_len
+  if not config.is_masked:
+    return family.flops_per_token(config.model, seq_len)
+  predicted = data.masking.num_predictions(config.mask_rate, seq_len) / seq_len
+  return family.flops_per_token(config.model, seq_len, predicted)
+
+
+def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
+  """Mean loss over the validation text, each token counted once.
+
+  Returns:
+    A function of trained and frozen weights, which returns ``loss`` and
+    ``perplexity``.
+  """
+  built = prepared.program
+  make_batches = data.evaluation_batches(config, prepared.text)
+
+  def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
+    batches, sums = make_batches(), []
+    for number, batch in enumerate(batches):
+      if config.eval_batches is not None and number >= config.eval_batches:
+        break
+      placed = sharding.put_batch(batch, built.mesh)
+      sums.append(built.eval_step(trained, placed, frozen))
+    batches.close()
+    losses, weights = np.asarray(jax.device_get(sums), np.float64).T
+    loss = float(losses.sum() / max(weights.sum(), 1))
+    return {'loss': loss, 'perplexity': float(np.exp(loss))}
+
+  return evaluate
+
+
+def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
+  """What cannot change within a run: it decides shapes or the order of data."""
+  is_grid = not prepared.config.is_single
+  found = fixed_settings(config, compared=is_grid)
+  if prepared.program.parameters.frozen:
+    found['init_from'] = config.init_from  # They are in no checkpoint.
+  train_file = prepared.text.training
+  return found | {
+    'data.training_part': [train_file.start, train_file.stop],
+    'data.tokens': train_file.tokens,
+    'tokenizer': prepared.text.tokenizer.fingerprint,
+  }

@@ -1,0 +1,265 @@
+"""What a pre-training run leaves behind: plot, sample, export, summary."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import folders
+from gnlorp_jax.compose.report import memory, memory_table, num_params
+from gnlorp_jax.models import hf
+from gnlorp_jax.models.generate import generate
+from gnlorp_jax.recipes import grid
+from gnlorp_jax.recipes.grid import Result
+from gnlorp_jax.recipes.pretrain import data
+from gnlorp_jax.recipes.pretrain.recipe import (
+  Prepared,
+  flops_per_token,
+  make_run,
+)
+from gnlorp_jax.recipes.pretrain.settings import TrainConfig
+from gnlorp_jax.training import metrics
+from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.loop import Outcome
+
+
+def finish(
+  prepared: Prepared, config: TrainConfig, outcome: Outcome
+) -> tuple[Result, str]:
+  """Writes plot, sample, export and summary.
+
+  Args:
+    prepared: What the runs of the command share.
+    config: The settings of this run.
+    outcome: What the loop left.
+
+  Returns:
+    The summary, and the sample.
+  """
+  folder = pathlib.Path(config.run_dir)
+  metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  export(prepared, outcome, folder / 'hf')
+  sample = sample_text(prepared, config, outcome)
+  (folder / 'sample.txt').write_text(sample, encoding='utf-8')
+  summary = summarise(prepared, config, outcome)
+  (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  return summary, sample
+
+
+def sample_text(
+  prepared: Prepared, config: TrainConfig, outcome: Outcome
+) -> str:
+  """What the model makes of text: a continuation, or guesses.
+
+  Causal, that is the configured prompt and what follows it. Masked, the
+  beginning of the validation text, in which ``[guess|token]`` stands where the
+  model was to guess a token.
+  """
+  settings, tokenizer = config.sample, prepared.text.tokenizer
+  if settings.num_tokens == 0:
+    return ''
+  built = prepared.program
+  params = built.parameters.join(outcome.params, outcome.constants)
+  if config.is_masked:
+    return _guesses(prepared, config, params)
+  (prompt_T,) = tokenizer.encode_batch([settings.prompt])
+  prompt_T = prompt_T[:-1]  # Without the end of sequence.
+  if prompt_T.size == 0:
+    prompt_T = np.array([tokenizer.eos_id])
+  new_T = generate(
+    built.model.apply,
+    params,
+    prompt_T,
+    settings.num_tokens,
+    max_seq_len=config.model.max_seq_len,
+    temperature=settings.temperature,
+    top_k=min(settings.top_k, tokenizer.vocab_size),
+    key=jax.random.key(config.seed),
+    eos_id=tokenizer.eos_id,
+  )
+  return settings.prompt + tokenizer.decode(new_T)
+
+
+def _guesses(prepared: Prepared, config: TrainConfig, params: Any) -> str:
+  tokenizer = prepared.text.tokenizer
+  batches = data.evaluation_batches(config, prepared.text)()
+  batch = next(batches)
+  batches.close()
+  inputs_T = batch['inputs'][0][: config.sample.num_tokens]
+  guesses_TV = np.asarray(
+    prepared.program.model.apply(params, batch['inputs'][:1])
+  )[0]
+  guesses_T = guesses_TV.argmax(axis=-1)
+  targets = {
+    position: target
+    for position, target, weight in zip(
+      batch['positions'][0],
+      batch['targets'][0],
+      batch['weights'][0],
+      strict=True,
+    )
+    if weight
+  }
+
+  def word(i: int) -> str:
+    if i not in targets:
+      return tokenizer.decode([inputs_T[i]])
+    pair = [tokenizer.decode([x]).strip() for x in (guesses_T[i], targets[i])]
+    return ' [' + '|'.join(pair) + ']'
+
+  return ''.join(word(i) for i in range(len(inputs_T)))
+
+
+def export(prepared: Prepared, outcome: Outcome, folder: pathlib.Path) -> None:
+  """Writes a Hugging Face folder, in place of that of an earlier finish."""
+  tokenizer, model = prepared.text.tokenizer, prepared.config.model
+  family = models.family(model)
+  hf_config = family.config_to_hf(
+    model,
+    bos_token_id=tokenizer.bos_id,
+    eos_token_id=tokenizer.eos_id,
+    pad_token_id=tokenizer.pad_id,
+  )
+  params = prepared.program.parameters.merge(outcome.params, outcome.constants)
+  folders.export(
+    folder,
+    params,
+    functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
+  )
+  tokenizer.save(folder)
+
+
+def summarise(
+  prepared: Prepared, config: TrainConfig, outcome: Outcome
+) -> dict[str, Any]:
+  """The run in numbers: losses, speed, memory."""
+  rows = metrics.read_metrics(pathlib.Path(config.run_dir) / 'metrics.jsonl')
+  # A number that was not finite is None in a row, and stays None here.
+  first = next(row for row in rows if 'eval/loss' in row)
+  last = outcome.record['best'] or outcome.record['last']
+  speeds = [
+    row['train/tokens_per_second']
+    for row in rows
+    if 'train/tokens_per_second' in row
+  ]
+  built = prepared.program
+  summary: dict[str, Any] = {
+    'optimizer': config.optim.name,
+    'adapter': config.adapter.kind,
+    'parameters': num_params(built),
+    'steps': config.steps,
+    'first_eval_loss': first['eval/loss'],
+    'last_eval_loss': last['loss'],
+    'last_eval_perplexity': last['perplexity'],
+    'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
+    'memory_bytes': memory(built, config.step, config.optim),
+    'device': jax.devices()[0].device_kind,
+  }
+  device_memory = jax.devices()[0].memory_stats()  # None on a CPU.
+  if device_memory:
+    summary['peak_device_bytes'] = device_memory.get('peak_bytes_in_use')
+  if speeds:
+    instruments = built.instruments(
+      config.optim, config.steps, flops_per_token=flops_per_token(config)
+    )
+    speed = instruments.speed(float(np.median(speeds)))
+    summary['mfu'] = speed.get('train/mfu')
+  return summary
+
+
+def show(config: TrainConfig, summary: dict[str, Any], sample: str) -> None:
+  """Prints the end of a run for the person who waited for it."""
+  console = rich.console.Console()
+  console.print(memory_table(summary['memory_bytes'], summary['optimizer']))
+  if sample:
+    console.rule('Sample', align='left')
+    console.print(sample, markup=False, highlight=False)
+    console.rule()
+  first, last = summary['first_eval_loss'], summary['last_eval_loss']
+  if first is None or last is None:
+    outcome = 'The validation loss is not finite.'
+  else:
+    change = 'lower' if last <= first else 'higher'
+    outcome = (
+      f'Validation loss {first:.3f} -> {last:.3f} '
+      f'({abs(1 - last / first):.0%} {change}), perplexity '
+      f'{summary["last_eval_perplexity"]:.1f}.'
+    )
+  console.print(
+    f'{outcome} Plot, sample, metrics and the Hugging Face export (hf/) are in '
+    f'{config.run_dir}.',
+    highlight=False,
+  )
+
+
+def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
+  """Runs the first seed with every learning rate, the others with the best.
+
+  Args:
+    prepared: What the runs share.
+    stop: Tells of signals.
+
+  Returns:
+    The results, which are in the run directory's ``results.json`` as well.
+  """
+  config = prepared.config
+  folder = pathlib.Path(config.run_dir)
+
+  def run(rate: float | None, seed: int) -> Result:
+    chosen = rate or config.optim.learning_rate
+    one = dataclasses.replace(
+      config,
+      run_dir=str(folder / f'lr{chosen:g}_seed{seed}'),
+      seed=seed,
+      optim=dataclasses.replace(config.optim, learning_rate=chosen),
+    )
+
+    def leave(outcome: Outcome) -> None:
+      finish(prepared, one, outcome)
+
+    member = grid.Member(
+      run=make_run(prepared, one),
+      finish=leave,
+      describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
+      metric='loss',
+      higher_is_better=False,
+    )
+    result = grid.run_once(member, stop, keep='all', is_single=False)
+    results = grid.read_results(folder, '*')
+    text = json.dumps(results, indent=2, allow_nan=False)
+    grid.write_atomically(folder / 'results.json', text + '\n')
+    return result
+
+  return grid.search(config.searched_rates, config.seed_numbers, run)
+
+
+def show_grid(run_dir: str, results: list[Result]) -> None:
+  """Prints what a search over learning rates and seeds found."""
+  console = rich.console.Console()
+  table = rich.table.Table(title='Runs', title_justify='left')
+  for name in (
+    'learning rate',
+    'seed',
+    'validation loss',
+    'perplexity',
+    'step',
+  ):
+    table.add_column(name, justify='right')
+  for result in results:
+    best = result['best']
+    values = (best.get('loss'), best.get('perplexity'))
+    table.add_row(
+      f'{result["learning_rate"]:g}',
+      str(result['seed']),
+      *('no number' if v is None else f'{v:.4f}' for v in values),
+      str(best['step']),
+    )
+  console.print(table)
+  console.print(f'results.json and the runs are in {run_dir}.', highlight=False)

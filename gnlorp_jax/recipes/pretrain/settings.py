@@ -1,0 +1,260 @@
+"""What a pre-training program is asked for, and how it is given.
+
+A configuration is a `TrainConfig`. It comes from a Python file that holds one
+under the name ``config`` (see `configs/`), with any field overridden on the
+command line.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+from typing import Literal, TypeVar
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose.settings import (
+  OptimConfig,
+  RunConfig,
+  check_at_least_one,
+  check_between,
+  free,
+  result,
+)
+from gnlorp_jax.models.llama import LlamaConfig
+from gnlorp_jax.models.roberta import RobertaConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Text and how it becomes tokens."""
+
+  source: str = 'stdlib'
+  """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
+  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets; 'stdlib' for
+  the sources of the running Python's standard library."""
+  validation_source: str | None = free(None)
+  """Validation text, named like `source`; None holds out the end of it."""
+  validation_fraction: float = free(0.05)
+  """Share of `source` held out where there is no `validation_source`."""
+  tokenizer: str = free('bpe')
+  """A tokenizer.json, a folder with one, a Hugging Face name, or 'bpe' to train
+  one on the text, as large as the model's vocabulary."""
+  mode: Literal['packed', 'padded'] = 'packed'
+  """'packed' joins documents and cuts them every `seq_len` tokens; 'padded'
+  puts one document in a row, cut or padded, as the GaLore protocol does."""
+  seq_len: int = 128
+  """Tokens per sequence, at most the model's max_seq_len."""
+  cache_dir: str = free('~/.cache/gnlorp_jax')
+  """Where tokenized text and trained tokenizers are kept between runs."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'seq_len')
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(
+        'DataConfig.validation_fraction must lie between 0 and 1, got '
+        f'{self.validation_fraction}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """The text generated at the end of a run."""
+
+  prompt: str = free('\n')
+  """What the text continues."""
+  num_tokens: int = free(100)
+  """Length of the continuation, in tokens; 0 generates none."""
+  temperature: float = free(0.8)
+  """Randomness: 0 takes the likeliest token."""
+  top_k: int = free(50)
+  """Tokens to choose among at each position."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'top_k')
+    check_between(self, 'num_tokens', 0, float('inf'))
+    check_between(self, 'temperature', 0, float('inf'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+  """Pre-training of a language model, each field an option of the program."""
+
+  objective: Literal['causal', 'masked'] = 'causal'
+  """What the model learns to guess: 'causal' the next token (a LLaMA), 'masked'
+  tokens left out of a text (a RoBERTa)."""
+  mask_rate: float = 0.15
+  """Share of the tokens to be guessed, with the masked objective."""
+  run_dir: str = free('runs/stdlib')
+  """Where checkpoints, metrics, plot and export go. A run directory that holds
+  checkpoints is resumed."""
+  steps: int = result(300)
+  """Number of optimizer steps of the whole run."""
+  batch_size: int = 16
+  """Sequences per step, over all devices."""
+  eval_every: int = result(100)
+  """Steps between two evaluations on the validation text."""
+  eval_batches: int | None = result(None)
+  """Batches of an evaluation; None evaluates all of the validation text."""
+  checkpoint_every: int = free(100)
+  """Steps between two checkpoints."""
+  keep_best: bool = free(False)
+  """Keep the parameters with the lowest validation loss as well; they are what
+  is exported, sampled from and told of at the end."""
+  loss_chunk_tokens: int = free(1024)
+  """Tokens whose logits exist at once in the loss."""
+  model: models.Config = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+  )
+  """Architecture and dtypes: a LlamaConfig or, masked, a RobertaConfig."""
+  data: DataConfig = DataConfig()
+  """Text and tokens."""
+  optim: OptimConfig = OptimConfig(rank=32)
+  """Optimizer and schedule."""
+  sample: SampleConfig = SampleConfig()
+  """Text generated at the end."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_at_least_one(self, 'eval_batches', 'loss_chunk_tokens')
+    for name in ('name', 'learning_rate'):
+      if getattr(self.optim, name) is None:
+        raise ValueError(
+          f'optim.{name} must be given in pre-training, got None. Only '
+          'fine-tuning has methods and tables to take it from.'
+        )
+    self._check_objective()
+    # With init_from the folder's own length counts; it is checked there.
+    if self.init_from is None and self.data.seq_len > self.model.max_seq_len:
+      raise ValueError(
+        f'data.seq_len={self.data.seq_len} is longer than the model accepts: '
+        f'model.max_seq_len={self.model.max_seq_len}. Lower the former or '
+        'raise the latter.'
+      )
+
+  def _check_objective(self):
+    expected = RobertaConfig if self.is_masked else LlamaConfig
+    if not isinstance(self.model, expected):
+      raise ValueError(
+        f'TrainConfig.objective={self.objective!r} trains a '
+        f'{expected.__name__}, and model is a {type(self.model).__name__}. '
+        'Choose a configuration of that kind.'
+      )
+    if not self.is_masked:
+      return
+    if not 0 < self.mask_rate < 1:
+      raise ValueError(
+        f'TrainConfig.mask_rate must lie between 0 and 1, got {self.mask_rate}.'
+      )
+    if self.data.mode != 'packed':
+      raise ValueError(
+        "TrainConfig.objective='masked' needs data.mode='packed', got "
+        f'{self.data.mode!r}.'
+      )
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether the objective is to guess tokens left out of a text."""
+    return self.objective == 'masked'
+
+
+MASKED = TrainConfig(
+  objective='masked',
+  run_dir='runs/stdlib_masked',
+  model=RobertaConfig(
+    vocab_size=4096,
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+  ),
+)
+"""What a run with the masked objective starts from without a file."""
+
+
+def load(path: str | pathlib.Path) -> TrainConfig:
+  """Reads a configuration file.
+
+  Args:
+    path: A Python file that defines ``config = TrainConfig(...)``.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    ValueError: If there is no such file or it defines no configuration.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    beside = sorted(str(p) for p in path.parent.glob('*.py'))
+    near = difflib.get_close_matches(str(path), beside, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else f' Files there: {beside}.'
+    raise ValueError(f'No configuration file {str(path)!r}.{hint}')
+  spec = importlib.util.spec_from_file_location('run_config', path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = getattr(module, 'config', None)
+  if not isinstance(config, TrainConfig):
+    raise ValueError(
+      f'{str(path)!r} defines no configuration: it must assign a TrainConfig '
+      "to the name 'config'."
+    )
+  return config
+
+
+Config = TypeVar('Config', bound=TrainConfig)
+
+
+def parse(
+  args: list[str], description: str, kind: type[Config] = TrainConfig
+) -> Config:
+  """Makes a configuration from the command line.
+
+  ``--config FILE`` chooses the file that overrides start from; without it they
+  start from the defaults of `TrainConfig`, or with ``--objective masked`` from
+  `MASKED`.
+
+  Args:
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+    kind: `TrainConfig`, or a program's own extension of it, whose further
+      fields have defaults.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If a field does not exist or a value is not allowed.
+  """
+  loaded, args = _default(args)
+  default = kind(
+    **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+  )
+  return command_line.override(default, args, description)
+
+
+def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
+  """Takes ``--config FILE`` or ``--config=FILE`` off the command line."""
+  for i, word in enumerate(args):
+    if word == '--config':
+      if i + 1 == len(args):
+        raise ValueError('--config needs the path of a configuration file.')
+      return load(args[i + 1]), args[:i] + args[i + 2 :]
+    if word.startswith('--config='):
+      return load(word.split('=', 1)[1]), args[:i] + args[i + 1 :]
+  masked = any(
+    words in (['--objective', 'masked'], ['--objective=masked'])
+    for i in range(len(args))
+    for words in (args[i : i + 2], args[i : i + 1])
+  )
+  return MASKED if masked else TrainConfig(), args

@@ -1,0 +1,78 @@
+"""A whole model on stored parameters, each layer decoded when it is used.
+
+Shape suffixes in this file:
+  B, T  sequences of a batch, positions
+  D     features
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gnlorp_jax.training.objectives import layer_key
+
+# The top-level key of the parameters that are stacked [L, ...].
+LAYERS = 'layers'
+
+
+def on_stored(
+  model: Any,
+  decode: Callable[[Any], Any],
+  policy: Callable[..., bool] | None = None,
+) -> Any:
+  """A model that takes parameters as they are stored.
+
+  The blocks run in one scan. Each decodes its layer for itself, and decodes it
+  again in the backward pass: no decoded stack ever exists.
+
+  Args:
+    model: A NamedTuple with ``hidden``, ``logits``, ``apply`` and
+      ``layer_fns``, as `objectives` describes them.
+    decode: As in `parameters.Parameters`.
+    policy: What the backward pass need not compute again, as in
+      `jax.checkpoint`; None: it keeps the inputs of the blocks alone.
+
+  Returns:
+    The model with other ``hidden``, ``logits`` and ``apply``. ``hidden`` is x
+    after the last block and ``logits`` all that follows, with a final norm if
+    there is one: the two in a row are ``apply``. Layer l drops features by
+    ``fold_in(key, l)``, as `objectives.Pieces` does.
+  """
+  fns = model.layer_fns
+
+  def hidden(
+    params: Any, tokens_BT: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    mask_BT = fns.mask(tokens_BT)
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def block(x_BTD: jax.Array, layer: Any, number: jax.Array) -> jax.Array:
+      return fns.block(
+        decode(layer), x_BTD, mask_BT, key=layer_key(key, number)
+      )
+
+    def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+      return block(x_BTD, *xs), None
+
+    layers = params[LAYERS]
+    numbers = jnp.arange(len(jax.tree.leaves(layers)[0]), dtype=jnp.int32)
+    x_BTD = fns.embed(outer(params), tokens_BT, key=key)
+    return jax.lax.scan(body, x_BTD, (layers, numbers))[0]
+
+  def outer(params: Any) -> Any:
+    return decode({k: node for k, node in params.items() if k != LAYERS})
+
+  def logits(
+    params: Any, x: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    return fns.head(outer(params), x, key=key)
+
+  def apply(
+    params: Any, tokens_BT: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    return logits(params, hidden(params, tokens_BT, key), key)
+
+  return model._replace(hidden=hidden, logits=logits, apply=apply)

@@ -1,0 +1,356 @@
+"""The training loop: the only one there is.
+
+A recipe describes what it trains as a `Run`; `train` takes it from its first
+step, or from its newest checkpoint, to its last. `steps` is the bare loop, for
+whoever wants nothing written.
+"""
+
+import contextlib
+import logging
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import rich
+
+from gnlorp_jax.training import metrics, sharding
+from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
+from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.monitor import (
+  Clock,
+  Health,
+  Instruments,
+  peak_bytes,
+  risen,
+)
+from gnlorp_jax.training.state import TrainState
+
+_logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Found = dict[str, float | None]  # An evaluation; None is no finite number.
+
+
+class Every(NamedTuple):
+  """How many steps lie between two ..."""
+
+  log: int  # rows of metrics,
+  evaluate: int  # evaluations,
+  checkpoint: int  # checkpoints.
+  evaluate_first: bool = False  # Whether the first one comes before step 1.
+
+
+class Run(NamedTuple):
+  """Everything that `train` needs, built and checked.
+
+  Attributes:
+    name: What to call it beside other runs of the program; may be empty.
+    folder: Where its checkpoints and metrics go.
+    steps: Number of steps of the whole run.
+    mesh: The devices.
+    abstract_state: Shapes and shardings of the training state.
+    start: Makes the state at step 0 and the constants.
+    train_step: Compiled: (state, batch, constants) -> (state, metrics); the
+      state is donated. With `context` its value comes last.
+    batches: An iterator over host batches with an array ``inputs`` ``[B, T]``,
+      and with `get_state()` and `set_state(state)` for its position.
+    evaluate: Maps (parameters, constants) to numbers by name.
+    instruments: What rows of metrics say besides.
+    metadata: What a checkpoint must agree with.
+    every: How often things are done.
+    keep: Number of checkpoints kept.
+    constants: Makes the constants, such as frozen weights, of a run that
+      resumes; a pytree that steps neither differentiate nor change.
+    better: ``better(found, best)``: whether an evaluation is better than the
+      best so far. With it, the best parameters are kept in ``best/``.
+    select: ``select(state, candidates)``: the batch to train on, chosen from a
+      larger one on the devices.
+    context: ``context(number)``: a pytree that varies from step to step.
+  """
+
+  name: str
+  folder: pathlib.Path
+  steps: int
+  mesh: jax.sharding.Mesh
+  abstract_state: TrainState
+  start: Callable[[], tuple[TrainState, Any]]
+  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  batches: Any
+  evaluate: Callable[[Any, Any], dict[str, float]]
+  instruments: Instruments
+  metadata: dict[str, Any]
+  every: Every
+  keep: int = 3
+  constants: Callable[[], Any] = dict
+  better: Callable[[Found, Found], bool] | None = None
+  select: Callable[[TrainState, Any], Any] | None = None
+  context: Callable[[int], Any] | None = None
+
+
+class Outcome(NamedTuple):
+  """What `train` leaves.
+
+  Attributes:
+    params: The trained parameters: the best ones where a run keeps those,
+      otherwise the last.
+    constants: What the steps took beside them.
+    record: ``last`` and ``best`` evaluation with their ``step`` (None before
+      the first), ``wall_seconds``, ``seconds_per_step``, ``skipped_steps`` and
+      ``peak_device_bytes``.
+  """
+
+  params: Any
+  constants: Any
+  record: Record
+
+
+class Taken(NamedTuple):
+  """A step that was dispatched."""
+
+  number: int
+  state: TrainState  # After it; gone when the next step is dispatched.
+  batch: Any  # On the devices.
+  metrics: dict[str, jax.Array]
+
+
+def steps(
+  train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  state: TrainState,
+  batches: Iterable[Any],
+  mesh: jax.sharding.Mesh,
+  numbers: range,
+  *constants: Any,
+  select: Callable[[TrainState, Any], Any] | None = None,
+  context: Callable[[int], Any] | None = None,
+) -> Iterator[Taken]:
+  """Takes training steps, one ahead of the device.
+
+  Args:
+    train_step: As in `Run`.
+    state: The state to start from; it is donated.
+    batches: Host batches.
+    mesh: The devices.
+    numbers: The numbers of the steps to take.
+    *constants: What the step takes beside state and batch.
+    select: As in `Run`.
+    context: As in `Run`.
+
+  Yields:
+    Each step. When it is yielded the device may still work on it, but not on
+    the one before: a signal is honoured soon.
+  """
+  batches, running = iter(batches), None
+  for number in numbers:
+    batch = sharding.put_batch(next(batches), mesh)
+    if select is not None:
+      batch = select(state, batch)
+    extra = () if context is None else (context(number),)
+    state, values = train_step(state, batch, *constants, *extra)
+    jax.block_until_ready(running)
+    running = values['loss']
+    yield Taken(number, state, batch, values)
+
+
+def train(run: Run, stop: StopRequest) -> Outcome:
+  """Trains to the last step, or to a signal that asks to stop.
+
+  Args:
+    run: The run. A folder that holds checkpoints is resumed.
+    stop: Tells of signals.
+
+  Returns:
+    What it leaves.
+
+  Raises:
+    SystemExit: After a signal, when everything is saved; 128 plus its number.
+    DivergedError: If going on is pointless.
+    ValueError: If the folder holds a run with other settings.
+  """
+  peak = peak_bytes()
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(
+      Checkpointer(run.folder / 'checkpoints', keep=run.keep)
+    )
+    state, constants, record = _resume_or_start(run, saved)
+    first = int(state.step)
+    clock = Clock(record)
+    health = Health(first, int(state.skipped))
+    keeper = stack.enter_context(_Keeper(run, record))
+    writer = stack.enter_context(
+      metrics.MetricsWriter(run.folder, first or None)
+    )
+    show_progress = stack.enter_context(
+      metrics.progress(
+        run.steps, first, name=run.name, console=rich.get_console()
+      )
+    )
+
+    def save(number: int, *, wait: bool = False) -> None:
+      position = {
+        'batches': run.batches.get_state(),
+        'record': clock.update(keeper.record),
+      }
+      saved.save(number, state, position, run.metadata, wait=wait)
+
+    def evaluate(number: int) -> None:
+      found = run.evaluate(state.params, constants)
+      writer.write(number, {f'eval/{name}': v for name, v in found.items()})
+      _logger.info(
+        '%sstep %d: %s',
+        f'{run.name}: ' if run.name else '',
+        number,
+        ', '.join(f'{name} {value:.4f}' for name, value in found.items()),
+      )
+      if keeper.note(number, found, state.params):
+        # After the best model, which the checkpoint must find.
+        save(number)
+      clock.restart()
+
+    if first == 0 and run.every.evaluate_first:
+      evaluate(0)
+    taken = steps(
+      run.train_step,
+      state,
+      run.batches,
+      run.mesh,
+      range(first + 1, run.steps + 1),
+      constants,
+      select=run.select,
+      context=run.context,
+    )
+    for number, state, batch, values in taken:
+      clock.count(batch['inputs'], values)
+      is_last = number == run.steps
+      # Not the first step after a resume: an interrupted run and a whole one
+      # leave the same rows.
+      if number % run.every.log == 0 or is_last or number == 1:
+        row = _row(run.instruments, number, state, values, clock)
+        writer.write(number, row)
+        health.check(number, row)
+        if 'train/tokens_per_second' in row:
+          show_progress(
+            number, row['train/loss'], row['train/tokens_per_second']
+          )
+      if number % run.every.evaluate == 0 or is_last:
+        evaluate(number)
+      if number % run.every.checkpoint == 0 or is_last:
+        save(number)
+        clock.restart()
+      if stop.received and not is_last:
+        save(number, wait=True)
+        _logger.warning(
+          '%s: saved step %d of %d in %s. The same command continues.',
+          *(stop.received.name, number, run.steps, run.folder),
+        )
+        raise SystemExit(128 + stop.received)
+    record = clock.update(keeper.record) | {
+      'skipped_steps': int(state.skipped),
+      'peak_device_bytes': risen(peak, peak_bytes()),
+    }
+    params = keeper.best_params(state)
+  return Outcome(params, constants, record)
+
+
+def _row(
+  instruments: Instruments,
+  number: int,
+  state: TrainState,
+  values: dict[str, jax.Array],
+  clock: Clock,
+) -> dict[str, float]:
+  """The metrics of a step, fetched from the device."""
+  values = {f'train/{name}': value for name, value in values.items()}
+  values |= instruments.stats(state.opt_state)
+  row = instruments.row(number, jax.device_get(values))
+  if (speed := clock.tokens_per_second()) is not None:
+    row |= instruments.speed(speed)
+  return row
+
+
+def _resume_or_start(
+  run: Run, saved: Checkpointer
+) -> tuple[TrainState, Any, Record]:
+  """The newest whole checkpoint of the run's folder, or a fresh state."""
+  metadata = saved.latest_metadata()
+  if metadata is None:
+    state, constants = run.start()
+    record = {'best': None, 'last': None, 'seconds_per_step': None}
+    return state, constants, record | {'wall_seconds': 0.0}
+  check_compatible(metadata, run.metadata, run.folder)
+  state, position, _ = saved.restore_latest(run.abstract_state)
+  number = int(state.step)
+  if number > run.steps:
+    raise ValueError(
+      f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise '
+      'steps or use another run directory.'
+    )
+  run.batches.set_state(position['batches'])
+  if number == run.steps:
+    _logger.info(
+      '%s is finished at step %d: its results are written anew. Raise steps to '
+      'go on.',
+      run.folder,
+      number,
+    )
+  else:
+    _logger.info('Resuming %s at step %d.', run.name or run.folder, number)
+  return state, run.constants(), position['record']
+
+
+class _Keeper:
+  """Remembers evaluations, and keeps the best parameters if a run asks to."""
+
+  def __init__(self, run: Run, record: Record):
+    self.record = record
+    self._run = run
+    self._folder = run.folder / 'best'
+    self._best: Checkpointer | None = None
+    if run.better is not None:
+      # An interrupted run finds once more what came after its checkpoint.
+      _remove_later(self._folder, (record['last'] or {'step': 0})['step'])
+      self._best = Checkpointer(self._folder, keep=2)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    if self._best is not None:
+      self._best.close()
+
+  def note(self, number: int, found: dict[str, float], params: Any) -> bool:
+    """Takes in an evaluation; whether it is the best so far, and kept."""
+    values = {n: v if math.isfinite(v) else None for n, v in found.items()}
+    self.record['last'] = {'step': number, **values}
+    if self._best is None:
+      return False
+    best = self.record['best']
+    if best is not None and not self._run.better(values, best):
+      return False
+    self.record['best'] = self.record['last']
+    self._best.save(
+      number, params, {'step': number}, self._run.metadata, wait=True
+    )
+    return True
+
+  def best_params(self, state: TrainState) -> Any:
+    """The parameters of the best evaluation, or the last ones."""
+    best = self.record['best']
+    if self._best is None or best['step'] == int(state.step):
+      return state.params
+    found = self._best.restore_latest(self._run.abstract_state.params)
+    if found is None or found[1]['step'] != best['step']:
+      raise ValueError(
+        f'{self._run.folder} lacks its best model, that of step '
+        f'{best["step"]}. Delete the folder to train it anew.'
+      )
+    return found[0]
+
+
+def _remove_later(folder: pathlib.Path, number: int) -> None:
+  """Removes what was kept of steps after `number`."""
+  for path in folder.glob('[0-9]*'):
+    if path.name.isdigit() and int(path.name) > number:
+      shutil.rmtree(path)
