@@ -27,9 +27,11 @@ from gnlorp_jax.data import batches, masking, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama, roberta
 from gnlorp_jax.training import (
+  forward,
   layerwise,
   losses,
-  passes,
+  objectives,
+  parameters,
   sharding,
   state,
   step,
@@ -228,43 +230,89 @@ def _steps(
       training_loss = functools.partial(loss_fn, dropout=True)
     return loss_fn, step.make_train_step(training_loss, tx, **options)
   pieces = layer_pieces(model, config.loss_chunk_tokens)
-  storage = weight_storage(config)
+  stored = stored_parameters(config, params)
   train_step = layerwise.make_train_step(
     pieces,
     tx,
-    params,
+    stored,
     clipping=config.step.clipping,
     accumulate=config.step.accumulate,
     mesh=mesh,
-    storage=storage,
     offload=config.step.offload,
     # Adafactor's rows are not independent. Split matrices are cut already.
     row_blocks=config.optim.name != 'galore_adafactor'
     and config.mesh.fsdp == 1,
     **options,
   )
-  return passes.make_loss_fn(pieces, storage), train_step
+  evaluated = forward.on_stored(with_keys(model), stored.decode)
+  objective = objectives.language_model(evaluated, config.loss_chunk_tokens)
+  return objective.evaluate, train_step
 
 
-def layer_pieces(model: Model, chunk_tokens: int) -> passes.Pieces:
-  """The model in the pieces that a step goes through layer by layer."""
+def with_keys(model: Model) -> Any:
+  """The model with functions that all take a dropout key, and a mask."""
   fns = model.layer_fns
-  return passes.Pieces(
-    embed=lambda params, batch: fns.embed(params, batch['inputs']),
-    block=fns.block,
-    loss=lambda params, x_BTD, batch: _cross_entropy(
-      functools.partial(fns.head, params), x_BTD, batch, chunk_tokens
+  if hasattr(fns, 'mask'):
+    return model
+
+  def without(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(params: Any, x: jax.Array, key: jax.Array | None = None) -> Any:
+      return fn(params, x) if key is None else fn(params, x, key)
+
+    return call
+
+  class LayerFns(NamedTuple):
+    embed: Any
+    block: Any
+    head: Any
+    mask: Any
+
+  return model._replace(
+    hidden=without(model.hidden),
+    apply=without(model.apply),
+    layer_fns=LayerFns(
+      embed=without(fns.embed),
+      block=lambda layer, x_BTD, mask_BT, key: fns.block(layer, x_BTD),
+      head=without(fns.head),
+      mask=lambda tokens_BT: None,
     ),
-    embed_keys=('embed',),
   )
 
 
-def weight_storage(config: TrainConfig) -> passes.Storage:
+def layer_pieces(model: Model, chunk_tokens: int) -> objectives.Pieces:
+  """The model in the pieces that a step goes through layer by layer."""
+  return objectives.language_model(with_keys(model), chunk_tokens).pieces
+
+
+class Storage(NamedTuple):
+  """How the parameters of the blocks are stored, see `Parameters`."""
+
+  load: Callable[[Any], Any]
+  load_exact: Callable[[Any], Any]
+  store: Callable[[Any, Any, jax.Array, jax.Array | int], Any]
+
+
+PLAIN = Storage(
+  parameters.unchanged, parameters.unchanged, parameters.cast_like
+)
+
+
+def stored_parameters(config: TrainConfig, params: Any) -> Any:
+  """The parameters as a layer-wise step takes them; all of them train."""
+  storage = weight_storage(config)
+  return parameters.plain(params)._replace(
+    decode=storage.load, decode_exact=storage.load_exact, store=storage.store
+  )
+
+
+def weight_storage(config: TrainConfig) -> Storage:
   """How the parameters of the blocks are kept between their uses."""
   if config.step.weight_bits is None:
-    return passes.PLAIN
+    return PLAIN
 
-  def store(new: Any, old: Any, number: jax.Array, first: jax.Array) -> Any:
+  def store(
+    new: Any, old: Any, number: jax.Array, first: jax.Array | int
+  ) -> Any:
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     key = jax.random.fold_in(key, first)
     return optim.quantized_weights.requantize_weights(new, old, key)
@@ -272,9 +320,7 @@ def weight_storage(config: TrainConfig) -> passes.Storage:
   def load(dtype: Any) -> Callable[[Any], Any]:
     return lambda tree: optim.quantized_weights.dequantize_weights(tree, dtype)
 
-  return passes.Storage(
-    load(config.model.compute_dtype), load('float32'), store
-  )
+  return Storage(load(config.model.compute_dtype), load('float32'), store)
 
 
 def stored_apply(
@@ -283,15 +329,8 @@ def stored_apply(
   """`model.apply` for parameters as they are stored, loaded layer by layer."""
   if config.step.weight_bits is None:
     return model.apply
-  storage, fns = weight_storage(config), model.layer_fns
-
-  def apply(params: Any, tokens_BT: jax.Array) -> jax.Array:
-    x_BTD = passes.through_blocks(
-      fns.block, storage, params['layers'], fns.embed(params, tokens_BT)
-    )
-    return fns.head(params, x_BTD)
-
-  return apply
+  load = weight_storage(config).load
+  return forward.on_stored(with_keys(model), load).apply
 
 
 def _init_fn(config: TrainConfig, model: Model) -> Callable[[jax.Array], Any]:
