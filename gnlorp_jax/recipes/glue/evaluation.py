@@ -112,7 +112,7 @@ def finish(
   Args:
     program: What the run computes.
     data: The task.
-    config: The settings.
+    config: The settings, from `protocol.resolve`.
     folder: That of the run.
     outcome: What the loop left.
   """
@@ -132,7 +132,7 @@ def finish(
     glue.write_submission(
       data.task, folder / 'predictions', name, split.ids, outputs
     )
-  if config.export or (config.export is None and config.is_single):
+  if config.export:
     export(program, data, outcome, folder / 'hf')
 
 

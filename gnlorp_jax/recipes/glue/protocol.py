@@ -75,8 +75,9 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
     method: Name of a method.
 
   Returns:
-    Settings without None where the optimizer, the adapters or the length of the
-    run need a number.
+    Settings of that task and method without None where the optimizer, the
+    adapters, the length of the run or the export need a value. Learning rates
+    to search are gone: `recipe.make_run` puts each in the place of the one.
 
   Raises:
     ValueError: If there is no such method.
@@ -101,6 +102,8 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
     batch_size=_or(config.batch_size, small_batch),
     epochs=_or(config.epochs, 5 if is_demo else 30),
     max_length=_or(config.max_length, 16 if is_demo else 512),
+    export=_or(config.export, config.is_single),
+    learning_rates=None,  # Here is the one of them that a run begins with.
     optim=_optimizer(config.optim, task, chosen),
     adapter=_adapter(config.adapter, task, chosen),
   )
