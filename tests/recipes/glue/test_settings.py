@@ -1,41 +1,132 @@
-"""Settings of fine-tuning: the command line, its errors, and the numbers."""
+"""Settings of GLUE fine-tuning: the command line, old and new, its errors."""
 
 import dataclasses
 import re
 
 import pytest
 
-from gnlorp_jax import config, methods, optim
-from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
+from gnlorp_jax.compose import methods
+from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
+from gnlorp_jax.recipes.glue import settings
+from gnlorp_jax.recipes.glue.protocol import resolve
+from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
 
 
 def parse(*args):
-  return config.override(FinetuneConfig(), list(args), 'description')
+  return settings.parse(list(args), 'description')
 
 
 def test_options_override_the_defaults():
-  settings = parse(
-    *('--task', 'rte,cola', '--method=lora', '--model', 'folder', '--rank=4'),
-    *(
-      '--data.source',
-      'glue',
-      '--seeds',
-      '2,0,2',
-      '--learning-rates=1e-4,3e-4',
-    ),
+  found = parse(
+    *('--task', 'rte,cola', '--method=lora', '--init-from', 'folder'),
+    *('--optim.rank=4', '--adapter.kind', 'dora', '--adapter.rank=2'),
+    *('--step.mode', 'layerwise', '--step.weight-bits=8'),
+    *('--data.source', 'glue', '--seeds', '2,0,2'),
+    '--learning-rates=1e-4,3e-4',
   )
-  assert settings == FinetuneConfig(
+  default = GlueConfig()
+  assert found == GlueConfig(
     task='rte,cola',
     method='lora',
-    model='folder',
-    rank=4,
+    init_from='folder',
+    optim=dataclasses.replace(default.optim, rank=4),
+    adapter=AdapterOptions(kind='dora', rank=2),
+    step=StepConfig(mode='layerwise', weight_bits=8),
     seeds='2,0,2',
     learning_rates='1e-4,3e-4',
     data=TaskDataConfig(source='glue'),
   )
-  assert settings.task_names == ('rte', 'cola')
-  assert settings.seed_numbers == (2, 0)
-  assert settings.searched_rates == (1e-4, 3e-4)
+  assert found.task_names == ('rte', 'cola')
+  assert found.seed_numbers == (2, 0)
+  assert found.searched_rates == (1e-4, 3e-4)
+
+
+# Earlier names of options.
+
+
+# What README and docs have said, and what it is called now.
+COMMANDS = [
+  ([], []),
+  (
+    '--task mrpc --method gradnormlorp --model roberta-base/ --data.source g/',
+    '--task mrpc --method gradnormlorp --init-from roberta-base/ '
+    '--data.source g/',
+  ),
+  (
+    '--task all --method all --model roberta-base/ --data.source glue/ '
+    '--seeds 0,1,2 --learning-rates 1e-5,3e-5,1e-4',
+    '--task all --method all --init-from roberta-base/ --data.source glue/ '
+    '--seeds 0,1,2 --learning-rates 1e-5,3e-5,1e-4',
+  ),
+  (
+    '--task mine --data.train train.tsv --data.dev dev.tsv '
+    '--data.text-columns question,answer --data.label-column y --model base/',
+    '--task mine --data.train train.tsv --data.dev dev.tsv '
+    '--data.text-columns question,answer --data.label-column y '
+    '--init-from base/',
+  ),
+  (
+    '--task cola,stsb,mrpc,rte,sst2,wnli --method all '
+    '--model runs/roberta_tiny/hf --data.source glue/ --seeds 0,1 '
+    '--learning-rates 3e-4,1e-3,3e-3 --max-steps 120 --batch-size 16 '
+    '--max-length 128 --eval-every 60 --update-proj-gap 50 '
+    '--adapter-dropout 0 --keep none --run-dir runs/glue_tiny',
+    '--task cola,stsb,mrpc,rte,sst2,wnli --method all '
+    '--init-from runs/roberta_tiny/hf --data.source glue/ --seeds 0,1 '
+    '--learning-rates 3e-4,1e-3,3e-3 --steps 120 --batch-size 16 '
+    '--max-length 128 --eval-every 60 --optim.update-proj-gap 50 '
+    '--adapter.dropout 0 --keep none --run-dir runs/glue_tiny',
+  ),
+  (
+    '--method=lora --rank=4 --learning-rate=1e-3 --scale=2 '
+    '--adapter-alpha=32 --weight-decay=0.1 --warmup-fraction=0.06 '
+    '--clip-global-norm=1 --param-dtype=bfloat16 --compute-dtype=bfloat16',
+    '--method lora --optim.rank 4 --adapter.rank 4 '
+    '--optim.learning-rate 1e-3 --optim.scale 2 --adapter.alpha 32 '
+    '--optim.weight-decay 0.1 --optim.warmup-fraction 0.06 '
+    '--optim.clip-global-norm 1 --model.param-dtype bfloat16 '
+    '--model.compute-dtype bfloat16',
+  ),
+  # A flag has no value, and can be negated.
+  ('--remat --max_steps 3', '--model.remat --steps 3'),
+  ('--remat --no-remat', '--model.no-remat'),
+]
+
+
+@pytest.mark.parametrize(('earlier', 'today'), COMMANDS)
+def test_earlier_names_of_options_give_the_same_settings(earlier, today):
+  found, expected = (
+    parse(*(words.split() if words else ())) for words in (earlier, today)
+  )
+  assert found == expected
+  for method in ('full', 'gradnormlorp', 'gradnormlorp_adapter'):
+    assert resolve(found, 'rte', method) == resolve(expected, 'rte', method)
+
+
+def test_every_earlier_name_is_an_option_no_more_and_is_told(caplog):
+  values = {'model': 'tiny', 'param_dtype': 'bfloat16'}
+  values |= {'compute_dtype': 'bfloat16', 'max_steps': '3', 'rank': '3'}
+  values |= {'update_proj_gap': '3', 'remat': None}
+  fields = {field.name for field in dataclasses.fields(GlueConfig)}
+  for name, targets in settings.ALIASES.items():
+    assert name not in fields - {'model'}
+    option = f'--{name.replace("_", "-")}'
+    value = values.get(name, '0.5')
+    with caplog.at_level('INFO'):
+      found = parse(option, *([] if value is None else [value]))
+    for target in targets:
+      node = found
+      for part in target.split('.'):
+        node = getattr(node, part)
+      assert str(node) == (value or 'True'), target
+      new = target.replace('_', '-')
+      assert f'{option} is now --' in caplog.text and new in caplog.text
+
+
+def test_groups_are_no_earlier_names():
+  found = parse('--model.hidden-size', '32', '--model.num-heads=2')
+  assert (found.model.hidden_size, found.model.num_heads) == (32, 2)
+  assert found.init_from is None
 
 
 def test_all_methods_are_those_that_are_compared():
@@ -67,7 +158,7 @@ def test_all_methods_are_those_that_are_compared():
     (['--learning-rates', ''], "learning_rates='' names nothing."),
     (
       ['--clip-global-norm', '0'],
-      'FinetuneConfig.clip_global_norm must be positive, got 0.0. Use None',
+      'OptimConfig.clip_global_norm must be positive, got 0.0. Use None',
     ),
     (
       ['--task', 'a/b', '--data.train', 'x', '--data.dev', 'y'],
@@ -80,10 +171,34 @@ def test_all_methods_are_those_that_are_compared():
     (['--learning-rates', '1e-3,-1'], 'must be positive, got -1.0'),
     (
       ['--learning-rate', '1', '--learning-rates', '1'],
-      'exclude each other: give one rate, or several',
+      "optim.learning_rate=1.0 and learning_rates='1' exclude each other: give "
+      'one rate, or several',
     ),
-    (['--epochs', '0'], 'FinetuneConfig.epochs must be at least 1, got 0.'),
-    (['--dropout', '2'], 'FinetuneConfig.dropout must be in [0, 1], got 2.0.'),
+    (
+      ['--optim.learning-rate', '-1'],
+      'OptimConfig.learning_rate must be positive, got -1.0.',
+    ),
+    (['--seed', '-1'], 'seed=-1 must not be less than 0.'),
+    (['--rank', '0'], 'OptimConfig.rank must be at least 1, got 0.'),
+    (
+      ['--adapter-alpha', '-1'],
+      'AdapterOptions.alpha must be positive, got -1.0.',
+    ),
+    (
+      ['--adapter-dropout', '2'],
+      'AdapterOptions.dropout must be in [0, 1], got 2.0.',
+    ),
+    (
+      ['--warmup-fraction', '2'],
+      'OptimConfig.warmup_fraction must be in [0, 1], got 2.0.',
+    ),
+    (['--max-steps', '0'], 'GlueConfig.steps must be at least 1, got 0.'),
+    (
+      ['--data.max-dev-examples', '0'],
+      'TaskDataConfig.max_dev_examples must be at least 1, got 0.',
+    ),
+    (['--epochs', '0'], 'GlueConfig.epochs must be at least 1, got 0.'),
+    (['--dropout', '2'], 'GlueConfig.dropout must be in [0, 1], got 2.0.'),
   ],
 )
 def test_mistakes_are_named_with_their_mending(args, text, capsys):
@@ -99,45 +214,14 @@ def test_mistakes_are_named_with_their_mending(args, text, capsys):
   assert re.search(re.escape(text), message), message
 
 
-def test_every_method_has_an_optimizer_of_the_family():
-  assert set(methods.COMPARED) <= set(methods.METHODS)
-  for method in methods.METHODS.values():
-    assert callable(getattr(optim, method.optimizer))
-
-
-def test_published_numbers_are_those_of_the_papers():
-  numbers = methods.hyperparameters
-  assert numbers('mrpc', 'galore', 4).learning_rate == 3e-5
-  assert numbers('mrpc', 'galore', 8).learning_rate == 2e-5
-  assert (
-    numbers('rte', 'galore', 4).scale,
-    numbers('rte', 'galore').scale,
-  ) == (
-    4,
-    2,
-  )
-  assert numbers('cola', 'lora').learning_rate == 4e-4
-  assert numbers('qqp', 'gradnormlorp').learning_rate == 3e-5
-  assert numbers('qqp', 'gradnormlorp').scale == 4
-  shared = {'epochs': 30, 'max_length': 512, 'update_proj_gap': 500}
-  for task, batch_size in (('cola', 32), ('mnli', 16)):
-    found = dataclasses.asdict(numbers(task, 'full'))
-    assert found['batch_size'] == batch_size
-    assert shared.items() <= found.items()
-    assert found['weight_decay'] == found['warmup_fraction'] == 0
-
-
-def test_settings_come_before_the_table():
-  settings = FinetuneConfig(rank=4, learning_rate=0.5, weight_decay=0.1)
-  found = settings.hyperparameters('rte', 'galore')
-  assert (found.rank, found.learning_rate, found.weight_decay) == (4, 0.5, 0.1)
-  assert found.scale == 4 and found.epochs == 30
-
-
 def test_single_run_is_recognised():
-  single = FinetuneConfig(method='lora')
+  single = GlueConfig(method='lora')
   assert single.is_single
+  assert dataclasses.replace(single, seeds='3').is_single
   for change in (
+    {'task': 'cola,rte', 'data': TaskDataConfig(source='x'), 'init_from': 'y'},
+    {'task': 'all', 'data': TaskDataConfig(source='x'), 'init_from': 'y'},
+    {'method': 'lora,full'},
     {'method': 'all'},
     {'seeds': '0,1'},
     {'learning_rates': '1,2'},
