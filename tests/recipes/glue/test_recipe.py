@@ -4,7 +4,7 @@ The demo's model and task, cut down to a few examples.
 """
 
 import dataclasses
-import functools
+import logging
 import re
 
 import jax
@@ -12,41 +12,36 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gnlorp_jax import finetune, finetune_data, methods
-from gnlorp_jax.config import MeshConfig
-from gnlorp_jax.data import glue
-from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
+from gnlorp_jax.compose import methods
+from gnlorp_jax.compose.settings import MeshConfig
 from gnlorp_jax.models import adapters, roberta
+from gnlorp_jax.recipes.glue import evaluation, recipe, report
 from gnlorp_jax.training import sharding
-
-SETTINGS = FinetuneConfig(
-  rank=2,
-  batch_size=8,
-  eval_batch_size=8,
-  epochs=2,
-  update_proj_gap=2,
-  learning_rate=1e-2,
-  data=TaskDataConfig(max_train_examples=20, max_dev_examples=13),
-  mesh=MeshConfig(data=1),
-)
 
 QUICK = ('full', 'lora', 'gradnormlorp', 'gradnormlorp_adapter')
 
 
 @pytest.fixture(scope='module')
-def data():
-  (task,) = finetune_data.find_tasks(SETTINGS)
-  return finetune_data.load_task(SETTINGS, task)
+def prepare(settings, data):
+  """Builds a method on the task; `changes` are of the settings."""
+
+  def make(method, **changes):
+    changed = dataclasses.replace(settings, **changes)
+    return recipe.prepare(changed, data, method)
+
+  return make
 
 
-def make_run(data, method, seed=0, **changes):
-  settings = dataclasses.replace(SETTINGS, **changes)
-  return finetune.make_run(finetune.program(settings, data, method), seed)
+def new_run(prepared, seed=0):
+  return recipe.make_run(prepared, None, seed).run
 
 
 def put(run, batch):
-  batch = {name: rows for name, rows in batch.items() if name != 'index'}
-  return sharding.put_batch(batch, run.program.compiled.mesh)
+  return sharding.put_batch(batch, run.mesh)
+
+
+def optim_of(settings, **changes):
+  return dataclasses.replace(settings.optim, **changes)
 
 
 def paths(tree):
@@ -65,15 +60,13 @@ def copied(tree):
     for m in methods.METHODS
   ],
 )
-def test_every_method_trains_and_leaves_the_rest_alone(method, data):
-  run = make_run(data, method)
-  state, frozen = finetune.new_state(run)
+def test_every_method_trains_and_leaves_the_rest_alone(method, data, prepare):
+  prepared = prepare(method)
+  built, run = prepared.program, new_run(prepared)
+  state, frozen = run.start()
   before, frozen_before = copied(state.params), copied(frozen)
-  batches = finetune.train_batches(run, 0)
   for number in range(1, 4):
-    state, values = run.program.compiled.train_step(
-      state, put(run, next(batches)), frozen
-    )
+    state, values = run.train_step(state, put(run, next(run.batches)), frozen)
     assert values['skipped_steps'] == 0, number
     assert all(np.isfinite(float(v)) for v in values.values()), values
   # Not a bit of what is frozen has changed, and it has no state.
@@ -91,16 +84,14 @@ def test_every_method_trains_and_leaves_the_rest_alone(method, data):
   assert changed == paths(after)
   if methods.METHODS[method].adapter is None:
     assert frozen == {}
-    assert paths(after) == paths(
-      run.program.compiled.model.init(jax.random.key(0))
-    )
+    assert paths(after) == paths(built.model.init(jax.random.key(0)))
   else:
     assert {path.split('/')[-1] for path in paths(after)} <= {
       *('lora_a', 'lora_b', 'magnitude', 'kernel', 'bias')
     }
     assert not paths(frozen) & paths(after)
     assert all('classifier' not in path for path in paths(frozen))
-  found = finetune.evaluate(run.program, state.params, frozen)
+  found = run.evaluate(state.params, frozen)
   assert set(found) == {'loss', 'matthews_correlation', 'accuracy'}
   assert np.isfinite(found['loss'])
 
@@ -108,19 +99,18 @@ def test_every_method_trains_and_leaves_the_rest_alone(method, data):
 @pytest.mark.parametrize(
   'method', sorted(set(methods.METHODS) - set(methods.COMPARED))
 )
-def test_other_optimizers_train_all_weights_with_less_state(method, data):
-  parts = make_run(data, method).program
-  assert parts.compiled.abstract_frozen == {}
-  full = make_run(data, 'full').program
+def test_other_optimizers_train_all_weights_with_less_state(method, prepare):
+  built = prepare(method).program
+  assert built.parameters.frozen == {}
+  full = prepare('full').program
   sizes = [
-    finetune.describe(finetune.make_run(p, 0))['optimizer_state_bytes']
-    for p in (parts, full)
+    recipe.describe_sizes(p)['optimizer_state_bytes'] for p in (built, full)
   ]
   assert sizes[0] < sizes[1]
 
 
-def test_state_of_an_adapter_run_is_small(data):
-  described = finetune.describe(make_run(data, 'lora'))
+def test_state_of_an_adapter_run_is_small(data, prepare):
+  described = recipe.make_run(prepare('lora'), None, 0).describe()
   moments = 2 * 4 * described['trainable_parameters']
   assert moments <= described['optimizer_state_bytes'] < moments + 100
   config = data.architecture
@@ -132,23 +122,33 @@ def test_state_of_an_adapter_run_is_small(data):
     described['trainable_parameters']
     == config.num_layers * per_layer + classifier
   )
+  model = roberta.make_classifier(config, 2)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  own = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  added = config.num_layers * per_layer
+  assert described['parameters'] == own + added
 
 
-def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(data):
+def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(
+  settings, data, prepare
+):
   # The demo's model itself drops nothing.
-  run = make_run(data, 'lora', adapter_dropout=0.1)
-  parts = run.program
-  state, frozen = finetune.new_state(run)
+  dropping = dataclasses.replace(settings.adapter, dropout=0.1)
+  prepared = prepare('lora', adapter=dropping)
+  built, run = prepared.program, new_run(prepared)
+  state, frozen = run.start()
   # So that the adapters, and their dropout, make a difference.
-  state = state._replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
-  batch = next(finetune.train_batches(run, 0))
-  apply = adapters.adapted(parts.compiled.adapter, parts.compiled.model.apply)
-  loss_fn = jax.jit(functools.partial(finetune.classifier_loss, apply, False))
-  found, weight = loss_fn(state.params, batch, frozen)
-  # Step by step, with NumPy.
+  params = jax.tree.map(lambda x: x + 0.1, state.params)
+  batch = next(run.batches)
+  merged = built.parameters.join(params, frozen)
+  loss_fn = jax.jit(built.objective.loss)
+  found, weight = loss_fn(merged, batch)
+  # Step by step, with NumPy, from the plain model wrapped by hand.
+  config = adapters.AdapterConfig(kind='lora', rank=2, alpha=16, dropout=0.1)
+  model = roberta.make_classifier(data.architecture, 2)
+  apply = adapters.adapted(config, model.apply)
   key = jax.random.fold_in(jax.random.key(0), batch['seeds'][0])
-  merged = adapters.combine(frozen, state.params)
-  logits = np.asarray(jax.jit(apply)(merged, batch['tokens'], key), np.float64)
+  logits = np.asarray(jax.jit(apply)(merged, batch['inputs'], key), np.float64)
   losses = (
     np.log(np.exp(logits).sum(axis=1))
     - logits[np.arange(len(logits)), batch['labels']]
@@ -156,15 +156,20 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(data):
   np.testing.assert_allclose(found, losses @ batch['weights'], rtol=1e-5)
   assert weight == batch['weights'].sum()
   other = batch | {'seeds': batch['seeds'] + 1}
-  changed, _ = loss_fn(state.params, other, frozen)
+  changed, _ = loss_fn(merged, other)
   assert changed != found
+  # An evaluation drops nothing, whatever the seeds.
+  outputs = jax.jit(built.objective.evaluate)(merged, batch)
+  plain = jax.jit(apply)(merged, batch['inputs'])
+  np.testing.assert_allclose(outputs, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_adapted_model_starts_as_the_model_itself(data):
-  run = make_run(data, 'gradnormlorp_adapter')
-  state, frozen = finetune.new_state(run)
-  outputs = finetune.outputs_of(
-    run.program, state.params, frozen, data.evaluated['dev']
+def test_adapted_model_starts_as_the_model_itself(data, prepare):
+  prepared = prepare('gradnormlorp_adapter')
+  run = new_run(prepared)
+  state, frozen = run.start()
+  outputs = evaluation.outputs_of(
+    prepared.program, data, 8, state.params, frozen, data.evaluated['dev']
   )
   # The plain model, in the order of the file.
   encoded = data.evaluated['dev'].encoded
@@ -173,152 +178,181 @@ def test_adapted_model_starts_as_the_model_itself(data):
   )
   for row, ids in zip(tokens, encoded, strict=True):
     row[: len(ids)] = ids
-  plain = finetune.starting_params(run)
-  expected = jax.jit(run.program.compiled.model.apply)(plain, tokens)
+  model = roberta.make_classifier(data.architecture, 2)
+  plain = jax.jit(model.init)(jax.random.key(0))
+  expected = jax.jit(model.apply)(plain, tokens)
   np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_batches_go_on_from_any_step_and_epochs_differ(data):
-  run = make_run(data, 'full')
-  assert run.program.steps_per_epoch == 3 and run.program.steps == 6
-  whole = finetune.train_batches(run, 0)
+def test_a_run_that_resumes_has_the_frozen_weights_it_began_with(prepare):
+  run = new_run(prepare('lora'), seed=3)
+  _, frozen = run.start()
+  jax.tree.map(np.testing.assert_array_equal, run.constants(), frozen)
+
+
+def test_batches_go_on_from_any_step_and_epochs_differ(data, prepare):
+  prepared = prepare('full')
+  assert prepared.steps_per_epoch == 3 and prepared.steps == 6
+  whole = new_run(prepared).batches
   batches = [next(whole) for _ in range(7)]
   for number in (1, 3, 5):
-    later = next(finetune.train_batches(run, number))
+    again = new_run(prepared).batches
+    again.set_state({'taken': number})
+    later = next(again)
     for name, rows in later.items():
       np.testing.assert_array_equal(rows, batches[number][name])
+  # The examples by their tokens: those of the two epochs, in another order.
   orders = [
-    np.concatenate([b['index'] for b in batches[i : i + 3]]) for i in (0, 3)
+    [
+      row.tobytes()
+      for batch in batches[i : i + 3]
+      for row in batch['inputs'][batch['weights'] > 0]
+    ]
+    for i in (0, 3)
   ]
   assert sorted(orders[0]) == sorted(orders[1])
-  assert not np.array_equal(*orders)
+  assert orders[0] != orders[1]
 
 
-def test_learning_rate_falls_linearly_without_warm_up(data):
-  schedule = finetune.program(SETTINGS, data, 'full').schedule
+def schedule_of(prepared):
+  return new_run(prepared).instruments.schedule
+
+
+def test_learning_rate_falls_linearly_without_warm_up(prepare):
+  schedule = schedule_of(prepare('full'))
   found = [float(schedule(count)) for count in range(7)]
   expected = [1e-2 * (1 - count / 6) for count in range(7)]
   np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_learning_rate_rises_first_if_asked_to(data):
-  settings = dataclasses.replace(SETTINGS, warmup_fraction=0.5)
-  schedule = finetune.program(settings, data, 'full').schedule
+def test_learning_rate_rises_first_if_asked_to(settings, prepare):
+  optim = optim_of(settings, warmup_fraction=0.5)
+  schedule = schedule_of(prepare('full', optim=optim))
   found = [float(schedule(count)) for count in range(7)]
   expected = [1e-2 * x for x in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 0)]
   np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_seeds_differ_in_classifier_and_order_and_share_what_is_compiled(data):
-  parts = finetune.program(SETTINGS, data, 'full')
-  runs = [finetune.make_run(parts, seed) for seed in (0, 1)]
-  first, second = (finetune.new_state(run)[0].params for run in runs)
+def test_seeds_differ_in_classifier_and_order_and_share_what_is_compiled(
+  prepare,
+):
+  prepared = prepare('full')
+  runs = [new_run(prepared, seed) for seed in (0, 1)]
+  first, second = (run.start()[0].params for run in runs)
   assert not np.array_equal(
     first['classifier']['out']['kernel'], second['classifier']['out']['kernel']
   )
-  orders = [next(finetune.train_batches(run, 0))['index'] for run in runs]
+  orders = [next(run.batches)['inputs'] for run in runs]
   assert not np.array_equal(*orders)
   assert runs[0].folder != runs[1].folder
+  assert runs[0].train_step is runs[1].train_step
 
 
-def test_report_says_what_trains_and_what_does_not():
-  text = finetune.dry_run(
-    dataclasses.replace(SETTINGS, method='gradnormlorp_adapter,full')
+class Compilations(logging.Handler):
+  """Names of what XLA compiles."""
+
+  def __init__(self):
+    super().__init__()
+    self.names = []
+
+  def emit(self, record):
+    if (text := record.getMessage()).startswith('Compiling '):
+      self.names.append(text.split()[1])
+
+
+@pytest.fixture
+def compilations():
+  """What is compiled while a test runs."""
+  handler = Compilations()
+  logger = logging.getLogger('jax._src.interpreters.pxla')
+  propagates, logger.propagate = logger.propagate, False
+  logger.addHandler(handler)
+  with jax.log_compiles():
+    yield handler.names
+  logger.removeHandler(handler)
+  logger.propagate = propagates
+
+
+def take_all(run):
+  """A run without its files: start, a step of each shape, an evaluation."""
+  state, frozen = run.start()
+  for _ in range(2):
+    state, _ = run.train_step(state, put(run, next(run.batches)), frozen)
+  run.evaluate(state.params, frozen)
+  jax.block_until_ready(run.instruments.stats(state.opt_state))
+  return run.constants()
+
+
+@pytest.mark.parametrize('method', ['lora', 'gradnormlorp'])
+def test_other_rates_seeds_lengths_and_tasks_compile_nothing_anew(
+  method, settings, data, prepare, compilations
+):
+  take_all(new_run(prepare(method)))
+  assert 'jit(train_step)' in compilations
+  compilations.clear()
+  # Other rates and seeds, as in a search.
+  searched = prepare(
+    method,
+    learning_rates='1e-3,2e-3',
+    seeds='0,1',
+    optim=optim_of(settings, learning_rate=None),
+  )
+  for rate, seed in ((1e-3, 0), (2e-3, 0), (2e-3, 1)):
+    run = recipe.make_run(searched, rate, seed).run
+    assert run.instruments.schedule(0) == np.float32(rate)
+    take_all(run)
+  # Another length of the run, and a warm-up.
+  take_all(
+    new_run(
+      prepare(method, epochs=3, optim=optim_of(settings, warmup_fraction=0.5))
+    )
+  )
+  # Another task with as many outputs, and other examples.
+  other = data._replace(
+    task=dataclasses.replace(data.task, name='other')
+    if dataclasses.is_dataclass(data.task)
+    else data.task._replace(name='other'),
+    train=data.train._replace(
+      encoded=data.train.encoded[4:], labels=1 - data.train.labels[4:]
+    ),
+  )
+  take_all(new_run(recipe.prepare(settings, other, method)))
+  # Eager arithmetic of the first run is all that is left to compile.
+  assert [n for n in compilations if n.count('_') or 'lambda' in n] == []
+  assert not {'jit(random)', 'jit(evaluate)'} & set(compilations)
+
+
+def test_report_says_what_trains_and_what_does_not(settings):
+  text = report.dry_run(
+    dataclasses.replace(settings, method='gradnormlorp_adapter,full')
   )
   assert re.search(r'demo, gradnormlorp_adapter: trains [\d,]+ of', text)
   assert re.search(r'q_proj/lora_a +2x64x2 +low_rank +2 +in\+out', text)
   assert re.search(r'q_proj/kernel +2x64x64 +frozen', text)
   assert re.search(r'classifier/out/kernel +64x2 +full', text)
   assert 'batch_size 8' in text
+  assert 'optim.name galore, optim.learning_rate 0.01, optim.rank 2' in text
 
 
-def test_tasks_without_examples_are_left_out_of_all(shared, caplog):
-  folder = str(shared / 'data' / 'glue')
-  settings = FinetuneConfig(
-    task='all', model='tiny', data=TaskDataConfig(source=folder)
-  )
-  names = [task.name for task in finetune_data.find_tasks(settings)]
-  assert set(names) == {'cola', 'sst2', 'mrpc', 'stsb', 'rte', 'wnli'}
-  assert 'qqp (no train and dev), mnli (no train)' in caplog.text
-  named = dataclasses.replace(settings, task='cola,qqp')
-  with pytest.raises(ValueError, match=r"lacks examples of qqp .*\['cola'\]"):
-    finetune_data.find_tasks(named)
-
-
-def write_rows(path, rows):
-  path.write_text(''.join('\t'.join(row) + '\n' for row in rows))
-  return str(path)
-
-
-@pytest.mark.parametrize('regression', [False, True])
-def test_a_task_of_ones_own(tmp_path, regression):
-  labels = ('0.5', '1.5') if regression else ('bad', 'good')
-  rows = [('a', 'b', 'y'), ('the otter', 'sings', labels[0])]
-  rows += [('the wizard', 'sings', labels[1])] * 3
-  settings = FinetuneConfig(
-    task='mine',
-    model='tiny',
-    tokenizer=_tokenizer(tmp_path),
-    data=TaskDataConfig(
-      train=write_rows(tmp_path / 'train.tsv', rows),
-      dev=write_rows(tmp_path / 'dev.tsv', rows[:3]),
-      text_columns='a,b',
-      label_column='y',
-      regression=regression,
-    ),
-  )
-  (task,) = finetune_data.find_tasks(settings)
-  assert (task.name, task.is_regression) == ('mine', regression)
-  data = finetune_data.load_task(settings, task)
-  assert list(data.evaluated) == ['dev'] and not data.predicted
-  words = data.tokenizer.backend.id_to_token
-  assert [words(i) for i in data.train.encoded[0]] == [
-    *('<s>', 'the', 'otter', '</s>', '</s>', 'sings', '</s>')
-  ]
-  expected = [0.5, 1.5, 1.5, 1.5] if regression else [0, 1, 1, 1]
-  np.testing.assert_array_equal(data.train.labels, expected)
-  assert data.architecture.hidden_size == roberta.PRESETS['tiny'].hidden_size
-  assert data.buckets == (16, 32, 64, 128, 256, 512)
-
-
-def _tokenizer(folder):
-  path = folder / 'tokenizer.json'
-  glue.generated_tokenizer().save(str(path))
-  return str(path)
-
-
-def test_what_does_not_fit_is_refused(tmp_path, data):
-  def load(**changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    return finetune_data.load_task(settings, data.task)
-
-  with pytest.raises(ValueError, match="'tinny' is no folder that brings a"):
-    load(model='tinny')
-  with pytest.raises(ValueError, match=r"'tinny' is neither a folder nor a pr"):
-    load(model='tinny', tokenizer=_tokenizer(tmp_path))
-  with pytest.raises(
-    ValueError, match='max_length=99 is longer than the model'
-  ):
-    load(max_length=99)
+def test_batch_that_cannot_be_split_is_refused(prepare):
   with pytest.raises(ValueError, match='batch_size=6 cannot be split over'):
-    settings = dataclasses.replace(
-      SETTINGS, batch_size=6, mesh=MeshConfig(data=4)
-    )
-    finetune.program(settings, data, 'full')
+    prepare('full', batch_size=6, mesh=MeshConfig(data=4))
 
 
-def test_outputs_of_a_sharded_model_are_those_of_one_device(data):
-  run = make_run(data, 'lora')
-  state, frozen = finetune.new_state(run)
-  expected = finetune.outputs_of(
-    run.program, state.params, frozen, data.evaluated['dev']
+def test_plan_is_the_program_without_examples(settings, data, prepare):
+  planned = recipe.plan(
+    dataclasses.replace(settings, method='lora,full'), task=data.task
   )
-  settings = dataclasses.replace(SETTINGS, mesh=MeshConfig(data=2, fsdp=2))
-  sharded = finetune.make_run(finetune.program(settings, data, 'lora'), 0)
-  state, frozen = finetune.new_state(sharded)
-  kernel = frozen['layers']['mlp']['up_proj']['kernel']  # [2, 64, 256]
-  assert {s.data.shape for s in kernel.addressable_shards} == {(2, 64, 128)}
-  found = finetune.outputs_of(
-    sharded.program, state.params, frozen, data.evaluated['dev']
+  assert planned.program is prepare('lora').program
+  assert planned.config.model == data.architecture
+  run = new_run(prepare('lora'))
+  batch = next(run.batches)
+  assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
+    name: (leaf.shape, leaf.dtype)
+    for name, leaf in planned.abstract_batch.items()
+  }
+  # Shapes alone, of more devices than there are.
+  planned = recipe.plan(
+    dataclasses.replace(settings, mesh=MeshConfig(data=8)), 8
   )
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert planned.program.mesh.size == 8
