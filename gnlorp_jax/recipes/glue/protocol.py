@@ -76,7 +76,7 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
 
   Returns:
     Settings without None where the optimizer, the adapters or the length of the
-    run need a number.
+    run need a number; without a learning rate where rates are searched.
 
   Raises:
     ValueError: If there is no such method.
@@ -101,7 +101,7 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
     batch_size=_or(config.batch_size, small_batch),
     epochs=_or(config.epochs, 5 if is_demo else 30),
     max_length=_or(config.max_length, 16 if is_demo else 512),
-    optim=_optimizer(config.optim, task, chosen),
+    optim=_optimizer(config, task, chosen),
     adapter=_adapter(config.adapter, task, chosen),
   )
 
@@ -110,12 +110,16 @@ def _or(given, default):
   return default if given is None else given
 
 
-def _optimizer(given: OptimConfig, task: str, method: Method) -> OptimConfig:
-  config = dataclasses.replace(given, name=given.name or method.optimizer)
-  if config.learning_rate is None:
+def _optimizer(given: GlueConfig, task: str, method: Method) -> OptimConfig:
+  config = given.optim
+  config = dataclasses.replace(config, name=config.name or method.optimizer)
+  # Where rates are searched, each run gets its own.
+  if config.learning_rate is None and given.learning_rates is None:
     rate = _learning_rate(task, method, config)
     config = dataclasses.replace(config, learning_rate=rate)
-  rank = _or(config.rank, 8)
+  # A rank of pieces of rows is another number: the optimizer's own.
+  is_of_pieces = config.name in ('vlorp', 'projfactor')
+  rank = config.rank if is_of_pieces else _or(config.rank, 8)
   numbers = {
     'rank': rank,
     'update_proj_gap': _or(config.update_proj_gap, 50 if task == DEMO else 500),
@@ -150,14 +154,14 @@ def _learning_rate(task: str, method: Method, config: OptimConfig) -> float:
   if task == DEMO:
     return _DEMO[method.rates]
   row = method.rates
-  is_projected = optimizer.accepts(config, 'rank')
+  is_projected = optimizer.has_subspaces(config)
   if row == 'galore' and is_projected and _or(config.rank, 8) <= 4:
     row = 'galore, rank 4'
   return LEARNING_RATES[row].get(task, _OTHER_TASKS[method.rates])
 
 
 def _scale(
-  task: str, method: Method, config: OptimConfig, rank: int
+  task: str, method: Method, config: OptimConfig, rank: int | None
 ) -> float | None:
   if task == DEMO:
     return 1.0
