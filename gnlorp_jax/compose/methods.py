@@ -1,8 +1,9 @@
 """How a model is fine-tuned: what each method trains, with which optimizer."""
 
 import difflib
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from gnlorp_jax.compose.settings import OptimizerName
 from gnlorp_jax.models import adapters
 
 
@@ -30,19 +31,12 @@ METHODS: dict[str, Method] = {
   'gradnormlorp': Method('gradnormlorp', rates='gradnormlorp'),
   # The factors of the adapters are projected on both sides, as in the paper.
   'gradnormlorp_adapter': Method('galore', 'gradnormlorp', 'gradnormlorp'),
-  # Others of the family, in place of GaLore.
-  **{
-    name: Method(name)
-    for name in (
-      'q_galore',
-      'galore_adafactor',
-      'dct_adamw',
-      'apollo',
-      'apollo_mini',
-      'fira',
-      'ldadam',
-    )
-  },
+}
+# Every other optimizer trains all weights in place of GaLore.
+METHODS |= {
+  name: Method(name)
+  for name in get_args(OptimizerName)
+  if name not in METHODS and name != 'adamw'  # That is `full`.
 }
 
 # What '--method all' stands for: those that the papers put side by side.

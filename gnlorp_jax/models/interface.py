@@ -28,8 +28,11 @@ KEPT_FROM_RUN: Mapping[str, Any] = {'from_run': True}
 """Metadata of a field of which a run keeps its value where the architecture
 comes from a Hugging Face folder."""
 
-CHOSEN_BY_RUN: Mapping[str, Any] = {**FREE_ON_RESUME, **KEPT_FROM_RUN}
+FREE_IN_RUN: Mapping[str, Any] = {**FREE_ON_RESUME, **KEPT_FROM_RUN}
 """Metadata of a field of which both are true."""
+
+CHOSEN_BY_RUN: Mapping[str, Any] = {'on_resume': 'result', **KEPT_FROM_RUN}
+"""The same of a field that changes results: runs that are compared share it."""
 
 
 class LayerFns(NamedTuple):

@@ -52,7 +52,7 @@ class LlamaConfig:
   )
   """Dtype of activations and matrix products."""
   remat: bool = dataclasses.field(
-    default=False, metadata=interface.CHOSEN_BY_RUN
+    default=False, metadata=interface.FREE_IN_RUN
   )
   """Keep the inputs of the blocks alone for the backward pass, and compute them
   again there: less memory, more time. Otherwise the products of the kernels and

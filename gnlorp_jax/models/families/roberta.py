@@ -80,7 +80,7 @@ class RobertaConfig:
   )
   """Dtype of activations and matrix products."""
   remat: bool = dataclasses.field(
-    default=False, metadata=interface.CHOSEN_BY_RUN
+    default=False, metadata=interface.FREE_IN_RUN
   )
   """Recompute each block in the backward pass: less memory, more time. Without,
   the outputs of its dense layers are kept and the rest is recomputed."""

@@ -13,7 +13,6 @@ from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import glue
 from gnlorp_jax.models import roberta
-from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.glue.tasks import Split, TaskData
 from gnlorp_jax.training import losses, sharding
 from gnlorp_jax.training.loop import Outcome
@@ -103,24 +102,27 @@ def evaluate(
 def finish(
   program: Program,
   data: TaskData,
-  config: GlueConfig,
+  batch_size: int,
   folder: pathlib.Path,
   outcome: Outcome,
+  *,
+  exports: bool,
 ) -> None:
   """Writes predictions of the test splits, and the model if that is asked for.
 
   Args:
     program: What the run computes.
     data: The task.
-    config: The settings.
+    batch_size: As in `outputs_of`.
     folder: That of the run.
     outcome: What the loop left.
+    exports: Whether to write the model as a Hugging Face folder.
   """
   for name, split in data.predicted.items():
     outputs = outputs_of(
       program,
       data,
-      config.eval_batch_size,
+      batch_size,
       outcome.params,
       outcome.constants,
       split,
@@ -132,7 +134,7 @@ def finish(
     glue.write_submission(
       data.task, folder / 'predictions', name, split.ids, outputs
     )
-  if config.export or (config.export is None and config.is_single):
+  if exports:
     export(program, data, outcome, folder / 'hf')
 
 

@@ -76,7 +76,7 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
 
   Returns:
     Settings without None where the optimizer, the adapters or the length of the
-    run need a number.
+    run need a number; without a learning rate where rates are searched.
 
   Raises:
     ValueError: If there is no such method.
@@ -101,7 +101,7 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
     batch_size=_or(config.batch_size, small_batch),
     epochs=_or(config.epochs, 5 if is_demo else 30),
     max_length=_or(config.max_length, 16 if is_demo else 512),
-    optim=_optimizer(config.optim, task, chosen),
+    optim=_optimizer(config, task, chosen),
     adapter=_adapter(config.adapter, task, chosen),
   )
 
@@ -110,9 +110,11 @@ def _or(given, default):
   return default if given is None else given
 
 
-def _optimizer(given: OptimConfig, task: str, method: Method) -> OptimConfig:
-  config = dataclasses.replace(given, name=given.name or method.optimizer)
-  if config.learning_rate is None:
+def _optimizer(given: GlueConfig, task: str, method: Method) -> OptimConfig:
+  config = given.optim
+  config = dataclasses.replace(config, name=config.name or method.optimizer)
+  # Where rates are searched, each run gets its own.
+  if config.learning_rate is None and given.learning_rates is None:
     rate = _learning_rate(task, method, config)
     config = dataclasses.replace(config, learning_rate=rate)
   rank = _or(config.rank, 8)

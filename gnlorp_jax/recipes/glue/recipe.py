@@ -261,8 +261,14 @@ def make_run(
   optim = config.optim
   if learning_rate is not None:
     optim = dataclasses.replace(optim, learning_rate=learning_rate)
+  exports = config.is_single if config.export is None else config.export
   config = dataclasses.replace(
-    config, optim=optim, seed=seed, steps=prepared.steps
+    config,
+    optim=optim,
+    learning_rates=None,
+    seed=seed,
+    seeds=None,
+    steps=prepared.steps,
   )
   key = jax.random.key(seed)
   rate = optim.learning_rate
@@ -306,7 +312,14 @@ def make_run(
   )
   return Member(
     run,
-    finish=functools.partial(evaluation.finish, built, data, config, folder),
+    finish=functools.partial(
+      evaluation.finish,
+      built,
+      data,
+      config.eval_batch_size,
+      folder,
+      exports=exports,
+    ),
     describe=functools.partial(describe, prepared, rate, seed),
     metric=metric,
     higher_is_better=True,
