@@ -27,6 +27,13 @@ LabelRules = tuple[tuple[str, str], ...]
 _ADAPTER_RULES: LabelRules = ((r'/lora_[ab]$', 'low_rank'), ('.*', 'full'))
 _ALL_FULL: LabelRules = (('.*', 'full'),)
 
+# Optimizers that compare a gradient with its image along an axis that is not
+# compressed, or whose moments keep one: `side` cannot be both.
+_WHOLE_AXIS = (
+  *('vlorp', 'projfactor'),
+  *('apollo', 'apollo_mini', 'fira', 'ldadam'),
+)
+
 # Fields of OptimConfig that are no arguments of an optimizer.
 _NOT_ARGUMENTS = {
   'name',
@@ -44,6 +51,11 @@ _NOT_ARGUMENTS = {
 def accepts(config: OptimConfig, argument: str) -> bool:
   """Whether the optimizer has an argument of that name, such as ``rank``."""
   return argument in inspect.signature(getattr(optim, config.name)).parameters
+
+
+def has_subspaces(config: OptimConfig) -> bool:
+  """Whether the optimizer projects matrices; `apollo_mini` has no ``rank``."""
+  return accepts(config, 'side')
 
 
 def label_rules(
@@ -64,16 +76,19 @@ def label_rules(
     return config.param_labels
   if not adapted:
     return model_rules
-  return _ADAPTER_RULES if accepts(config, 'rank') else _ALL_FULL
+  return _ADAPTER_RULES if has_subspaces(config) else _ALL_FULL
 
 
 def for_adapters(config: OptimConfig) -> OptimConfig:
   """The optimizer as it projects the factors of adapters: on both sides.
 
+  Those of which an axis has to stay whole keep their default side.
+
   References:
     Huang et al., `GradNormLoRP`, 2024, arXiv:2412.19616: the fine-tuning form.
   """
-  if config.side is None and accepts(config, 'side'):
+  can_have_both = has_subspaces(config) and config.name not in _WHOLE_AXIS
+  if config.side is None and can_have_both:
     return dataclasses.replace(config, side='both')
   return config
 

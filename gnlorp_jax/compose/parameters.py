@@ -253,17 +253,25 @@ class _Layout:
 
   def adapters(self, base: Any, key: jax.Array | None) -> Any:
     """The arrays of the adapters beside these weights."""
-    exact = self.decode('float32')
     if key is None:
-      return jax.eval_shape(
-        lambda base: adapters.init(
-          self.adapter, exact(base), jax.random.key(0)
-        ),
-        base,
-      )
-    init = functools.partial(adapters.init, self.adapter)
-    return jax.jit(lambda base, key: init(exact(base), key))(
-      base, jax.random.fold_in(key, 1)
+      return jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
+    return self.draw_adapters(base, jax.random.fold_in(key, 1))
+
+  # Compiled once, however many runs draw their weights.
+
+  @functools.cached_property
+  def draw(self) -> Callable[[jax.Array], Any]:
+    """Maps a key to the model's random weights, in their shardings."""
+    shapes = self.placed(jax.eval_shape(self.random, jax.random.key(0)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(self.random, out_shardings=shardings)
+
+  @functools.cached_property
+  def draw_adapters(self) -> Callable[[Any, jax.Array], Any]:
+    """Maps the model's weights, as stored, and a key to adapters."""
+    exact = self.decode('float32')
+    return jax.jit(
+      lambda base, key: adapters.init(self.adapter, exact(base), key)
     )
 
   # Arrays.
@@ -293,9 +301,7 @@ class _Layout:
   ) -> tuple[Any, Any]:
     """Trained and frozen weights in their shardings."""
     if read is None:
-      shapes = self.placed(jax.eval_shape(self.random, key))
-      shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-      base = jax.jit(self.random, out_shardings=shardings)(key)
+      base = self.draw(key)
     else:
       shapes = jax.eval_shape(self.make(self.config).init, key)
       base = read(key, self.placed(shapes))

@@ -116,16 +116,16 @@ def test_every_example_comes_once_with_its_label(encoded, shuffle):
   seen = []
   for batch in epoch:
     shapes = {key: (v.shape, v.dtype.name) for key, v in batch.items()}
-    length = batch['tokens'].shape[1]
+    length = batch['inputs'].shape[1]
     assert shapes == {
-      'tokens': ((16, length), 'int32'),
+      'inputs': ((16, length), 'int32'),
       'labels': ((16,), 'int32'),
       'weights': ((16,), 'float32'),
       'seeds': ((16,), 'uint32'),
       'index': ((16,), 'int32'),
     }
     for tokens, label, weight, index in zip(
-      batch['tokens'],
+      batch['inputs'],
       batch['labels'],
       batch['weights'],
       batch['index'],
@@ -149,7 +149,7 @@ def test_every_example_comes_once_with_its_label(encoded, shuffle):
 
 def test_lengths_are_the_smallest_buckets(encoded):
   epoch = epoch_of(encoded)
-  lengths = [batch['tokens'].shape[1] for batch in epoch]
+  lengths = [batch['inputs'].shape[1] for batch in epoch]
   assert set(lengths) <= {16, 32, 64, 128, 256}
   for batch, length in zip(epoch, lengths, strict=True):
     longest = max(len(encoded[i]) for i in batch['index'] if i >= 0)
@@ -178,7 +178,7 @@ def test_grouping_by_length_saves_padding(encoded):
   # What is left over comes from the steps between buckets.
   for shuffle in (True, False):
     epoch = epoch_of(encoded, shuffle=shuffle)
-    assert padding(sum(b['tokens'].size for b in epoch)) < least + 0.06
+    assert padding(sum(b['inputs'].size for b in epoch)) < least + 0.06
 
 
 def test_order_follows_from_seed_and_epoch(encoded):
@@ -272,7 +272,7 @@ def test_outputs_can_be_put_back(encoded):
   outputs = np.zeros(1003)
   for batch in epoch_of(encoded, shuffle=False):
     real = batch['index'] >= 0
-    outputs[batch['index'][real]] = batch['tokens'][real, 0]
+    outputs[batch['index'][real]] = batch['inputs'][real, 0]
   np.testing.assert_array_equal(outputs, np.arange(1003) + 2)
 
 
@@ -313,3 +313,65 @@ def test_labels_must_fit_and_examples_exist(encoded):
     glue.batches(encoded, np.zeros(3), **arguments)
   with pytest.raises(ValueError, match='0 examples give no batch of 16'):
     glue.batches([], None, **arguments)
+
+
+# Epoch after epoch.
+
+
+def training_batches(encoded, **changed):
+  arguments = {'batch_size': 16, 'pad_id': PAD} | changed
+  labels = np.arange(len(encoded), dtype=np.int32) * 10
+  return glue.TrainingBatches(encoded, labels, **arguments)
+
+
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def assert_equal(found, expected):
+  for batch, other in zip(found, expected, strict=True):
+    assert batch.keys() == other.keys()
+    for name, rows in batch.items():
+      np.testing.assert_array_equal(rows, other[name])
+
+
+def test_training_batches_are_those_of_all_epochs_without_index(encoded):
+  few = encoded[:50]  # Four batches an epoch.
+  found = take(training_batches(few, seed=3), 11)
+  epochs = [epoch_of(few, seed=3, epoch=epoch) for epoch in range(3)]
+  expected = [batch for epoch in epochs for batch in epoch][:11]
+  for batch in expected:
+    del batch['index']
+  assert_equal(found, expected)
+  first, second = found[:4], found[4:8]
+  for name in ('labels', 'seeds'):
+    rows = [
+      np.concatenate([b[name] for b in epoch]) for epoch in (first, second)
+    ]
+    assert not np.array_equal(*rows)
+  rows = [
+    np.concatenate([b['labels'][b['weights'] > 0] for b in epoch])
+    for epoch in (first, second)
+  ]
+  assert sorted(rows[0]) == sorted(rows[1]) == [10 * i for i in range(50)]
+
+
+@pytest.mark.parametrize('number', [0, 1, 3, 4, 5, 8, 9])
+def test_training_batches_go_on_from_any_position(encoded, number):
+  few = encoded[:50]
+  whole = training_batches(few)
+  expected = take(whole, 11)
+  first = training_batches(few)
+  take(first, number)
+  position = first.get_state()
+  assert position == {'taken': number}
+  later = training_batches(few)
+  take(later, 2)  # Whatever was taken before.
+  later.set_state(position)
+  assert_equal(take(later, 11 - number), expected[number:])
+  assert later.get_state() == whole.get_state()
+
+
+def test_training_batches_know_their_mistakes_at_once(encoded):
+  with pytest.raises(ValueError, match='the last bucket 32. Encode with'):
+    training_batches(encoded, buckets=(32,))

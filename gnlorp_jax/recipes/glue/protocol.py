@@ -117,7 +117,9 @@ def _optimizer(given: GlueConfig, task: str, method: Method) -> OptimConfig:
   if config.learning_rate is None and given.learning_rates is None:
     rate = _learning_rate(task, method, config)
     config = dataclasses.replace(config, learning_rate=rate)
-  rank = _or(config.rank, 8)
+  # A rank of pieces of rows is another number: the optimizer's own.
+  is_of_pieces = config.name in ('vlorp', 'projfactor')
+  rank = config.rank if is_of_pieces else _or(config.rank, 8)
   numbers = {
     'rank': rank,
     'update_proj_gap': _or(config.update_proj_gap, 50 if task == DEMO else 500),
@@ -152,14 +154,14 @@ def _learning_rate(task: str, method: Method, config: OptimConfig) -> float:
   if task == DEMO:
     return _DEMO[method.rates]
   row = method.rates
-  is_projected = optimizer.accepts(config, 'rank')
+  is_projected = optimizer.has_subspaces(config)
   if row == 'galore' and is_projected and _or(config.rank, 8) <= 4:
     row = 'galore, rank 4'
   return LEARNING_RATES[row].get(task, _OTHER_TASKS[method.rates])
 
 
 def _scale(
-  task: str, method: Method, config: OptimConfig, rank: int
+  task: str, method: Method, config: OptimConfig, rank: int | None
 ) -> float | None:
   if task == DEMO:
     return 1.0

@@ -1,11 +1,11 @@
 """The table of fine-tuning results, against numbers worked out by hand."""
 
 import json
-import math
 
 import pytest
 
-from gnlorp_jax import glue_table
+from gnlorp_jax.recipes import grid
+from gnlorp_jax.recipes.glue import table
 
 
 def result(task, method, seed, value, *, rate=1e-3, last=None, **others):
@@ -20,13 +20,13 @@ def result(task, method, seed, value, *, rate=1e-3, last=None, **others):
     'trainable_parameters': 1000,
     'optimizer_state_bytes': 2048,
     'seconds_per_step': 0.25,
-    'settings': {'seed': seed, 'learning_rate': rate, 'epochs': 3},
+    'settings': {'seed': seed, 'optim.learning_rate': rate, 'epochs': 3},
     **others,
   }
 
 
 def only_row(results, **options):
-  (row,) = glue_table.tabulate(results, **options).rows
+  (row,) = table.tabulate(results, **options).rows
   return row
 
 
@@ -40,9 +40,7 @@ def test_mean_and_deviation_over_seeds():
 
 
 def test_one_seed_has_no_deviation():
-  header, body = glue_table.columns(
-    glue_table.tabulate([result('rte', 'full', 0, 0.5)])
-  )
+  header, body = table.columns(table.tabulate([result('rte', 'full', 0, 0.5)]))
   assert header == [
     'method',
     'rte (accuracy)',
@@ -57,7 +55,7 @@ def test_best_and_last_evaluation_are_told_apart():
   results = [result('rte', 'full', 0, 0.9, last=0.4)]
   assert only_row(results).cells['rte'].mean == pytest.approx(90)
   assert only_row(results, at='last').cells['rte'].mean == pytest.approx(40)
-  text = glue_table.to_markdown(results)
+  text = table.to_markdown(results)
   assert text.index('| full | 90.00 |') < text.index('| full | 40.00 |')
 
 
@@ -65,7 +63,7 @@ def test_averages_of_eight_and_nine_tasks():
   values = [0.6, 0.9, 0.9, 0.8, 0.9, 0.8, 0.9, 0.9, 0.5]
   results = [
     result(task, 'galore', 0, value)
-    for task, value in zip(glue_table.NINE_TASKS, values, strict=True)
+    for task, value in zip(table.NINE_TASKS, values, strict=True)
   ]
   averages = only_row(results).averages
   assert averages == {
@@ -78,12 +76,12 @@ def test_averages_of_eight_and_nine_tasks():
 def test_an_average_over_fewer_tasks_says_so():
   results = [result('rte', 'full', 0, 0.5), result('cola', 'full', 0, 0.7)]
   results += [result('rte', 'lora', 0, 0.6)]
-  table = glue_table.tabulate(results)
-  assert table.tasks == ('cola', 'rte')
-  full, lora = table.rows
+  found = table.tabulate(results)
+  assert found.tasks == ('cola', 'rte')
+  full, lora = found.rows
   assert full.averages == {'these 2 tasks': pytest.approx(60)}
   assert lora.averages == {'these 2 tasks': None}  # It lacks cola.
-  assert '| lora | - | 60.00 | - |' in glue_table.to_markdown(results)
+  assert '| lora | - | 60.00 | - |' in table.to_markdown(results)
 
 
 def test_learning_rate_is_chosen_on_the_seeds_that_ran_with_all():
@@ -93,33 +91,18 @@ def test_learning_rate_is_chosen_on_the_seeds_that_ran_with_all():
     # A bad second seed of the chosen rate must not unchoose it.
     result('rte', 'full', 1, 0.2, rate=1e-3),
   ]
-  assert glue_table.best_learning_rate(results) == 1e-3
+  assert grid.best_learning_rate(results) == 1e-3
   cell = only_row(results).cells['rte']
   assert (cell.learning_rate, cell.seeds) == (1e-3, 2)
   assert cell.mean == pytest.approx(50)
-  runs = glue_table.to_markdown(results).split('## Runs')[1]
+  runs = table.to_markdown(results).split('## Runs')[1]
   assert '| rte | full | 0.001 | 0.0001, 0.001 | 2 |' in runs
-
-
-@pytest.mark.parametrize('worst', [None, math.nan])
-def test_no_number_is_worse_than_any_number(worst):
-  results = [
-    result('stsb', 'full', 0, worst, rate=1e-3),
-    result('stsb', 'full', 0, -0.9, rate=1e-4),
-  ]
-  assert glue_table.best_learning_rate(results) == 1e-4
-  assert glue_table.best_learning_rate(results[::-1]) == 1e-4
-
-
-def test_equally_good_rates_give_the_lowest():
-  results = [result('rte', 'full', 0, 0.5, rate=r) for r in (3e-4, 1e-4, 1e-3)]
-  assert glue_table.best_learning_rate(results) == 1e-4
 
 
 def test_cell_of_a_seed_without_number_has_none():
   results = [result('stsb', 'full', 0, None), result('stsb', 'full', 1, 0.5)]
   assert only_row(results).cells['stsb'].mean is None
-  assert '| full | no number |' in glue_table.to_markdown(results)
+  assert '| full | no number |' in table.to_markdown(results)
 
 
 def test_costs_are_of_the_largest_task_and_the_median_run():
@@ -136,22 +119,22 @@ def test_costs_are_of_the_largest_task_and_the_median_run():
 
 def test_runs_of_other_settings_are_named(caplog):
   alike = [result('rte', 'full', s, 0.5, rate=r) for s, r in ((0, 1), (1, 2))]
-  assert glue_table.differences(alike) == []
-  longer = {'seed': 2, 'learning_rate': 1, 'epochs': 10}
+  assert table.differences(alike) == []
+  longer = {'seed': 2, 'optim.learning_rate': 1, 'epochs': 10}
   unlike = [*alike, result('rte', 'full', 2, 0.9, rate=1, settings=longer)]
   # Another method may have what suits it.
   unlike += [result('rte', 'lora', 0, 0.9, settings=longer)]
   sentence = 'The runs of rte, full differ in epochs (10, 3): they cannot'
-  (found,) = glue_table.differences(unlike)
+  (found,) = table.differences(unlike)
   assert found.startswith(sentence)
-  assert found in glue_table.to_markdown(unlike)
-  glue_table.show(unlike)
+  assert found in table.to_markdown(unlike)
+  table.show(unlike)
   assert found in caplog.text
 
 
 def test_methods_stand_in_the_order_of_their_table():
   results = [result('rte', m, 0, 0.5) for m in ('fira', 'lora', 'full')]
-  rows = glue_table.tabulate(results).rows
+  rows = table.tabulate(results).rows
   assert [row.method for row in rows] == ['full', 'lora', 'fira']
 
 
@@ -164,7 +147,7 @@ def test_files_are_written_from_all_finished_runs(tmp_path):
     (folder / 'result.json').write_text(json.dumps(run))
   unfinished = tmp_path / 'rte' / 'lora' / 'lr0.001_seed2'
   unfinished.mkdir()
-  results = glue_table.write(tmp_path)
+  results = table.write(tmp_path)
   assert [r['seed'] for r in results] == [0, 1]
   assert json.loads((tmp_path / 'results.json').read_text()) == results
   assert 'no number' in (tmp_path / 'results.md').read_text()
@@ -173,7 +156,5 @@ def test_files_are_written_from_all_finished_runs(tmp_path):
 
 
 def test_nothing_finished_is_an_empty_file(tmp_path):
-  assert glue_table.write(tmp_path) == []
+  assert table.write(tmp_path) == []
   assert json.loads((tmp_path / 'results.json').read_text()) == []
-  with pytest.raises(ValueError, match='^There are no results to choose'):
-    glue_table.best_learning_rate([])
