@@ -124,7 +124,7 @@ def assert_is_a_run_of_the_library(row, folder, **options):
 
 @pytest.fixture
 def built(monkeypatch):
-  """The optimizers that are built: for shapes, and for each trace."""
+  """The optimizers that are built: one for states, one for each trace."""
   found = []
 
   def count(name):
@@ -147,9 +147,8 @@ def test_runs_are_those_of_the_library_and_none_is_repeated(
 ):
   rates = ('adamw=1e-2,3e-2,1e30', 'gradnormlorp=1e-2')
   rows = call('--seeds', '2', rates=rates)
-  # Two methods, each traced as often, whatever rates and seeds there are: for
-  # shapes, for a first state and for a step.
-  assert sorted(built) == ['adamw'] * 3 + ['gradnormlorp'] * 3
+  # Two methods, each traced once, whatever rates and seeds there are.
+  assert sorted(built) == ['adamw'] * 2 + ['gradnormlorp'] * 2
   best = 1e-2 if rows[0]['eval'][-1] < rows[1]['eval'][-1] else 3e-2
   assert sorted(keys(rows)) == sorted(
     [
