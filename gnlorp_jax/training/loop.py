@@ -124,7 +124,7 @@ def steps(
   state: TrainState,
   batches: Iterable[Any],
   mesh: jax.sharding.Mesh,
-  numbers: range,
+  numbers: Iterable[int],
   *constants: Any,
   select: Callable[[TrainState, Any], Any] | None = None,
   context: Callable[[int], Any] | None = None,
