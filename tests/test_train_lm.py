@@ -542,6 +542,7 @@ def test_four_devices_take_the_steps_of_one(
     'optim__rank': 8,
     'optim__update_proj_gap': 4,
     'optim__name': name,
+    'optim__clip_global_norm': None,
   }
   labels = ['--optim.param-labels', '(q|down)_proj', 'low_rank', '.*', 'full']
   _, expected = ten_steps([*options(tmp_path, **common), *labels])
