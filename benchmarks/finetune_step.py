@@ -38,10 +38,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
 
 from benchmarks import harness, record
 from gnlorp_jax import finetune, finetune_data
-from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
 from gnlorp_jax.models import roberta
 from gnlorp_jax.training import sharding
 

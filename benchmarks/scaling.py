@@ -65,9 +65,10 @@ import numpy as np
 import optax
 
 from benchmarks import harness, methods, record, scaling_report, state_bytes
-from gnlorp_jax import accelerators, build, config
-from gnlorp_jax.collectives import collectives
+from gnlorp_jax import build, config
 from gnlorp_jax.models import llama
+from gnlorp_jax.plan import accelerators
+from gnlorp_jax.plan.collectives import collectives
 
 RESULTS = pathlib.Path('benchmarks/results/scaling.json')
 PLOT = pathlib.Path('docs/scaling.png')

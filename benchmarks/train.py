@@ -53,8 +53,8 @@ import numpy as np
 
 from benchmarks import harness, peers, products, record, turns
 from benchmarks.train_sides import BATCHES, METHODS, RATE, Case
-from gnlorp_jax import accelerators
 from gnlorp_jax.models import llama
+from gnlorp_jax.training import hardware
 
 RESULTS = pathlib.Path('benchmarks/results/train.json')
 PLOT = pathlib.Path('docs/train.png')
@@ -78,7 +78,7 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
   seconds = np.concatenate([turn.seconds for turn in racer.turns])
   relative = [t.seconds / np.median(t.seconds) for t in racer.turns]
   mean = float(seconds.mean())
-  peak = accelerators.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = hardware.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   flops = llama.flops_per_token(case.config, case.seq_len) * case.tokens
   partial = racer.name.startswith('peft')  # It trains adapters alone.
   return known | {

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from benchmarks import harness, methods, record, scaling, scaling_report
-from gnlorp_jax import accelerators
 from gnlorp_jax.models import llama
 
 V, D, F, L, R = 96, 32, 48, 2, 8
@@ -264,12 +263,3 @@ def test_parameters_of_a_tree():
   tree = {'a': np.zeros((2, 3)), 'b': np.zeros(())}
   assert scaling.count_parameters(tree) == 7
   assert math.isclose(scaling.count_parameters([]), 0)
-
-
-def test_machines_hold_equal_parts_of_the_devices():
-  h100 = accelerators.ACCELERATORS['h100']
-  with pytest.raises(ValueError) as error:
-    accelerators.described_devices(h100, 10, machines=4)
-  assert str(error.value) == (
-    '10 devices cannot be divided among 4 machines: use a multiple of 4.'
-  )

@@ -14,10 +14,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from gnlorp_jax.finetune_config import FinetuneConfig
 
 import train_glue
 from gnlorp_jax import config, finetune, finetune_data
-from gnlorp_jax.finetune_config import FinetuneConfig
 from gnlorp_jax.models import roberta
 from gnlorp_jax.training import metrics
 from gnlorp_jax.training.checkpoint import Checkpointer

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import os
 import pathlib
 import random
@@ -26,11 +25,11 @@ import pytest
 import safetensors.numpy
 
 import train_lm
-from gnlorp_jax import build, config
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf, llama
 from gnlorp_jax.optim import projections
-from gnlorp_jax.training import metrics, sharding, step
+from gnlorp_jax.recipes.pretrain import data, recipe, settings
+from gnlorp_jax.training import metrics, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer
 
 pytestmark = [
@@ -48,21 +47,22 @@ KERNELS = [
 SIGNALLED = """
 import os, sys, threading, time
 import train_lm
+from gnlorp_jax.training import loop
 
 moment, number, delay, signal = sys.argv[1:5]
-owner = train_lm.metrics.MetricsWriter
+owner = loop.metrics.MetricsWriter
 if moment == 'save':
-  owner = train_lm.Checkpointer
+  owner = loop.Checkpointer
 original = getattr(owner, moment)
 
 def shoot():
   time.sleep(float(delay))
   os.kill(os.getpid(), int(signal))
 
-def wrapped(self, step, *args):
+def wrapped(self, step, *args, **options):
   if step == int(number):
     threading.Thread(target=shoot, daemon=True).start()
-  return original(self, step, *args)
+  return original(self, step, *args, **options)
 
 setattr(owner, moment, wrapped)
 train_lm.main(sys.argv[5:])
@@ -79,7 +79,7 @@ def options(tmp_path_factory):
   ]
   lines = [' '.join(rng.choices(words, k=8)) for _ in range(400)]
   (folder / 'text.txt').write_text('\n'.join(lines))
-  settings = {
+  usual = {
     'steps': 24,
     'batch-size': 8,
     'eval-every': 8,
@@ -104,7 +104,7 @@ def options(tmp_path_factory):
     changes = {
       k.replace('__', '.').replace('_', '-'): changes[k] for k in changes
     }
-    every = {'run-dir': run_dir} | settings | changes
+    every = {'run-dir': run_dir} | usual | changes
     return [w for k, v in every.items() for w in (f'--{k}', str(v))]
 
   return make
@@ -137,11 +137,12 @@ def read_rows(folder):
 
 def read_state(args):
   """The last checkpoint: state on the host, position in the data."""
-  run = build.build(config.parse(args, ''))
-  directory = pathlib.Path(run.config.run_dir, 'checkpoints')
+  config = settings.parse(args, '')
+  abstract = recipe.plan(config).program.abstract_state
+  directory = pathlib.Path(config.run_dir, 'checkpoints')
   with Checkpointer(directory, read_only=True) as saved:
-    state, position, _ = saved.restore_latest(run.abstract_state)
-  return jax.device_get(state), position
+    state, position, _ = saved.restore_latest(abstract)
+  return jax.device_get(state), position['batches']
 
 
 def assert_ends_alike(args, expected_args):
@@ -267,7 +268,7 @@ def test_export_is_read_back_exactly(finished, options):
   state, _ = read_state(options(finished.folder))
   folder = finished.folder / 'hf'
   found = llama.config_from_hf(hf.load_config(folder))
-  given = config.parse(options('unused'), '').model
+  given = settings.parse(options('unused'), '').model
   assert found == dataclasses.replace(given, num_kv_heads=given.num_heads)
   shapes = jax.eval_shape(llama.make(found).init, jax.random.key(0))
   params = hf.load_params(folder, llama.HF_TENSORS, shapes)
@@ -500,19 +501,13 @@ def test_finished_run_can_be_repeated(finished, options, tmp_path):
 
 def ten_steps(args):
   """Takes ten steps of a configuration; the run and its parameters by step."""
-  run = build.build(config.parse(args, ''))
-  state = run.new_state()
-  take_step = step.jit_train_step(
-    step.make_train_step(
-      run.loss_fn, run.tx, num_micro_batches=run.config.micro_batches
-    ),
-    run.abstract_state,
-    run.mesh,
-  )
+  prepared = recipe.prepare(settings.parse(args, ''))
+  run = recipe.make_run(prepared, prepared.config)
+  state, frozen = run.start()
   visited = [jax.device_get(state.params)]
   for _ in range(10):
-    batch = sharding.put_batch(next(run.train_batches), run.mesh)
-    state, _ = take_step(state, batch)
+    batch = sharding.put_batch(next(run.batches), run.mesh)
+    state, _ = run.train_step(state, batch, frozen)
     visited.append(jax.device_get(state.params))
   return state, visited
 
@@ -614,13 +609,13 @@ class Poisoned:
 def test_steps_of_nan_gradients_are_left_out_and_counted(
   finished, options, tmp_path, monkeypatch
 ):
-  batches = build.batches.batches
+  batches = data.batches.batches
 
   def poisoned(*args, repeat=True, **kwargs):
     found = batches(*args, repeat=repeat, **kwargs)
     return Poisoned(found, (3, 4, 9)) if repeat else found
 
-  monkeypatch.setattr(build.batches, 'batches', poisoned)
+  monkeypatch.setattr(data.batches, 'batches', poisoned)
   run_main(options(tmp_path / 'run', log_every=1))
   rows = {
     r['step']: r for r in read_rows(tmp_path / 'run') if 'train/loss' in r
@@ -658,22 +653,6 @@ def test_run_with_nan_weights_ends_and_says_so(
   for row in rows:
     assert row.get('train/loss') is None and row.get('eval/loss') is None
   assert rows[-1]['train/skipped_steps'] == 1
-
-
-def test_health_warns_of_skipped_steps_and_ends_what_has_diverged(caplog):
-  health = train_lm.Health(10, 3)
-  row = {'train/weight_norm': 1.0}
-  with caplog.at_level(logging.WARNING):
-    health.check(20, {**row, 'train/skipped_steps': 3})
-    assert not caplog.messages
-    health.check(30, {**row, 'train/skipped_steps': 5})
-    assert caplog.messages == [
-      'Step 30: 2 of the last 10 steps had a gradient that is not finite and '
-      'were left out.'
-    ]
-    health.check(120, {**row, 'train/skipped_steps': 95})
-    with pytest.raises(ValueError, match='No gradient was finite in the last'):
-      health.check(130, {**row, 'train/skipped_steps': 105})
 
 
 # What users get wrong.
@@ -757,7 +736,7 @@ def test_resuming_another_run_is_told(finished, options, capsys):
   args = options(finished.folder, model__hidden_size=16, optim__rank=2, seed=1)
   assert message_of(args, capsys) == (
     f'error: Checkpoint in {finished.folder} was made with other '
-    'settings: hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
+    'settings: model.hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
     'another run directory or the same settings.'
   )
 

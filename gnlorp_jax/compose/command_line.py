@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 import sys
@@ -91,7 +92,7 @@ def _replace_aliases(
       continue
     values = [value] if equals else []
     if not equals and not isinstance(_value(default, fields[0]), bool):
-      values = [next(words, '')]
+      values = list(itertools.islice(words, 1))  # Without one, tyro complains.
     options = [_option(field, negated=is_negated) for field in fields]
     for new in options:
       replaced += [new, *values]
@@ -125,8 +126,8 @@ def _check_option(option: str, default: Any) -> None:
     names = [f.name for f in dataclasses.fields(node)]
     known = field if field in names else field.removeprefix('no_')  # A flag.
     if known not in names:
-      near = difflib.get_close_matches(field, names, n=1)
-      near = near or [f for f in _nested(node) if f.endswith(f'.{field}')]
+      near = [f for f in _nested(node) if f.endswith(f'.{field}')]
+      near = near or difflib.get_close_matches(field, names, n=1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       raise ValueError(
         f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '

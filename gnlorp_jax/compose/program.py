@@ -70,6 +70,21 @@ class Program(NamedTuple):
     )
     return state.TrainState(zero, skipped, trained, opt_state), frozen
 
+  def renew(
+    self, state: state.TrainState, numbers: dict[str, jax.Array]
+  ) -> state.TrainState:
+    """A state that was read, with other learning rates.
+
+    Args:
+      state: The state of a checkpoint.
+      numbers: As of `start`.
+    """
+    abstract = self.abstract_state.opt_state.hyperparams
+    numbers = jax.device_put(
+      numbers, jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    )
+    return state._replace(opt_state=optimizer.start(state.opt_state, numbers))
+
   def apply(self, trained: Any, frozen: Any, tokens_BT: jax.Array) -> jax.Array:
     """The model's outputs for parameters as a run holds them."""
     return self.model.apply(self.parameters.join(trained, frozen), tokens_BT)

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax.training.objectives import layer_key
-
-# The top-level key of the parameters that are stacked [L, ...].
-LAYERS = 'layers'
+from gnlorp_jax.training.parameters import LAYERS
 
 
 def on_stored(

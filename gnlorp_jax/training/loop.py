@@ -69,6 +69,8 @@ class Run(NamedTuple):
     select: ``select(state, candidates)``: the batch to train on, chosen from a
       larger one on the devices.
     context: ``context(number)``: a pytree that varies from step to step.
+    renew: ``renew(state)``: a state that was read, with what the settings of
+      now decide in it, such as learning rates.
   """
 
   name: str
@@ -88,6 +90,7 @@ class Run(NamedTuple):
   better: Callable[[Found, Found], bool] | None = None
   select: Callable[[TrainState, Any], Any] | None = None
   context: Callable[[int], Any] | None = None
+  renew: Callable[[TrainState], TrainState] | None = None
 
 
 class Outcome(NamedTuple):
@@ -281,6 +284,8 @@ def _resume_or_start(
     return state, constants, record | {'wall_seconds': 0.0}
   check_compatible(metadata, run.metadata, run.folder)
   state, position, _ = saved.restore_latest(run.abstract_state)
+  if run.renew is not None:
+    state = run.renew(state)
   number = int(state.step)
   if number > run.steps:
     raise ValueError(
@@ -308,10 +313,12 @@ class _Keeper:
     self._run = run
     self._folder = run.folder / 'best'
     self._best: Checkpointer | None = None
-    if run.better is not None:
-      # An interrupted run finds once more what came after its checkpoint.
-      _remove_later(self._folder, (record['last'] or {'step': 0})['step'])
-      self._best = Checkpointer(self._folder, keep=2)
+    if run.better is None:
+      self.record['best'] = None  # Of an earlier process that kept it.
+      return
+    # An interrupted run finds once more what came after its checkpoint.
+    _remove_later(self._folder, record['last'])
+    self._best = Checkpointer(self._folder, keep=2)
 
   def __enter__(self):
     return self
@@ -349,8 +356,8 @@ class _Keeper:
     return found[0]
 
 
-def _remove_later(folder: pathlib.Path, number: int) -> None:
-  """Removes what was kept of steps after `number`."""
+def _remove_later(folder: pathlib.Path, last: Found | None) -> None:
+  """Removes what was kept after the last evaluation that is remembered."""
   for path in folder.glob('[0-9]*'):
-    if path.name.isdigit() and int(path.name) > number:
+    if path.name.isdigit() and (last is None or int(path.name) > last['step']):
       shutil.rmtree(path)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+# The top-level key of the parameters that are stacked [L, ...].
+LAYERS = 'layers'
+
 Tree = dict[str, Any]
 
 

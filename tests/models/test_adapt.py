@@ -1,6 +1,7 @@
 """Adapters in a whole model: its functions, layer by layer too, and dropout."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,11 @@ def calls(model, params):
   }
 
 
+def program(call, *key):
+  """What a function computes, as text; nothing is compiled."""
+  return re.sub('0x[0-9a-f]+', '', str(jax.make_jaxpr(call)(*key)))
+
+
 @pytest.mark.parametrize('family', ['llama', 'roberta'])
 def test_adapting_a_model_equals_wrapping_its_functions(family):
   model, config, adapted, params = build(family, 'dora')
@@ -96,10 +102,9 @@ def test_adapting_a_model_equals_wrapping_its_functions(family):
   )
   plain, expected = calls(model, params), calls(by_hand, params)
   for name, call in calls(adapted, params).items():
-    got = jax.jit(call)()
-    np.testing.assert_array_equal(got, jax.jit(expected[name])(), err_msg=name)
+    assert program(call) == program(expected[name]), name
     # The blocks alone have adapters.
-    differs = bool(jnp.any(got != jax.jit(plain[name])()))
+    differs = program(call) != program(plain[name])
     assert differs == (name in ('hidden', 'apply', 'block')), name
 
 
@@ -128,9 +133,10 @@ def test_adapters_drop_with_a_key_alone(family):
   for name, call in calls(model, params).items():
     if name not in ('apply', 'block'):
       continue
+    assert program(call) == program(expected[name])
+    assert program(call, KEY) != program(expected[name], KEY)
     call = jax.jit(call)
     plain = call()
-    np.testing.assert_array_equal(plain, jax.jit(expected[name])())
     dropped = call(KEY)
     np.testing.assert_array_equal(dropped, call(KEY))
     for reference in (plain, call(OTHER)):

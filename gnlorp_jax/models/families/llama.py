@@ -51,9 +51,7 @@ class LlamaConfig:
     default='float32', metadata=interface.CHOSEN_BY_RUN
   )
   """Dtype of activations and matrix products."""
-  remat: bool = dataclasses.field(
-    default=False, metadata=interface.FREE_IN_RUN
-  )
+  remat: bool = dataclasses.field(default=False, metadata=interface.FREE_IN_RUN)
   """Keep the inputs of the blocks alone for the backward pass, and compute them
   again there: less memory, more time. Otherwise the products of the kernels and
   the results of the attention are kept as well."""

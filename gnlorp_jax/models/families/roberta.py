@@ -79,9 +79,7 @@ class RobertaConfig:
     default='float32', metadata=interface.CHOSEN_BY_RUN
   )
   """Dtype of activations and matrix products."""
-  remat: bool = dataclasses.field(
-    default=False, metadata=interface.FREE_IN_RUN
-  )
+  remat: bool = dataclasses.field(default=False, metadata=interface.FREE_IN_RUN)
   """Recompute each block in the backward pass: less memory, more time. Without,
   the outputs of its dense layers are kept and the rest is recomputed."""
 

@@ -68,11 +68,18 @@ def plan(
       f'{config.init_from} accepts: max_seq_len={architecture.max_seq_len}. '
       'Lower it.'
     )
-  config = dataclasses.replace(config, model=architecture)
+  config = dataclasses.replace(
+    config, model=architecture, seed=config.seed_numbers[0]
+  )
   family = models.family(architecture)
   make = functools.partial(family.make, device=program.first_device(mesh))
   adapter = parameters.adapter_config(config.adapter)
   optim = config.optim
+  # The rank that a run has without one is not asked of the optimizer.
+  if optim.rank == TrainConfig().optim.rank and not optimizer.accepts(
+    optim, 'rank'
+  ):
+    optim = dataclasses.replace(optim, rank=None)
   if adapter is not None:
     optim = optimizer.for_adapters(optim)
   held, rules = parameters.plan(
@@ -168,15 +175,14 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
   built = prepared.program
   key = jax.random.key(config.seed)
   tokens = config.batch_size * config.data.seq_len
+  numbers = optimizer.numbers(config.optim, config.steps)
   return loop.Run(
     name='' if prepared.config.is_single else pathlib.Path(config.run_dir).name,
     folder=pathlib.Path(config.run_dir),
     steps=config.steps,
     mesh=built.mesh,
     abstract_state=built.abstract_state,
-    start=lambda: built.start(
-      key, optimizer.numbers(config.optim, config.steps)
-    ),
+    start=lambda: built.start(key, numbers),
     train_step=built.train_step,
     batches=data.training_batches(config, prepared.text),
     evaluate=evaluation(prepared, config),
@@ -196,6 +202,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=is_better if config.keep_best else None,
+    renew=lambda state: built.renew(state, numbers),
   )
 
 

@@ -33,7 +33,7 @@ class DataConfig:
   """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
   and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets; 'stdlib' for
   the sources of the running Python's standard library."""
-  validation_source: str | None = free(None)
+  validation_source: str | None = result(None)
   """Validation text, named like `source`; None holds out the end of it."""
   validation_fraction: float = free(0.05)
   """Share of `source` held out where there is no `validation_source`."""
@@ -98,7 +98,7 @@ class TrainConfig(RunConfig):
   """Batches of an evaluation; None evaluates all of the validation text."""
   checkpoint_every: int = free(100)
   """Steps between two checkpoints."""
-  keep_best: bool = free(False)
+  keep_best: bool = result(False)
   """Keep the parameters with the lowest validation loss as well; they are what
   is exported, sampled from and told of at the end."""
   loss_chunk_tokens: int = free(1024)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnlorp_jax.collectives import Collective, collectives
+from gnlorp_jax.plan.collectives import Collective, collectives
 
 # Written by hand: a loop of 5 turns with an all-gather whose start returns its
 # operand too; in it a loop of unknown length; a conditional with two branches;

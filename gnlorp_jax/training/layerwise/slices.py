@@ -1,8 +1,8 @@
-"""One parameter at a time: it, its part of an optimizer's state, and slices.
+"""One parameter at a time: its part of an optimizer's state, and slices.
 
 A state holds trees shaped like the parameters (moments, bases, ...) among what
-all parameters share (counts). What belongs to one parameter is the subtree at
-its path in each of those trees.
+all parameters share (counts). The state of one parameter is the subtree at its
+path in each of those trees.
 """
 
 from typing import Any, NamedTuple
@@ -73,17 +73,17 @@ class Cut(NamedTuple):
 WHOLE = Cut(0, 1)
 
 
-def handed_on(new: Any, old: Any) -> list[bool]:
-  """Which arrays of a state are handed on as they were."""
+def same_arrays(new: Any, old: Any) -> list[bool]:
+  """Which arrays of a state are the very arrays of the state before."""
   pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
   return [n is o for n, o in pairs]
 
 
-def to_write(new: Any, same: list[bool]) -> Any:
-  """A state to write, without what is there already."""
+def only_changed(new: Any, is_same: list[bool]) -> Any:
+  """A state to write, `KEPT` in place of what is there already."""
   leaves, treedef = jax.tree.flatten(new)
   return treedef.unflatten(
-    KEPT if kept else leaf for leaf, kept in zip(leaves, same, strict=True)
+    KEPT if same else leaf for leaf, same in zip(leaves, is_same, strict=True)
   )
 
 
@@ -96,7 +96,7 @@ class StateSlices(NamedTuple):
     """Whether a node of a state holds something for all parameters."""
     return isinstance(node, dict) and frozenset(node) == self.keys
 
-  def own(self, opt: Any, path: Path, cut: Cut = WHOLE) -> Any:
+  def take(self, opt: Any, path: Path, cut: Cut = WHOLE) -> Any:
     """The state of an optimizer of one parameter, or of a part of it, alone."""
     return jax.tree.map(
       lambda node: (
@@ -108,25 +108,31 @@ class StateSlices(NamedTuple):
       is_leaf=self.is_params,
     )
 
-  def put_own(self, opt: Any, path: Path, new: Any, cut: Cut = WHOLE) -> Any:
-    """Writes it back; what all parameters share stays as it is."""
+  def put(self, opt: Any, path: Path, new: Any, cut: Cut = WHOLE) -> Any:
+    """Writes a parameter's state back; the shared state stays as it is."""
 
-    def put(node: Any, mine: Any) -> Any:
+    def write(node: Any, param_node: Any) -> Any:
       if not self.is_params(node):
         return node
       return replace_leaf(
-        node, path, cut.put(leaf_at(node, path), leaf_at(mine, path))
+        node, path, cut.put(leaf_at(node, path), leaf_at(param_node, path))
       )
 
-    return jax.tree.map(put, opt, new, is_leaf=self.is_params)
+    return jax.tree.map(write, opt, new, is_leaf=self.is_params)
 
-  def put_shared(self, opt: Any, new: Any, finite: jax.Array) -> Any:
-    """Takes over what all parameters share from the state of one."""
-    return jax.tree.map(
-      lambda node, mine: (
-        node if self.is_params(node) else jnp.where(finite, mine, node)
-      ),
-      opt,
-      new,
-      is_leaf=self.is_params,
+  def shared(self, opt: Any, param_state: Any) -> list[jax.Array]:
+    """What all parameters share, as it is in the state of one of them."""
+    nodes, treedef = jax.tree.flatten(opt, is_leaf=self.is_params)
+    pairs = zip(nodes, treedef.flatten_up_to(param_state), strict=True)
+    return [leaf for node, leaf in pairs if not self.is_params(node)]
+
+  def put_shared(
+    self, opt: Any, new: list[jax.Array], finite: jax.Array
+  ) -> Any:
+    """Writes what all parameters share, where the step was finite."""
+    leaves, treedef = jax.tree.flatten(opt, is_leaf=self.is_params)
+    values = iter(new)
+    return treedef.unflatten(
+      leaf if self.is_params(leaf) else jnp.where(finite, next(values), leaf)
+      for leaf in leaves
     )

@@ -1,11 +1,8 @@
-"""The parts of a run, and how the configuration chooses them."""
+"""Optimizers by their settings, and their learning rates."""
 
 import dataclasses
-import functools
 import inspect
-import json
 import logging
-import types
 import typing
 
 import jax
@@ -13,26 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tokenizers
 
-from gnlorp_jax import build, optim
-from gnlorp_jax.config import DataConfig, OptimConfig, StepConfig, TrainConfig
-from gnlorp_jax.models import hf, llama
-from gnlorp_jax.training.checkpoint import check_compatible
-
-TINY = llama.LlamaConfig(
-  vocab_size=300,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=2,
-  max_seq_len=8,
-)
+from gnlorp_jax import optim
+from gnlorp_jax.compose import optimizer, settings
+from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.models import llama
+from gnlorp_jax.optim.split import SplitTransformation
 
 
-def rates(steps, **settings):
-  config = OptimConfig(learning_rate=0.5, **settings)
-  schedule = build.learning_rate_schedule(config, steps)
+def rates(steps, **options):
+  config = OptimConfig(learning_rate=0.5, **options)
+  schedule = optimizer.schedule(config, steps)
   return np.array([schedule(count) for count in range(steps)])
 
 
@@ -99,7 +87,175 @@ def test_schedule_that_only_warms_up_ends_at_the_peak():
   np.testing.assert_allclose(found, 0.5 * np.arange(1, 9) / 8, rtol=1e-6)
 
 
+def optax_schedule(config, steps):
+  """The warm-up and the cosine, of schedules of Optax with constants."""
+  warmup = max(round(config.warmup_fraction * steps), 1)
+  peak = config.learning_rate
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)),
+      optax.cosine_decay_schedule(
+        peak, max(steps - warmup - 1, 1), config.final_fraction
+      ),
+    ],
+    [warmup],
+  )
+
+
+@pytest.mark.parametrize(
+  ('steps', 'options'),
+  [
+    (1, {}),
+    (2, {'learning_rate': 3e-4}),
+    (24, {'learning_rate': 0.01}),
+    (24, {'learning_rate': 0.3, 'final_fraction': 0.0}),
+    (60, {'learning_rate': 7e-4, 'warmup_fraction': 0.37}),
+    (60, {'learning_rate': 0.011, 'warmup_fraction': 0.0}),
+    (9, {'learning_rate': 0.02, 'warmup_fraction': 1.0}),
+  ],
+)
+def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
+  config = OptimConfig(**options)
+  expected = jax.jit(optax_schedule(config, steps))
+  warmup = max(round(config.warmup_fraction * steps), 1)
+
+  @jax.jit
+  def found(count, numbers):
+    return optimizer.cosine_rate(
+      count, **numbers, warmup=warmup, steps=steps, final=config.final_fraction
+    )
+
+  numbers = optimizer.numbers(config, steps)
+  assert {x.dtype for x in numbers.values()} == {jnp.dtype('float32')}
+  for count in range(steps + 3):
+    rate = found(jnp.int32(count), numbers)
+    assert rate.dtype == jnp.float32 and rate.shape == ()
+    assert rate == expected(jnp.int32(count)), count
+
+
+@pytest.mark.parametrize('final', [0.0, 0.25])
+@pytest.mark.parametrize('warmup', [0.0, 0.25, 1.0])
+def test_linear_rate_is_a_closed_form(warmup, final):
+  steps, peak = 12, 0.3
+  found = rates(
+    steps + 2, schedule='linear', warmup_fraction=warmup, final_fraction=final
+  )
+  assert found.max() <= 0.5
+  config = OptimConfig(
+    learning_rate=peak,
+    schedule='linear',
+    warmup_fraction=warmup,
+    final_fraction=final,
+  )
+  schedule = jax.jit(optimizer.schedule(config, steps))
+  rise = round(warmup * steps)
+  for count in range(steps):
+    if count < rise:
+      expected = peak * (count + 1) / rise
+    else:
+      part = (steps - count) / (steps - rise)
+      expected = peak * (final + (1 - final) * part)
+    np.testing.assert_allclose(schedule(count), expected, rtol=3e-7)
+  if not rise:  # The linear schedule of Optax then, and of transformers.
+    same = optax.linear_schedule(peak, peak * final, steps)
+    for count in range(steps):
+      np.testing.assert_allclose(schedule(count), same(count), rtol=3e-7)
+
+
+@pytest.mark.parametrize('kind', ['cosine', 'linear'])
+def test_what_is_no_number_in_the_state_tells_programs_apart(kind):
+  config = OptimConfig(schedule=kind, learning_rate=0.1, warmup_fraction=0.3)
+  assert optimizer.depends_on_steps(config) == (kind == 'cosine')
+  other = dataclasses.replace(config, learning_rate=0.2)
+  slower = dataclasses.replace(config, warmup_fraction=0.4)
+  plain = optimizer.without_rates(config)
+  assert plain == optimizer.without_rates(other)
+  same = plain == optimizer.without_rates(slower)
+  assert same == (kind == 'linear')
+  # What is equal has numbers of the same names.
+  names = set(optimizer.numbers(config, 10))
+  assert names == set(optimizer.numbers(slower, 20))
+
+
 # The optimizer.
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind'), [('adamw', 'cosine'), ('galore', 'linear')]
+)
+def test_learning_rates_in_the_state_make_the_same_updates(name, kind):
+  """And one compiled program does for all rates."""
+  steps = 4
+  weights = params()
+  config = OptimConfig(
+    name=name,
+    schedule=kind,
+    weight_decay=0.1,
+    **({} if name == 'adamw' else {'rank': 4, 'update_proj_gap': 2}),
+  )
+  tx = optimizer.make(config, steps, llama.LABEL_RULES)
+  update = jax.jit(tx.update)
+  for rate in (0.01, 0.3):
+    config = dataclasses.replace(config, learning_rate=rate)
+    constant = optimizer.transformation(
+      config, optimizer.schedule(config, steps), llama.LABEL_RULES
+    )
+    constant_update = jax.jit(constant.update)
+    state = optimizer.start(tx.init(weights), optimizer.numbers(config, steps))
+    expected_state = constant.init(weights)
+    for number in range(steps):
+      grads = gradients(weights, number)
+      found, state = update(grads, state, weights)
+      expected, expected_state = constant_update(grads, expected_state, weights)
+      # XLA multiplies constants in another order: float32 rounding.
+      for a, b in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+      ):
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), number
+  assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize('name', ['gradnormlorp', 'adamw', 'apollo'])
+def test_numbers_in_the_state_leave_an_optimizer_split(name):
+  tx = optimizer.make(OptimConfig(name=name), 10, llama.LABEL_RULES)
+  plain = optimizer.transformation(
+    OptimConfig(name=name), 0.1, llama.LABEL_RULES
+  )
+  assert isinstance(plain, SplitTransformation) == isinstance(
+    tx, SplitTransformation
+  )
+
+
+@pytest.mark.parametrize(
+  ('config', 'adapted', 'expected'),
+  [
+    (OptimConfig(), False, llama.LABEL_RULES),
+    (OptimConfig(), True, (('/lora_[ab]$', 'low_rank'), ('.*', 'full'))),
+    (OptimConfig(name='adamw'), True, (('.*', 'full'),)),
+    (
+      OptimConfig(param_labels=(('a', 'full'),)),
+      True,
+      (('a', 'full'),),
+    ),
+    (
+      OptimConfig(param_labels=(('a', 'frozen'),)),
+      False,
+      (('a', 'frozen'),),
+    ),
+  ],
+)
+def test_rules_are_those_asked_for_or_what_suits(config, adapted, expected):
+  found = optimizer.label_rules(config, llama.LABEL_RULES, adapted=adapted)
+  assert found == expected
+
+
+def test_factors_of_adapters_are_projected_on_both_sides():
+  config = OptimConfig(name='galore')
+  assert optimizer.for_adapters(config).side == 'both'
+  asked = dataclasses.replace(config, side='short')
+  assert optimizer.for_adapters(asked) == asked
+  adam = OptimConfig(name='adamw')
+  assert optimizer.for_adapters(adam) == adam
 
 
 @pytest.mark.parametrize(
@@ -134,7 +290,7 @@ def test_optimizer_is_the_one_of_that_name(name, expected):
     weight_decay=0.01,
     clip_global_norm=None,
   )
-  tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  tx = optimizer.transformation(config, lambda count: 0.1, llama.LABEL_RULES)
   weights = params()
   grads = gradients(weights)
   found = one_update(tx, grads, weights)
@@ -158,7 +314,7 @@ def test_options_reach_the_optimizer():
     eps_mode='standard',
     clip_global_norm=None,
   )
-  tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  tx = optimizer.transformation(config, lambda count: 0.1, llama.LABEL_RULES)
   expected = optim.gradnormlorp(
     0.1,
     4,
@@ -181,7 +337,7 @@ def test_options_reach_the_optimizer():
   )
 
 
-NAMES = typing.get_args(typing.get_type_hints(OptimConfig)['name'])
+NAMES = typing.get_args(settings.OptimizerName)
 
 
 def test_every_optimizer_has_a_name():
@@ -202,8 +358,8 @@ def test_every_name_builds_and_moves_every_parameter(name, caplog):
   config = OptimConfig(name=name, rank=rank, weight_decay=0.01)
   if rank == 1:
     config = dataclasses.replace(config, granularity=4)
-  with caplog.at_level(logging.WARNING, logger='gnlorp_jax.build'):
-    tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  with caplog.at_level(logging.WARNING, logger='gnlorp_jax.compose.optimizer'):
+    tx = optimizer.transformation(config, lambda count: 0.1, llama.LABEL_RULES)
   unused = ['rank'] if name in ('adamw', 'apollo_mini') else []
   assert [record.args[0] for record in caplog.records] == unused
   weights = params()
@@ -236,7 +392,7 @@ def test_every_name_builds_and_moves_every_parameter(name, caplog):
 )
 def test_options_decide_the_state(settings, name, options):
   config = OptimConfig(name=name, rank=4, clip_global_norm=None, **settings)
-  tx = build.optimizer(config, lambda count: 0.1, llama.LABEL_RULES)
+  tx = optimizer.transformation(config, lambda count: 0.1, llama.LABEL_RULES)
   expected = getattr(optim, name)(
     lambda count: 0.1,
     4,
@@ -257,7 +413,7 @@ def test_stochastic_rounding_closes_the_chain():
   config = OptimConfig(
     name='adamw', stochastic_rounding=True, learning_rate=1e-5
   )
-  tx = build.optimizer(config, lambda count: 1e-5, llama.LABEL_RULES)
+  tx = optimizer.transformation(config, lambda count: 1e-5, llama.LABEL_RULES)
   weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
   update = jax.jit(tx.update)
   state, moved = tx.init(weights), weights
@@ -270,7 +426,7 @@ def test_stochastic_rounding_closes_the_chain():
 
 def test_adamw_trains_every_parameter_as_optax_does():
   config = OptimConfig(name='adamw', clip_global_norm=None, weight_decay=0.1)
-  tx = build.optimizer(config, lambda count: 0.01, llama.LABEL_RULES)
+  tx = optimizer.transformation(config, lambda count: 0.01, llama.LABEL_RULES)
   weights = params()
   grads = gradients(weights)
   jax.tree.map(
@@ -279,29 +435,6 @@ def test_adamw_trains_every_parameter_as_optax_does():
     one_update(tx, grads, weights),
     one_update(optax.adamw(0.01, weight_decay=0.1), grads, weights),
   )
-
-
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
-def test_gradients_are_clipped_before_the_optimizer_sees_them(mode):
-  # With so large an eps Adam's step is the gradient divided by it.
-  adam = OptimConfig(
-    name='adamw', eps=1e6, clip_global_norm=0.01, learning_rate=1e3
-  )
-  config = dataclasses.replace(
-    TrainConfig(), optim=adam, batch_size=2, step=StepConfig(mode=mode)
-  )
-  free = dataclasses.replace(adam, clip_global_norm=None)
-  norms = []
-  for settings in (config, dataclasses.replace(config, optim=free)):
-    parts = build.program(settings, jax.devices()[:1])
-    batch = jax.tree.map(
-      lambda x: jnp.ones(x.shape, x.dtype), parts.abstract_batch
-    )
-    _, metrics = parts.train_step(build.new_state(parts), batch)
-    norms.append((metrics['grad_norm'], metrics['update_norm']))
-  (grad_norm, clipped), (_, whole) = norms
-  assert grad_norm > 0.1
-  np.testing.assert_allclose(clipped / whole, 0.01 / grad_norm, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -337,8 +470,8 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(mode):
   ],
 )
 def test_option_without_effect_is_named_in_a_warning(settings, texts, caplog):
-  with caplog.at_level(logging.WARNING, logger='gnlorp_jax.build'):
-    build.optimizer(
+  with caplog.at_level(logging.WARNING, logger='gnlorp_jax.compose.optimizer'):
+    optimizer.transformation(
       OptimConfig(**settings), lambda count: 0.1, llama.LABEL_RULES
     )
   assert [record.getMessage() for record in caplog.records] == texts
@@ -346,138 +479,9 @@ def test_option_without_effect_is_named_in_a_warning(settings, texts, caplog):
 
 def test_unknown_projection_is_told():
   with pytest.raises(ValueError) as error:
-    build.optimizer(
+    optimizer.transformation(
       OptimConfig(projection='foo'), lambda count: 0.1, llama.LABEL_RULES
     )
   assert str(error.value) == (
     f"Unknown projection 'foo'; expected one of {optim.projections.names()}."
   )
-
-
-# The model and what a checkpoint must agree with.
-
-
-def exported(folder, **changes):
-  config = dataclasses.replace(TINY, **changes)
-  weights = llama.make(config).init(jax.random.key(0))
-  hf.export(folder, weights, llama.HF_TENSORS, llama.config_to_hf(config))
-  return config
-
-
-def test_architecture_is_that_of_the_folder_to_start_from(tmp_path):
-  found = exported(tmp_path / 'hf', num_layers=1)
-  asked = dataclasses.replace(TINY, compute_dtype='bfloat16', remat=True)
-  config = TrainConfig(
-    init_from=str(tmp_path / 'hf'), model=asked, data=DataConfig(seq_len=8)
-  )
-  assert build.architecture(config) == dataclasses.replace(
-    found, num_kv_heads=2, compute_dtype='bfloat16', remat=True
-  )
-  plain = dataclasses.replace(config, init_from=None)
-  assert build.architecture(plain) == asked
-
-
-def test_sequences_too_long_for_the_folder_are_an_error(tmp_path):
-  exported(tmp_path / 'hf')
-  config = TrainConfig(
-    init_from=str(tmp_path / 'hf'), data=DataConfig(seq_len=9)
-  )
-  with pytest.raises(ValueError) as error:
-    build.architecture(config)
-  assert str(error.value) == (
-    f'data.seq_len=9 is longer than the model in {tmp_path / "hf"} accepts: '
-    'max_seq_len=8. Lower it.'
-  )
-
-
-def metadata(tokenizer='f', part=(0, 90), **changes):
-  config = TrainConfig(model=TINY, data=DataConfig(seq_len=8))
-  for name, value in changes.items():
-    group, _, field = name.rpartition('__')
-    if group:
-      value = dataclasses.replace(getattr(config, group), **{field: value})
-    config = dataclasses.replace(config, **{group or field: value})
-  return build._metadata(
-    config,
-    types.SimpleNamespace(fingerprint=tokenizer),
-    types.SimpleNamespace(start=part[0], stop=part[1], tokens=100),
-  )
-
-
-@pytest.mark.parametrize(
-  ('changes', 'difference'),
-  [
-    ({'model__hidden_size': 32}, 'hidden_size 16 != 32'),
-    ({'model__param_dtype': 'bfloat16'}, 'param_dtype float32 != bfloat16'),
-    ({'optim__rank': 8}, 'optim.rank 32 != 8'),
-    ({'optim__name': 'adamw'}, 'optim.name gradnormlorp != adamw'),
-    ({'data__seq_len': 4}, 'data.seq_len 8 != 4'),
-    ({'data__source': 'x'}, 'data.source stdlib != x'),
-    ({'batch_size': 8}, 'batch_size 16 != 8'),
-    ({'seed': 1}, 'seed 0 != 1'),
-    ({'tokenizer': 'g'}, 'tokenizer f != g'),
-    ({'part': (0, 80)}, 'data.training_part [0, 90] != [0, 80]'),
-  ],
-)
-def test_what_shapes_a_run_cannot_change_within_it(changes, difference):
-  saved = json.loads(json.dumps(metadata()))
-  with pytest.raises(ValueError) as error:
-    check_compatible(saved, metadata(**changes), 'folder')
-  assert f'settings: {difference}. Use' in str(error.value)
-
-
-@pytest.mark.parametrize(
-  'changes',
-  [
-    {'model__compute_dtype': 'bfloat16'},
-    {'model__remat': True},
-    {'steps': 7},
-    {'optim__learning_rate': 1.0},
-    {'optim__clip_global_norm': 0.5},
-    {'micro_batches': 2},
-    {'checkpoint_every': 3},
-  ],
-)
-def test_what_does_not_shape_a_run_may_change_within_it(changes):
-  saved = json.loads(json.dumps(metadata()))
-  check_compatible(saved, metadata(**changes), 'folder')
-
-
-def test_start_from_weights_uses_their_tokenizer(tmp_path):
-  words = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel({'</s>': 0, 'a': 1}, unk_token='</s>')
-  )
-  config = TrainConfig(init_from=str(tmp_path))
-  with pytest.raises(ValueError) as error:
-    build.load_tokenizer(config)
-  assert str(error.value) == (
-    f'{tmp_path} has no tokenizer.json, and its weights fit no other tokens: '
-    'name the tokenizer as data.tokenizer.'
-  )
-  words.save(str(tmp_path / 'tokenizer.json'))
-  assert build.load_tokenizer(config).vocab_size == 2
-
-
-# The loss.
-
-
-def test_loss_is_the_weighted_sum_of_next_token_losses():
-  model = llama.make(TINY)
-  weights = model.init(jax.random.key(0))
-  rng = np.random.default_rng(0)
-  tokens_BT = rng.integers(0, 300, (3, 9))
-  counted_BT = rng.integers(0, 2, (3, 8)).astype(np.float32)
-  batch = {
-    'inputs': jnp.array(tokens_BT[:, :-1]),
-    'targets': jnp.array(tokens_BT[:, 1:]),
-    'weights': jnp.array(counted_BT),
-  }
-  loss_fn = jax.jit(functools.partial(build.language_model_loss, model, 5))
-  total, count = loss_fn(weights, batch)
-  logits_BTV = np.float64(model.apply(weights, batch['inputs']))
-  log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
-  chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
-  expected = np.sum(counted_BT * (log_z_BT - chosen_BT))
-  assert float(count) == counted_BT.sum()
-  # float32 sums of some ten terms of size 6.
-  assert float(total) == pytest.approx(expected, rel=1e-6)

@@ -2,7 +2,7 @@
 
 XLA prints a program as computations of instructions. Loops, branches and calls
 name the computations they run; so the communication of one execution is that of
-the entry, with everything in a loop taken as often as the loop turns.
+the entry, with everything in a loop taken as often as the loop runs.
 """
 
 import collections
@@ -40,8 +40,8 @@ class Collective(NamedTuple):
   kind: str  # One of `KINDS`.
   bytes_each: int  # Of the whole array that is reduced, gathered or sent.
   instructions: int  # Number of such instructions in the program.
-  loops: tuple[int | None, ...]  # Turns of the loops around, outermost first.
-  conditionals: int  # Number of conditionals around.
+  loops: tuple[int | None, ...]  # Trip counts of enclosing loops, inward.
+  conditionals: int  # Number of enclosing conditionals.
 
   @property
   def bytes_per_step(self) -> int | None:
@@ -90,13 +90,13 @@ def collectives(hlo_text: str) -> list[Collective]:
         size = max(sent, _received(instruction, sent))
         rows[kind, size, loops, conditionals] += 1
         continue
-      inside = loops
+      inner_loops = loops
       if opcode == 'while':
-        turns = _TRIP_COUNT.search(line)
-        inside = (*loops, int(turns[1]) if turns else None)
-      within = conditionals + (opcode == 'conditional')
+        trips = _TRIP_COUNT.search(line)
+        inner_loops = (*loops, int(trips[1]) if trips else None)
+      inner_conditionals = conditionals + (opcode == 'conditional')
       for called in _called(line):
-        walk(called, inside, within)
+        walk(called, inner_loops, inner_conditionals)
 
   walk(entry, (), 0)
   return [
@@ -106,8 +106,8 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 
 def _received(instruction: _Instruction, sent: int) -> int:
-  """Bytes of a collective's own result."""
-  # These two return what they were given as well, next to the result.
+  """Bytes of a collective's result, without operands that come with it."""
+  # These two return their operands as well.
   if instruction.opcode == 'all-gather-start':
     return instruction.bytes - sent
   if instruction.opcode == 'collective-permute-start':

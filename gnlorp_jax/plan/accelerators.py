@@ -110,15 +110,6 @@ ACCELERATORS = {
 }
 """The GPUs that are known, by the names a user gives."""
 
-PEAK_FLOPS = {
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA GeForce RTX 4090': 165e12,
-}
-"""Dense bfloat16 peaks in FLOP/s, without sparsity, by what jax calls a GPU."""
-
 
 def check_name(name: str) -> None:
   """Checks that a GPU is known.

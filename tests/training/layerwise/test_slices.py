@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnlorp_jax.training.slices import (
+from gnlorp_jax.training.layerwise.slices import (
   KEPT,
   WHOLE,
   Cut,
   StateSlices,
-  handed_on,
-  to_write,
+  only_changed,
+  same_arrays,
 )
 
 PARAMS = {
@@ -42,26 +42,28 @@ def test_a_state_is_taken_apart_and_put_together():
   slices = StateSlices(frozenset(PARAMS))
   state = optax.adam(1.0).init(PARAMS)
   cut = Cut(2, 4)
-  mine = slices.own(state, PATH, cut)
-  assert mine[0].mu == {
-    'layers': {'a': {'kernel': mine[0].mu['layers']['a']['kernel']}}
+  param_state = slices.take(state, PATH, cut)
+  assert param_state[0].mu == {
+    'layers': {'a': {'kernel': param_state[0].mu['layers']['a']['kernel']}}
   }
-  assert mine[0].mu['layers']['a']['kernel'].shape == (1, 2, 3)
-  assert mine[0].count is state[0].count
+  assert param_state[0].mu['layers']['a']['kernel'].shape == (1, 2, 3)
+  assert param_state[0].count is state[0].count
 
-  new = jax.tree.map(lambda x: x + 1, mine)
-  after = slices.put_own(state, PATH, new, cut)
+  new = jax.tree.map(lambda x: x + 1, param_state)
+  after = slices.put(state, PATH, new, cut)
   kernel = np.asarray(after[0].mu['layers']['a']['kernel'])
   np.testing.assert_array_equal(kernel[2], 1)
   np.testing.assert_array_equal(np.delete(kernel, 2, axis=0), 0)
   assert after[0].count == 0  # Shared: it waits for the end of the step.
-  assert slices.put_shared(after, new, jnp.bool_(True))[0].count == 1
-  assert slices.put_shared(after, new, jnp.bool_(False))[0].count == 0
+  shared = slices.shared(after, new)
+  assert shared == [new[0].count]
+  assert slices.put_shared(after, shared, jnp.bool_(True))[0].count == 1
+  assert slices.put_shared(after, shared, jnp.bool_(False))[0].count == 0
 
 
-def test_what_is_handed_on_is_not_written():
+def test_what_is_the_same_is_not_written():
   old = {'moved': jnp.ones(2), 'stays': jnp.zeros(2)}
   new = {**old, 'moved': jnp.zeros(2)}
-  same = handed_on(new, old)
+  same = same_arrays(new, old)
   assert same == [False, True]
-  assert to_write(new, same)['stays'] is KEPT
+  assert only_changed(new, same)['stays'] is KEPT

@@ -1,0 +1,135 @@
+"""Finds what cannot be trained layer by layer, when a step is built."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from gnlorp_jax.training.layerwise.engine import Engine
+from gnlorp_jax.training.layerwise.slices import (
+  WHOLE,
+  Cut,
+  Path,
+  leaf_at,
+  replace_leaf,
+)
+from gnlorp_jax.training.parameters import LAYERS, Parameters
+
+# Elements of a large matrix that are updated at once; a few arrays of this size
+# exist then, in float32.
+ROW_BLOCK = 2**22
+# The parts hold a multiple of as many, the largest block of quantised moments.
+ROW_ALIGN = 256
+# Whose `init` warns, of ranks for example.
+OPTIMIZERS = logging.getLogger('gnlorp_jax.optim')
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+  """Raises a ValueError unless a value is one of those there are."""
+  if value not in choices:
+    raise ValueError(f'{name}={value!r} must be one of {choices}.')
+
+
+def count_layers(parameters: Parameters) -> int:
+  """L, the common first axis of all parameters of the layers.
+
+  Raises:
+    ValueError: If there are no layers, nothing else, or stacks of different
+      lengths.
+  """
+  params = parameters.join(parameters.trained, parameters.frozen)
+  if not isinstance(params, dict) or LAYERS not in params or len(params) < 2:
+    raise ValueError(
+      f'Parameters must be a dict with the key {LAYERS!r}, stacked [L, ...], '
+      f'and others, to be trained layer by layer; got {sorted(params)}.'
+    )
+  lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(params[LAYERS])}
+  if len(lengths) != 1 or lengths == {()}:
+    raise ValueError(
+      f'All arrays of params[{LAYERS!r}] must be stacked along one first axis, '
+      f'[L, ...]; the first axes are {sorted(lengths)}.'
+    )
+  ((length,),) = lengths
+  return length
+
+
+def check_layers(engine: Engine) -> None:
+  """Raises a ValueError unless the state of all stacks is cut into layers."""
+  stuck = [
+    '/'.join(path)
+    for path in engine.layer_paths
+    if not _can_be_cut(engine, path, engine.passes.num_layers)
+  ]
+  if stuck:
+    raise ValueError(
+      f'The optimizer keeps something of {stuck} that cannot be cut into '
+      'layers, such as the moments of stacked vectors quantised in one piece. '
+      "Name vectors 'scale' or 'bias', or train in whole steps."
+    )
+
+
+def count_row_blocks(engine: Engine) -> dict[Path, int]:
+  """Large outer matrices, and into how many parts to cut them."""
+  counts = {}
+  for path in engine.outer_paths:
+    leaf = leaf_at(_exact(engine), path)
+    fewest = -(-leaf.size // ROW_BLOCK)
+    if leaf.ndim != 2 or fewest == 1:
+      continue
+    for count in range(fewest, 4 * fewest):
+      # No block of a quantised array may be cut.
+      fits = leaf.shape[0] % count == 0 and leaf.size // count % ROW_ALIGN == 0
+      if fits and _can_be_cut(engine, path, count):
+        counts[path] = count
+        break
+  return counts
+
+
+def _can_be_cut(engine: Engine, path: Path, count: int) -> bool:
+  """Whether a part of a parameter's state is the state of a part."""
+  whole = _state_shapes(engine, path, WHOLE, WHOLE)
+  if any(not shape or shape[0] % count for shape in whole):
+    return False
+  cut = Cut(0, count)
+  of_state = _state_shapes(engine, path, WHOLE, cut)
+  return of_state == _state_shapes(engine, path, cut, WHOLE)
+
+
+def _state_shapes(
+  engine: Engine, path: Path, part: Cut, of_state: Cut
+) -> list[tuple[int, ...]]:
+  """Shapes of a part of the state of an optimizer of a part of a parameter."""
+  slices = engine.slices
+
+  def param_state(params: Any) -> Any:
+    leaf = leaf_at(params, path)
+    state = engine.tx.init(replace_leaf(params, path, part.at(leaf)))
+    nodes = jax.tree.leaves(state, is_leaf=slices.is_params)
+    return [
+      of_state.at(leaf_at(node, path))
+      for node in nodes
+      if slices.is_params(node)
+    ]
+
+  with _without_warnings():
+    shapes = jax.eval_shape(param_state, _exact(engine))
+  return [x.shape for x in jax.tree.leaves(shapes)]
+
+
+def _exact(engine: Engine) -> Any:
+  """Shapes of what the optimizer is shown."""
+  parameters = engine.passes.parameters
+  return jax.eval_shape(parameters.decode_exact, parameters.trained)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+  """The optimizer has warned of what there is to warn of, at its own start."""
+  level = OPTIMIZERS.level
+  OPTIMIZERS.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    OPTIMIZERS.setLevel(level)

@@ -1,0 +1,196 @@
+"""The command line: options, earlier names, and what users get wrong."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from gnlorp_jax.compose import command_line
+from gnlorp_jax.recipes.pretrain.settings import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float = 0.1
+  """A rate."""
+  remat: bool = False
+  """A switch that is off."""
+  spread: bool = True
+  """A switch that is on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  final_rate: float = 0.5
+  """Another rate."""
+  title: str = 'none'
+  """A word."""
+  inner: Inner = Inner()
+  """A group."""
+
+
+ALIASES = {
+  'old_rate': ('inner.rate',),
+  'both_rates': ('inner.rate', 'final_rate'),
+  'name': ('title',),
+  'remat': ('inner.remat',),
+  'spread': ('inner.spread',),
+}
+
+
+def override(*args):
+  return command_line.override(Outer(), list(args), 'description', ALIASES)
+
+
+@pytest.mark.parametrize(
+  ('args', 'expected', 'line'),
+  [
+    (
+      ['--old-rate', '0.3'],
+      Outer(inner=Inner(rate=0.3)),
+      '--old-rate is now --inner.rate.',
+    ),
+    (
+      ['--old-rate=0.3'],
+      Outer(inner=Inner(rate=0.3)),
+      '--old-rate is now --inner.rate.',
+    ),
+    (
+      ['--old_rate=-3e-1', '--title', 'x'],
+      Outer(inner=Inner(rate=-0.3), title='x'),
+      '--old_rate is now --inner.rate.',
+    ),
+    (
+      ['--both-rates', '2'],
+      Outer(final_rate=2.0, inner=Inner(rate=2.0)),
+      '--both-rates is now --inner.rate and --final-rate.',
+    ),
+    (
+      ['--both-rates=2'],
+      Outer(final_rate=2.0, inner=Inner(rate=2.0)),
+      '--both-rates is now --inner.rate and --final-rate.',
+    ),
+    (
+      ['--name=a=b'],  # The first sign alone parts option and value.
+      Outer(title='a=b'),
+      '--name is now --title.',
+    ),
+    (
+      ['--remat', '--title', 'x'],  # A switch takes no word.
+      Outer(title='x', inner=Inner(remat=True)),
+      '--remat is now --inner.remat.',
+    ),
+    (
+      ['--no-remat'],
+      Outer(),
+      '--no-remat is now --inner.no-remat.',
+    ),
+    (
+      ['--no-spread', '--title', 'x'],
+      Outer(title='x', inner=Inner(spread=False)),
+      '--no-spread is now --inner.no-spread.',
+    ),
+    (
+      ['--spread'],
+      Outer(),
+      '--spread is now --inner.spread.',
+    ),
+  ],
+)
+def test_earlier_name_sets_the_field_and_says_so(args, expected, line, caplog):
+  with caplog.at_level(logging.INFO, logger='gnlorp_jax.compose.command_line'):
+    assert override(*args) == expected
+  assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_names_of_today_are_not_told(caplog):
+  with caplog.at_level(logging.INFO, logger='gnlorp_jax.compose.command_line'):
+    found = override('--inner.rate=2', '--inner.no-spread', '--title', 'name')
+  assert found == Outer(title='name', inner=Inner(rate=2.0, spread=False))
+  assert not caplog.records
+
+
+def test_later_words_win_under_either_name():
+  assert override('--old-rate', '1', '--inner.rate', '2').inner.rate == 2
+  assert override('--inner.rate', '2', '--old-rate', '1').inner.rate == 1
+
+
+@pytest.mark.parametrize('option', ['--name', '--old-rate'])
+def test_earlier_name_without_its_value_is_an_error(option, capsys):
+  with pytest.raises(SystemExit) as stop:
+    override(option)
+  assert stop.value.code == 2
+  new = {'--name': '--title', '--old-rate': '--inner.rate'}[option]
+  assert new in capsys.readouterr().err
+
+
+def test_value_of_an_earlier_name_is_judged(capsys):
+  with pytest.raises(SystemExit) as stop:
+    override('--old-rate', 'fast')
+  assert stop.value.code == 2
+  assert 'fast' in capsys.readouterr().err
+
+
+def test_without_aliases_an_earlier_name_is_unknown():
+  with pytest.raises(ValueError, match=r"has no field 'old_rate' \(from --old"):
+    command_line.override(Outer(), ['--old-rate', '1'], '')
+
+
+@pytest.mark.parametrize(
+  ('args', 'text'),
+  [
+    (
+      ['--optim.rnak', '3'],
+      "OptimConfig has no field 'rnak' (from --optim.rnak). Did you mean "
+      "'rank'? Fields: ['name', 'learning_rate',",
+    ),
+    (
+      ['--steps', '3', '--batchsize=4'],
+      "TrainConfig has no field 'batchsize' (from --batchsize). Did you mean "
+      "'batch_size'? Fields: ['run_dir',",
+    ),
+    (
+      ['--mdoel.num-layers', '3'],
+      "TrainConfig has no field 'mdoel' (from --mdoel.num-layers). Did you "
+      "mean 'model'?",
+    ),
+    (
+      ['--learning-rate', '1'],
+      "TrainConfig has no field 'learning_rate' (from --learning-rate). Did "
+      "you mean 'optim.learning_rate'? Fields: [",
+    ),
+    (
+      ['--weight-decay', '1'],
+      "TrainConfig has no field 'weight_decay' (from --weight-decay). Did "
+      "you mean 'optim.weight_decay'? Fields: [",
+    ),
+  ],
+)
+def test_unknown_field_names_the_nearest(args, text):
+  with pytest.raises(ValueError) as error:
+    command_line.override(TrainConfig(), args, 'description')
+  assert str(error.value).startswith(text)
+
+
+def fail(error):
+  raise error
+
+
+@pytest.mark.parametrize('error', [ValueError('too few'), OSError('no disk')])
+def test_mistake_ends_with_one_message(error, capsys, monkeypatch):
+  monkeypatch.delenv('SHOW_TRACEBACK', raising=False)
+  with pytest.raises(SystemExit) as stop:
+    command_line.run(lambda: fail(error), 'SHOW_TRACEBACK')
+  assert stop.value.code == 2
+  assert capsys.readouterr().err == f'error: {error}\n'
+
+
+def test_traceback_is_shown_when_asked_for(monkeypatch):
+  monkeypatch.setenv('SHOW_TRACEBACK', '1')
+  with pytest.raises(ValueError, match='too few'):
+    command_line.run(lambda: fail(ValueError('too few')), 'SHOW_TRACEBACK')
+
+
+def test_fault_of_the_program_is_no_mistake_of_the_user():
+  with pytest.raises(ZeroDivisionError):
+    command_line.run(lambda: fail(ZeroDivisionError()), 'SHOW_TRACEBACK')

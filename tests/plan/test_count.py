@@ -1,0 +1,212 @@
+"""What a run takes, counted by hand, and what XLA's compiler says of it.
+
+The tiny model has V = 64, D = 128, F = 256 and L = 2; its kernels are four
+[L, D, D], two [L, D, F] and one [L, F, D].
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gnlorp_jax import build, plan
+from gnlorp_jax.config import MeshConfig, OptimConfig, StepConfig
+from gnlorp_jax.plan.accelerators import ACCELERATORS
+
+TABLE = 64 * 128  # Elements of the embedding, and of the head.
+KERNELS = 2 * (4 * 128 * 128 + 3 * 128 * 256)
+SCALES = 2 * 2 * 128 + 128
+BATCH = 8 * 16 * 3 * 4  # Inputs, targets and weights.
+INPUTS = 2 * 8 * 16 * 128 * 4  # Of both blocks.
+COUNTED = ('weights', 'moments', 'bases', 'errors', 'other')
+
+
+@pytest.fixture
+def bound_of(settings):
+  """Makes the components of the tiny run's lower bound."""
+  return lambda **changes: plan.lower_bound(settings(**changes)).components
+
+
+# Counting.
+
+
+def test_every_component_of_galore_by_hand(bound_of):
+  found = bound_of()
+  low = 2 * (4 * 128 + 3 * 256) * 64  # Moments lie along the longer axis.
+  full = 2 * TABLE + SCALES
+  assert found.pop('other') > 0
+  assert found == {
+    'weights': 4 * (2 * TABLE + KERNELS + SCALES),
+    'moments': 2 * 4 * (low + full),
+    'bases': 4 * 2 * 7 * 128 * 64,
+    'errors': 0,
+    'batch': BATCH,
+    'saved_activations': INPUTS,
+    'gradients': 4 * (TABLE + KERNELS + SCALES),
+  }
+
+
+def test_adamw_in_bfloat16_by_hand(settings, bound_of):
+  model = dataclasses.replace(
+    settings().model, param_dtype='bfloat16', compute_dtype='bfloat16'
+  )
+  found = bound_of(model=model, optim=OptimConfig(name='adamw'))
+  size = 2 * TABLE + KERNELS + SCALES
+  assert found['weights'] == 2 * size
+  assert found['moments'] == 2 * 4 * size
+  assert found['bases'] == found['errors'] == 0
+  assert found['saved_activations'] == INPUTS // 2
+  assert found['gradients'] == 2 * (size - TABLE)
+
+
+def test_8_bit_moments_and_bases_by_hand(bound_of):
+  optim = OptimConfig(name='galore', rank=64, moment_bits=8, basis_bits=8)
+  found = bound_of(optim=optim)
+  # A byte per element and a float32 per 256 of them; scales of norms, [L, D] of
+  # 256 elements and [D], are too small to be quantised.
+  low = 2 * (4 * 128 + 3 * 256) * 64
+  quantised = low + 2 * TABLE
+  assert found['moments'] == 2 * (quantised + quantised // 256 * 4 + 4 * SCALES)
+  # Bases have a zero beside the scale.
+  basis = 2 * 7 * 128 * 64
+  assert found['bases'] == basis + basis // 256 * 8
+
+
+def test_error_buffers_by_hand(bound_of):
+  optim = OptimConfig(name='ldadam', rank=64, error_bits=32)
+  assert bound_of(optim=optim)['errors'] == 4 * KERNELS
+
+
+@pytest.mark.parametrize(('data', 'fsdp'), [(1, 1), (4, 1), (2, 2), (1, 4)])
+def test_what_a_device_really_holds(data, fsdp, settings):
+  """The oracle are arrays on four devices of the CPU, moments in 8 bits."""
+  run = settings(
+    devices=data * fsdp,
+    mesh=MeshConfig(data=data, fsdp=fsdp),
+    optim=OptimConfig(name='galore', rank=64, moment_bits=8),
+  )
+  parts = build.program(run, jax.devices()[: run.devices])
+  held = sum(
+    leaf.addressable_shards[0].data.nbytes
+    for leaf in jax.tree.leaves(build.new_state(parts))
+  )
+  found = plan.lower_bound(run)
+  assert sum(found.components[name] for name in COUNTED) == held
+  assert found.components['batch'] == BATCH // run.devices
+  assert found.components['saved_activations'] == INPUTS // run.devices
+  assert found.mesh == {'data': data, 'fsdp': fsdp}
+
+
+def test_arrays_split_over_four_devices_by_hand(bound_of):
+  found = bound_of(devices=4, mesh=MeshConfig(fsdp=4))
+  # The tables have fewer than 2^14 elements: every device has them whole.
+  whole = 2 * TABLE + SCALES
+  assert found['weights'] == 4 * (whole + KERNELS // 4)
+  low = 2 * (4 * 128 + 3 * 256) * 64
+  assert found['moments'] == 2 * 4 * (whole + low // 4)
+  assert found['bases'] == 4 * 2 * 7 * 128 * 64 // 4
+  assert found['gradients'] == 4 * (whole - TABLE + KERNELS // 4)
+
+
+def test_micro_batches_save_inputs_and_add_sums(bound_of):
+  found = bound_of(micro_batches=4)
+  assert found['saved_activations'] == INPUTS // 4
+  everything = 2 * TABLE + KERNELS + SCALES
+  assert found['gradients'] == 4 * (everything + everything - TABLE)
+
+
+def test_layer_by_layer_has_one_gradient(bound_of):
+  found = bound_of(step=StepConfig(mode='layerwise'), micro_batches=4)
+  assert found['gradients'] == 4 * 128 * 256
+  assert found['saved_activations'] == INPUTS
+  projected = StepConfig(mode='layerwise', accumulate='projected')
+  found = bound_of(step=projected, micro_batches=4)
+  assert found['saved_activations'] == INPUTS // 4
+
+
+def test_weights_in_8_bits_by_hand(bound_of):
+  found = bound_of(step=StepConfig(mode='layerwise', weight_bits=8))
+  rest = 4 * (2 * TABLE + SCALES)
+  # A byte per element of a kernel; blocks of 256 with a scale, perhaps a zero.
+  assert rest + KERNELS < found['weights'] <= rest + KERNELS * (1 + 8 / 256)
+
+
+# The verdict.
+
+
+def test_verdict_at_the_border():
+  exact = plan.Plan({'weights': 100}, {'peak': 100}, [], {})
+  assert exact.fits(100) is True
+  assert exact.fits(99) is False
+  bound = plan.Plan({'weights': 100}, None, None, {})
+  assert bound.fits(100) is None
+  assert bound.fits(99) is False
+
+
+# The compiler for GPUs, which needs none.
+
+# Compiles faster than a method that refreshes subspaces.
+ADAMW = OptimConfig(name='adamw')
+HALF = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16', 'remat': True}
+
+
+@pytest.fixture
+def compact(settings, wheels):
+  """Makes the tiny run in bfloat16 with remat, or with `model` changed so."""
+
+  def make(model=HALF, **changes):
+    model = dataclasses.replace(settings().model, **model)
+    return settings(model=model, **changes)
+
+  return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('device', ACCELERATORS)
+def test_compiled_plan_adds_up(device, compact):
+  run = compact(device=device, optim=ADAMW)
+  found = plan.compiled(run)
+  xla, parts = found.xla, found.components
+  assert xla['peak'] == (
+    xla['argument'] + xla['output'] + xla['temp'] - xla['alias']
+  )
+  given = sum(parts[name] for name in (*COUNTED, 'batch'))
+  assert xla['argument'] == given
+  # The gradient of [B, T, N, H] queries in float32, for cuDNN's attention.
+  assert parts['attention_workspace'] == 8 * 16 * 128 * 4
+  assert parts['saved_activations'] == INPUTS // 2
+  assert parts['temporaries'] > 0
+  assert found.peak == xla['peak'] + parts['attention_workspace']
+  assert plan.lower_bound(run).peak < found.peak
+  assert found.collectives == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'optim': ADAMW, 'micro_batches': 4},
+    {'optim': ADAMW, 'model': {}},
+    {'optim': ADAMW, 'step': StepConfig(mode='layerwise')},
+    {'optim': ADAMW, 'devices': 4, 'mesh': MeshConfig(fsdp=4)},
+  ],
+  ids=['galore', 'micro-batches', 'float32', 'layerwise', 'fsdp'],
+)
+def test_lower_bound_is_one(changes, compact):
+  run = compact(**changes)
+  assert plan.lower_bound(run).peak < plan.compiled(run).peak
+
+
+@pytest.mark.slow
+def test_copies_exchange_every_gradient_once(compact):
+  found = plan.compiled(compact(devices=4, optim=ADAMW))
+  sums = [row for row in found.collectives if row.kind == 'all-reduce']
+  inside = sum(row.bytes_per_step for row in sums if row.loops == (2,))
+  outside = sum(
+    row.bytes_per_step for row in sums if not (row.loops or row.conditionals)
+  )
+  # Kernels as the loop over the blocks reaches them, in bfloat16. After it the
+  # tables, the norms' scales in float32, and the sums of losses and weights.
+  assert inside == 2 * KERNELS
+  assert outside == 2 * 2 * TABLE + 4 * SCALES + 2 * 4
