@@ -1,14 +1,16 @@
 """The command `python -m gnlorp_jax.plan`; the package says what it does."""
 
+import difflib
 import logging
 import os
 import sys
 
 import jax
 
-from gnlorp_jax import config, plan
+from gnlorp_jax import plan
+from gnlorp_jax.compose import command_line
 from gnlorp_jax.plan.report import report
-from gnlorp_jax.plan.settings import PlanConfig
+from gnlorp_jax.plan.settings import RECIPES, Settings
 
 
 def main(args: list[str]) -> None:
@@ -20,10 +22,28 @@ def main(args: list[str]) -> None:
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   # Nothing runs here: a GPU of this machine stays free for others.
   jax.config.update('jax_platforms', 'cpu')
-  try:
-    report(config.parse(args, plan.__doc__ or '', PlanConfig), args)
-  except (ValueError, OSError) as error:
-    config.exit_with_message(error)
+  command_line.run(
+    lambda: report(parse(args), args), traceback_variable='PLAN_TRACEBACK'
+  )
+
+
+def parse(args: list[str]) -> Settings:
+  """The settings of a command line, whose first word may name a recipe.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If there is no such recipe or field, or a value is not allowed.
+  """
+  recipe, options = 'pretrain', args
+  if args and not args[0].startswith('-'):
+    recipe, *options = args
+  if recipe not in RECIPES:
+    near = difflib.get_close_matches(recipe, RECIPES, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+      f'Unknown recipe {recipe!r}; expected one of {tuple(RECIPES)}.{hint}'
+    )
+  return RECIPES[recipe].parse(options, plan.__doc__ or '')
 
 
 if __name__ == '__main__':

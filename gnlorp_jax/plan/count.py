@@ -7,16 +7,16 @@ else here counts those, or has XLA compile the step.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax import build, optim
+from gnlorp_jax import optim
 from gnlorp_jax.plan.accelerators import ACCELERATORS, described_devices
 from gnlorp_jax.plan.collectives import Collective, collectives
-from gnlorp_jax.plan.settings import PlanConfig
+from gnlorp_jax.plan.settings import Devices, Settings
 from gnlorp_jax.training import sharding
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -68,7 +68,7 @@ class Step(NamedTuple):
     lower: Lowers the step for its devices, which must not be a mere number.
   """
 
-  settings: PlanConfig
+  settings: Settings
   model: Any
   mesh: Mesh
   state: Any
@@ -78,7 +78,7 @@ class Step(NamedTuple):
   lower: Callable[[], jax.stages.Lowered]
 
 
-def step_of(settings: PlanConfig, devices: Sequence[jax.Device] | int) -> Step:
+def step_of(settings: Settings, devices: Devices) -> Step:
   """Builds the training step of a run; reads no data, allocates nothing.
 
   Args:
@@ -91,21 +91,22 @@ def step_of(settings: PlanConfig, devices: Sequence[jax.Device] | int) -> Step:
   Raises:
     ValueError: If parts of the run do not fit each other or the devices.
   """
-  program = build.program(settings, devices)
-  arguments = program.abstract_state, program.abstract_batch
+  planned = settings.build(devices)
+  program, parameters = planned.program, planned.program.parameters
+  arguments = program.abstract_state, planned.abstract_batch, parameters.frozen
   return Step(
     settings=settings,
-    model=program.config.model,
+    model=planned.config.model,
     mesh=program.mesh,
     state=program.abstract_state,
-    frozen={},
-    gradients=jax.eval_shape(program.model.init, jax.random.key(0)),
-    batch=program.abstract_batch,
+    frozen=parameters.frozen,
+    gradients=jax.eval_shape(parameters.decode, parameters.trained),
+    batch=planned.abstract_batch,
     lower=functools.partial(program.train_step.lower, *arguments),
   )
 
 
-def lower_bound(settings: PlanConfig) -> Plan:
+def lower_bound(settings: Settings) -> Plan:
   """Counts what must exist at once in a step; compiles nothing.
 
   That is the state, weights that do not train, the batch, the saved inputs of
@@ -127,7 +128,7 @@ def lower_bound(settings: PlanConfig) -> Plan:
   )
 
 
-def compiled(settings: PlanConfig) -> Plan:
+def compiled(settings: Settings) -> Plan:
   """Compiles the training step with XLA's own compiler for the GPU."""
   devices = described_devices(ACCELERATORS[settings.device], settings.devices)
   step = step_of(settings, devices)

@@ -15,7 +15,6 @@ import rich.box
 import rich.console
 import rich.table
 
-from gnlorp_jax import build
 from gnlorp_jax.plan.accelerators import (
   ACCELERATORS,
   RESERVED,
@@ -24,7 +23,7 @@ from gnlorp_jax.plan.accelerators import (
 )
 from gnlorp_jax.plan.collectives import Collective
 from gnlorp_jax.plan.count import Plan, compiled, lower_bound
-from gnlorp_jax.plan.settings import PlanConfig
+from gnlorp_jax.plan.settings import Settings
 from gnlorp_jax.plan.suggest import Suggestion, suggestions
 
 LABELS = {
@@ -43,7 +42,7 @@ LABELS = {
 """Components of a plan and what the table calls them."""
 
 
-def report(settings: PlanConfig, args: list[str]) -> None:
+def report(settings: Settings, args: list[str]) -> None:
   """Plans a run and its alternatives, and prints or writes what it finds.
 
   Args:
@@ -76,7 +75,7 @@ def report(settings: PlanConfig, args: list[str]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
   """Silences what building a program warns of."""
-  logger = logging.getLogger(build.__name__)
+  logger = logging.getLogger('gnlorp_jax.compose')
   level = logger.level
   logger.setLevel(logging.ERROR)
   try:
@@ -86,11 +85,13 @@ def quiet() -> Iterator[None]:
 
 
 def print_plan(
-  console: rich.console.Console, settings: PlanConfig, plan: Plan
+  console: rich.console.Console, settings: Settings, plan: Plan
 ) -> None:
   """Prints the components of a plan, its verdict and its communication."""
   device = ACCELERATORS[settings.device]
   console.print(f'{device.description}: {_mesh_text(plan)}')
+  if settings.title:
+    console.print(settings.title)
   table = rich.table.Table(box=rich.box.SIMPLE)
   table.add_column('on one device')
   table.add_column('GiB', justify='right')
@@ -221,7 +222,7 @@ def print_suggestions(
 
 
 def as_json(
-  settings: PlanConfig,
+  settings: Settings,
   args: list[str],
   plan: Plan,
   found: list[Suggestion],

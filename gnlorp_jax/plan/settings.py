@@ -1,26 +1,134 @@
-"""What is asked of the planner: a training run, and GPUs to plan it for."""
+"""What is asked of the planner: a run of some recipe, and GPUs to plan it for.
+
+Each recipe has a class here, with the options of its program and those of
+`Target`. It knows how the recipe builds its program without data.
+"""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from gnlorp_jax import config
+import jax
+
+from gnlorp_jax.compose import parameters
+from gnlorp_jax.compose.settings import free, result
+from gnlorp_jax.data import glue as glue_data
 from gnlorp_jax.plan.accelerators import check_name
+from gnlorp_jax.recipes.glue import protocol, tasks
+from gnlorp_jax.recipes.glue import recipe as glue
+from gnlorp_jax.recipes.glue import settings as glue_settings
+from gnlorp_jax.recipes.pretrain import recipe as pretrain
+from gnlorp_jax.recipes.pretrain import settings as pretrain_settings
+
+Devices = Sequence[jax.Device] | int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig(config.TrainConfig):
-  """A training run, and the GPUs to plan it for."""
+class Target:
+  """The GPUs to plan for; goes before a recipe's configuration."""
 
-  device: str = 'h100'
+  device: str = free('h100')
   """The GPU: rtx4090, rtx4060ti (16 GB), a100 (80 GB), h100 or h200."""
-  devices: int = 1
+  devices: int = free(1)
   """Number of these GPUs, in one machine."""
-  json: str | None = None
+  json: str | None = free(None)
   """File to write the plan to as JSON; '-' prints it instead of the tables."""
 
   def __post_init__(self):
-    super().__post_init__()
+    super().__post_init__()  # type: ignore[misc]
     check_name(self.device)
     if self.devices < 1:
       raise ValueError(
-        f'PlanConfig.devices must be at least 1, got {self.devices}.'
+        f'{type(self).__name__}.devices must be at least 1, got {self.devices}.'
       )
+
+  @property
+  def title(self) -> str | None:
+    """What is planned, where the options alone do not say it."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(Target, pretrain_settings.TrainConfig):
+  """A pre-training run, and the GPUs to plan it for."""
+
+  @classmethod
+  def parse(cls, args: list[str], description: str) -> 'PlanConfig':
+    """Makes the settings from the options of a command line."""
+    return pretrain_settings.parse(args, description, cls)
+
+  def build(self, devices: Devices) -> pretrain.Planned:
+    """What the run computes on these devices, described or just a number."""
+    return pretrain.plan(self, devices)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GluePlanConfig(Target, glue_settings.GlueConfig):
+  """Fine-tuning with one method on one task, and the GPUs to plan it for."""
+
+  needs_examples: ClassVar[bool] = False
+
+  task: str = free('mrpc')
+  """The task, whose number of classes, batch size and length are planned: cola,
+  sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli. With `data.train` it names
+  your own."""
+  method: str = free('gradnormlorp')
+  """The method: full, lora, dora, galore, gradnormlorp, gradnormlorp_adapter;
+  or another optimizer that trains all weights. optim.name and adapter.kind
+  replace what it stands for."""
+  init_from: str | None = result('base')
+  """Hugging Face folder of a RoBERTa, or a preset: tiny, mini, small, base,
+  large. Of a preset the vocabulary is planned as it was published, unless a
+  tokenizer is named."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('task', 'method'):
+      value = getattr(self, name)
+      if value == 'all' or ',' in value:
+        raise ValueError(
+          f'{name}={value!r} names several, and a plan is for one. Name one.'
+        )
+
+  @classmethod
+  def parse(cls, args: list[str], description: str) -> 'GluePlanConfig':
+    """Makes the settings, with the protocol's numbers for what is not given."""
+    config = glue_settings.parse(args, description, cls)
+    return protocol.resolve(config, config.task, config.method)
+
+  @property
+  def title(self) -> str:
+    """The task, the method and the largest batch."""
+    return (
+      f'{self.task} with {self.method}: {self.batch_size} sequences of '
+      f'{self.max_length} tokens'
+    )
+
+  def build(self, devices: Devices) -> glue.Planned:
+    """What the run computes on these devices, described or just a number."""
+    return glue.plan(
+      self,
+      devices,
+      task=self._task(),
+      architecture=tasks.architecture(self, self._tokenizer()),
+    )
+
+  def _task(self) -> Any:
+    if self.is_custom or self.task == glue_settings.DEMO:
+      return tasks.find_tasks(self)[0]
+    return glue_data.get_task(self.task)
+
+  def _tokenizer(self) -> Any:
+    """The tokenizer; None for a preset, whose own is then assumed."""
+    is_preset = self.init_from is not None and not parameters.is_folder(
+      self.init_from
+    )
+    if is_preset and self.tokenizer is None:
+      return None
+    return tasks.load_tokenizer(self)
+
+
+RECIPES = {'pretrain': PlanConfig, 'glue': GluePlanConfig}
+"""What can be planned, by the first word of the command line."""
+
+Settings = PlanConfig | GluePlanConfig

@@ -10,7 +10,7 @@ import jax
 
 from gnlorp_jax.plan.accelerators import ACCELERATORS
 from gnlorp_jax.plan.count import Plan, compiled, lower_bound
-from gnlorp_jax.plan.settings import PlanConfig
+from gnlorp_jax.plan.settings import Settings
 from gnlorp_jax.training import sharding
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ _MOST_COMPILED = 4
 
 
 def suggestions(
-  settings: PlanConfig, plan: Plan, bound: Plan
+  settings: Settings, plan: Plan, bound: Plan
 ) -> list[Suggestion]:
   """Tries changes one at a time; keeps those that save memory.
 
@@ -93,7 +93,7 @@ def suggestions(
 
 
 def _try(
-  settings: PlanConfig,
+  settings: Settings,
   change: Change,
   plan: Plan,
   bound: Plan,
@@ -136,7 +136,7 @@ def _try(
   )
 
 
-def changes(settings: PlanConfig) -> Iterator[list[Change]]:
+def changes(settings: Settings) -> Iterator[list[Change]]:
   """Changes to try, in families that go from mild to harsh.
 
   Args:

@@ -78,6 +78,7 @@ def plan(
   *,
   task: glue.Task | None = None,
   method: str | None = None,
+  architecture: roberta.RobertaConfig | None = None,
 ) -> Planned:
   """Builds what a method computes on a task; reads no examples.
 
@@ -87,13 +88,16 @@ def plan(
       this process. A number is enough for shapes and shardings.
     task: The task; None is the first that the settings name.
     method: The method; None is the first that the settings name.
+    architecture: The model's configuration; None is that of settings and
+      tokenizer.
 
   Raises:
     ValueError: If parts of the settings do not fit each other or the devices.
   """
   task = task or tasks.find_tasks(config)[0]
   method = method or config.method_names[0]
-  architecture = tasks.architecture(config, tasks.load_tokenizer(config))
+  if architecture is None:
+    architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   config = resolve(config, task.name, method)
   mesh = program.make_mesh(
     config.mesh, config.batch_size, config.micro_batches, devices

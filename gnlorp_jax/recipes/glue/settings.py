@@ -5,7 +5,7 @@ The docstring under a field is its help text on the command line.
 
 import dataclasses
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gnlorp_jax.compose import command_line, methods
 from gnlorp_jax.compose.settings import (
@@ -62,7 +62,13 @@ class TaskDataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueConfig(RunConfig):
-  """Fine-tuning of a RoBERTa on GLUE, one run per task, method and seed."""
+  """Fine-tuning of a RoBERTa on GLUE, one run per task, method and seed.
+
+  Attributes:
+    needs_examples: Whether the settings must say where examples are.
+  """
+
+  needs_examples: ClassVar[bool] = True
 
   task: str = free(DEMO)
   """Tasks, joined by commas: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte,
@@ -159,7 +165,7 @@ class GlueConfig(RunConfig):
       self._check_own_name()
     elif self.task == DEMO:
       return
-    elif self.data.source is None:
+    elif self.needs_examples and self.data.source is None:
       raise ValueError(
         f'task={self.task!r} needs data.source: a folder of the official GLUE '
         "files, or 'tfds'; a task of your own needs data.train and data.dev."

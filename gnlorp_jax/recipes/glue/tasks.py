@@ -124,16 +124,21 @@ def load_tokenizer(settings: GlueConfig) -> tokenizers.Tokenizer:
 
 
 def architecture(
-  settings: GlueConfig, tokenizer: tokenizers.Tokenizer
+  settings: GlueConfig, tokenizer: tokenizers.Tokenizer | None
 ) -> roberta.RobertaConfig:
   """The model's configuration: as given, that of a folder, or of a preset.
+
+  Args:
+    settings: The settings.
+    tokenizer: The tokenizer, whose vocabulary random weights are for; None
+      leaves the vocabulary as it is.
 
   Raises:
     ValueError: If there is no such folder or preset, or the tokenizer does not
       fit the model.
   """
   overrides: dict[str, Any] = {}
-  if not parameters.is_folder(settings.init_from):
+  if tokenizer and not parameters.is_folder(settings.init_from):
     ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
     overrides = {'vocab_size': max(ids) + 1, 'pad_id': tokenizer.pad_id}
   if settings.dropout is not None:
@@ -145,6 +150,8 @@ def architecture(
     keep_dropout=settings.init_from is None,
     **overrides,
   )
+  if tokenizer is None:
+    return config
   text.check_vocab(tokenizer.vocab_size, config.vocab_size)
   if tokenizer.pad_id != config.pad_id:
     raise ValueError(
