@@ -26,6 +26,7 @@ LabelRules = tuple[tuple[str, str], ...]
 # The factors of adapters, where an optimizer projects them.
 _ADAPTER_RULES: LabelRules = ((r'/lora_[ab]$', 'low_rank'), ('.*', 'full'))
 _ALL_FULL: LabelRules = (('.*', 'full'),)
+_ALL_LOW_RANK: LabelRules = (('.*', 'low_rank'),)
 
 # Optimizers that compare a gradient with its image along an axis that is not
 # compressed, or whose moments keep one: `side` cannot be both.
@@ -59,7 +60,11 @@ def has_subspaces(config: OptimConfig) -> bool:
 
 
 def label_rules(
-  config: OptimConfig, model_rules: LabelRules, *, adapted: bool
+  config: OptimConfig,
+  model_rules: LabelRules,
+  *,
+  adapted: bool,
+  factors_alone: bool = False,
 ) -> LabelRules:
   """Which parameters are trained how: the configuration's rules, or defaults.
 
@@ -67,6 +72,7 @@ def label_rules(
     config: The optimizer.
     model_rules: The rules of the model's family, for its own weights.
     adapted: Whether adapters train in place of the model's kernels.
+    factors_alone: Whether the factors of adapters are all that trains.
 
   Returns:
     Pairs (regex, label). An optimizer with subspaces projects the factors of

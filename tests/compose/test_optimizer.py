@@ -249,6 +249,19 @@ def test_rules_are_those_asked_for_or_what_suits(config, adapted, expected):
   assert found == expected
 
 
+@pytest.mark.parametrize(
+  ('name', 'label'), [('gradnormlorp', 'low_rank'), ('adamw', 'full')]
+)
+def test_factors_alone_need_one_rule(name, label):
+  found = optimizer.label_rules(
+    OptimConfig(name=name),
+    llama.LABEL_RULES,
+    adapted=True,
+    factors_alone=True,
+  )
+  assert found == (('.*', label),)
+
+
 def test_factors_of_adapters_are_projected_on_both_sides():
   config = OptimConfig(name='galore')
   assert optimizer.for_adapters(config).side == 'both'
