@@ -595,6 +595,9 @@ class Poisoned:
     self._next = next(self._numbers)
     self._count = 0
 
+  def __iter__(self):
+    return self
+
   def __next__(self):
     self._count += 1
     batch = next(self._batches)

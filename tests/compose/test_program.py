@@ -19,6 +19,8 @@ from gnlorp_jax.models import llama
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 D, F, V, L, R = 16, 24, 300, 2, 4  # Width, feed-forward, vocabulary, ...
 TINY = TrainConfig(
   batch_size=2,
