@@ -82,7 +82,10 @@ def label_rules(
     return config.param_labels
   if not adapted:
     return model_rules
-  return _ADAPTER_RULES if has_subspaces(config) else _ALL_FULL
+  if not has_subspaces(config):
+    return _ALL_FULL
+  # A rule that decides about nothing is an error.
+  return _ALL_LOW_RANK if factors_alone else _ADAPTER_RULES
 
 
 def for_adapters(config: OptimConfig) -> OptimConfig:
