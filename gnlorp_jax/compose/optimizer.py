@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 LabelRules = tuple[tuple[str, str], ...]
 
 # The factors of adapters, where an optimizer projects them.
-_ADAPTER_RULES: LabelRules = ((r'/lora_[ab]$', 'low_rank'), ('.*', 'full'))
+_FACTORS_LOW_RANK: LabelRules = ((r'/lora_[ab]$', 'low_rank'),)
 _ALL_FULL: LabelRules = (('.*', 'full'),)
 
 # Optimizers that compare a gradient with its image along an axis that is not
@@ -59,7 +59,11 @@ def has_subspaces(config: OptimConfig) -> bool:
 
 
 def label_rules(
-  config: OptimConfig, model_rules: LabelRules, *, adapted: bool
+  config: OptimConfig,
+  model_rules: LabelRules,
+  *,
+  adapted: bool,
+  only_factors: bool = False,
 ) -> LabelRules:
   """Which parameters are trained how: the configuration's rules, or defaults.
 
@@ -67,16 +71,21 @@ def label_rules(
     config: The optimizer.
     model_rules: The rules of the model's family, for its own weights.
     adapted: Whether adapters train in place of the model's kernels.
+    only_factors: Whether nothing but their factors trains: no magnitude, and
+      no head beside them.
 
   Returns:
-    Pairs (regex, label). An optimizer with subspaces projects the factors of
-    adapters; one without treats all that trains alike.
+    Pairs (regex, label), each of which some parameter needs. An optimizer with
+    subspaces projects the factors of adapters; one without treats all that
+    trains alike.
   """
   if config.param_labels is not None:
     return config.param_labels
   if not adapted:
     return model_rules
-  return _ADAPTER_RULES if has_subspaces(config) else _ALL_FULL
+  if not has_subspaces(config):
+    return _ALL_FULL
+  return _FACTORS_LOW_RANK + (() if only_factors else _ALL_FULL)
 
 
 def for_adapters(config: OptimConfig) -> OptimConfig:

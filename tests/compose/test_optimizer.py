@@ -249,6 +249,16 @@ def test_rules_are_those_asked_for_or_what_suits(config, adapted, expected):
   assert found == expected
 
 
+def test_rules_of_factors_alone_name_nothing_else():
+  options = {'adapted': True, 'only_factors': True}
+  found = optimizer.label_rules(OptimConfig(), llama.LABEL_RULES, **options)
+  assert found == (('/lora_[ab]$', 'low_rank'),)
+  adam = OptimConfig(name='adamw')
+  assert optimizer.label_rules(adam, llama.LABEL_RULES, **options) == (
+    ('.*', 'full'),
+  )
+
+
 def test_factors_of_adapters_are_projected_on_both_sides():
   config = OptimConfig(name='galore')
   assert optimizer.for_adapters(config).side == 'both'

@@ -89,7 +89,10 @@ def plan(
     adapter=adapter,
     step=config.step,
     rules=optimizer.label_rules(
-      optim, family.LABEL_RULES, adapted=adapter is not None
+      optim,
+      family.LABEL_RULES,
+      adapted=adapter is not None,
+      only_factors=config.adapter.kind == 'lora',
     ),
     read=_reader(config),
     seed=config.seed,
