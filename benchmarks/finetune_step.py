@@ -29,6 +29,7 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import argparse
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -38,26 +39,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from gnlorp_jax.finetune_config import FinetuneConfig, TaskDataConfig
 
 from benchmarks import harness, record
-from gnlorp_jax import finetune, finetune_data
 from gnlorp_jax.models import roberta
-from gnlorp_jax.training import sharding
+from gnlorp_jax.recipes.glue import recipe, tasks
+from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
+from gnlorp_jax.training import loop, sharding
 
 RESULTS = pathlib.Path('benchmarks/results/finetune_step.json')
 LEARNING_RATE = 1e-4
 
 
-def settings_of(args: argparse.Namespace, dropout: float) -> FinetuneConfig:
+def settings_of(args: argparse.Namespace, dropout: float) -> GlueConfig:
   """The fine-tuning that is timed."""
   named = {} if args.source is None else {'task': args.task}
-  return FinetuneConfig(
+  return GlueConfig(
     **named,
     method='full',
-    model=args.model,
+    init_from=args.model,
     tokenizer=args.tokenizer,
-    learning_rate=LEARNING_RATE,
+    optim=dataclasses.replace(GlueConfig().optim, learning_rate=LEARNING_RATE),
     batch_size=args.batch_size,
     max_length=args.max_length if args.source else None,
     epochs=10**6,  # The learning rate hardly falls: PyTorch's is constant.
@@ -69,15 +70,14 @@ def settings_of(args: argparse.Namespace, dropout: float) -> FinetuneConfig:
 class Ours:
   """Takes steps of `train_glue.py`."""
 
-  def __init__(self, run: finetune.Run):
-    self._parts = run.program.compiled
-    self._state, self._frozen = finetune.new_state(run)
+  def __init__(self, run: loop.Run):
+    self._run = run
+    self._state, self._frozen = run.start()
 
   def step(self, batch: dict[str, np.ndarray]) -> Any:
     """One step; the loss, which may still be on its way."""
-    rows = {name: x for name, x in batch.items() if name != 'index'}
-    placed = sharding.put_batch(rows, self._parts.mesh)
-    self._state, values = self._parts.train_step(
+    placed = sharding.put_batch(batch, self._run.mesh)
+    self._state, values = self._run.train_step(
       self._state, placed, self._frozen
     )
     return values['loss']
@@ -86,20 +86,17 @@ class Ours:
 class Theirs:
   """Takes the same steps with transformers and PyTorch."""
 
-  def __init__(self, run: finetune.Run, dropout: float):
+  def __init__(self, data: tasks.TaskData, params: Any, dropout: float):
     import torch
     import transformers
 
     self._torch = torch
     torch.set_num_threads(os.cpu_count() or 1)
-    self._pad_id = run.program.data.architecture.pad_id
+    self._pad_id = data.architecture.pad_id
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, 'hf')
       roberta.export_classifier(
-        path,
-        run.program.data.architecture,
-        finetune.starting_params(run),
-        run.program.data.task.labels,
+        path, data.architecture, params, data.task.labels
       )
       self._model = (
         transformers.RobertaForSequenceClassification.from_pretrained(
@@ -117,9 +114,9 @@ class Theirs:
   def step(self, batch: dict[str, np.ndarray]) -> Any:
     """One step; the loss."""
     torch = self._torch
-    longest = (batch['tokens'] != self._pad_id).sum(axis=1).max()
+    longest = (batch['inputs'] != self._pad_id).sum(axis=1).max()
     is_row = batch['weights'] > 0
-    tokens = torch.from_numpy(batch['tokens'][is_row, :longest]).long()
+    tokens = torch.from_numpy(batch['inputs'][is_row, :longest]).long()
     labels = torch.from_numpy(batch['labels'][is_row])
     if labels.dtype == torch.int32:
       labels = labels.long()
@@ -135,15 +132,18 @@ class Theirs:
 def race(args: argparse.Namespace, dropout: float) -> dict[str, Any]:
   """Both sides on the same batches, turn by turn."""
   settings = settings_of(args, dropout)
-  (task,) = finetune_data.find_tasks(settings)
-  data = finetune_data.load_task(settings, task)
-  run = finetune.make_run(finetune.program(settings, data, 'full'), seed=0)
-  sides = {'ours': Ours(run), 'pytorch': Theirs(run, dropout)}
-  stream = finetune.train_batches(run, 0)
+  (task,) = tasks.find_tasks(settings)
+  data = tasks.load_task(settings, task)
+  prepared = recipe.prepare(settings, data, 'full')
+  run = recipe.make_run(prepared, learning_rate=None, seed=0).run
+  start, _ = run.start()
+  params = prepared.program.parameters.merge(start.params, {})
+  sides = {'ours': Ours(run), 'pytorch': Theirs(data, params, dropout)}
   turns = [
-    list(itertools.islice(stream, args.turn)) for _ in range(1 + args.rounds)
+    list(itertools.islice(run.batches, args.turn))
+    for _ in range(1 + args.rounds)
   ]
-  by_length = {batch['tokens'].shape: batch for turn in turns for batch in turn}
+  by_length = {batch['inputs'].shape: batch for turn in turns for batch in turn}
   # Ours compiles with a state of its own: both sides then see the same steps.
   started = time.perf_counter()
   compiling = Ours(run)

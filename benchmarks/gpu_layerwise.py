@@ -22,6 +22,7 @@ run_*     At least 50 steps on text, with that share of the card's memory
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -101,38 +102,52 @@ def peak_bytes() -> int | None:
   return stats.get('peak_bytes_in_use')
 
 
-def zeros(program: Any) -> Any:
-  """A state that is made without any temporary memory."""
+def zeros(planned: Any) -> Any:
+  """State and frozen weights, made without any temporary memory."""
   import jax
   import jax.numpy as jnp
 
   return jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    program.abstract_state,
+    (planned.program.abstract_state, planned.program.parameters.frozen),
   )
 
 
 def start(
-  program: Any, new_state: Callable[[Any], Any]
-) -> tuple[Any, Any, dict[str, Any]]:
-  """The compiled step, the state, and what making them needs by itself."""
+  planned: Any, make: Callable[[Any], Any]
+) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+  """The compiled step, its state, and what making them needs by itself.
+
+  Args:
+    planned: The run.
+    make: Makes the state and the frozen weights.
+
+  Returns:
+    The step, which is finished when it returns and adds its seconds to
+    ``step_s`` of the row; state and frozen weights; the row.
+  """
   import jax
 
+  from benchmarks import programs
+
   begin = time.perf_counter()
-  compiled = program.train_step.lower(
-    program.abstract_state, program.abstract_batch
-  ).compile()
+  compiled = programs.lower(planned).compile()
   seconds = time.perf_counter() - begin
-  state = jax.block_until_ready(new_state(program))
-  return (
-    compiled,
-    state,
-    {
-      'compile_s': seconds,
-      'compiled': compiled_bytes(compiled),
-      'peak_after_initialisation': peak_bytes(),
-    },
-  )
+  made = jax.block_until_ready(make(planned))
+  row: dict[str, Any] = {
+    'compile_s': seconds,
+    'compiled': compiled_bytes(compiled),
+    'peak_after_initialisation': peak_bytes(),
+    'step_s': [],
+  }
+
+  def take(*arguments: Any) -> Any:
+    since = time.perf_counter()
+    found = jax.block_until_ready(compiled(*arguments))
+    row['step_s'].append(time.perf_counter() - since)
+    return found
+
+  return take, made, row
 
 
 def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
@@ -140,25 +155,25 @@ def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
   import jax
   import numpy as np
 
-  from gnlorp_jax import build
-  from gnlorp_jax.training import sharding
+  from gnlorp_jax.recipes.pretrain import recipe
+  from gnlorp_jax.training import loop
 
-  program = build.program(run, jax.devices()[:1])
-  compiled, state, row = start(program, zeros)
+  planned = recipe.plan(run, jax.devices()[:1])
+  take, (state, frozen), row = start(planned, zeros)
   rng = np.random.default_rng(0)
   vocab, length = run.model.vocab_size, run.data.seq_len
   tokens = rng.integers(0, vocab, (run.batch_size, length + 1), dtype=np.int32)
-  batch = sharding.put_batch(
-    {
-      'inputs': tokens[:, :-1],
-      'targets': tokens[:, 1:],
-      'weights': np.ones((run.batch_size, length), np.float32),
-    },
-    program.mesh,
-  )
-  for _ in range(MEMORY_STEPS):
-    state, metrics = jax.block_until_ready(compiled(state, batch))
-  row['loss'] = float(metrics['loss'])
+  batch = {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': np.ones((run.batch_size, length), np.float32),
+  }
+  mesh, numbers = planned.program.mesh, range(1, MEMORY_STEPS + 1)
+  for taken in loop.steps(
+    take, state, itertools.repeat(batch), mesh, numbers, frozen
+  ):
+    row['loss'] = float(taken.metrics['loss'])
+  del row['step_s']
   row['peak'] = peak_bytes()
   if row['peak'] is not None:
     row['difference'] = row['peak'] / row['compiled']['total'] - 1
@@ -168,35 +183,35 @@ def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
 
 def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
   """Steps on text until the time is over, at least `STEPS`."""
-  import jax
-
-  from gnlorp_jax import build
-  from gnlorp_jax.training import sharding
+  from benchmarks import programs
+  from gnlorp_jax.recipes.pretrain import recipe
+  from gnlorp_jax.training import loop
 
   begin = time.perf_counter()
-  parts = build.build(run)
-  program = build.program(run)
-  compiled, state, row = start(program, build.new_state)
-  row |= {'losses': [], 'skipped_steps': 0, 'step_s': []}
+  prepared = recipe.prepare(run)
+  parts = recipe.make_run(prepared, prepared.config)
+  take, (state, frozen), row = start(prepared.planned, programs.start)
+  row |= {'losses': [], 'skipped_steps': 0}
   tokens = run.batch_size * run.data.seq_len
-  slowest = 0.0
-  while len(row['losses']) < STEPS or (
-    time.perf_counter() - begin + slowest < seconds
-    and len(row['losses']) < 10 * STEPS
+
+  def has_time(number: int) -> bool:
+    if number <= STEPS:
+      return True
+    return time.perf_counter() - begin + max(row['step_s']) < seconds
+
+  numbers = itertools.takewhile(has_time, range(1, 10 * STEPS + 1))
+  for number, *_, metrics in loop.steps(
+    take, state, parts.batches, parts.mesh, numbers, frozen
   ):
-    batch = sharding.put_batch(next(parts.train_batches), parts.mesh)
-    since = time.perf_counter()
-    state, metrics = jax.block_until_ready(compiled(state, batch))
-    row['step_s'].append(time.perf_counter() - since)
-    slowest = max(row['step_s'])
     row['losses'].append(float(metrics['loss']))
     row['skipped_steps'] = int(metrics['skipped_steps'])
     row['peak'] = peak_bytes()
     later = row['step_s'][1:]
     if later:
       row['tokens_per_second'] = tokens * len(later) / sum(later)
-    if len(row['losses']) % 10 == 0:
+    if number % 10 == 0:
       save(row)
+  parts.batches.close()
   save(row)
 
 

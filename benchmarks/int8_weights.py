@@ -18,6 +18,7 @@ takes about half a minute per run on one CPU core.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -34,14 +35,19 @@ import optax
 
 from benchmarks import record
 from benchmarks import reference_curves as reference
-from gnlorp_jax import build, config, optim
+from gnlorp_jax import optim
+from gnlorp_jax.compose import parameters as runs
+from gnlorp_jax.compose.settings import StepConfig
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim.quantized_weights import (
   dequantize_weights,
   quantize_weights,
   requantize_weights,
 )
-from gnlorp_jax.training import layerwise, passes, state
+from gnlorp_jax.training import layerwise, objectives, parameters, sharding
+from gnlorp_jax.training.parameters import Parameters
+from gnlorp_jax.training.state import TrainState
+from gnlorp_jax.training.step import Batch, Metrics
 
 RESULTS = pathlib.Path('benchmarks/results/int8_weights.json')
 PLOT = pathlib.Path('docs/int8_weights.png')
@@ -61,7 +67,8 @@ class Format(NamedTuple):
   """How the kernels of the blocks are kept between steps."""
 
   keep: Callable[[Any], Any]  # Maps float32 layers to layers as they are kept.
-  storage: passes.Storage
+  # Maps parameters as they are kept, and their model, to how a run holds them.
+  hold: Callable[[Any, llama.LlamaConfig], Parameters]
   link: optax.GradientTransformation | None = None  # Last of the optimizer.
 
 
@@ -80,42 +87,67 @@ def to_float32(layers: Any) -> Any:
   )
 
 
-def int8_storage(seed: int) -> passes.Storage:
-  """What train_lm.py uses with ``--step.weight-bits 8`` and this seed."""
-  step = config.StepConfig(mode='layerwise', weight_bits=8)
-  return build.weight_storage(config.TrainConfig(seed=seed, step=step))
+def hold_plain(params: Any, model: llama.LlamaConfig) -> Parameters:
+  """Plain arrays."""
+  del model
+  return parameters.plain(params)
 
 
-INT8 = int8_storage(0)
-# Loaded as float32, so that gradients are float32 too.
-BFLOAT16 = passes.PLAIN._replace(load=to_float32)
+def hold_bfloat16(params: Any, model: llama.LlamaConfig) -> Parameters:
+  """Arrays that are decoded to float32, so that gradients are float32 too."""
+  del model
+  return parameters.plain(params)._replace(decode=to_float32)
+
+
+def hold_int8(
+  params: Any, model: llama.LlamaConfig, seed: int = 0
+) -> Parameters:
+  """As train_lm.py does with ``--step.weight-bits 8`` and this seed."""
+  held, _ = runs.plan(
+    llama.make,
+    model,
+    mesh=sharding.make_mesh(devices=1),
+    adapter=None,
+    step=StepConfig(mode='layerwise', weight_bits=8),
+    rules=llama.LABEL_RULES,
+    seed=seed,
+  )
+  return parameters.plain(params)._replace(
+    decode=held.decode, decode_exact=held.decode_exact, store=held.store
+  )
+
+
+def hold_int8_nearest(params: Any, model: llama.LlamaConfig) -> Parameters:
+  """The same without random numbers."""
+  return hold_int8(params, model)._replace(
+    store=lambda new, old, step, first: requantize_weights(new, old, None)
+  )
+
+
 FORMATS = {
-  'float32': Format(lambda layers: layers, passes.PLAIN),
-  'bfloat16, nearest': Format(to_bfloat16, BFLOAT16),
+  'float32': Format(lambda layers: layers, hold_plain),
+  'bfloat16, nearest': Format(to_bfloat16, hold_bfloat16),
   'bfloat16, stochastic': Format(
-    to_bfloat16, BFLOAT16, optim.stochastic_rounding()
+    to_bfloat16, hold_bfloat16, optim.stochastic_rounding()
   ),
-  'int8, stochastic': Format(quantize_weights, INT8),
-  'int8, nearest': Format(
-    quantize_weights,
-    INT8._replace(
-      store=lambda new, old, step, layer: requantize_weights(new, old, None)
-    ),
-  ),
+  'int8, stochastic': Format(quantize_weights, hold_int8),
+  'int8, nearest': Format(quantize_weights, hold_int8_nearest),
   # How far other random numbers alone take a run.
-  'int8, stochastic, seed 1': Format(quantize_weights, int8_storage(1)),
+  'int8, stochastic, seed 1': Format(
+    quantize_weights, functools.partial(hold_int8, seed=1)
+  ),
 }
 
 
 def compile_training(
-  name: str, kept: str, tokens_SBT: jax.Array, model: llama.LlamaConfig
+  name: str, kept: str, tokens_SBT: np.ndarray, model: llama.LlamaConfig
 ) -> Callable[[float], tuple[Any, np.ndarray]]:
-  """Compiles a whole run, one step per batch, for every learning rate.
+  """Compiles the steps of a run, one per batch, for every learning rate.
 
   Args:
     name: Key of `OPTIMIZERS`.
     kept: Key of `FORMATS`.
-    tokens_SBT: The batches of the run, int32 ids (S batches, B sequences, T
+    tokens_SBT: The batches of the run, int ids (S batches, B sequences, T
       positions).
     model: The architecture.
 
@@ -125,43 +157,34 @@ def compile_training(
   """
   how, steps = FORMATS[kept], len(tokens_SBT)
   # A chunk of one sequence, whose logits stay in the cache.
-  pieces = build.layer_pieces(llama.make(model), tokens_SBT.shape[2] - 1)
+  objective = objectives.language_model(
+    llama.make(model), tokens_SBT.shape[2] - 1
+  )
   params = reference.initial_params(model)
   params = {**params, 'layers': how.keep(params['layers'])}
+  held = how.hold(params, model)
 
-  def train(peak: jax.Array, params: Any, tokens_SBT: jax.Array) -> Any:
+  def optimizer(peak: float | jax.Array) -> optax.GradientTransformation:
     schedule = reference.schedule(peak, steps, max(steps // 10, 1))
     tx = OPTIMIZERS[name](schedule, **LOW_RANK)
-    if how.link is not None:
-      tx = optim.split.chain(tx, how.link)
+    return tx if how.link is None else optim.split.chain(tx, how.link)
+
+  def train_step(
+    now: TrainState, batch: Batch, peak: jax.Array
+  ) -> tuple[TrainState, Metrics]:
     take_step = layerwise.make_train_step(
-      pieces, tx, params, storage=how.storage
+      objective.pieces, optimizer(peak), held
     )
+    weights = jnp.ones(batch['targets'].shape, jnp.float32)
+    return take_step(now, {**batch, 'weights': weights})
 
-    def step(now: state.TrainState, rows_BT: jax.Array) -> Any:
-      batch = reference.split(rows_BT)
-      weights = jnp.ones(batch['targets'].shape, jnp.float32)
-      now, metrics = take_step(now, {**batch, 'weights': weights})
-      return now, metrics['loss']
-
-    exact = how.storage.load_exact(params['layers'])
-    zero = jnp.zeros([], jnp.int32)
-    start = state.TrainState(
-      zero, zero, params, tx.init({**params, 'layers': exact})
-    )
-    now, losses = jax.lax.scan(step, start, tokens_SBT)
-    return now.params, losses
-
-  def arguments(peak: float) -> tuple[Any, ...]:
-    return jnp.asarray(peak, jnp.float32), params, tokens_SBT
-
-  compiled = jax.jit(train).lower(*arguments(0.0)).compile()
-
-  def run(peak: float) -> tuple[Any, np.ndarray]:
-    params, losses = compiled(*arguments(peak))
-    return params, np.asarray(losses)
-
-  return run
+  tx = optimizer(0.0)  # No rate is part of a state.
+  on_kept = optax.GradientTransformation(
+    lambda params: tx.init(held.decode_exact(params)), tx.update
+  )
+  return reference.compile_training(
+    train_step, on_kept, params, tokens_SBT, 0.0
+  )
 
 
 def distance_moved(layers: Any, start: Any) -> float:
@@ -188,9 +211,7 @@ def measure(
 ) -> Row:
   """One run; the last batches of the tokens are those of its evaluation."""
   began = time.time()
-  run = compile_training(
-    name, kept, jnp.asarray(tokens_SBT[:steps], jnp.int32), model
-  )
+  run = compile_training(name, kept, tokens_SBT[:steps], model)
   ready = time.time()
   params, losses = run(rate)
   layers = to_float32(params['layers'])

@@ -18,8 +18,8 @@ begin at step 0, so that the same steps refresh the same bases.
 `memory`: the temporary buffers of compiled steps (`memory_analysis`; nothing
 runs) as the layers grow, 9, 17, 33. Width 256, rank 64, 4 x 128 tokens. What
 may grow is counted from shapes: the inputs of the blocks, and where the
-gradients wait (see gnlorp_jax/training/layerwise.py) what projecting leaves of
-them. `copied` are stacked matrices that a loop's body copies.
+gradients wait (see gnlorp_jax.training.layerwise) their projections. `copied`
+are stacked matrices that a loop's body copies.
 """
 
 import os
@@ -39,9 +39,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import harness, record
-from gnlorp_jax import build, config
+from benchmarks import harness, programs, record
+from gnlorp_jax import config
 from gnlorp_jax.models import llama
+from gnlorp_jax.recipes.pretrain import recipe
 
 RESULTS = pathlib.Path('benchmarks/results')
 GOAL = 1.15  # Layer-wise step, in whole steps with remat.
@@ -132,13 +133,10 @@ def settings(
 
 
 def compile_step(
-  program: build.Program, options: dict[str, Any] | None = None
-) -> Any:
+  planned: recipe.Planned, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
   """The compiled training step."""
-  lowered = program.train_step.lower(
-    program.abstract_state, program.abstract_batch
-  )
-  return lowered.compile(compiler_options=options)
+  return programs.lower(planned).compile(compiler_options=options)
 
 
 # Time.
@@ -148,11 +146,11 @@ class Racer:
   """A compiled step with a state of its own."""
 
   def __init__(self, run: config.TrainConfig):
-    program = build.program(run, jax.devices()[:1])
+    planned = recipe.plan(run, jax.devices()[:1])
     start = time.perf_counter()
-    self._step = compile_step(program)
+    self._step = compile_step(planned)
     self.compile_s = time.perf_counter() - start
-    self._state = build.new_state(program)
+    self._state, self._frozen = programs.start(planned)
     rng = np.random.default_rng(0)
     shape = run.batch_size, run.data.seq_len + 1
     tokens = rng.integers(0, run.model.vocab_size, shape, dtype=np.int32)
@@ -170,7 +168,7 @@ class Racer:
     seconds = []
     for _ in range(steps):
       start = time.perf_counter()
-      self._state, metrics = self._step(self._state, self._batch)
+      self._state, metrics = self._step(self._state, self._batch, self._frozen)
       jax.block_until_ready((self._state, metrics))
       seconds.append(time.perf_counter() - start)
     self.turns.append(seconds)
@@ -233,17 +231,17 @@ def time_table(rows: list[dict[str, Any]]) -> str:
 # Memory.
 
 
-def allowed_growth(program: build.Program, waits: bool) -> int:
+def allowed_growth(planned: recipe.Planned, waits: bool) -> int:
   """Bytes of temporaries that a layer may add, from shapes.
 
   Args:
-    program: A layer-wise run.
-    waits: Whether what projecting leaves of the gradients is kept.
+    planned: A layer-wise run.
+    waits: Whether the projected gradients of all layers are kept.
 
   Returns:
     Bytes of a block's input and of one layer's projected gradients.
   """
-  run = program.config
+  run, program = planned.config, planned.program
   rows = run.batch_size
   if run.step.accumulate == 'projected':
     rows //= run.micro_batches
@@ -251,18 +249,17 @@ def allowed_growth(program: build.Program, waits: bool) -> int:
   saved = rows * run.data.seq_len * run.model.hidden_size * itemsize
   if not waits:
     return saved
-  storage = build.weight_storage(run)
 
-  def small(params: Any, opt_state: Any) -> Any:
-    params = {**params, 'layers': storage.load_exact(params['layers'])}
-    return program.tx.project(params, opt_state, params)[0]
+  def project(params: Any, opt_state: Any) -> Any:
+    exact = program.parameters.decode_exact(params)
+    return program.tx.project(exact, opt_state, exact)[0]
 
-  left = jax.eval_shape(
-    small, program.abstract_state.params, program.abstract_state.opt_state
+  projected = jax.eval_shape(
+    project, program.abstract_state.params, program.abstract_state.opt_state
   )
   total = sum(
     leaf.size * jnp.dtype(leaf.dtype).itemsize
-    for path, leaf in jax.tree_util.tree_leaves_with_path(left)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(projected)
     if any(getattr(key, 'key', None) == 'layers' for key in path)
   )
   return saved + total // run.model.num_layers
@@ -302,13 +299,13 @@ def memory_row(method: str, setting: str) -> dict[str, Any]:
     run = settings(
       hidden=256, layers=layers, rank=64, vocab_size=2048, **options
     )
-    program = build.program(run, jax.devices()[:1])
-    compiled = compile_step(program, FAST)
+    planned = recipe.plan(run, jax.devices()[:1])
+    compiled = compile_step(planned, FAST)
     analysis = compiled.memory_analysis()
     temps.append(analysis.temp_size_in_bytes)
     state_bytes.append(analysis.argument_size_in_bytes)
     copied += stacked_copies(compiled.as_text(), layers)
-  waits = setting != 'plain' and hasattr(program.tx, 'project')
+  waits = setting != 'plain' and hasattr(planned.program.tx, 'project')
   steps = np.diff(LAYER_COUNTS)
   return {
     **{'method': method, 'setting': setting},
@@ -316,7 +313,7 @@ def memory_row(method: str, setting: str) -> dict[str, Any]:
     'argument_bytes': state_bytes,
     'temp_bytes': temps,
     'growth_per_layer': (np.diff(temps) / steps).tolist(),
-    'allowed_per_layer': allowed_growth(program, waits),
+    'allowed_per_layer': allowed_growth(planned, waits),
     'state_per_layer': (np.diff(state_bytes) / steps).tolist(),
     'copied': copied,
   }

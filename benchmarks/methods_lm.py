@@ -41,6 +41,8 @@ from benchmarks import record
 from benchmarks import reference_curves as reference
 from gnlorp_jax import optim
 from gnlorp_jax.models import llama
+from gnlorp_jax.training import step
+from gnlorp_jax.training.state import TrainState
 
 RESULTS = pathlib.Path('benchmarks/results/methods_lm.json')
 PLOT = pathlib.Path('docs/methods_lm.png')
@@ -184,22 +186,21 @@ head_loss.defvjp(_head_forward, _head_backward)
 
 
 def loss_fn(
-  params: Any, rows_BT: jax.Array, config: llama.LlamaConfig
+  params: Any, batch: step.Batch, config: llama.LlamaConfig
 ) -> jax.Array:
   """Mean next-token loss of a batch of rows."""
-  batch = reference.split(rows_BT)
   x_BTD = llama.make(config).hidden(params, batch['inputs'])
   return head_loss(x_BTD, params['lm_head']['kernel'], batch['targets'])
 
 
 def compile_training(
-  factory: Factory, tokens_SBT: jax.Array, config: llama.LlamaConfig
+  factory: Factory, tokens_SBT: np.ndarray, config: llama.LlamaConfig
 ) -> Callable[[float], tuple[Any, np.ndarray]]:
-  """Compiles a whole run, one step per batch, for every learning rate.
+  """Compiles the steps of a run, one per batch, for every learning rate.
 
   Args:
     factory: Makes the optimizer for a learning-rate schedule.
-    tokens_SBT: The batches of the run, int32 ids.
+    tokens_SBT: The batches of the run, int ids.
     config: The architecture.
 
   Returns:
@@ -207,30 +208,25 @@ def compile_training(
     losses of all steps. It never compiles again: the rate is an argument.
   """
   steps = len(tokens_SBT)
-  params = reference.initial_params(config)
 
-  def train(peak, params, tokens_SBT):
+  def train_step(
+    now: TrainState, batch: step.Batch, peak: jax.Array
+  ) -> tuple[TrainState, step.Metrics]:
+    # Without the guard of `step.make_train_step`, as `FULL` says.
     tx = factory(reference.schedule(peak, steps, max(steps // 10, 1)))
+    loss, grads = jax.value_and_grad(loss_fn)(now.params, batch, config)
+    updates, opt_state = tx.update(grads, now.opt_state, now.params)
+    params = optax.apply_updates(now.params, updates)
+    now = TrainState(now.step + 1, now.skipped, params, opt_state)
+    return now, {'loss': loss}
 
-    def step(carry, rows_BT):
-      params, opt_state = carry
-      loss, grads = jax.value_and_grad(loss_fn)(params, rows_BT, config)
-      updates, opt_state = tx.update(grads, opt_state, params)
-      return (optax.apply_updates(params, updates), opt_state), loss
-
-    carry, losses = jax.lax.scan(step, (params, tx.init(params)), tokens_SBT)
-    return carry[0], losses
-
-  def arguments(peak):
-    return jnp.asarray(peak, jnp.float32), params, tokens_SBT
-
-  compiled = jax.jit(train).lower(*arguments(0.0)).compile()
-
-  def run(peak: float) -> tuple[Any, np.ndarray]:
-    params, losses = compiled(*arguments(peak))
-    return params, np.asarray(losses)
-
-  return run
+  return reference.compile_training(
+    train_step,
+    factory(reference.schedule(0.0)),  # No rate is part of a state.
+    reference.initial_params(config),
+    tokens_SBT,
+    0.0,
+  )
 
 
 def state_bytes(factory: Factory, config: llama.LlamaConfig) -> int:
@@ -294,7 +290,6 @@ def run_all(
     reference.evaluate, tokens_SBT=tokens_SBT, config=config
   )
   untrained = evaluate(reference.initial_params(config))
-  batches_SBT = jnp.asarray(tokens_SBT[:steps], jnp.int32)
   compiled: dict[str, Callable[[float], tuple[Any, np.ndarray]]] = {}
   for number, (name, rate) in enumerate(runs, start=1):
     began = time.time()
@@ -303,7 +298,7 @@ def run_all(
       return
     factory, _ = METHODS[name]
     if name not in compiled:
-      compiled[name] = compile_training(factory, batches_SBT, config)
+      compiled[name] = compile_training(factory, tokens_SBT[:steps], config)
     ready = time.time()
     params, train_loss = compiled[name](rate)
     eval_loss = evaluate(params)

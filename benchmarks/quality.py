@@ -2,9 +2,9 @@
 
 Every optimizer takes equal steps on equal data with the training step,
 schedule and clipping of `train_lm.py`, in one process: text is tokenised once,
-and each optimizer's step is compiled once, with the learning rate as an
-argument. First each peak learning rate of an optimizer is tried with seed 0,
-the likeliest first; where the best lies at the edge of those tried, up to
+and each optimizer's step is compiled once, with the learning rate as a number
+in its state. First each peak learning rate of an optimizer is tried with seed
+0, the likeliest first; where the best lies at the edge of those tried, up to
 --extend more follow beyond it. The best is then repeated with the other seeds.
 A seed decides the initial weights and the order of the data, the same for
 every optimizer.
@@ -54,17 +54,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import harness, quality_rows, record
 from benchmarks.quality_rows import Plan, Row, Run
-from gnlorp_jax import build, optim
+from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
-from gnlorp_jax.data import batches, text
+from gnlorp_jax.data import text
 from gnlorp_jax.models import llama
-from gnlorp_jax.training import sharding, step
+from gnlorp_jax.recipes.pretrain import data, recipe
+from gnlorp_jax.training import loop, sharding, step
 
 RESULTS = pathlib.Path('benchmarks/results/quality.json')
 PLOT = pathlib.Path('docs/quality.png')
@@ -91,14 +90,6 @@ METHODS = {
 }
 
 
-class Corpus(NamedTuple):
-  """Tokenised text."""
-
-  train: text.TokenFile
-  validation: text.TokenFile
-  tokenizer: str  # Its fingerprint.
-
-
 def base_config(
   args: argparse.Namespace, model: llama.LlamaConfig | None = None
 ) -> TrainConfig:
@@ -123,7 +114,7 @@ def base_config(
 def configure(
   base: TrainConfig, options: dict[str, Any], rank: int, gap: int
 ) -> TrainConfig:
-  """The configuration of a method, at a peak learning rate of 1."""
+  """The configuration of a method; every run has a learning rate of its own."""
   low_rank = {'rank': rank, 'update_proj_gap': gap}
   if options['name'] == 'adamw':
     low_rank = {}
@@ -132,16 +123,8 @@ def configure(
   )
 
 
-def read_corpus(config: TrainConfig) -> Corpus:
-  """Tokenises the text, or finds it in the cache."""
-  tokenizer = build.load_tokenizer(config)
-  build.check_tokenizer(config, tokenizer)
-  files = build.token_files(config.data, tokenizer)
-  return Corpus(*files, tokenizer.fingerprint)
-
-
 def settings_of(
-  args: argparse.Namespace, base: TrainConfig, rank: int, corpus: Corpus
+  args: argparse.Namespace, base: TrainConfig, rank: int, corpus: data.Text
 ) -> dict[str, Any]:
   """What the runs of one file share."""
 
@@ -157,9 +140,9 @@ def settings_of(
     'parameters': llama.num_params(base.model),
     'data': names(args.data),
     'validation': names(args.validation),
-    'training_tokens': size(corpus.train),
+    'training_tokens': size(corpus.training),
     'validation_tokens': size(corpus.validation),
-    'tokenizer': corpus.tokenizer,
+    'tokenizer': corpus.tokenizer.fingerprint,
     'steps': base.steps,
     'batch_size': base.batch_size,
     'seq_len': base.data.seq_len,
@@ -182,56 +165,27 @@ class Trainer:
     corpus: The tokens.
   """
 
-  def __init__(self, config: TrainConfig, corpus: Corpus):
-    self._corpus = corpus
-    self._parts = build.program(config)
-    self._train_step = self._make_step()
+  def __init__(self, config: TrainConfig, corpus: data.Text):
+    self._prepared = recipe.Prepared(recipe.plan(config), corpus)
     self._eval_batches = self._place_evaluation()
     self.state_bytes = optim.inspect.state_bytes(
-      self._parts.abstract_state.opt_state
+      self._prepared.program.abstract_state.opt_state
     )
-
-  def _make_step(self) -> Callable[..., Any]:
-    """The training step of `build`, with the peak rate as an argument."""
-    config, mesh = self._parts.config, self._parts.mesh
-    # Schedules are proportional to their peak, which is 1 here.
-    share = self._parts.schedule
-    labels = build.labels_of(config)
-
-    def train_step(state, batch, peak):
-      tx = build.optimizer(
-        config.optim, lambda count: peak * share(count), labels
-      )
-      return step.make_train_step(
-        self._parts.loss_fn, tx, clip_global_norm=config.optim.clip_global_norm
-      )(state, batch)
-
-    return step.jit_train_step(
-      train_step, self._parts.abstract_state, mesh, self._place_rate(0.0)
-    )
-
-  def _place_rate(self, rate: float) -> jax.Array:
-    everywhere = NamedSharding(self._parts.mesh, PartitionSpec())
-    return jax.device_put(jnp.float32(rate), everywhere)
 
   def _place_evaluation(self) -> list[step.Batch]:
-    config = self._parts.config
-    rows = batches.batches(
-      self._corpus.validation,
-      batch_size=config.batch_size,
-      seq_len=config.data.seq_len,
-      shuffle=False,
-      repeat=False,
-    )
+    config, program = self._prepared.config, self._prepared.program
+    rows = data.evaluation_batches(config, self._prepared.text)()
     with contextlib.closing(rows):
       return [
-        sharding.put_batch(batch, self._parts.mesh)
+        sharding.put_batch(batch, program.mesh)
         for batch in itertools.islice(rows, config.eval_batches)
       ]
 
   def evaluate(self, params: Any) -> float:
     """Mean loss over the held-out tokens."""
-    sums = [self._parts.eval_step(params, b) for b in self._eval_batches]
+    eval_step = self._prepared.program.eval_step
+    # No weight is frozen.
+    sums = [eval_step(params, batch, {}) for batch in self._eval_batches]
     losses, weights = np.asarray(jax.device_get(sums), np.float64).T
     return float(losses.sum() / weights.sum())
 
@@ -240,27 +194,29 @@ class Trainer:
 
     It ends early, at an evaluation, if the loss is not finite any more.
     """
-    config = dataclasses.replace(self._parts.config, seed=seed)
-    state = build.new_state(self._parts._replace(config=config))
-    stream = batches.batches(
-      self._corpus.train,
-      batch_size=config.batch_size,
-      seq_len=config.data.seq_len,
+    config = self._prepared.config
+    config = dataclasses.replace(
+      config,
       seed=seed,
+      optim=dataclasses.replace(config.optim, learning_rate=rate),
     )
-    peak = self._place_rate(rate)
+    run = recipe.make_run(self._prepared, config)
+    state, constants = run.start()
     losses: list[float] = []
+    waiting: list[jax.Array] = []  # Losses that are not fetched yet.
     evals = [[0, self.evaluate(state.params)]]
-    with contextlib.closing(stream):
-      while len(losses) < config.steps:
-        count = min(config.eval_every, config.steps - len(losses))
-        values = []
-        for _ in range(count):
-          batch = sharding.put_batch(next(stream), self._parts.mesh)
-          state, metrics = self._train_step(state, batch, peak)
-          values.append(metrics['loss'])
-        losses += map(float, jax.device_get(values))
-        evals.append([len(losses), self.evaluate(state.params)])
+    numbers = range(1, run.steps + 1)
+    taken = loop.steps(
+      run.train_step, state, run.batches, run.mesh, numbers, constants
+    )
+    with contextlib.closing(run.batches):
+      for number, state, _, metrics in taken:
+        waiting.append(metrics['loss'])
+        if number % config.eval_every and number < run.steps:
+          continue
+        losses += map(float, jax.device_get(waiting))
+        waiting.clear()
+        evals.append([number, self.evaluate(state.params)])
         if not math.isfinite(losses[-1] + evals[-1][1]):
           break
     return {
@@ -383,7 +339,7 @@ def measure(
   clock = harness.start(args)
   base = base_config(args, model)
   rank = args.rank or base.model.hidden_size // 4
-  corpus = read_corpus(base)
+  corpus = data.load(base, base.model)
   header = {
     'settings': settings_of(args, base, rank, corpus),
     'environment': harness.environment(),

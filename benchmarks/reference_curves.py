@@ -15,17 +15,18 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gnlorp_jax import optim
 from gnlorp_jax.models import llama
-from gnlorp_jax.training import losses, state, step
+from gnlorp_jax.training import loop, losses, sharding, state, step
 
 STEPS = 300
 WARMUP = 30
@@ -149,9 +150,9 @@ def loss_fn(
   )
 
 
-def split(rows_BT: np.ndarray | jax.Array) -> dict[str, jax.Array]:
+def split(rows_BT: np.ndarray) -> dict[str, np.ndarray]:
   """A batch of rows as inputs and the tokens that follow them."""
-  rows_BT = jnp.asarray(rows_BT, jnp.int32)
+  rows_BT = rows_BT.astype(np.int32)
   return {'inputs': rows_BT[:, :-1], 'targets': rows_BT[:, 1:]}
 
 
@@ -172,21 +173,71 @@ def evaluate(
   return float(np.mean([s / n for s, n in sums]))
 
 
+def compile_training(
+  train_step: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  params: Any,
+  tokens_SBT: np.ndarray,
+  *numbers: float,
+) -> Callable[..., tuple[Any, np.ndarray]]:
+  """Compiles the steps of a run on one device.
+
+  Args:
+    train_step: Maps (state, batch, *numbers) to (state, metrics); a batch is
+      what `split` returns.
+    tx: Its `init` makes the optimizer's state.
+    params: The parameters to start from.
+    tokens_SBT: A step is taken on each of these batches.
+    *numbers: What the step takes beside state and batch; those given here
+      stand for any.
+
+  Returns:
+    A function from such numbers to the trained parameters and the losses of all
+    steps, float32. It never compiles again.
+  """
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def placed(numbers: Iterable[float]) -> list[jax.Array]:
+    return [jax.device_put(jnp.float32(x), everywhere) for x in numbers]
+
+  def start() -> state.TrainState:
+    return state.from_params(params, tx, mesh)
+
+  arguments = (
+    start(),
+    sharding.put_batch(split(tokens_SBT[0]), mesh),
+    *placed(numbers),
+  )
+  jitted = step.jit_train_step(train_step, arguments[0], mesh, *placed(numbers))
+  compiled = jitted.lower(*arguments).compile()
+
+  def run(*numbers: float) -> tuple[Any, np.ndarray]:
+    train = []
+    for taken in loop.steps(
+      compiled,
+      start(),
+      map(split, tokens_SBT),
+      mesh,
+      range(1, len(tokens_SBT) + 1),
+      *placed(numbers),
+    ):
+      train.append(taken.metrics['loss'])
+    return taken.state.params, np.asarray(jax.device_get(train))
+
+  return run
+
+
 def run(
   tx: optax.GradientTransformation, tokens_SBT: np.ndarray, steps: int
 ) -> tuple[np.ndarray, float | None]:
   """Losses of `steps` training steps, and the eval loss after 300."""
-  params = initial_params()
-  step_0, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-  current = state.TrainState(step_0, skipped, params, tx.init(params))
-  train_step = jax.jit(step.make_train_step(loss_fn, tx), donate_argnums=0)
-  train = []
-  for i in range(steps):
-    current, metrics = train_step(current, split(tokens_SBT[i]))
-    train.append(metrics['loss'])
-  if steps < STEPS:
-    return np.asarray(train), None
-  return np.asarray(train), evaluate(current.params, tokens_SBT)
+  train_step = step.make_train_step(loss_fn, tx)
+  training = compile_training(
+    train_step, tx, initial_params(), tokens_SBT[:steps]
+  )
+  params, train = training()
+  return train, evaluate(params, tokens_SBT) if steps >= STEPS else None
 
 
 def main() -> None:

@@ -78,9 +78,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, record, refresh_report, refresh_runs
-from gnlorp_jax import build, config
+from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import projections
+from gnlorp_jax.recipes.pretrain import recipe
 
 RESULTS = pathlib.Path('benchmarks/results/refresh.json')
 PLOT = pathlib.Path('docs/refresh.png')
@@ -163,8 +164,8 @@ def _save_row(
   path: pathlib.Path,
   clock: harness.Clock,
 ) -> Row:
-  run = build.build(settings)
-  return refresh_runs.save_gradients(run, gap, path, clock)
+  prepared = recipe.prepare(settings)
+  return refresh_runs.save_gradients(prepared, gap, path, clock)
 
 
 def synthetic(m: int, n: int, seed: int = 0) -> np.ndarray:
@@ -437,18 +438,19 @@ def loss_part(
         *(args, size, 'bpe'),
         steps=args.steps,
         seed=seed,
+        eval_batches=args.eval_batches,
         optim=refresh_runs.loss_optimizer(variant, args.learning_rate),
       )
       started = time.perf_counter()
-      row |= attempt(functools.partial(_loss_row, settings, args.eval_batches))
+      row |= attempt(functools.partial(_loss_row, settings))
       row['seconds'] = round(time.perf_counter() - started, 1)
       slowest = max(slowest, row['seconds'])
       save(rows)
       harness.progress(f'loss {row}')
 
 
-def _loss_row(settings: config.TrainConfig, eval_batches: int) -> Row:
-  return refresh_runs.loss_row(build.build(settings), eval_batches)
+def _loss_row(settings: config.TrainConfig) -> Row:
+  return refresh_runs.loss_row(recipe.prepare(settings))
 
 
 PARTS: dict[str, Part] = {

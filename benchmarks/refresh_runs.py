@@ -10,6 +10,8 @@ Shape suffixes in this file:
 """
 
 import argparse
+import contextlib
+import itertools
 import math
 import pathlib
 import time
@@ -21,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from gnlorp_jax import build, config
+from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import subspace
-from gnlorp_jax.training import sharding
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.training import loop
 
 KINDS = {
   **{name: ('attn', f'{name}_proj') for name in ('q', 'k', 'v', 'o')},
@@ -82,46 +85,50 @@ def settings(
 
 
 def train(
-  run: build.Run,
-  look: Callable[[int, Any, Any], None] = lambda *_: None,
+  run: loop.Run,
+  before_step: Callable[[int, Any, Any], None] | None = None,
   clock: harness.Clock | None = None,
 ) -> tuple[Any, list[float]]:
   """Takes all steps, or those that there is time for.
 
   Args:
-    run: The run.
-    look: Called with a step's number, parameters and batch before it is taken.
+    run: The run; its batches are closed in the end.
+    before_step: Called with a step's number, parameters and batch before it is
+      taken.
     clock: Ends the run early; None does not.
 
   Returns:
     The trained parameters and the losses of the steps taken.
   """
-  state = run.new_state()
+
+  def is_in_time(number: int) -> bool:
+    del number
+    return clock is None or clock.seconds_left > 0
+
+  def select(state: Any, batch: Any) -> Any:
+    if before_step is not None:
+      before_step(int(state.step) + 1, state.params, batch)
+    return batch
+
+  state, constants = run.start()
   losses: list[float] = []
-  for number in range(1, run.config.steps + 1):
-    if clock is not None and not clock.seconds_left:
-      break
-    batch = sharding.put_batch(next(run.train_batches), run.mesh)
-    look(number, state.params, batch)
-    state, values = run.train_step(state, batch)
-    losses.append(float(values['loss']))
+  with contextlib.closing(run.batches):
+    for taken in loop.steps(
+      run.train_step,
+      state,
+      run.batches,
+      run.mesh,
+      itertools.takewhile(is_in_time, range(1, run.steps + 1)),
+      constants,
+      select=select,
+    ):
+      state = taken.state
+      losses.append(float(taken.metrics['loss']))
   return state.params, losses
 
 
-def evaluate(run: build.Run, params: Any, number: int) -> float:
-  """Mean loss over the first `number` batches of the validation text."""
-  batches = run.eval_batches()
-  sums = [
-    jax.device_get(run.eval_step(params, sharding.put_batch(batch, run.mesh)))
-    for _, batch in zip(range(number), batches, strict=False)
-  ]
-  batches.close()
-  loss, weight = np.sum(np.asarray(sums, np.float64), axis=0)
-  return float(loss / weight)
-
-
 def kernel_gradients(
-  run: build.Run,
+  prepared: recipe.Prepared,
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """A function from parameters and a batch to the gradients of kernels.
 
@@ -129,13 +136,14 @@ def kernel_gradients(
   ``layer/kind`` ``[M, N]``, float32, turned so that the shorter axis is the
   last one.
   """
-  depth = run.config.model.num_layers
+  depth = prepared.config.model.num_layers
   layers = sorted({0, depth // 2, depth - 1})
 
   @jax.jit
   def gradients(params, batch):
     def mean_loss(blocks):
-      loss, weight = run.loss_fn({**params, 'layers': blocks}, batch)
+      params_now = {**params, 'layers': blocks}
+      loss, weight = prepared.program.objective.loss(params_now, batch)
       return loss / weight
 
     grads = jax.grad(mean_loss)(params['layers'])
@@ -151,7 +159,7 @@ def kernel_gradients(
 
 
 def save_gradients(
-  run: build.Run, gap: int, path: pathlib.Path, clock: harness.Clock
+  prepared: recipe.Prepared, gap: int, path: pathlib.Path, clock: harness.Clock
 ) -> dict[str, Any]:
   """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`.
 
@@ -161,11 +169,12 @@ def save_gradients(
   Returns:
     Which steps were kept, their losses, and how long it took.
   """
-  gradients = kernel_gradients(run)
+  config = prepared.config
+  gradients = kernel_gradients(prepared)
   kept: dict[str, np.ndarray] = {}
   steps: list[int] = []
 
-  def look(number: int, params: Any, batch: Any) -> None:
+  def keep(number: int, params: Any, batch: Any) -> None:
     if (number - 1) % gap:
       return
     for name, grad_MN in jax.device_get(gradients(params, batch)).items():
@@ -175,14 +184,14 @@ def save_gradients(
     steps.append(number)
 
   started = time.perf_counter()
-  _, losses = train(run, look, clock)
+  _, losses = train(recipe.make_run(prepared, config), keep, clock)
   row = {
     'steps': steps,
     'losses': [losses[number - 1] for number in steps],
-    'batch_tokens': run.config.batch_size * run.config.data.seq_len,
+    'batch_tokens': config.batch_size * config.data.seq_len,
     'seconds': round(time.perf_counter() - started, 1),
   }
-  if len(losses) < run.config.steps:
+  if len(losses) < config.steps:
     row['left_out'] = f'steps from {len(losses) + 1} on: out of time'
   return row
 
@@ -198,10 +207,12 @@ def read_gradients(path: pathlib.Path) -> Gradients:
   return found
 
 
-def loss_row(run: build.Run, eval_batches: int) -> dict[str, Any]:
+def loss_row(prepared: recipe.Prepared) -> dict[str, Any]:
   """Trains a run to its end and evaluates it."""
+  run = recipe.make_run(prepared, prepared.config)
   params, losses = train(run)
+  # No weight is frozen.
   return {
-    'eval_loss': evaluate(run, params, eval_batches),
+    'eval_loss': run.evaluate(params, {})['loss'],
     'train_loss': float(np.mean(losses[-LAST:])),
   }

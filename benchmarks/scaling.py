@@ -64,11 +64,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness, methods, record, scaling_report, state_bytes
-from gnlorp_jax import build, config
+from benchmarks import (
+  harness,
+  methods,
+  programs,
+  record,
+  scaling_report,
+  state_bytes,
+)
+from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.plan import accelerators
 from gnlorp_jax.plan.collectives import collectives
+from gnlorp_jax.recipes.pretrain import recipe
 
 RESULTS = pathlib.Path('benchmarks/results/scaling.json')
 PLOT = pathlib.Path('docs/scaling.png')
@@ -253,14 +261,12 @@ def training_racer(key: Row) -> Racer:
   """The whole training step of one optimizer, compiled."""
   batch_size, seq_len = TOKENS
   model = llama.preset(key['size'])
-  program = build.program(
-    run_of(model, key, batch_size=batch_size, seq_len=seq_len),
-    jax.devices()[:1],
-  )
+  run = run_of(model, key, batch_size=batch_size, seq_len=seq_len)
+  planned = recipe.plan(run, jax.devices()[:1])
   start = time.perf_counter()
-  compiled = lower(program).compile()
+  compiled = programs.lower(planned).compile()
   compile_s = time.perf_counter() - start
-  state = build.new_state(program)
+  state, frozen = programs.start(planned)
   tokens = np.random.default_rng(0).integers(
     *(0, model.vocab_size, (batch_size, seq_len + 1)), dtype=np.int32
   )
@@ -272,7 +278,7 @@ def training_racer(key: Row) -> Racer:
 
   def take() -> None:
     nonlocal state
-    state, _ = jax.block_until_ready(compiled(state, batch))
+    state, _ = jax.block_until_ready(compiled(state, batch, frozen))
 
   return Racer(key, compile_s, take)
 
@@ -377,16 +383,9 @@ def run_of(
   )
 
 
-def lower(program: build.Program) -> Any:
-  """The training step on the shapes of its arguments."""
-  return program.train_step.lower(
-    program.abstract_state, program.abstract_batch
-  )
-
-
-def compiled_row(key: Row, program: build.Program, options: Row) -> Row:
+def compiled_row(key: Row, planned: recipe.Planned, options: Row) -> Row:
   """What a compiled step takes on a device, and sends."""
-  compiled = lower(program).compile(compiler_options=options)
+  compiled = programs.lower(planned).compile(compiler_options=options)
   found = compiled.memory_analysis()
   rows = collectives(compiled.as_text())
   certain = [
@@ -395,7 +394,7 @@ def compiled_row(key: Row, program: build.Program, options: Row) -> Row:
   kinds: dict[str, int] = {}
   for c in certain:
     kinds[c.kind] = kinds.get(c.kind, 0) + c.bytes_per_step
-  params = jax.tree.leaves(program.abstract_state.params)
+  params = jax.tree.leaves(planned.program.abstract_state.params)
   return {
     **key,
     'parameters': sum(p.size for p in params),
@@ -422,8 +421,8 @@ def device_row(key: Row) -> list[Row]:
   if count > len(jax.devices()):
     raise methods.AbsentError(f'{len(jax.devices())} devices, not {count}')
   run = run_of(SMALL, key, batch_size=16, seq_len=128, micro_batches=2)
-  program = build.program(run, jax.devices()[:count])
-  return [compiled_row(key, program, CPU_OPTIONS)]
+  planned = recipe.plan(run, jax.devices()[:count])
+  return [compiled_row(key, planned, CPU_OPTIONS)]
 
 
 def planned_row(key: Row) -> list[Row]:
@@ -439,7 +438,7 @@ def planned_row(key: Row) -> list[Row]:
   devices = accelerators.described_devices(
     accelerators.ACCELERATORS[GPU], count, -(-count // GPUS_PER_MACHINE)
   )
-  return [compiled_row(key, build.program(run, devices), GPU_OPTIONS)]
+  return [compiled_row(key, recipe.plan(run, devices), GPU_OPTIONS)]
 
 
 def device_cases() -> Iterator[Case]:

@@ -22,7 +22,9 @@ import sys
 import time
 from typing import Any
 
-from gnlorp_jax import build, config
+from gnlorp_jax import config
+from gnlorp_jax.compose import parameters
+from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.training import metrics
 
 MEASURED_STEPS = 30
@@ -77,7 +79,8 @@ def main() -> None:
   probe, folder = RUNS / f'{args.name}-probe', RUNS / args.name
   # Tokenising is done once and for all, and not part of the time.
   settings = config.parse(args.options, '')
-  build.token_files(settings.data, build.load_tokenizer(settings))
+  model = parameters.architecture(settings.init_from, settings.model)
+  data.load(settings, model)
   used = train(probe, MEASURED_STEPS, args.options)
   summary = json.loads((probe / 'summary.json').read_text())
   step = seconds_per_step(probe, summary['median_tokens_per_second'])

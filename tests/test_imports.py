@@ -1,39 +1,295 @@
-"""Imports point one way: optim, models, data and training stay apart."""
+"""How the code is laid out: who imports whom, one loop, modules of a size.
+
+The rules are those of docs/architecture.md.
+"""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / 'gnlorp_jax'
-FOLDERS = ('optim', 'models', 'data', 'training')
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / 'gnlorp_jax'
+WINGS = ('optim', 'models', 'data', 'training')
+# What is above the package. Benchmarks are folders and modules of one name.
+ABOVE = ('benchmarks', 'configs', 'tests', 'train_lm', 'train_glue')
 
 
-def imported_modules(path):
-  for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def tree_of(path):
+  return ast.parse(path.read_text())
+
+
+def name_of(path):
+  """The module of a file, such as ``gnlorp_jax.optim.adam``."""
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob('*.py'))}
+
+
+@functools.cache
+def imported_by(name):
+  """The modules of this repository that a module imports, wherever in it."""
+  found = set()
+  for node in ast.walk(tree_of(FILES[name])):
     if isinstance(node, ast.Import):
-      yield from (alias.name for alias in node.names)
+      found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      yield node.module
-      yield from (f'{node.module}.{alias.name}' for alias in node.names)
-
-
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_folder_imports_nothing_of_the_others(folder):
-  files = sorted((PACKAGE / folder).rglob('*.py'))
-  assert files
-  allowed = f'gnlorp_jax.{folder}'
-  foreign = {
-    (path.name, module)
-    for path in files
-    for module in imported_modules(path)
-    if module.startswith('gnlorp_jax')
-    and f'{module}.' != 'gnlorp_jax.'
-    and not f'{module}.'.startswith(f'{allowed}.')
+      assert not node.level, f'{name} imports by a relative path.'
+      # What is imported from a package may be one of its modules.
+      inner = {f'{node.module}.{alias.name}' for alias in node.names}
+      found |= {i if i in FILES else node.module for i in inner}
+  return {
+    module
+    for module in found
+    if module in FILES or module.split('.')[0] in ABOVE
   }
-  assert not foreign
+
+
+def inside(module, *folders):
+  """Whether a module is one of these folders of the package, or in one."""
+  return any(
+    f'{module}.'.startswith(f'gnlorp_jax.{folder}.') for folder in folders
+  )
+
+
+def foreign(folder, *allowed):
+  """Imports of a folder from elsewhere in the package or above it."""
+  names = [name for name in FILES if inside(name, folder)]
+  assert names
+  return {
+    (name, module)
+    for name in names
+    for module in imported_by(name)
+    if not inside(module, folder, *allowed) and module != 'gnlorp_jax'
+  }
+
+
+# Rule 1.
+
+
+@pytest.mark.parametrize('folder', WINGS)
+def test_folder_imports_nothing_of_the_others(folder):
+  assert not foreign(folder)
+
+
+# Rule 2. The package is one folder still; its modules belong to these rooms.
+
+ROOMS = {
+  'parts': (
+    *('adafactor', 'checks', 'hyperparams', 'kernel_axes', 'labels'),
+    *('nonfinite', 'norm_growth', 'split', 'weight_norm'),
+  ),
+  'projections': (
+    *('projections', 'projections.base', 'projections.dct'),
+    *('projections.random', 'projections.svd'),
+  ),
+  'quantized': (
+    *('quantization', 'quantized_state', 'quantized_weights'),
+    'stochastic_rounding',
+  ),
+  'subspace': (
+    # What Adam's moments do when their subspace changes makes `adam` one.
+    *('adam', 'error_feedback', 'low_rank', 'quantized_basis', 'refresh'),
+    'subspace',
+  ),
+  'methods': (
+    *('adamw', 'apollo', 'assemble', 'dct_adamw', 'fira', 'galore'),
+    *('galore_adafactor', 'gradnormlorp', 'ldadam', 'q_galore', 'released'),
+    'vlorp',
+  ),
+  'inspect': ('inspect',),
+}
+# Which rooms each may import, beside itself.
+BELOW = {
+  'parts': (),
+  'projections': ('parts',),
+  'quantized': ('parts',),
+  'subspace': ('parts', 'projections', 'quantized'),
+  'methods': ('parts', 'projections', 'quantized', 'subspace'),
+  'inspect': ('parts', 'projections', 'quantized', 'subspace', 'methods'),
+}
+
+
+def optim_modules():
+  """Modules of `optim` by their names there; the face of it is in no room."""
+  return {
+    name.removeprefix('gnlorp_jax.optim.'): name
+    for name in FILES
+    if inside(name, 'optim') and name != 'gnlorp_jax.optim'
+  }
+
+
+def test_every_module_of_optim_has_one_room():
+  housed = [module for room in ROOMS.values() for module in room]
+  assert sorted(housed) == sorted(optim_modules())
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_room_of_optim_imports_those_below_it(room):
+  room_of = {
+    f'gnlorp_jax.optim.{module}': name
+    for name, modules in ROOMS.items()
+    for module in modules
+  }
+  wrong = {
+    (module, imported)
+    for module in ROOMS[room]
+    for imported in imported_by(f'gnlorp_jax.optim.{module}')
+    # The face imports all of them.
+    if room_of.get(imported, 'face') not in (room, *BELOW[room])
+  }
+  assert not wrong
+
+
+# Rule 3.
+
+
+def test_compose_imports_the_four_wings_alone():
+  assert not foreign('compose', *WINGS)
+
+
+def recipes():
+  return sorted(
+    {
+      name.split('.')[2]
+      for name in FILES
+      if inside(name, 'recipes') and name.count('.') > 1
+    }
+  )
+
+
+@pytest.mark.parametrize('recipe', recipes())
+def test_recipe_imports_compose_and_the_wings_and_no_other_recipe(recipe):
+  shared = () if recipe == 'grid' else ('recipes.grid',)
+  assert not foreign(f'recipes.{recipe}', 'compose', *shared, *WINGS)
+
+
+# Rule 4.
+
+
+def test_plan_imports_compose_and_recipes():
+  assert not foreign('plan', 'compose', 'recipes', 'config', *WINGS)
+
+
+def test_nothing_imports_the_planner_benchmarks_or_scripts():
+  assert not {
+    (name, module)
+    for name in FILES
+    for module in imported_by(name)
+    if (inside(module, 'plan') and not inside(name, 'plan'))
+    or module.split('.')[0] in ABOVE
+  }
+
+
+def test_imports_have_no_circle():
+  done, path = set(), []
+
+  def visit(name):
+    assert name not in path, [*path[path.index(name) :], name]
+    if name in done:
+      return
+    path.append(name)
+    for module in sorted(imported_by(name) & set(FILES)):
+      # A module of a package is imported with the package's face, which may
+      # import it.
+      if module != name and not name.startswith(f'{module}.'):
+        visit(module)
+    path.pop()
+    done.add(name)
+
+  for name in FILES:
+    visit(name)
+
+
+# One loop.
+
+
+def counts(node):
+  """Whether what a loop goes through are numbers: a range, or one by name."""
+  return isinstance(node, ast.Name) or called(node) == 'range'
+
+
+def loops_of_steps(name):
+  """Loops over the numbers of steps."""
+  return [
+    node
+    for node in ast.walk(tree_of(FILES[name]))
+    if isinstance(node, ast.For)
+    and (
+      (
+        isinstance(node.target, ast.Name)
+        and node.target.id == 'number'
+        and counts(node.iter)
+      )
+      or any('train_step' in called(inner) for inner in ast.walk(node))
+    )
+  ]
+
+
+def called(node):
+  """The name of the function that a node calls."""
+  if not isinstance(node, ast.Call):
+    return ''
+  function = node.func
+  if isinstance(function, ast.Attribute):
+    return function.attr
+  return function.id if isinstance(function, ast.Name) else ''
+
+
+def test_there_is_one_training_loop():
+  found = {name for name in FILES if loops_of_steps(name)}
+  assert found == {'gnlorp_jax.training.loop'}
+  (loop,) = loops_of_steps('gnlorp_jax.training.loop')
+  assert loop.iter.id == 'numbers'
+
+
+def test_training_steps_are_taken_in_the_loop_alone():
+  calls = {
+    name
+    for name in FILES
+    for node in ast.walk(tree_of(FILES[name]))
+    if called(node) == 'train_step'
+  }
+  assert calls == {'gnlorp_jax.training.loop'}
+  for script in ('train_lm.py', 'train_glue.py'):
+    tree = tree_of(ROOT / script)
+    assert not [n for n in ast.walk(tree) if called(n) == 'train_step']
+
+
+# Sizes.
+
+
+def test_few_modules_lie_beside_the_folders():
+  names = [path.name for path in PACKAGE.glob('*.py')]
+  assert len(names) <= 5, names
+
+
+def test_no_module_is_called_after_nothing():
+  assert not [
+    name
+    for name in FILES
+    if name.split('.')[-1] in ('utils', 'util', 'helpers', 'misc', 'common')
+  ]
+
+
+@pytest.mark.parametrize(
+  'name', [name for name in FILES if not inside(name, 'optim')]
+)
+def test_module_and_its_functions_are_of_a_size(name):
+  assert len(FILES[name].read_text().splitlines()) <= 450
+  for node in ast.walk(tree_of(FILES[name])):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      lines = node.end_lineno - node.lineno + 1
+      if ast.get_docstring(node) is not None:
+        text = node.body[0]
+        lines -= text.end_lineno - text.lineno + 1
+      assert lines <= 80, f'{node.name} has {lines} lines.'
 
 
 # What a machine that was lent for a while may lack.
@@ -51,11 +307,11 @@ class Blocked(importlib.abc.MetaPathFinder):
       raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
-import gnlorp_jax.build
 from gnlorp_jax import config
+from gnlorp_jax.recipes.pretrain import recipe
 
-program = gnlorp_jax.build.program(config.TrainConfig(batch_size=16), 1)
-print(len(program.abstract_batch))
+planned = recipe.plan(config.TrainConfig(batch_size=16), 1)
+print(len(planned.abstract_batch))
 """
 
 

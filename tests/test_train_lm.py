@@ -542,6 +542,7 @@ def test_four_devices_take_the_steps_of_one(
     'optim__rank': 8,
     'optim__update_proj_gap': 4,
     'optim__name': name,
+    'optim__clip_global_norm': None,
   }
   labels = ['--optim.param-labels', '(q|down)_proj', 'low_rank', '.*', 'full']
   _, expected = ten_steps([*options(tmp_path, **common), *labels])
@@ -593,6 +594,9 @@ class Poisoned:
     self._numbers = iter(numbers)
     self._next = next(self._numbers)
     self._count = 0
+
+  def __iter__(self):
+    return self
 
   def __next__(self):
     self._count += 1

@@ -124,7 +124,7 @@ def steps(
   state: TrainState,
   batches: Iterable[Any],
   mesh: jax.sharding.Mesh,
-  numbers: range,
+  numbers: Iterable[int],
   *constants: Any,
   select: Callable[[TrainState, Any], Any] | None = None,
   context: Callable[[int], Any] | None = None,
@@ -201,12 +201,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     def evaluate(number: int) -> None:
       found = run.evaluate(state.params, constants)
       writer.write(number, {f'eval/{name}': v for name, v in found.items()})
-      _logger.info(
-        '%sstep %d: %s',
-        f'{run.name}: ' if run.name else '',
-        number,
-        ', '.join(f'{name} {value:.4f}' for name, value in found.items()),
-      )
+      _tell(run.name, number, found)
       if keeper.note(number, found, state.params):
         # After the best model, which the checkpoint must find.
         save(number)
@@ -255,6 +250,16 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     }
     params = keeper.best_params(state)
   return Outcome(params, constants, record)
+
+
+def _tell(name: str, number: int, found: dict[str, float]) -> None:
+  """Says what an evaluation found."""
+  _logger.info(
+    '%sstep %d: %s',
+    f'{name}: ' if name else '',
+    number,
+    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
+  )
 
 
 def _row(

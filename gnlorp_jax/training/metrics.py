@@ -16,8 +16,6 @@ import numpy as np
 import rich.console
 import rich.logging
 import rich.progress
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +39,11 @@ class MetricsWriter:
   def __init__(
     self, run_dir: str | pathlib.Path, resume_step: int | None = None
   ):
+    # Who only builds programs need not have it.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
     run_dir = pathlib.Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / METRICS_FILE
@@ -71,16 +74,18 @@ class MetricsWriter:
     line = json.dumps({'step': int(step)} | values, allow_nan=False)
     self._file.write(line + '\n')
     self._file.flush()
+    summary = self._summary_pb2.Summary
     scalars = [
-      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      summary.Value(tag=name, simple_value=value)
       for name, value in values.items()
       if value is not None
     ]
-    self._write_event(step, summary=summary_pb2.Summary(value=scalars))
+    self._write_event(step, summary=summary(value=scalars))
 
   def _write_event(self, step: int, **content: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), step=int(step), **content)
-    self._events.write_event(event)
+    self._events.write_event(
+      self._event_pb2.Event(wall_time=time.time(), step=int(step), **content)
+    )
     self._events.flush()
 
   def close(self) -> None:

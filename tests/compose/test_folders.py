@@ -1,9 +1,10 @@
-"""Models whose kernels are kept in 8 bits: start, folders, memory, samples.
+"""Weights in Hugging Face folders, of models whose kernels are kept in 8 bits.
 
 Shape suffixes in this file: B sequences, T positions, V vocabulary.
 """
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -12,22 +13,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gnlorp_jax import build, folders, optim, results
-from gnlorp_jax.config import DataConfig, OptimConfig, StepConfig, TrainConfig
-from gnlorp_jax.models import hf, llama
-from gnlorp_jax.optim.quantization import QuantizedArray
-from gnlorp_jax.training import sharding, state
+from gnlorp_jax import optim
+from gnlorp_jax.compose import folders, optimizer
+from gnlorp_jax.compose.folders import is_quantized
+from gnlorp_jax.compose.settings import OptimConfig, StepConfig
+from gnlorp_jax.models import adapters, hf, llama
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 D, F, V, L, R = 32, 48, 60, 3, 4  # Width, feed-forward, vocabulary, ...
 EIGHT = StepConfig(mode='layerwise', weight_bits=8)
-# Entries by hand, and blocks of 256 in a layer.
-PROJECTED = L * (4 * D * D + 3 * D * F)
-BLOCKS = L * (4 * 4 + 3 * 6)
-NORMS = 2 * L * D
-AROUND = 2 * V * D + D
 
 
-def settings(model=None, step=EIGHT, **optim):
+def settings(model=None, step=EIGHT, **changes):
   return TrainConfig(
     batch_size=2,
     model=dataclasses.replace(
@@ -42,22 +42,36 @@ def settings(model=None, step=EIGHT, **optim):
       **(model or {}),
     ),
     data=DataConfig(seq_len=8),
-    optim=OptimConfig(**{'name': 'gradnormlorp', 'rank': R} | optim),
+    optim=OptimConfig(name='gradnormlorp', rank=R),
     step=step,
+    **changes,
   )
 
 
-def one_device():
-  return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+def program_of(config):
+  return recipe.plan(config, jax.devices()[:1]).program
 
 
 def initial(config):
-  make = build._init_fn(config, llama.make(config.model))
-  return jax.jit(make)(jax.random.key(0))
+  """The weights that a run starts with."""
+  trained, frozen = program_of(config).parameters.start(jax.random.key(0))
+  assert not frozen
+  return trained
 
 
-def is_quantized(node):
-  return isinstance(node, QuantizedArray)
+def load(folder, config):
+  """The weights of a run that starts from a folder."""
+  return initial(dataclasses.replace(config, init_from=str(folder)))
+
+
+def export(folder, params, model, adapter=None):
+  folders.export(
+    folder,
+    folders.merged(params, adapter, model.param_dtype),
+    functools.partial(
+      hf.export, table=llama.HF_TENSORS, hf_config=llama.config_to_hf(model)
+    ),
+  )
 
 
 def kernels(layers):
@@ -99,87 +113,6 @@ def assert_same(a, b):
     np.testing.assert_array_equal(x, y)
 
 
-# The start.
-
-
-def temporaries(config, whole):
-  """Bytes that initialising needs beside its result."""
-  model = llama.make(config.model)
-  make = build._init_fn(config, model)
-  if whole:
-    tx = build._on_stored(
-      config,
-      build.optimizer(config.optim, lambda count: 0.1, llama.LABEL_RULES),
-    )
-    make = state._initialiser(make, tx)
-  compiled = jax.jit(make).lower(jax.random.key(0)).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
-
-
-@pytest.mark.parametrize(
-  'optim',
-  [None, {'norm_state': 'tracked'}],
-  ids=['weights', 'with the state'],
-)
-def test_initialising_needs_no_more_for_more_layers(optim):
-  model = {'hidden_size': 64, 'intermediate_size': 128}
-  layer = 4 * (4 * 64 * 64 + 3 * 64 * 128)
-  few, many = (
-    temporaries(
-      settings({**model, 'num_layers': n}, **(optim or {})), optim is not None
-    )
-    for n in (2, 18)
-  )
-  # Sixteen layers more: less than one of them in full precision.
-  assert abs(many - few) < layer
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_initial_weights_are_distributed_as_the_models_own(dtype):
-  config = settings({'param_dtype': dtype, 'initializer_std': 0.05})
-  params = initial(config)
-  own = jax.eval_shape(llama.make(config.model).init, jax.random.key(0))
-  decoded = build.weight_storage(config).load_exact(params['layers'])
-  for found, expected in zip(
-    jax.tree.leaves({**params, 'layers': decoded}),
-    jax.tree.leaves(own),
-    strict=True,
-  ):
-    assert found.shape == expected.shape
-  for key in ('embed', 'norm', 'lm_head'):
-    dtypes = {x.dtype for x in jax.tree.leaves(params[key])}
-    assert dtypes == {jnp.dtype(dtype)}
-  np.testing.assert_array_equal(params['layers']['attn_norm']['scale'], 1)
-  for name, kernel in kernels(params['layers']).items():
-    values = decode(kernel).astype(np.float64).reshape(L, -1)
-    size = values[0].size
-    # Mean and variance of a normal distribution, within five deviations, plus
-    # that of the rounding.
-    assert np.all(np.abs(values.mean(1)) < 5 * 0.05 / np.sqrt(size)), name
-    ratio = values.var(1) / 0.05**2
-    assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / size) + 1e-3), name
-    # Layers are drawn independently.
-    between = np.corrcoef(values) - np.eye(L)
-    assert np.abs(between).max() < 5 / np.sqrt(size), name
-
-
-def test_random_numbers_follow_step_layer_and_seed():
-  stored = optim.quantized_weights.quantize_weights(
-    {'up': {'kernel': jax.random.normal(jax.random.key(0), (1, 16, 32))}}
-  )
-  new = updated(stored)
-
-  def codes(seed, number, layer):
-    storage = build.weight_storage(dataclasses.replace(settings(), seed=seed))
-    found = storage.store(new, stored, jnp.int32(number), jnp.int32(layer))
-    return np.asarray(found['up']['kernel'].codes)
-
-  first = codes(0, 5, 1)
-  np.testing.assert_array_equal(codes(0, 5, 1), first)
-  for other in ((1, 5, 1), (0, 6, 1), (0, 5, 2), (0, 1, 5)):
-    assert (codes(*other) != first).mean() > 0.1
-
-
 # Folders.
 
 
@@ -189,12 +122,12 @@ def full(request, tmp_path_factory):
   config = settings({'param_dtype': request.param})
   params = llama.make(config.model).init(jax.random.key(0))
   folder = tmp_path_factory.mktemp('full') / 'hf'
-  folders.export(folder, params, config.model)
+  export(folder, params, config.model)
   return types.SimpleNamespace(folder=folder, params=params, config=config)
 
 
 def test_import_is_within_half_a_step_of_every_block(full):
-  stored = folders.load(full.folder, full.config, one_device())
+  stored = load(full.folder, full.config)
   assert not (full.folder / folders.GRID_FILE).exists()
   exact = kernels(full.params['layers'])
   for name, kernel in kernels(stored['layers']).items():
@@ -226,7 +159,7 @@ def test_one_kernel_is_in_full_precision_at_a_time(full, monkeypatch):
     ]
   )
   monkeypatch.setattr(hf, '_read', watched)
-  folders.load(full.folder, full.config, one_device())
+  load(full.folder, full.config)
   # When the next one is read, at most the one before is still around.
   assert len(alive) == 12 and max(alive) <= before + 1
 
@@ -247,14 +180,14 @@ def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
 ):
   config = settings({'param_dtype': dtype})
   params = trained(config)
-  folders.export(tmp_path / 'hf', params, config.model)
+  export(tmp_path / 'hf', params, config.model)
   tensors = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
   expected = decode(params['layers']['mlp']['down_proj']['kernel'])
   for layer in range(L):
     found = tensors[f'model.layers.{layer}.mlp.down_proj.weight']
     assert found.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(found.T, expected[layer].astype(found.dtype))
-  again = folders.load(tmp_path / 'hf', config, one_device())
+  again = load(tmp_path / 'hf', config)
   if dtype == 'bfloat16':
     for name, kernel in kernels(params['layers']).items():
       found = kernels(again['layers'])[name]
@@ -270,7 +203,7 @@ def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
     return
   assert_same(again, params)
   # And once more, out of what was read.
-  folders.export(tmp_path / 'hf', again, config.model)
+  export(tmp_path / 'hf', again, config.model)
   second = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
   for name in tensors:
     np.testing.assert_array_equal(second[name], tensors[name])
@@ -278,11 +211,11 @@ def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
 
 def test_damaged_file_of_scales_is_an_error(full, tmp_path):
   config = full.config
-  folders.export(tmp_path / 'hf', trained(config), config.model)
+  export(tmp_path / 'hf', trained(config), config.model)
   path = tmp_path / 'hf' / folders.GRID_FILE
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ValueError, match=f'Cannot read {path}: '):
-    folders.load(tmp_path / 'hf', config, one_device())
+    load(tmp_path / 'hf', config)
 
 
 def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
@@ -290,7 +223,7 @@ def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   transformers = pytest.importorskip('transformers')
   config = settings()
   params = trained(config)
-  folders.export(tmp_path / 'hf', params, config.model)
+  export(tmp_path / 'hf', params, config.model)
   oracle, report = transformers.LlamaForCausalLM.from_pretrained(
     tmp_path / 'hf', output_loading_info=True, dtype='auto'
   )
@@ -298,71 +231,84 @@ def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   tokens_BT = np.random.default_rng(0).integers(0, V, (2, 16))
   with torch.no_grad():
     expected = oracle(torch.from_numpy(tokens_BT)).logits.numpy()
-  model = llama.make(config.model)
-  apply = jax.jit(build.stored_apply(config, model))
+  apply = jax.jit(program_of(config).model.apply)
   # Logits of order 0.1 to 1, float32 on both sides.
   np.testing.assert_allclose(apply(params, tokens_BT), expected, atol=1e-5)
   # No dense copy: its temporaries do not grow with the layers.
   sizes = []
   for layers in (2, 18):
     deep = settings({'num_layers': layers, 'hidden_size': 64})
-    make = build._init_fn(deep, llama.make(deep.model))
-    shapes = jax.eval_shape(make, jax.random.key(0))
-    deep_apply = build.stored_apply(deep, llama.make(deep.model))
-    compiled = jax.jit(deep_apply).lower(shapes, tokens_BT).compile()
+    built = program_of(deep)
+    shapes = built.parameters.trained
+    compiled = jax.jit(built.model.apply).lower(shapes, tokens_BT).compile()
     sizes.append(compiled.memory_analysis().temp_size_in_bytes)
   assert sizes[1] - sizes[0] < 4 * (4 * 64 * 64 + 3 * 64 * F)
 
 
 def test_start_from_a_folder_is_on_the_mesh_and_as_stored(full):
   config = dataclasses.replace(full.config, init_from=str(full.folder))
-  parts = build.program(config, jax.devices()[:1])
-  now = build.new_state(parts)
-  assert jax.tree.structure(now) == jax.tree.structure(parts.abstract_state)
+  built = program_of(config)
+  numbers = optimizer.numbers(config.optim, config.steps)
+  now, frozen = built.start(jax.random.key(0), numbers)
+  assert frozen == {}
+  assert jax.tree.structure(now) == jax.tree.structure(built.abstract_state)
   for found, expected in zip(
-    jax.tree.leaves(now), jax.tree.leaves(parts.abstract_state), strict=True
+    jax.tree.leaves(now), jax.tree.leaves(built.abstract_state), strict=True
   ):
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert found.sharding == expected.sharding
 
 
-# What a run says about itself.
+# Adapters.
 
 
-def run_of(config):
-  parts = build.program(config, jax.devices()[:1])
-  return types.SimpleNamespace(
-    config=config,
-    model=parts.model,
-    tx=parts.tx,
-    mesh=parts.mesh,
-    abstract_state=parts.abstract_state,
+def with_adapters(adapter, bits):
+  """The plain weights, and as stored with adapters that change something."""
+  plain = jax.jit(llama.make(settings().model).init)(jax.random.key(0))
+  beside = jax.jit(functools.partial(adapters.init, adapter))(
+    plain, jax.random.key(1)
+  )
+  beside = jax.tree.map(
+    lambda x: x + 0.05 * np.sin(np.arange(x.size, dtype='f')).reshape(x.shape),
+    beside,
+  )
+  stored = plain
+  if bits is not None:
+    layers = optim.quantized_weights.quantize_weights(plain['layers'])
+    stored = {**plain, 'layers': layers}
+  return plain, adapters.combine(stored, beside)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'bits'), [('lora', 8), ('gradnormlorp', None)]
+)
+def test_export_folds_adapters_into_their_kernels(tmp_path, kind, bits):
+  """Also beside codes: what is written is the plain model, with no grid."""
+  adapter = adapters.AdapterConfig(kind=kind, rank=2)
+  plain, params = with_adapters(adapter, bits)
+  export(tmp_path / 'hf', params, settings().model, adapter)
+  assert not (tmp_path / 'hf' / folders.GRID_FILE).exists()
+  shapes = jax.eval_shape(lambda: plain)
+  found = hf.load_params(tmp_path / 'hf', llama.HF_TENSORS, shapes)
+  exact = optim.quantized_weights.dequantize_weights(params, jnp.float32)
+  # The same sums, one layer at a time: float32 rounding.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    found,
+    jax.jit(functools.partial(adapters.merge, adapter))(exact),
   )
 
 
-@pytest.mark.parametrize('clip', [None, 1.0])
-def test_memory_is_that_of_a_count_by_hand(clip):
-  config = settings(name='galore', clip_global_norm=clip)
-  table = results.memory(run_of(config))
-  entries = PROJECTED + NORMS + AROUND
-  one = (PROJECTED + NORMS) // L
-  assert table['parameters'] == {
-    'this run': PROJECTED + 8 * BLOCKS + 4 * (NORMS + AROUND),
-    'adamw': 4 * entries,
-  }
-  # Waiting for the norm: what is left of the projected kernels, R of 32 rows.
-  left = L * R * (4 * D + 3 * F) + NORMS if clip else 0
-  assert table['gradients'] == {
-    'this run': 4 * (AROUND + one + left),
-    'adamw': 4 * entries,
-  }
-  assert table['moments']['adamw'] == 8 * entries
-
-
-def test_dry_run_counts_the_state_of_the_run():
-  config = settings({'param_dtype': 'bfloat16'})
-  rows = build.dry_run(config)
-  assert sum(np.prod(row.shape) for row in rows) == PROJECTED + NORMS + AROUND
-  held = optim.inspect.tree_bytes(run_of(config).abstract_state.opt_state)
-  # Beside what belongs to a parameter there are some counts.
-  assert 0 <= held - sum(row.state_bytes for row in rows) < 64
+def test_merged_stacks_are_made_layer_by_layer():
+  adapter = adapters.AdapterConfig(kind='lora', rank=2, rules=('q_proj',))
+  plain, params = with_adapters(adapter, 8)
+  found = folders.merged(params, adapter, 'float32')
+  assert jax.tree.structure(
+    found, is_leaf=lambda x: isinstance(x, folders.LayerByLayer)
+  ) == jax.tree.structure(plain)
+  for name in ('q_proj', 'k_proj'):
+    kernel = found['layers']['attn'][name]['kernel']
+    assert isinstance(kernel, folders.LayerByLayer)
+    assert kernel.shape == (L, D, D) and kernel[1].shape == (D, D)
+    assert bool(kernel.arrays) == (name == 'q_proj')
+  assert found['lm_head']['kernel'] is params['lm_head']['kernel']

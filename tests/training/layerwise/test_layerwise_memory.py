@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import layerwise_step
-from gnlorp_jax import build
+from gnlorp_jax.recipes.pretrain import recipe
 
 # 8, 16, 32 layers, and one more, which is no other axis of the model.
 LAYERS = 9, 17, 33
@@ -63,8 +63,8 @@ def compiled(layers, options):
     mode='layerwise',
     **{'clip_global_norm': None, **options},
   )
-  program = build.program(run, jax.devices()[:1])
-  return layerwise_step.compile_step(program, COMPILER_OPTIONS)
+  planned = recipe.plan(run, jax.devices()[:1])
+  return layerwise_step.compile_step(planned, COMPILER_OPTIONS)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -11,10 +11,11 @@ import pytest
 import scipy.fft
 
 from benchmarks import harness, refresh, refresh_report, refresh_runs
-from gnlorp_jax import build, config
+from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import inspect
 from gnlorp_jax.optim.projections import svd
+from gnlorp_jax.recipes.pretrain import data, recipe
 
 TINY = llama.LlamaConfig(
   vocab_size=300,
@@ -201,23 +202,24 @@ def settings(tmp_path_factory):
 @pytest.mark.usefixtures('compiled_once')
 def test_saved_gradients_are_those_of_the_batch_at_hand(settings, tmp_path):
   path = tmp_path / 'folder' / 'tiny.npz'
-  row = refresh_runs.save_gradients(
-    build.build(settings(5)), 2, path, clock(10)
-  )
+  prepared = recipe.prepare(settings(5))
+  row = refresh_runs.save_gradients(prepared, 2, path, clock(10))
   assert row['steps'] == [1, 3, 5] and len(row['losses']) == 3
   assert row['batch_tokens'] == 32 and 'left_out' not in row
   found = refresh_runs.read_gradients(path)
   assert set(found) == {
     (k, kind) for k in (0, 1) for kind in refresh_runs.KINDS
   }
-  run = build.build(settings(5))
-  batch = next(run.train_batches)
+  run = recipe.make_run(prepared, prepared.config)
+  batch = next(run.batches)
+  run.batches.close()
 
   def mean_loss(params):
-    loss, weight = run.loss_fn(params, batch)
+    loss, weight = prepared.program.objective.loss(params, batch)
     return loss / weight
 
-  layers = jax.jit(jax.grad(mean_loss))(run.new_state().params)['layers']
+  state, _ = run.start()
+  layers = jax.jit(jax.grad(mean_loss))(state.params)['layers']
   for (layer, kind), grads in found.items():
     assert list(grads) == [1, 3, 5]
     group = 'mlp' if kind in ('gate', 'up', 'down') else 'attn'
@@ -226,18 +228,20 @@ def test_saved_gradients_are_those_of_the_batch_at_hand(settings, tmp_path):
     assert grads[1].shape == ((24, 16) if group == 'mlp' else (16, 16))
     np.testing.assert_allclose(grads[1], wanted, rtol=1e-3, atol=1e-6)
     assert not np.allclose(grads[3], grads[1])
-  row = refresh_runs.save_gradients(run, 2, path, clock(0))
+  row = refresh_runs.save_gradients(prepared, 2, path, clock(0))
   assert row['steps'] == [] and row['left_out'].startswith('steps from 1 on')
 
 
 @pytest.mark.usefixtures('compiled_once')
 def test_a_run_ends_with_the_mean_loss_of_held_out_text(settings):
-  row = refresh_runs.loss_row(build.build(settings(5)), 2)
-  run = build.build(settings(5))
+  prepared = recipe.prepare(settings(5, eval_batches=2))
+  row = refresh_runs.loss_row(prepared)
+  run = recipe.make_run(prepared, prepared.config)
   params, losses = refresh_runs.train(run)
   assert row['train_loss'] == pytest.approx(np.mean(losses))
-  batches = run.eval_batches()
-  sums = [run.loss_fn(params, next(batches)) for _ in range(2)]
+  batches = data.evaluation_batches(prepared.config, prepared.text)()
+  loss = prepared.program.objective.loss
+  sums = [loss(params, next(batches)) for _ in range(2)]
   batches.close()
   losses, weights = np.float64(sums).T
   assert row['eval_loss'] == pytest.approx(losses.sum() / weights.sum())
@@ -248,7 +252,8 @@ def test_ways_differ_in_what_they_keep(settings):
   for way, variant in refresh_runs.variants(TINY.hidden_size).items():
     optim = refresh_runs.loss_optimizer(variant, 1e-2)
     optim = dataclasses.replace(optim, rank=4)
-    state = build.program(settings(6, optim=optim)).abstract_state.opt_state
+    program = recipe.plan(settings(6, optim=optim)).program
+    state = program.abstract_state.opt_state
     kept[way] = inspect.state_bytes(state)['bases']
   # Two layers of seven kernels, whose shorter axis is 16 throughout.
   floats = 2 * 7 * 16 * 4 * 4

@@ -1,5 +1,6 @@
 """The comparison of tuned optimizers over seeds, on a tiny model and text."""
 
+import functools
 import json
 import math
 import statistics
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import quality, quality_rows
-from gnlorp_jax import build
+from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim.inspect import tree_bytes
+from gnlorp_jax.recipes.pretrain import data, recipe
 from gnlorp_jax.training import sharding
 
 MODEL = llama.LlamaConfig(
@@ -74,8 +76,8 @@ def keys(rows):
 
 
 def assert_is_a_run_of_the_library(row, folder, **options):
-  """The same run by `build`, whose learning rate is a constant."""
-  run = build.build(
+  """The same run, step by step."""
+  prepared = recipe.prepare(
     TrainConfig(
       steps=STEPS,
       batch_size=2,
@@ -90,25 +92,26 @@ def assert_is_a_run_of_the_library(row, folder, **options):
       mesh=MeshConfig(data=1),
     )
   )
-  state = run.new_state()
+  run = recipe.make_run(prepared, prepared.config)
+  state, frozen = run.start()
 
   def evaluate():
     sums = np.zeros(2)
-    stream = run.eval_batches()
+    stream = data.evaluation_batches(prepared.config, prepared.text)()
     for _ in range(3):
       placed = sharding.put_batch(next(stream), run.mesh)
-      sums += run.eval_step(state.params, placed)
+      sums += prepared.program.eval_step(state.params, placed, frozen)
     stream.close()
     return sums[0] / sums[1]
 
   losses, evals = [], [evaluate()]
   for number in range(1, STEPS + 1):
-    batch = sharding.put_batch(next(run.train_batches), run.mesh)
-    state, values = run.train_step(state, batch)
+    batch = sharding.put_batch(next(run.batches), run.mesh)
+    state, values = run.train_step(state, batch, frozen)
     losses.append(float(values['loss']))
     if number in (4, STEPS):
       evals.append(evaluate())
-  run.train_batches.close()
+  run.batches.close()
   steps, found = zip(*row['train'], strict=True)
   assert steps == tuple(range(1, STEPS + 1))
   np.testing.assert_allclose(found, losses, rtol=1e-5)
@@ -121,15 +124,21 @@ def assert_is_a_run_of_the_library(row, folder, **options):
 
 @pytest.fixture
 def built(monkeypatch):
-  """The optimizers that are built: one for shapes, one for each trace."""
+  """The optimizers that are built: one for states, one for each trace."""
   found = []
-  optimizer = build.optimizer
 
-  def counting(config, *arguments):
-    found.append(config.name)
-    return optimizer(config, *arguments)
+  def count(name):
+    alias = getattr(optim, name)
 
-  monkeypatch.setattr(build, 'optimizer', counting)
+    @functools.wraps(alias)
+    def counting(*arguments, **options):
+      found.append(name)
+      return alias(*arguments, **options)
+
+    monkeypatch.setattr(optim, name, counting)
+
+  count('adamw')
+  count('gradnormlorp')
   return found
 
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-SUITE = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'gpu_suite.sh'
+SUITE = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'gpu_suite.sh'
 
 # Stands for the interpreter: notes its words, and does as the script's file in
 # the folder `acts` says with $output set.

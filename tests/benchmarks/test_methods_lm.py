@@ -95,7 +95,8 @@ def call(tmp_path):
 
 @jax.jit
 def value_and_grad(params, rows):
-  return jax.value_and_grad(methods_lm.loss_fn)(params, rows, CONFIG)
+  batch = reference_curves.split(rows)
+  return jax.value_and_grad(methods_lm.loss_fn)(params, batch, CONFIG)
 
 
 def test_loss_and_gradients_are_those_of_the_reference_protocol():
@@ -167,8 +168,9 @@ def test_one_executable_serves_all_rates_and_rows_say_how_they_ended(
     '2/6 full, lr 0.01',
     '3/6 low_rank, lr 0.02',
   ]
-  # Each method: the executable, and the shapes of the state for each row.
-  assert sorted(traced) == ['full'] * 4 + ['low_rank'] * 4
+  # Each method: the first state, the executable, and the shapes of the state
+  # for each row.
+  assert sorted(traced) == ['full'] * 5 + ['low_rank'] * 5
   # A rate that were compiled in would give equal curves.
   assert len({tuple(row['train_loss']) for row in rows[:3]}) == 3
   assert_follows_single_steps(rows[0])
