@@ -296,7 +296,7 @@ def compilations():
 def take_all(run):
   """A run without its files: start, steps, evaluation, a row of metrics."""
   state, frozen = run.start()
-  for number in range(2):
+  for _ in range(2):
     state, values = run.train_step(state, put(run, next(run.batches)), frozen)
   run.evaluate(state.params, frozen)
   values = {f'train/{name}': value for name, value in values.items()}
