@@ -24,9 +24,8 @@ _logger = logging.getLogger(__name__)
 LabelRules = tuple[tuple[str, str], ...]
 
 # The factors of adapters, where an optimizer projects them.
-_ADAPTER_RULES: LabelRules = ((r'/lora_[ab]$', 'low_rank'), ('.*', 'full'))
+_FACTORS_LOW_RANK: LabelRules = ((r'/lora_[ab]$', 'low_rank'),)
 _ALL_FULL: LabelRules = (('.*', 'full'),)
-_ALL_LOW_RANK: LabelRules = (('.*', 'low_rank'),)
 
 # Optimizers that compare a gradient with its image along an axis that is not
 # compressed, or whose moments keep one: `side` cannot be both.
@@ -64,7 +63,7 @@ def label_rules(
   model_rules: LabelRules,
   *,
   adapted: bool,
-  factors_alone: bool = False,
+  only_factors: bool = False,
 ) -> LabelRules:
   """Which parameters are trained how: the configuration's rules, or defaults.
 
@@ -72,11 +71,13 @@ def label_rules(
     config: The optimizer.
     model_rules: The rules of the model's family, for its own weights.
     adapted: Whether adapters train in place of the model's kernels.
-    factors_alone: Whether the factors of adapters are all that trains.
+    only_factors: Whether nothing but their factors trains: no magnitude, and
+      no head beside them.
 
   Returns:
-    Pairs (regex, label). An optimizer with subspaces projects the factors of
-    adapters; one without treats all that trains alike.
+    Pairs (regex, label), each of which some parameter needs. An optimizer with
+    subspaces projects the factors of adapters; one without treats all that
+    trains alike.
   """
   if config.param_labels is not None:
     return config.param_labels
@@ -84,8 +85,7 @@ def label_rules(
     return model_rules
   if not has_subspaces(config):
     return _ALL_FULL
-  # A rule that decides about nothing is an error.
-  return _ALL_LOW_RANK if factors_alone else _ADAPTER_RULES
+  return _FACTORS_LOW_RANK + (() if only_factors else _ALL_FULL)
 
 
 def for_adapters(config: OptimConfig) -> OptimConfig:

@@ -5,7 +5,8 @@ train_glue.py, and three of its own: --device, --devices and --json. It reads no
 data. Weights and optimizer state are counted exactly. With the CUDA wheels (pip
 install 'gnlorp_jax[cuda]'), XLA compiles the training step for the GPU and says
 what it takes; without them the rest is a lower bound. If the run does not fit,
-changes that lower its memory are tried one by one.
+changes that lower its memory are tried one by one. With PLAN_TRACEBACK set in
+the environment, an error shows where it arose.
 
   python -m gnlorp_jax.plan --config configs/llama_7b.py --device rtx4090
   python -m gnlorp_jax.plan --config configs/llama_7b.py --devices 8 \

@@ -75,13 +75,15 @@ def report(settings: Settings, args: list[str]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
   """Silences what building a program warns of."""
-  logger = logging.getLogger('gnlorp_jax.compose')
-  level = logger.level
-  logger.setLevel(logging.ERROR)
+  loggers = [logging.getLogger(f'gnlorp_jax.{x}') for x in ('compose', 'optim')]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.ERROR)
   try:
     yield
   finally:
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
 
 
 def print_plan(

@@ -152,13 +152,16 @@ def changes(settings: Settings) -> Iterator[list[Change]]:
   if settings.step.mode == 'layerwise' and waits:
     waiting = ({'step.accumulate': 'gradient', 'step.clipping': 'recompute'},)
   for family in (waiting, *_FAMILIES):
-    fresh = [
-      {name: v for name, v in change.items() if field(settings, name) != v}
-      for change in family
-    ]
-    yield [change for change in fresh if change]
+    yield _fresh(settings, *family)
+  is_adapted = settings.adapter.kind is not None
+  if is_adapted and settings.step.mode == 'whole':
+    yield _fresh(settings, {'step.weight_bits': 8})
   if rank := settings.optim.rank:
     yield [{'optim.rank': max(rank // by, 1)} for by in (2, 4)]
+  # Weights that are drawn at random have to train themselves.
+  if settings.init_from is not None and not is_adapted:
+    lora: Change = {'adapter.kind': 'lora'}
+    yield _fresh(settings, lora, {**lora, 'step.weight_bits': 8})
   mesh = sharding.make_mesh(
     settings.mesh.data, settings.mesh.fsdp, devices=settings.devices
   )
@@ -173,6 +176,15 @@ def changes(settings: Settings) -> Iterator[list[Change]]:
     {'devices': times * settings.devices, 'mesh.fsdp': times * fsdp}
     for times in (2, 4, 8)
   ]
+
+
+def _fresh(settings: Settings, *family: Change) -> list[Change]:
+  """The changes without what is so already."""
+  fresh = [
+    {name: v for name, v in change.items() if field(settings, name) != v}
+    for change in family
+  ]
+  return [change for change in fresh if change]
 
 
 def field(settings: Any, name: str) -> Any:

@@ -249,17 +249,14 @@ def test_rules_are_those_asked_for_or_what_suits(config, adapted, expected):
   assert found == expected
 
 
-@pytest.mark.parametrize(
-  ('name', 'label'), [('gradnormlorp', 'low_rank'), ('adamw', 'full')]
-)
-def test_factors_alone_need_one_rule(name, label):
-  found = optimizer.label_rules(
-    OptimConfig(name=name),
-    llama.LABEL_RULES,
-    adapted=True,
-    factors_alone=True,
+def test_rules_of_factors_alone_name_nothing_else():
+  options = {'adapted': True, 'only_factors': True}
+  found = optimizer.label_rules(OptimConfig(), llama.LABEL_RULES, **options)
+  assert found == (('/lora_[ab]$', 'low_rank'),)
+  adam = OptimConfig(name='adamw')
+  assert optimizer.label_rules(adam, llama.LABEL_RULES, **options) == (
+    ('.*', 'full'),
   )
-  assert found == (('.*', label),)
 
 
 def test_factors_of_adapters_are_projected_on_both_sides():

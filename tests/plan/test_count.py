@@ -9,16 +9,23 @@ import dataclasses
 import jax
 import pytest
 
-from gnlorp_jax import build, plan
+from gnlorp_jax import plan
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.compose.settings import AdapterOptions
 from gnlorp_jax.config import MeshConfig, OptimConfig, StepConfig
 from gnlorp_jax.plan.accelerators import ACCELERATORS
+from gnlorp_jax.recipes.pretrain import recipe
 
 TABLE = 64 * 128  # Elements of the embedding, and of the head.
 KERNELS = 2 * (4 * 128 * 128 + 3 * 128 * 256)
+# Of a LoRA of rank 4 beside every kernel: each has in + out rows.
+FACTORS = 2 * 4 * (4 * (128 + 128) + 3 * (128 + 256))
 SCALES = 2 * 2 * 128 + 128
 BATCH = 8 * 16 * 3 * 4  # Inputs, targets and weights.
 INPUTS = 2 * 8 * 16 * 128 * 4  # Of both blocks.
 COUNTED = ('weights', 'moments', 'bases', 'errors', 'other')
+ADAMW = OptimConfig(name='adamw')  # Compiles faster than what has subspaces.
+LORA = AdapterOptions(kind='lora', rank=4)
 
 
 @pytest.fixture
@@ -77,24 +84,40 @@ def test_error_buffers_by_hand(bound_of):
   assert bound_of(optim=optim)['errors'] == 4 * KERNELS
 
 
-@pytest.mark.parametrize(('data', 'fsdp'), [(1, 1), (4, 1), (2, 2), (1, 4)])
-def test_what_a_device_really_holds(data, fsdp, settings):
+@pytest.mark.parametrize(
+  ('data', 'fsdp', 'changes'),
+  [
+    (1, 1, {}),
+    (4, 1, {}),
+    (2, 2, {}),
+    (1, 4, {}),
+    (2, 2, {'adapter': LORA, 'step': StepConfig(weight_bits=8)}),
+  ],
+)
+def test_what_a_device_really_holds(data, fsdp, changes, settings):
   """The oracle are arrays on four devices of the CPU, moments in 8 bits."""
   run = settings(
     devices=data * fsdp,
     mesh=MeshConfig(data=data, fsdp=fsdp),
     optim=OptimConfig(name='galore', rank=64, moment_bits=8),
+    **changes,
   )
-  parts = build.program(run, jax.devices()[: run.devices])
-  held = sum(
-    leaf.addressable_shards[0].data.nbytes
-    for leaf in jax.tree.leaves(build.new_state(parts))
+  program = recipe.plan(run, jax.devices()[: run.devices]).program
+  state, frozen = program.start(
+    jax.random.key(0), optimizer.numbers(run.optim, run.steps)
   )
   found = plan.lower_bound(run)
-  assert sum(found.components[name] for name in COUNTED) == held
+  assert sum(found.components[name] for name in COUNTED) == held(state)
+  assert found.components.get('frozen_weights', 0) == held(frozen)
   assert found.components['batch'] == BATCH // run.devices
   assert found.components['saved_activations'] == INPUTS // run.devices
   assert found.mesh == {'data': data, 'fsdp': fsdp}
+
+
+def held(tree):
+  """Bytes of arrays on the first device."""
+  leaves = jax.tree.leaves(tree)
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
 
 def test_arrays_split_over_four_devices_by_hand(bound_of):
@@ -131,6 +154,36 @@ def test_weights_in_8_bits_by_hand(bound_of):
   assert rest + KERNELS < found['weights'] <= rest + KERNELS * (1 + 8 / 256)
 
 
+def test_adapters_beside_frozen_weights_by_hand(bound_of):
+  found = bound_of(adapter=LORA, optim=ADAMW)
+  assert found['weights'] == 4 * FACTORS
+  assert found['frozen_weights'] == 4 * (2 * TABLE + KERNELS + SCALES)
+  assert found['moments'] == 2 * 4 * FACTORS
+  # The embedding has no gradient, whose place the others could take.
+  assert found['gradients'] == 4 * FACTORS
+  assert found['saved_activations'] == INPUTS
+
+
+@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+def test_adapters_beside_8_bits_by_hand(mode, bound_of):
+  step = StepConfig(mode=mode, weight_bits=8)
+  found = bound_of(adapter=LORA, optim=ADAMW, step=step, micro_batches=2)
+  assert found['weights'] == 4 * FACTORS
+  rest = 4 * (2 * TABLE + SCALES)
+  assert rest + KERNELS < found['frozen_weights']
+  assert found['frozen_weights'] <= rest + KERNELS * (1 + 8 / 256)
+  # Layer by layer that of one factor; else also sums over micro-batches.
+  gradients = {'whole': 2 * 4 * FACTORS, 'layerwise': 4 * 4 * 256}
+  assert found['gradients'] == gradients[mode]
+
+
+def test_projected_adapters_of_a_model_without_a_new_head(bound_of):
+  """Nothing but factors trains: there is no rule for anything else."""
+  found = bound_of(adapter=LORA)
+  assert found['weights'] == 4 * FACTORS
+  assert 0 < found['moments'] < 2 * 4 * FACTORS
+
+
 # The verdict.
 
 
@@ -145,8 +198,6 @@ def test_verdict_at_the_border():
 
 # The compiler for GPUs, which needs none.
 
-# Compiles faster than a method that refreshes subspaces.
-ADAMW = OptimConfig(name='adamw')
 HALF = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16', 'remat': True}
 
 
@@ -190,12 +241,28 @@ def test_compiled_plan_adds_up(device, compact):
     {'optim': ADAMW, 'model': {}},
     {'optim': ADAMW, 'step': StepConfig(mode='layerwise')},
     {'optim': ADAMW, 'devices': 4, 'mesh': MeshConfig(fsdp=4)},
+    {
+      'optim': ADAMW,
+      'adapter': LORA,
+      'step': StepConfig(mode='layerwise', weight_bits=8),
+    },
   ],
-  ids=['galore', 'micro-batches', 'float32', 'layerwise', 'fsdp'],
+  ids=['galore', 'micro-batches', 'float32', 'layerwise', 'fsdp', 'lora'],
 )
 def test_lower_bound_is_one(changes, compact):
   run = compact(**changes)
   assert plan.lower_bound(run).peak < plan.compiled(run).peak
+
+
+@pytest.mark.slow
+def test_frozen_weights_are_arguments(compact):
+  found = plan.compiled(compact(optim=ADAMW, adapter=LORA))
+  parts = found.components
+  given = sum(parts[x] for x in (*COUNTED, 'frozen_weights', 'batch'))
+  assert found.xla['argument'] == given
+  # Nothing of them is written.
+  assert found.xla['output'] < given - parts['frozen_weights'] + 100
+  assert found.peak < given + found.xla['temp'] + parts['frozen_weights']
 
 
 @pytest.mark.slow

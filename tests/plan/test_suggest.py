@@ -56,6 +56,32 @@ def test_suggestions_leave_out_what_is_so_already(settings):
       assert plan.replace(run, change) != run
 
 
+def offered(run):
+  return [change for family in plan.changes(run) for change in family]
+
+
+def test_adapters_are_suggested_where_there_are_weights_to_start_from(settings):
+  lora = {'adapter.kind': 'lora'}
+  assert lora not in offered(settings())
+  fine_tuning = plan.GluePlanConfig.parse(['--method', 'full'], '')
+  assert lora in offered(fine_tuning)
+  assert {**lora, 'step.weight_bits': 8} in offered(fine_tuning)
+  adapted = plan.replace(fine_tuning, lora)
+  assert not any('adapter.kind' in change for change in offered(adapted))
+  assert {'step.weight_bits': 8} in offered(adapted)
+  assert {'step.weight_bits': 8} not in offered(fine_tuning)
+
+
+def test_fine_tuning_that_does_not_fit_may_with_adapters(limited_gpu):
+  run = plan.GluePlanConfig.parse(['--method', 'full', '--init-from=tiny'], '')
+  bound = plan.lower_bound(run)
+  limited_gpu(bound.peak - 1)
+  found = {s.options: s for s in plan.suggestions(run, bound, bound)}
+  saves = found['--adapter.kind lora'].saves
+  assert saves > found['--optim.moment-bits 8'].saves > 0
+  assert found['--adapter.kind lora --step.weight-bits 8'].saves > saves
+
+
 @pytest.mark.slow
 def test_compiled_suggestion_is_exact(
   settings, wheels, limited_gpu, monkeypatch

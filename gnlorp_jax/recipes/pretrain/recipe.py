@@ -92,7 +92,7 @@ def plan(
       optim,
       family.LABEL_RULES,
       adapted=adapter is not None,
-      factors_alone=adapter is not None and adapter.kind == 'lora',
+      only_factors=config.adapter.kind == 'lora',
     ),
     read=_reader(config),
     seed=config.seed,
