@@ -161,6 +161,7 @@ SHAPING = [
   ({'part': (0, 80)}, 'data.training_part [0, 90] != [0, 80]'),
 ]
 CHANGING = [
+  {'model__compute_dtype': 'bfloat16'},
   {'steps': 7},
   {'optim__learning_rate': 1.0},
   {'optim__clip_global_norm': 0.5},
@@ -172,7 +173,6 @@ CHANGING = [
   {'data__validation_source': 'x'},
 ]
 FREE = [
-  {'model__compute_dtype': 'bfloat16'},
   {'model__remat': True},
   {'model__initializer_std': 0.1},
   {'model__max_seq_len': 16},
