@@ -296,13 +296,13 @@ def compilations():
 def take_all(run):
   """A run without its files: start, steps, evaluation, a row of metrics."""
   state, frozen = run.start()
-  for number in range(2):
+  for _ in range(2):
     state, values = run.train_step(state, put(run, next(run.batches)), frozen)
   run.evaluate(state.params, frozen)
   values = {f'train/{name}': value for name, value in values.items()}
   values |= run.instruments.stats(state.opt_state)
   run.constants()
-  return run.instruments.row(number + 1, jax.device_get(values))
+  return run.instruments.row(2, jax.device_get(values))
 
 
 @pytest.mark.parametrize('method', ['lora', 'gradnormlorp'])
