@@ -14,12 +14,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from gnlorp_jax.finetune_config import FinetuneConfig
 
 import train_glue
-from gnlorp_jax import config, finetune, finetune_data
-from gnlorp_jax.models import roberta
-from gnlorp_jax.training import metrics
+from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.recipes.glue import evaluation, recipe, settings, tasks
+from gnlorp_jax.training import loop, metrics
 from gnlorp_jax.training.checkpoint import Checkpointer
 
 # What depends on the clock, the machine or the process.
@@ -27,13 +26,14 @@ TIMES = ('seconds_per_step', 'wall_seconds', 'peak_device_bytes')
 
 # Dropout of both kinds, so that a step depends on its seeds.
 OPTIONS = [
-  *('--rank', '2', '--batch-size', '8', '--eval-batch-size', '8'),
-  *('--epochs', '3', '--log-every', '1', '--update-proj-gap', '2'),
-  *('--dropout', '0.1', '--adapter-dropout', '0.1', '--mesh.data', '1'),
+  *('--optim.rank', '2', '--adapter.rank', '2', '--batch-size', '8'),
+  *('--eval-batch-size', '8', '--optim.update-proj-gap', '2'),
+  *('--epochs', '3', '--log-every', '1', '--mesh.data', '1'),
+  *('--dropout', '0.1', '--adapter.dropout', '0.1'),
   *('--data.max-train-examples', '24', '--data.max-dev-examples', '100'),
   *('--keep', 'all'),
 ]
-LORA = [*OPTIONS, '--method', 'lora', '--learning-rate', '0.001']
+LORA = [*OPTIONS, '--method', 'lora', '--optim.learning-rate', '0.001']
 RUN = 'demo/lora/lr0.001_seed0'
 
 
@@ -48,8 +48,10 @@ def whole(tmp_path_factory, compiled_once):
   return folder
 
 
-def parsed(args):
-  return config.override(FinetuneConfig(), args, '')
+def loaded(args):
+  """Settings and examples of a command line."""
+  config = settings.parse(args, '')
+  return config, tasks.load_task(config, tasks.find_tasks(config)[0])
 
 
 def read(folder):
@@ -63,7 +65,11 @@ def without_times(result):
 
 
 def rows_of(folder):
-  return metrics.read_metrics(folder / RUN / 'metrics.jsonl')
+  """The metrics, apart from measured time."""
+  rows = metrics.read_metrics(folder / RUN / 'metrics.jsonl')
+  for row in rows:
+    row.pop('train/tokens_per_second', None)
+  return rows
 
 
 def arrays_of(folder, kind, like):
@@ -74,11 +80,8 @@ def arrays_of(folder, kind, like):
 def assert_same_run(found, expected):
   assert without_times(read(found)) == without_times(read(expected))
   assert rows_of(found) == rows_of(expected)
-  settings = parsed([*LORA, '--run-dir', str(expected)])
-  data = finetune_data.load_task(
-    settings, finetune_data.find_tasks(settings)[0]
-  )
-  like = finetune.program(settings, data, 'lora').compiled.abstract_state
+  config, data = loaded([*LORA, '--run-dir', str(expected)])
+  like = recipe.prepare(config, data, 'lora').program.abstract_state
   for kind, tree in (('checkpoints', like), ('best', like.params)):
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -120,11 +123,11 @@ def test_checkpoint_holds_what_trains_alone(whole):
 
 def test_exported_model_says_what_the_predictions_say(whole):
   folder = whole / RUN / 'hf'
-  model, params = roberta.load_classifier(folder, 2, jax.random.key(0))
-  settings = parsed([*LORA, '--run-dir', str(whole), '--model', str(folder)])
-  data = finetune_data.load_task(
-    settings, finetune_data.find_tasks(settings)[0]
-  )
+  architecture = roberta.config_from_hf(hf.load_config(folder))
+  model = roberta.make_classifier(architecture, 2)
+  params = roberta.load_classifier(folder, architecture, 2, jax.random.key(0))
+  words = [*LORA, '--run-dir', str(whole), '--init-from', str(folder)]
+  _, data = loaded(words)
   split = data.predicted['test']
   tokens = np.full((len(split.encoded), data.max_length), 1, np.int32)
   for row, ids in zip(tokens, split.encoded, strict=True):
@@ -141,7 +144,7 @@ def test_finished_run_is_not_repeated(whole):
   assert (whole / RUN / 'result.json').stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize('change', [['--rank', '3'], ['--epochs', '4']])
+@pytest.mark.parametrize('change', [['--adapter.rank', '3'], ['--epochs', '4']])
 def test_other_settings_in_the_same_run_directory_are_refused(
   whole, change, capsys
 ):
@@ -151,7 +154,8 @@ def test_other_settings_in_the_same_run_directory_are_refused(
   name, value = change[0][2:], change[1]
   found = capsys.readouterr().err
   assert 'was made with other settings' in found
-  assert f'{name} {dict(rank=2, epochs=3)[name]} != {value}' in found
+  before = {'adapter.rank': 2, 'epochs': 3}[name]
+  assert f'{name} {before} != {value}' in found
 
 
 @pytest.mark.parametrize('number', [4, 6, 9])
@@ -194,7 +198,7 @@ def test_killed_run_ends_as_the_whole_one(whole, tmp_path, monkeypatch, owner):
   with monkeypatch.context() as patched:
     patched.setattr(Checkpointer, 'save', killing)
     if owner == 'finish':
-      patched.setattr(train_glue, 'finish', lambda *args: _raise(Killed))
+      patched.setattr(evaluation, 'finish', lambda *_, **__: _raise(Killed))
     with pytest.raises(Killed):
       train_glue.main(args)
   assert not (tmp_path / RUN / 'result.json').exists()
@@ -211,19 +215,15 @@ def test_search_takes_the_best_rate_for_the_other_seeds(tmp_path, monkeypatch):
   ran = []
 
   def fake_train(run, stop):
-    rate = run.program.hyper.learning_rate
-    ran.append((rate, run.seed))
+    rate = float(f'{float(run.instruments.schedule(0)):.3g}')
+    ran.append((rate, run.metadata['seed']))
     found = {'step': 1, 'loss': 1.0, 'matthews_correlation': values[rate]}
-    result = finetune.describe(run) | {
-      'best': found,
-      'last': found,
-      'seconds_per_step': None,
-    }
     run.folder.mkdir(parents=True)
-    (run.folder / 'result.json').write_text(json.dumps(result))
-    return result
+    record = {'best': found, 'last': found, 'seconds_per_step': None}
+    return loop.Outcome(None, None, record)
 
-  monkeypatch.setattr(train_glue, 'train', fake_train)
+  monkeypatch.setattr(loop, 'train', fake_train)
+  monkeypatch.setattr(evaluation, 'finish', lambda *_, **__: None)
   args = [*OPTIONS, '--method', 'lora', '--run-dir', str(tmp_path)]
   args += ['--learning-rates', '0.01,0.02,0.03', '--seeds', '5,6,7']
   train_glue.main(args)
@@ -241,7 +241,7 @@ def test_search_takes_the_best_rate_for_the_other_seeds(tmp_path, monkeypatch):
 def test_model_that_diverges_is_worse_than_any(tmp_path, monkeypatch):
   values = iter([float('nan'), -0.5, float('nan')])
   monkeypatch.setattr(
-    finetune,
+    evaluation,
     'evaluate',
     lambda *args: {'loss': 1.0, 'matthews_correlation': next(values)},
   )
@@ -255,6 +255,67 @@ def test_model_that_diverges_is_worse_than_any(tmp_path, monkeypatch):
   assert result['last']['matthews_correlation'] is None
 
 
+def test_diverged_run_of_a_grid_is_a_result_and_the_grid_goes_on(
+  tmp_path, capsys
+):
+  args = [*OPTIONS, '--method', 'lora', '--run-dir', str(tmp_path)]
+  args += ['--learning-rates', '1e30,1e-3', '--seeds', '0,1']
+  train_glue.main(args)
+  said = ' '.join(capsys.readouterr().out.split())
+  results = json.loads((tmp_path / 'results.json').read_text())
+  found = {(r['learning_rate'], r['seed']): r for r in results}
+  # The search goes on, and takes the other rate for the second seed.
+  assert set(found) == {(1e30, 0), (0.001, 0), (0.001, 1)}
+  diverged = found[1e30, 0]
+  assert diverged['best'] == {'step': None, 'matthews_correlation': None}
+  assert diverged['last'] == diverged['best']
+  assert diverged['diverged'].startswith('The weights are not finite at step')
+  assert 'demo lora lr 1e+30 seed 0 diverged and is given up' in said
+  assert found[0.001, 1]['best']['matthews_correlation'] is not None
+  assert 'no number' not in (tmp_path / 'results.md').read_text()
+  # Nor is it tried once more.
+  before = {r['learning_rate']: r for r in results}
+  train_glue.main(args)
+  again = json.loads((tmp_path / 'results.json').read_text())
+  assert {r['learning_rate']: r for r in again} == before
+
+
+def test_diverged_only_run_ends_with_the_message(tmp_path, capsys):
+  args = [*OPTIONS, '--method', 'lora', '--run-dir', str(tmp_path)]
+  with pytest.raises(SystemExit) as stop:
+    train_glue.main([*args, '--optim.learning-rate', '1e30'])
+  assert stop.value.code == 2
+  found = capsys.readouterr().err
+  assert 'error: The weights are not finite at step' in found
+  assert 'no step can mend them' in found and 'Traceback' not in found
+  assert not list(tmp_path.rglob('result.json'))
+
+
+def test_earlier_command_goes_on_with_the_run_of_todays(whole):
+  before = (whole / RUN / 'result.json').stat().st_mtime_ns
+  earlier = [
+    *('--rank', '2', '--batch-size', '8', '--eval-batch-size', '8'),
+    *('--epochs', '3', '--log-every', '1', '--update-proj-gap', '2'),
+    *('--dropout', '0.1', '--adapter-dropout', '0.1', '--mesh.data', '1'),
+    *('--data.max-train-examples', '24', '--data.max-dev-examples', '100'),
+    *('--keep', 'all', '--method', 'lora', '--learning-rate', '0.001'),
+  ]
+  train_glue.main([*earlier, '--run-dir', str(whole)])
+  assert (whole / RUN / 'result.json').stat().st_mtime_ns == before
+
+
+def test_rows_hold_what_pre_training_writes_too(whole):
+  rows = metrics.read_metrics(whole / RUN / 'metrics.jsonl')
+  trained = [row for row in rows if 'train/loss' in row]
+  assert [row['step'] for row in trained] == list(range(1, 10))
+  for row in trained:
+    assert row['optim/state_bytes'] == read(whole)['optimizer_state_bytes']
+    assert row['train/skipped_steps'] == 0
+    # Lengths differ from batch to batch: a step has no number of tokens.
+    assert 'train/tokens' not in row
+  assert any('train/tokens_per_second' in row for row in trained)
+
+
 def test_help_explains_every_field(capsys):
   with pytest.raises(SystemExit) as stop:
     train_glue.main(['--help'])
@@ -262,19 +323,27 @@ def test_help_explains_every_field(capsys):
   text = capsys.readouterr().out
   for field in ('--task', '--learning-rates', '--data.text-columns', '--keep'):
     assert field in text
+  for field in ('--optim.moment-bits', '--adapter.kind', '--step.weight-bits'):
+    assert field in text
 
 
 def test_mistake_ends_with_one_message(capsys):
   with pytest.raises(SystemExit) as stop:
-    train_glue.main(['--task', 'mrcp', '--model', 'tiny', '--data.source', 'x'])
+    train_glue.main(
+      ['--task', 'mrcp', '--init-from', 'tiny', '--data.source', 'x']
+    )
   assert stop.value.code == 2
   assert "Did you mean 'mrpc'?" in capsys.readouterr().err
 
 
 def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
   for changes, message in (
-    (['--adapter-alpha', '-1'], 'alpha=-1.0 must be positive'),
-    (['--weight-decay', '-1'], 'weight_decay must be in [0, inf), got -1.0'),
+    (['--adapter.alpha', '-1'], 'AdapterOptions.alpha must be positive, got'),
+    (
+      ['--optim.weight-decay', '-1'],
+      'weight_decay must be in [0, inf), got -1.0',
+    ),
+    (['--adapter.rules', 'nothing'], 'nothing'),
     (['--micro-batches', '3'], 'batch_size=8 cannot be split over data=1'),
   ):
     args = [*OPTIONS, '--method', 'full,lora', '--run-dir', str(tmp_path)]
@@ -289,7 +358,7 @@ def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
 def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
   root = pathlib.Path(__file__).parents[1]
   args = [*OPTIONS, '--method', 'lora', '--seeds', '0,1']
-  args += ['--learning-rate', '0.01', '--checkpoint-every', '1']
+  args += ['--optim.learning-rate', '0.01', '--checkpoint-every', '1']
   environment = {
     **os.environ,
     'PYTHONPATH': str(root),

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import harness, methods, record, scaling, scaling_report
 from gnlorp_jax.models import llama
+from gnlorp_jax.models.families import llama as families_llama
 
 V, D, F, L, R = 96, 32, 48, 2, 8
 TINY = llama.LlamaConfig(
@@ -30,7 +31,8 @@ def tiny(monkeypatch):
   """Two presets, the second with twice the layers, and a smaller batch."""
   deep = llama.LlamaConfig(**{**vars(TINY), 'num_layers': 2 * L})
   presets = {'tiny': TINY, 'deep': deep}
-  monkeypatch.setattr(llama, 'PRESETS', presets)
+  for module in (llama, families_llama):  # The face has a name of its own.
+    monkeypatch.setattr(module, 'PRESETS', presets)
   for name, value in {
     'SIZES': tuple(presets),
     'RANKED': ('tiny', (4, 16)),

@@ -219,9 +219,9 @@ def test_remat_changes_memory_but_no_value():
     temporary.append(compiled.memory_analysis().temp_size_in_bytes)
   assert abs(results[0][0] - results[1][0]) < 1e-6
   # The same operations in float32, fused differently, which depends on the
-  # processor too: a gradient is a sum over all tokens, in another order. Rounding
-  # errors of n additions grow with the root of n. 1.02e-6 was seen where XLA
-  # has no AVX-512.
+  # processor too: a gradient is a sum over all tokens, in another order.
+  # Rounding errors of n additions grow with the root of n. 1.02e-6 was seen
+  # where XLA has no AVX-512.
   bound = np.finfo(np.float32).eps * np.sqrt(tokens.size)
   assert relative_error(results[1][1], results[0][1]) < bound
   assert temporary[1] < 0.6 * temporary[0]

@@ -41,9 +41,10 @@ def quick_to_compile():
   jax.config.update('jax_disable_most_optimizations', before)
 
 
-def rank_of(method):
-  """That of these tests; 1 where it is one of 64 pieces of a row of 64."""
-  return 1 if method in ('vlorp', 'projfactor') else 2
+def optim_for(settings, method):
+  """The settings' optimizer, with pieces of rows that this model has."""
+  pieces = {'granularity': 4} if method in ('vlorp', 'projfactor') else {}
+  return optim_of(settings, **pieces)
 
 
 def new_run(prepared, seed=0):
@@ -77,7 +78,7 @@ def copied(tree):
 def test_every_method_trains_and_leaves_the_rest_alone(
   method, settings, prepare
 ):
-  prepared = prepare(method, optim=optim_of(settings, rank=rank_of(method)))
+  prepared = prepare(method, optim=optim_for(settings, method))
   built, run = prepared.program, new_run(prepared)
   state, frozen = run.start()
   before, frozen_before = copied(state.params), copied(frozen)
@@ -118,7 +119,7 @@ def test_every_method_trains_and_leaves_the_rest_alone(
 def test_other_optimizers_train_all_weights_with_less_state(
   method, settings, prepare
 ):
-  optim = optim_of(settings, rank=rank_of(method))
+  optim = optim_for(settings, method)
   built = prepare(method, optim=optim).program
   assert built.parameters.frozen == {}
   full = prepare('full').program
@@ -293,52 +294,46 @@ def compilations():
 
 
 def take_all(run):
-  """A run without its files: start, a step of each shape, an evaluation."""
+  """A run without its files: start, steps, evaluation, a row of metrics."""
   state, frozen = run.start()
   for _ in range(2):
-    state, _ = run.train_step(state, put(run, next(run.batches)), frozen)
+    state, values = run.train_step(state, put(run, next(run.batches)), frozen)
   run.evaluate(state.params, frozen)
-  jax.block_until_ready(run.instruments.stats(state.opt_state))
-  return run.constants()
+  values = {f'train/{name}': value for name, value in values.items()}
+  values |= run.instruments.stats(state.opt_state)
+  run.constants()
+  return run.instruments.row(2, jax.device_get(values))
 
 
 @pytest.mark.parametrize('method', ['lora', 'gradnormlorp'])
 def test_other_rates_seeds_lengths_and_tasks_compile_nothing_anew(
-  method, settings, data, prepare, compilations
+  method, settings, data, compilations
 ):
-  take_all(new_run(prepare(method)))
-  assert 'jit(train_step)' in compilations
+  def prepare(task, optim=None, **changes):
+    optim = optim_of(settings, **{'learning_rate': None} | (optim or {}))
+    changed = dataclasses.replace(settings, optim=optim, **changes)
+    task = dataclasses.replace(data.task, name=task)
+    return recipe.prepare(changed, data._replace(task=task), method)
+
+  first = take_all(new_run(prepare('rte')))
+  jax.jit(lambda x: x + 1)(np.zeros(57))
+  assert 'jit(<lambda>)' in compilations
   compilations.clear()
   # Other rates and seeds, as in a search.
-  searched = prepare(
-    method,
-    learning_rates='1e-3,2e-3',
-    seeds='0,1',
-    optim=optim_of(settings, learning_rate=None),
-  )
+  searched = prepare('rte', learning_rates='1e-3,2e-3', seeds='0,1')
   for rate, seed in ((1e-3, 0), (2e-3, 0), (2e-3, 1)):
-    run = recipe.make_run(searched, rate, seed).run
-    assert run.instruments.schedule(0) == np.float32(rate)
-    take_all(run)
-  # Another length of the run, and a warm-up.
-  take_all(
-    new_run(
-      prepare(method, epochs=3, optim=optim_of(settings, warmup_fraction=0.5))
-    )
-  )
-  # Another task with as many outputs, and other examples.
-  other = data._replace(
-    task=dataclasses.replace(data.task, name='other')
-    if dataclasses.is_dataclass(data.task)
-    else data.task._replace(name='other'),
-    train=data.train._replace(
-      encoded=data.train.encoded[4:], labels=1 - data.train.labels[4:]
-    ),
-  )
-  take_all(new_run(recipe.prepare(settings, other, method)))
-  # Eager arithmetic of the first run is all that is left to compile.
-  assert [n for n in compilations if n.count('_') or 'lambda' in n] == []
-  assert not {'jit(random)', 'jit(evaluate)'} & set(compilations)
+    row = take_all(recipe.make_run(searched, rate, seed).run)
+    # The second of six steps.
+    assert row['optim/learning_rate'] == pytest.approx(rate * 5 / 6)
+  # A longer run, and a warm-up.
+  take_all(new_run(prepare('rte', epochs=3)))
+  take_all(new_run(prepare('rte', {'warmup_fraction': 0.5})))
+  # Another task with as many outputs, and a learning rate of its own.
+  other = take_all(new_run(prepare('mrpc')))
+  assert not compilations
+  if method == 'lora':
+    rates = [row['optim/learning_rate'] for row in (first, other)]
+    np.testing.assert_allclose(rates, np.array([5e-4, 4e-4]) * 5 / 6)
 
 
 def test_report_says_what_trains_and_what_does_not(settings):

@@ -232,14 +232,16 @@ KINDS = {
   llama.LlamaConfig: {
     'fixed': 'vocab_size hidden_size intermediate_size num_layers num_heads '
     'num_kv_heads rms_norm_eps rope_theta tie_embeddings param_dtype',
+    'result': 'compute_dtype',
     # No table of positions has that length.
-    'free': 'max_seq_len initializer_std compute_dtype remat',
+    'free': 'max_seq_len initializer_std remat',
   },
   roberta.RobertaConfig: {
     'fixed': 'vocab_size hidden_size intermediate_size num_layers num_heads '
     'max_seq_len num_types pad_id layer_norm_eps param_dtype',
-    'free': 'hidden_dropout attention_dropout classifier_dropout '
-    'initializer_std compute_dtype remat',
+    'result': 'hidden_dropout attention_dropout classifier_dropout '
+    'compute_dtype',
+    'free': 'initializer_std remat',
   },
 }
 

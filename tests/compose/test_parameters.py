@@ -1,0 +1,388 @@
+"""How a run holds a model's weights: what trains, what stays, in which bits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnlorp_jax import optim
+from gnlorp_jax.compose import optimizer, parameters
+from gnlorp_jax.compose.folders import is_quantized
+from gnlorp_jax.compose.settings import (
+  AdapterOptions,
+  OptimConfig,
+  StepConfig,
+)
+from gnlorp_jax.models import hf, llama, roberta
+from gnlorp_jax.optim.labels import path_name
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
+from gnlorp_jax.training import sharding
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+D, F, V, L = 32, 48, 60, 3  # Width, feed-forward, vocabulary, layers.
+TINY = llama.LlamaConfig(
+  vocab_size=V,
+  hidden_size=D,
+  intermediate_size=F,
+  num_layers=L,
+  num_heads=2,
+  max_seq_len=16,
+)
+EIGHT = StepConfig(mode='layerwise', weight_bits=8)
+
+
+# The architecture.
+
+
+def exported(folder, **changes):
+  config = dataclasses.replace(TINY, **changes)
+  weights = jax.jit(llama.make(config).init)(jax.random.key(0))
+  hf.export(folder, weights, llama.HF_TENSORS, llama.config_to_hf(config))
+  return config
+
+
+def test_architecture_is_that_of_the_folder_to_start_from(tmp_path):
+  found = exported(tmp_path / 'hf', num_layers=1)
+  asked = dataclasses.replace(TINY, compute_dtype='bfloat16', remat=True)
+  assert parameters.architecture(
+    str(tmp_path / 'hf'), asked
+  ) == dataclasses.replace(
+    found, num_kv_heads=2, compute_dtype='bfloat16', remat=True
+  )
+  assert parameters.architecture(None, asked) == asked
+  assert parameters.is_folder(str(tmp_path / 'hf'))
+  assert not parameters.is_folder(None) and not parameters.is_folder('9m')
+
+
+def test_architecture_may_be_a_preset():
+  asked = dataclasses.replace(TINY, param_dtype='bfloat16')
+  assert parameters.architecture('60m', asked) == llama.preset(
+    '60m', param_dtype='bfloat16'
+  )
+  assert parameters.architecture('60m', TINY, num_layers=1).num_layers == 1
+  assert parameters.architecture(None, TINY, num_layers=1).num_layers == 1
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_dropout_of_the_run_may_be_kept(keep):
+  asked = roberta.preset('tiny', hidden_dropout=0.3, param_dtype='bfloat16')
+  found = parameters.architecture('base', asked, keep_dropout=keep)
+  published = roberta.PRESETS['base']
+  assert found.hidden_dropout == (0.3 if keep else published.hidden_dropout)
+  assert found.param_dtype == 'bfloat16'
+  assert found.num_layers == published.num_layers
+
+
+def test_neither_folder_nor_preset_is_told():
+  with pytest.raises(ValueError) as error:
+    parameters.architecture('6m', TINY)
+  assert str(error.value) == (
+    "init_from='6m' is neither a folder nor a preset. Presets: "
+    f'{list(llama.PRESETS)}.'
+  )
+
+
+def test_adapters_have_what_is_given_and_the_usual_otherwise():
+  assert parameters.adapter_config(AdapterOptions(rank=3)) is None
+  found = parameters.adapter_config(AdapterOptions(kind='dora', rank=3))
+  assert (found.kind, found.rank, found.alpha) == ('dora', 3, 16)
+  assert found.dropout == 0
+  rules = ('q_proj/kernel',)
+  found = parameters.adapter_config(
+    AdapterOptions(kind='lora', dropout=0.1, rules=rules)
+  )
+  assert (found.rank, found.dropout, found.rules) == (8, 0.1, rules)
+
+
+# What trains.
+
+
+def settings(model=None, step=None, adapter=None, **changes):
+  return TrainConfig(
+    batch_size=2,
+    model=dataclasses.replace(TINY, **(model or {})),
+    data=DataConfig(seq_len=8),
+    step=step or StepConfig(),
+    adapter=adapter or AdapterOptions(),
+    **{'optim': OptimConfig(name='gradnormlorp', rank=4)} | changes,
+  )
+
+
+def program_of(config):
+  return recipe.plan(config, jax.devices()[:1]).program
+
+
+def plan(config):
+  return program_of(config).parameters
+
+
+def names(tree):
+  return {
+    path_name(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=is_quantized
+    )
+  }
+
+
+ALL = names(jax.eval_shape(llama.make(TINY).init, jax.random.key(0)))
+KERNELS = {n for n in ALL if n.startswith('layers/') and n.endswith('/kernel')}
+
+
+def test_everything_trains_without_adapters_and_rules():
+  found = plan(settings())
+  assert names(found.trained) == ALL and found.frozen == {}
+  assert len(KERNELS) == 7
+  tree = {'a': jnp.ones(2)}
+  assert found.decode(tree) is found.decode_exact(tree) is tree
+  assert found.join(tree, {}) is tree
+  assert found.start_frozen(jax.random.key(0)) == {}
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora', 'gradnormlorp'])
+def test_adapters_alone_train(kind):
+  found = plan(settings(adapter=AdapterOptions(kind=kind, rank=2)))
+  parts = ['lora_a', 'lora_b'] + ['magnitude'] * (kind != 'lora')
+  expected = {n.replace('kernel', part) for n in KERNELS for part in parts}
+  assert names(found.trained) == expected
+  assert names(found.frozen) == ALL
+  for leaf in jax.tree.leaves((found.trained, found.frozen)):
+    assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+
+
+@pytest.mark.parametrize('bits', [None, 8])
+def test_what_is_labelled_frozen_does_not_train(bits):
+  labels = (('embed|lm_head', 'frozen'), ('/attn/', 'low_rank'), ('.*', 'full'))
+  config = settings(
+    step=EIGHT if bits else None, optim=OptimConfig(param_labels=labels, rank=4)
+  )
+  built = program_of(config)
+  found = built.parameters
+  frozen = {n for n in ALL if n.startswith(('embed', 'lm_head'))}
+  assert names(found.frozen) == frozen
+  assert names(found.trained) == ALL - frozen
+  # The optimizer is told of the rest alone, and has no state of the frozen.
+  assert built.rules == labels[1:]
+  shapes = {
+    leaf.shape for leaf in jax.tree.leaves(built.abstract_state.opt_state)
+  }
+  assert not {(V, D), (D, V)} & shapes
+
+
+def test_labels_and_adapters_go_together():
+  """Rules over the paths of adapters; what they freeze joins the base."""
+  labels = (('mlp', 'frozen'), ('.*', 'full'))
+  found = plan(
+    settings(
+      adapter=AdapterOptions(kind='lora'),
+      optim=OptimConfig(param_labels=labels),
+    )
+  )
+  assert all('/attn/' in name for name in names(found.trained))
+  assert len(names(found.trained)) == 8
+  assert names(found.frozen) == ALL | {
+    n.replace('kernel', part)
+    for n in KERNELS
+    if '/mlp/' in n
+    for part in ('lora_a', 'lora_b')
+  }
+
+
+def test_rule_that_matches_nothing_is_told():
+  with pytest.raises(ValueError, match="'atn'"):
+    plan(settings(optim=OptimConfig(param_labels=(('atn', 'full'),))))
+  adapter = AdapterOptions(kind='lora', rules=('atn',))
+  with pytest.raises(ValueError) as error:
+    plan(settings(adapter=adapter))
+  assert "The adapter rule 'atn' matches no kernel." in str(error.value)
+
+
+def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
+  with pytest.raises(ValueError) as error:
+    plan(settings(step=StepConfig(weight_bits=8)))
+  assert str(error.value) == (
+    "StepConfig.weight_bits=8 needs mode='layerwise', which rounds the updates "
+    "of kernels stochastically, or adapters (adapter.kind='lora') beside "
+    "kernels that stay as they are; got mode='whole' and adapter.kind=None."
+  )
+  # Nothing that is kept in 8 bits trains: then whole steps may be.
+  labels = (('layers/.*/kernel', 'frozen'), ('.*', 'full'))
+  found = plan(
+    settings(
+      step=StepConfig(weight_bits=8), optim=OptimConfig(param_labels=labels)
+    )
+  )
+  assert names(found.frozen) == KERNELS
+
+
+@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+def test_base_of_adapters_may_be_in_8_bits(mode):
+  step = StepConfig(mode=mode, weight_bits=8)
+  adapter = AdapterOptions(kind='gradnormlorp', rank=2)
+  found = plan(settings(step=step, adapter=adapter))
+  assert not any(map(is_quantized, leaves(found.trained)))
+  quantized = [x for x in leaves(found.frozen) if is_quantized(x)]
+  assert len(quantized) == len(KERNELS)
+  trained, frozen = found.start(jax.random.key(3))
+  again = found.start_frozen(jax.random.key(3))
+  assert_same(frozen, again)
+  # Magnitudes are the lengths of the columns that the codes stand for.
+  exact = found.decode_exact(frozen)
+  kernel = exact['layers']['mlp']['up_proj']['kernel']
+  np.testing.assert_allclose(
+    trained['layers']['mlp']['up_proj']['magnitude'],
+    jnp.linalg.norm(kernel, axis=1, keepdims=True),
+    rtol=1e-6,
+  )
+  for tree, like in ((trained, found.trained), (frozen, found.frozen)):
+    assert jax.tree.structure(tree) == jax.tree.structure(like)
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+      assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+  # Without a change yet, merged weights are the decoded base.
+  merged = found.merge(trained, frozen)['layers']['mlp']['up_proj']['kernel']
+  np.testing.assert_allclose(merged[1], kernel[1], rtol=1e-6)
+
+
+def leaves(tree):
+  return jax.tree.leaves(tree, is_leaf=is_quantized)
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+def test_prefixes_beside_adapters_train_too():
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  found, rules = parameters.plan(
+    llama.make,
+    TINY,
+    mesh=mesh,
+    adapter=parameters.adapter_config(AdapterOptions(kind='lora')),
+    step=StepConfig(),
+    rules=(('.*', 'full'),),
+    beside_adapters=('lm_head/',),
+  )
+  assert 'lm_head/kernel' in names(found.trained)
+  assert names(found.frozen) == ALL - {'lm_head/kernel'}
+  assert rules == (('.*', 'full'),)
+  trained, frozen = found.start(jax.random.key(0))
+  assert names(trained) == names(found.trained)
+  assert names(frozen) == names(found.frozen)
+
+
+# Weights in 8 bits: the start.
+
+
+def decode(stored):
+  """What a quantised kernel stands for, by NumPy; it has whole blocks."""
+  value = np.asarray(stored.codes, np.float32).reshape(L, -1, 256)
+  value = value - np.asarray(stored.zero)[..., None]
+  return (value * np.asarray(stored.scale)[..., None]).reshape(
+    stored.codes.shape
+  )
+
+
+def kernels(layers):
+  """Quantised kernels by path."""
+  return {
+    path_name(path): node
+    for path, node in jax.tree_util.tree_leaves_with_path(
+      layers, is_leaf=is_quantized
+    )
+    if is_quantized(node)
+  }
+
+
+def temporaries(config, whole):
+  """Bytes that initialising needs beside its result."""
+  built = program_of(config)
+  if not whole:
+    layout = built.parameters.start.func.__self__
+    lowered = jax.jit(layout.random).lower(jax.random.key(0))
+  else:
+    numbers = optimizer.numbers(config.optim, config.steps)
+    lowered = built.init_optimizer.lower(built.parameters.trained, numbers)
+  return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+  'options',
+  [None, {'norm_state': 'tracked'}],
+  ids=['weights', 'with the state'],
+)
+def test_initialising_needs_no_more_for_more_layers(options):
+  model = {'hidden_size': 64, 'intermediate_size': 128}
+  layer = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+  few, many = (
+    temporaries(
+      settings(
+        {**model, 'num_layers': n},
+        EIGHT,
+        optim=OptimConfig(name='gradnormlorp', rank=4, **(options or {})),
+      ),
+      options is not None,
+    )
+    for n in (2, 18)
+  )
+  # Sixteen layers more: less than one of them in full precision.
+  assert abs(many - few) < layer
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_initial_weights_are_distributed_as_the_models_own(dtype):
+  config = settings({'param_dtype': dtype, 'initializer_std': 0.05}, EIGHT)
+  held = plan(config)
+  params, frozen = held.start(jax.random.key(0))
+  assert frozen == {}
+  own = jax.eval_shape(llama.make(config.model).init, jax.random.key(0))
+  decoded = held.decode_exact(params['layers'])
+  for found, expected in zip(
+    jax.tree.leaves({**params, 'layers': decoded}),
+    jax.tree.leaves(own),
+    strict=True,
+  ):
+    assert found.shape == expected.shape
+  for key in ('embed', 'norm', 'lm_head'):
+    dtypes = {x.dtype for x in jax.tree.leaves(params[key])}
+    assert dtypes == {jnp.dtype(dtype)}
+  np.testing.assert_array_equal(params['layers']['attn_norm']['scale'], 1)
+  found = kernels(params['layers'])
+  assert len(found) == 7
+  for name, kernel in found.items():
+    values = decode(kernel).astype(np.float64).reshape(L, -1)
+    size = values[0].size
+    # Mean and variance of a normal distribution, within five deviations, plus
+    # that of the rounding.
+    assert np.all(np.abs(values.mean(1)) < 5 * 0.05 / np.sqrt(size)), name
+    ratio = values.var(1) / 0.05**2
+    assert np.all(np.abs(ratio - 1) < 5 * np.sqrt(2 / size) + 1e-3), name
+    # Layers are drawn independently.
+    between = np.corrcoef(values) - np.eye(L)
+    assert np.abs(between).max() < 5 / np.sqrt(size), name
+
+
+def test_random_numbers_follow_step_layer_and_seed():
+  stored = optim.quantized_weights.quantize_weights(
+    {'up': {'kernel': jax.random.normal(jax.random.key(0), (1, 16, 32))}}
+  )
+  new = jax.tree.map(
+    lambda x: x + 0.01 * jnp.sin(jnp.arange(1.0, x.size + 1)).reshape(x.shape),
+    optim.quantized_weights.dequantize_weights(stored, jnp.float32),
+  )
+
+  def codes(seed, number, layer):
+    held = plan(settings(step=EIGHT, seed=seed))
+    found = held.store(new, stored, jnp.int32(number), jnp.int32(layer))
+    return np.asarray(found['up']['kernel'].codes)
+
+  first = codes(0, 5, 1)
+  np.testing.assert_array_equal(codes(0, 5, 1), first)
+  for other in ((1, 5, 1), (0, 6, 1), (0, 5, 2), (0, 1, 5)):
+    assert (codes(*other) != first).mean() > 0.1
