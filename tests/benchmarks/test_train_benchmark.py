@@ -33,7 +33,7 @@ WEIGHTS = 2 * (4 * 16 * 16 + 3 * 16 * 24)
 OTHERS = 2 * 64 * 16 + 5 * 16  # Embedding and head, and the norms.
 
 
-def compare(*names, minutes=1.0):
+def compare(*names, minutes=10.0):
   saved = []
   rows = train.compare(
     list(names), CASE, harness.Clock(minutes), 2, saved.append
