@@ -644,10 +644,10 @@ def test_kernels_in_8_bits_that_train_in_whole_steps_are_told(
 ):
   args = options(tmp_path / 'run', step__weight_bits=8)
   assert message_of(args, capsys) == (
-    "error: StepConfig.weight_bits=8 needs mode='layerwise', which rounds the "
+    "error: step.weight_bits=8 needs step.mode='layerwise', which rounds the "
     'updates of kernels stochastically, or adapters '
     "(adapter.kind='lora') beside kernels that stay as they are; got "
-    "mode='whole' and adapter.kind=None."
+    "step.mode='whole' and adapter.kind=None."
   )
 
 

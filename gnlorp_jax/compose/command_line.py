@@ -128,6 +128,7 @@ def _check_option(option: str, default: Any) -> None:
     if known not in names:
       near = [f for f in _nested(node) if f.endswith(f'.{field}')]
       near = near or difflib.get_close_matches(field, names, n=1)
+      near = near or _close_in_groups(field, node)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       raise ValueError(
         f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
@@ -136,6 +137,12 @@ def _check_option(option: str, default: Any) -> None:
     node = getattr(node, known)
     if not dataclasses.is_dataclass(node):
       return  # tyro judges the rest.
+
+
+def _close_in_groups(field: str, node: Any) -> list[str]:
+  """Dotted names whose last part is close to a mistyped field."""
+  by_name = {name.split('.')[-1]: name for name in _nested(node)}
+  return [by_name[n] for n in difflib.get_close_matches(field, by_name, n=1)]
 
 
 def _nested(node: Any) -> list[str]:

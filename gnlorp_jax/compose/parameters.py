@@ -160,10 +160,10 @@ def _check_weight_bits(
   ]
   if names:
     raise ValueError(
-      f"StepConfig.weight_bits={step.weight_bits} needs mode='layerwise', "
+      f"step.weight_bits={step.weight_bits} needs step.mode='layerwise', "
       'which rounds the updates of kernels stochastically, or adapters '
       "(adapter.kind='lora') beside kernels that stay as they are; got "
-      f'mode={step.mode!r} and adapter.kind='
+      f'step.mode={step.mode!r} and adapter.kind='
       f'{None if adapter is None else adapter.kind!r}.'
     )
 

@@ -150,6 +150,11 @@ def test_without_aliases_an_earlier_name_is_unknown():
       "'batch_size'? Fields: ['run_dir',",
     ),
     (
+      ['--rnak', '3'],
+      "TrainConfig has no field 'rnak' (from --rnak). Did you mean "
+      "'adapter.rank'?",
+    ),
+    (
       ['--mdoel.num-layers', '3'],
       "TrainConfig has no field 'mdoel' (from --mdoel.num-layers). Did you "
       "mean 'model'?",

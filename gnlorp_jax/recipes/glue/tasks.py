@@ -116,6 +116,8 @@ def load_tokenizer(settings: GlueConfig) -> tokenizers.Tokenizer:
   if settings.init_from is None:
     return tokenizers.Tokenizer(glue.generated_tokenizer())
   if not parameters.is_folder(settings.init_from):
+    # A name that is no preset either is told first.
+    parameters.architecture(settings.init_from, settings.model)
     raise ValueError(
       f'init_from={settings.init_from!r} is no folder that brings a '
       'tokenizer: name one as tokenizer, a tokenizer.json or a folder with one.'

@@ -317,8 +317,8 @@ def test_kernels_that_train_in_8_bits_move_layer_by_layer():
 def test_kernels_in_8_bits_that_train_in_whole_steps_are_refused(method):
   with pytest.raises(
     ValueError,
-    match=r"StepConfig.weight_bits=8 needs mode='layerwise', which rounds the "
-    r".* or adapters \(adapter.kind='lora'\) beside kernels .* got mode='whole'"
+    match=r"step.weight_bits=8 needs step.mode='layerwise', which rounds the "
+    r".* or adapters \(adapter.kind='lora'\) beside kernels .* got step.mode='whole'"
     r' and adapter.kind=None.',
   ):
     prepare(f'--method {method} --step.weight-bits 8')

@@ -61,8 +61,8 @@ def resolved(task, method, rank=None, **changes):
   )
 
 
-def test_every_method_is_in_the_table_here():
-  assert set(FAMILY) == set(methods.METHODS)
+def test_methods_of_the_table_exist():
+  assert set(FAMILY) <= set(methods.METHODS)
 
 
 @pytest.mark.parametrize('method', FAMILY)

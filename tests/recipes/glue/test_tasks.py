@@ -71,10 +71,10 @@ def test_what_does_not_fit_is_refused(tmp_path, settings, data):
     changed = dataclasses.replace(settings, **changes)
     return tasks.load_task(changed, data.task)
 
-  with pytest.raises(ValueError, match="'tinny' is no folder that brings a"):
-    load(init_from='tinny')
+  with pytest.raises(ValueError, match="'tiny' is no folder that brings a"):
+    load(init_from='tiny')
   with pytest.raises(ValueError, match=r"'tinny' is neither a folder nor a pr"):
-    load(init_from='tinny', tokenizer=write_tokenizer(tmp_path))
+    load(init_from='tinny')
   with pytest.raises(
     ValueError, match='max_length=99 is longer than the model'
   ):
