@@ -207,7 +207,8 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
   assert str(error.value) == (
     "step.weight_bits=8 needs step.mode='layerwise', which rounds the updates "
     "of kernels stochastically, or adapters (adapter.kind='lora') beside "
-    "kernels that stay as they are; got step.mode='whole' and adapter.kind=None."
+    "kernels that stay as they are; got step.mode='whole' and "
+    'adapter.kind=None.'
   )
   # Nothing that is kept in 8 bits trains: then whole steps may be.
   labels = (('layers/.*/kernel', 'frozen'), ('.*', 'full'))

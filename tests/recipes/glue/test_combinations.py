@@ -318,8 +318,8 @@ def test_kernels_in_8_bits_that_train_in_whole_steps_are_refused(method):
   with pytest.raises(
     ValueError,
     match=r"step.weight_bits=8 needs step.mode='layerwise', which rounds the "
-    r".* or adapters \(adapter.kind='lora'\) beside kernels .* got step.mode='whole'"
-    r' and adapter.kind=None.',
+    r".* or adapters \(adapter.kind='lora'\) beside kernels .* got "
+    r"step.mode='whole' and adapter.kind=None.",
   ):
     prepare(f'--method {method} --step.weight-bits 8')
 
