@@ -4,10 +4,13 @@ Rank 1024, sequences of 256 tokens, embedding and head full-rank, compiled for
 an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
 
   python -m benchmarks.plan_7b
+  python -m benchmarks.plan_7b --adapters
 
-takes a quarter of a minute to a minute per row.
+The second plans adapters on frozen weights, 4 sequences of 1024 tokens. They
+take a quarter of a minute to a minute per row.
 """
 
+import argparse
 import contextlib
 import datetime
 import io
@@ -20,7 +23,7 @@ from benchmarks import record
 from gnlorp_jax.plan import accelerators
 from gnlorp_jax.plan.__main__ import main as plan_main
 
-RESULTS = pathlib.Path('benchmarks/results/plan_7b.json')
+RESULTS = pathlib.Path('benchmarks/results')
 DEVICE = 'h100'
 WHOLE = ['--config', 'configs/llama_7b.py', '--optim.basis-bits', '8']
 BF16 = ['--config', 'configs/llama_7b_24gb.py']
@@ -44,6 +47,22 @@ ROWS: dict[str, list[str]] = {
   ],
 }
 """What is planned, and the options of `gnlorp_jax.plan`."""
+ADAPTER = [
+  *('--config', 'configs/llama_7b.py', '--step.mode', 'layerwise'),
+  *('--batch-size', '4', '--data.seq-len', '1024', '--adapter.rank', '16'),
+]
+LORA = [*ADAPTER, '--adapter.kind', 'lora', '--optim.name', 'adamw']
+ON_INT8 = ['--step.weight-bits', '8']
+ADAPTER_ROWS: dict[str, list[str]] = {
+  'LoRA, bfloat16 base': LORA,
+  'LoRA, INT8 base': [*LORA, *ON_INT8],
+  'GradNormLoRP adapters, INT8 base': [
+    *(*ADAPTER, '--adapter.kind', 'gradnormlorp', '--optim.name', 'galore'),
+    *('--optim.rank', '8'),
+    *ON_INT8,
+  ],
+}
+"""The same with adapters of rank 16 beside frozen kernels."""
 
 
 def planned(options: list[str]) -> dict[str, Any]:
@@ -64,9 +83,13 @@ def planned(options: list[str]) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
   """The rows in GiB, as Markdown."""
   columns = ('weights', 'moments', 'bases', 'saved_activations', 'temporaries')
+  heads = ('weights', 'moments', 'bases', 'block inputs', 'temporaries')
+  if any('frozen_weights' in row['components'] for row in rows.values()):
+    columns = ('frozen_weights', *columns)
+    heads = ('frozen weights', *heads)
   lines = [
-    '| run | weights | moments | bases | block inputs | temporaries | peak |',
-    '|---|---|---|---|---|---|---|',
+    f'| run | {" | ".join(heads)} | peak |',
+    '|---' * (len(heads) + 2) + '|',
   ]
   for name, row in rows.items():
     parts = row['components']
@@ -79,17 +102,25 @@ def table(rows: dict[str, Any]) -> str:
 
 def main() -> None:
   """Plans every row, and writes them as they come."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--adapters', action='store_true', help='plan adapters on frozen weights'
+  )
+  adapters = parser.parse_args().adapters
+  name = 'plan_7b_adapters' if adapters else 'plan_7b'
   if not accelerators.compiler_is_installed():
     sys.exit("This needs XLA's GPU compiler: pip install 'gnlorp_jax[cuda]'.")
   rows: dict[str, Any] = {}
-  for name, options in ROWS.items():
-    rows[name] = planned(options)
-    sys.stdout.write(f'{name}: {rows[name]["peak"] / 2**30:.2f} GiB\n')
+  for row, options in (ADAPTER_ROWS if adapters else ROWS).items():
+    rows[row] = planned(options)
+    sys.stdout.write(f'{row}: {rows[row]["peak"] / 2**30:.2f} GiB\n')
     sys.stdout.flush()
     record.write_json(
-      RESULTS,
+      RESULTS / f'{name}.json',
       {
-        'command': 'python -m benchmarks.plan_7b',
+        'command': 'python -m benchmarks.plan_7b' + ' --adapters' * adapters,
         'commit': record.commit(),
         'date': datetime.date.today().isoformat(),
         'device': DEVICE,
