@@ -517,10 +517,16 @@ def test_resumed_run_takes_the_learning_rate_that_is_asked_for_now(
   assert rate == pytest.approx(1e-10)  # The last step: a tenth of the peak.
 
 
-def test_best_parameters_are_kept_and_exported(options, tmp_path):
+def test_best_parameters_are_kept_and_exported(finished, options, tmp_path):
   folder = tmp_path / 'run'
-  # So large a rate that no evaluation is as good as one before it.
-  args = [*options(folder, optim__learning_rate=1.0), '--keep-best']
+  # From a trained model, with a rate that is far too high.
+  args = options(
+    folder,
+    init_from=finished.folder / 'hf',
+    optim__name='adamw',
+    optim__learning_rate=0.5,
+  )
+  args.append('--keep-best')
   output = run_main(args)
   losses = {
     row['step']: row['eval/loss']
@@ -594,7 +600,7 @@ def test_checkpoints_of_adapters_hold_no_frozen_weights(adapted):
   records = (adapted.folder / 'checkpoints/24/record').rglob('*')
   text = ''.join(path.read_text() for path in records if path.is_file())
   assert 'q_proj/lora_a' in text
-  assert 'embed' not in text and '/kernel' not in text
+  assert 'embed/' not in text and '/kernel' not in text
 
 
 def test_export_with_adapters_gives_equal_logits_in_pytorch(adapted):
@@ -725,7 +731,6 @@ def test_search_compiles_nothing_for_another_rate_or_seed(searched):
   built = prepared.program
   assert built.train_step._cache_size() == 1
   assert built.eval_step._cache_size() == 1
-  assert built.stats._cache_size() == 1
 
 
 def test_run_of_a_search_is_the_run_by_itself(searched, options, tmp_path):
