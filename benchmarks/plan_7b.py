@@ -6,8 +6,8 @@ an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
   python -m benchmarks.plan_7b
   python -m benchmarks.plan_7b --adapters
 
-The second plans adapters on frozen weights, 4 sequences of 1024 tokens. It takes
-a quarter of a minute to a minute per row.
+The second plans adapters on frozen weights, 4 sequences of 1024 tokens. They
+take a quarter of a minute to a minute per row.
 """
 
 import argparse
@@ -58,6 +58,7 @@ ADAPTER_ROWS: dict[str, list[str]] = {
   'LoRA, INT8 base': [*LORA, *ON_INT8],
   'GradNormLoRP adapters, INT8 base': [
     *(*ADAPTER, '--adapter.kind', 'gradnormlorp', '--optim.name', 'galore'),
+    *('--optim.rank', '8'),
     *ON_INT8,
   ],
 }

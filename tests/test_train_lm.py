@@ -496,6 +496,261 @@ def test_finished_run_can_be_repeated(finished, options, tmp_path):
   assert read_rows(folder) == read_rows(finished.folder)
 
 
+# Another learning rate than before.
+
+
+def test_resumed_run_takes_the_learning_rate_that_is_asked_for_now(
+  finished, options, tmp_path
+):
+  start, _ = read_state(options(finished.folder))
+  folder = shutil.copytree(finished.folder, tmp_path / 'run')
+  args = options(folder, steps=25, optim__learning_rate=1e-9)
+  assert 'at step 24.' in run_main(args)
+  end, _ = read_state(args)
+  assert int(end.step) == 25
+  assert distance(end.params, start.params) < 1e-6
+  (rate,) = {
+    row['optim/learning_rate']
+    for row in read_rows(folder)
+    if row['step'] == 25 and 'train/loss' in row
+  }
+  assert rate == pytest.approx(1e-10)  # The last step: a tenth of the peak.
+
+
+def test_best_parameters_are_kept_and_exported(options, tmp_path):
+  folder = tmp_path / 'run'
+  # So large a rate that no evaluation is as good as one before it.
+  args = [*options(folder, optim__learning_rate=1.0), '--keep-best']
+  output = run_main(args)
+  losses = {
+    row['step']: row['eval/loss']
+    for row in read_rows(folder)
+    if 'eval/loss' in row
+  }
+  best = min(losses, key=losses.get)
+  assert best < 24
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert summary['last_eval_loss'] == losses[best]
+  assert f'Validation loss {losses[0]:.3f} -> {losses[best]:.3f}' in output
+  abstract = recipe.plan(settings.parse(args, '')).program.abstract_state.params
+  with Checkpointer(folder / 'best', read_only=True) as saved:
+    params, position, _ = saved.restore_latest(abstract)
+  assert position == {'step': best}
+  found = hf.load_params(folder / 'hf', llama.HF_TENSORS, abstract)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  last, _ = read_state(args)
+  assert distance(last.params, jax.device_get(params)) > 1
+
+
+# Adapters.
+
+
+ADAPTERS = {
+  'adapter__kind': 'lora',
+  'adapter__rank': 4,
+  'adapter__dropout': 0.1,
+  'step__weight_bits': 8,
+}
+
+
+@pytest.fixture(scope='module')
+def adapted(finished, options, tmp_path_factory):
+  """Adapters beside the model of the first run, kept in 8 bits."""
+  folder = tmp_path_factory.mktemp('runs') / 'adapted'
+  args = options(folder, init_from=finished.folder / 'hf', **ADAPTERS)
+  return types.SimpleNamespace(folder=folder, args=args, output=run_main(args))
+
+
+def test_adapters_begin_where_the_model_ended_and_learn(finished, adapted):
+  losses = [
+    row['eval/loss'] for row in read_rows(adapted.folder) if 'eval/loss' in row
+  ]
+  last = read_rows(finished.folder)[-1]['eval/loss']
+  # The kernels are rounded to 8 bits.
+  assert losses[0] == pytest.approx(last, rel=1e-2)
+  assert losses[-1] < losses[0] - 1e-3
+  summary = json.loads((adapted.folder / 'summary.json').read_text())
+  assert summary['adapter'] == 'lora'
+  assert summary['first_eval_loss'] == losses[0]
+  kernels = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+  outside = 2 * 300 * 32 + 5 * 32
+  assert summary['parameters'] == kernels + outside
+  factors = 2 * 4 * (4 * 2 * 32 + 3 * (32 + 48))
+  held = kernels + 8 * 2 * (4 * 4 + 3 * 6) + 4 * (outside + factors)
+  memory = summary['memory_bytes']
+  assert memory['parameters']['this run'] == held
+  assert memory['gradients']['this run'] == 4 * factors
+  assert (adapted.folder / 'sample.txt').read_text().strip()
+
+
+def test_checkpoints_of_adapters_hold_no_frozen_weights(adapted):
+  state, _ = read_state(adapted.args)
+  names = {
+    sharding.path_string(path).rpartition('/')[2]
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  assert names == {'lora_a', 'lora_b'}
+  # The record has the name of every array.
+  records = (adapted.folder / 'checkpoints/24/record').rglob('*')
+  text = ''.join(path.read_text() for path in records if path.is_file())
+  assert 'q_proj/lora_a' in text
+  assert 'embed' not in text and '/kernel' not in text
+
+
+def test_export_with_adapters_gives_equal_logits_in_pytorch(adapted):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  oracle, report = transformers.LlamaForCausalLM.from_pretrained(
+    adapted.folder / 'hf', output_loading_info=True
+  )
+  assert not any(report.values()), report
+  built = recipe.plan(settings.parse(adapted.args, '')).program
+  state, _ = read_state(adapted.args)
+  frozen = built.parameters.start_frozen(jax.random.key(0))
+  tokens_BT = np.random.default_rng(0).integers(0, 300, (2, 16))
+  with torch.no_grad():
+    expected = oracle.eval()(torch.from_numpy(tokens_BT)).logits.numpy()
+  logits_BTV = built.apply(state.params, frozen, tokens_BT)
+  # float32 in both; kernels with their change folded in, or beside it.
+  np.testing.assert_allclose(logits_BTV, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_run_of_adapters_that_is_killed_ends_as_if_it_never_was(
+  finished, adapted, options, tmp_path, compiled_once
+):
+  """Dropout included; the frozen weights are read once more."""
+  args = options(
+    tmp_path / 'killed', init_from=finished.folder / 'hf', **ADAPTERS
+  )
+  code, output = start_signalled(
+    args, compiled_once, 'write', 14, 0.0, signal.SIGKILL
+  )
+  assert code == -signal.SIGKILL, output
+  assert re.search(r' at step (4|8|12)\.', run_main(args))
+  assert_ends_alike(args, adapted.args)
+
+
+def test_frozen_weights_of_a_run_cannot_come_from_elsewhere(
+  finished, adapted, options, tmp_path, capsys
+):
+  other = shutil.copytree(finished.folder / 'hf', tmp_path / 'other')
+  args = options(adapted.folder, init_from=other, **ADAPTERS)
+  message = message_of(args, capsys)
+  assert f'init_from {finished.folder / "hf"} != {other}.' in message
+
+
+def test_kernels_in_8_bits_that_train_in_whole_steps_are_told(
+  options, tmp_path, capsys
+):
+  args = options(tmp_path / 'run', step__weight_bits=8)
+  assert message_of(args, capsys) == (
+    "error: StepConfig.weight_bits=8 needs mode='layerwise', which rounds the "
+    'updates of kernels stochastically, or adapters '
+    "(adapter.kind='lora') beside kernels that stay as they are; got "
+    "mode='whole' and adapter.kind=None."
+  )
+
+
+# A search over learning rates and seeds.
+
+
+SEARCH = {'steps': 8, 'eval_every': 4, 'learning_rates': '0.003,0.03'}
+
+
+@pytest.fixture(scope='module')
+def searched(options, tmp_path_factory, compiled_once):
+  """A search whose second run was broken off; what was compiled for it."""
+  folder = tmp_path_factory.mktemp('runs') / 'search'
+  args = options(folder, **SEARCH, seeds='0,1')
+  prepared, outputs = [], []
+  prepare, write = recipe.prepare, metrics.MetricsWriter.write
+
+  def remember(config):
+    prepared.append(prepare(config))
+    return prepared[-1]
+
+  def break_off(self, number, row):
+    write(self, number, row)
+    if number == 6 and 'lr0.03' in self._file.name:
+      raise RuntimeError('broken off')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(recipe, 'prepare', remember)
+    with patch.context() as inner:
+      inner.setattr(metrics.MetricsWriter, 'write', break_off)
+      with pytest.raises(RuntimeError, match='broken off'):
+        run_main(args)
+    outputs += [run_main(args), run_main(args)]
+  results = json.loads((folder / 'results.json').read_text())
+  return types.SimpleNamespace(
+    folder=folder, outputs=outputs, results=results, prepared=prepared
+  )
+
+
+def test_search_tries_rates_with_one_seed_and_takes_the_best(searched):
+  runs = {(r['learning_rate'], r['seed']): r for r in searched.results}
+  assert len(searched.results) == len(runs) == 3
+  tried = {rate: runs[rate, 0]['best']['loss'] for rate in (0.003, 0.03)}
+  best = min(tried, key=tried.get)
+  assert set(runs) == {(0.003, 0), (0.03, 0), (best, 1)}
+  for (rate, seed), result in runs.items():
+    folder = searched.folder / f'lr{rate:g}_seed{seed}'
+    assert json.loads((folder / 'result.json').read_text()) == result
+    assert result['main_metric'] == 'loss'
+    assert not result['higher_is_better']
+    assert result['best'] == result['last']  # The best are not kept.
+    assert result['best']['step'] == 8
+    shown = [r['eval/loss'] for r in read_rows(folder) if 'eval/loss' in r]
+    assert result['best']['loss'] == shown[-1]
+    assert result['settings']['optim.learning_rate'] == rate
+    assert result['settings']['seed'] == seed
+    for name in ('hf/model.safetensors', 'summary.json', 'loss.png'):
+      assert (folder / name).is_file()
+  text = f'learning rate {best:g} has the best loss with seed 0 ('
+  assert text in searched.outputs[0]
+
+
+def test_search_goes_on_and_repeats_nothing(searched):
+  again, last = searched.outputs
+  assert 'lr0.003_seed0 is finished already.' in again
+  assert 'Resuming lr0.03_seed0 at step 4.' in again
+  assert last.count('is finished already.') == 3
+  assert 'step 8: loss' not in last
+  for output in searched.outputs:
+    assert 'results.json and the runs are in' in output
+
+
+def test_search_compiles_nothing_for_another_rate_or_seed(searched):
+  _, prepared, _ = searched.prepared
+  built = prepared.program
+  assert built.train_step._cache_size() == 1
+  assert built.eval_step._cache_size() == 1
+  assert built.stats._cache_size() == 1
+
+
+def test_run_of_a_search_is_the_run_by_itself(searched, options, tmp_path):
+  (run,) = (r for r in searched.results if r['seed'] == 1)
+  rate = run['learning_rate']
+  alone = tmp_path / 'alone'
+  changes = SEARCH | {'learning_rates': None, 'optim__learning_rate': rate}
+  # The seed of a single run may be given in either way.
+  run_main(options(alone, **changes, seeds=1))
+  other = searched.folder / f'lr{rate:g}_seed1'
+  weights = 'hf/model.safetensors'
+  assert (alone / weights).read_bytes() == (other / weights).read_bytes()
+  rows, expected = (
+    [{k: v for k, v in r.items() if 'second' not in k} for r in read_rows(f)]
+    for f in (alone, other)
+  )
+  assert rows == expected
+
+
+def test_search_with_other_settings_is_told(searched, options, capsys):
+  args = options(searched.folder, **SEARCH | {'eval_every': 8}, seeds='0,1')
+  message = message_of(args, capsys)
+  assert 'was made with other settings: eval_every 4 != 8. Use' in message
+
+
 # More devices than one.
 
 

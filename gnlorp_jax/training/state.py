@@ -95,9 +95,17 @@ def from_params(
   """
   start = _initialiser(lambda params: params, tx)
   target = sharding.infer_shardings(jax.eval_shape(start, params), mesh, rules)
-  params = jax.device_put(
-    params, target.params, may_alias=False if copy else None
-  )
+
+  def place(x: Any, place_of: jax.sharding.Sharding) -> jax.Array:
+    if not copy:
+      return jax.device_put(x, place_of)
+    if isinstance(x, jax.Array):
+      # Of an array that goes to several devices `device_put` hands on the
+      # buffer of one of them, whatever `may_alias` says.
+      return jax.device_put(jnp.copy(x), place_of)
+    return jax.device_put(x, place_of, may_alias=False)
+
+  params = jax.tree.map(place, params, target.params)
   opt_state = jax.jit(tx.init, out_shardings=target.opt_state)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), target.step)
   skipped = jax.device_put(jnp.zeros((), jnp.int32), target.skipped)

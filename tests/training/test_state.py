@@ -89,11 +89,13 @@ def test_given_params_survive_donation(tiny_lm, mesh, convert):
   chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), before)
 
 
-def test_given_params_on_one_device_survive_donation(tiny_lm):
-  mesh = sharding.make_mesh(1, 1)
-  params = jax.device_put(
-    tiny_lm.init(jax.random.key(0)), sharding.batch_sharding(mesh)
-  )
+@pytest.mark.parametrize('copies', [1, 4])
+def test_given_params_survive_where_their_place_is_kept(tiny_lm, copies):
+  """One device, whose arrays lie there already, or one of several copies."""
+  mesh = sharding.make_mesh(copies, 1, devices=jax.devices()[:copies])
+  params = tiny_lm.init(jax.random.key(0))
+  if copies == 1:
+    params = jax.device_put(params, sharding.batch_sharding(mesh))
   before = jax.tree.map(np.array, params)
   state = state_lib.from_params(params, optax.sgd(1.0), mesh)
   overwrite = jax.jit(

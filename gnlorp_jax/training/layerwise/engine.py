@@ -84,7 +84,7 @@ class Engine(NamedTuple):
     sums = Sums(zero, zero, zero, finite)
     return Carry(params, opt, self.slices.shared(opt, opt), sums)
 
-  def layer(self, number: jax.Array) -> Cut:
+  def layer(self, number: jax.Array | int) -> Cut:
     """The cut that is one layer of a stack."""
     return Cut(number, self.passes.num_layers)
 

@@ -197,7 +197,7 @@ class ForNorm(NamedTuple):
 
   engine: Engine
   num_micro_batches: int
-  clip: float
+  clip: float | None
 
   def take(
     self, state: TrainState, batch: Batch, frozen: Any

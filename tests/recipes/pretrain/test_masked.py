@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -16,10 +15,17 @@ import optax
 import pytest
 
 import train_lm
-from gnlorp_jax import build, config
-from gnlorp_jax.config import MASKED, DataConfig, OptimConfig, TrainConfig
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.compose.settings import OptimConfig, StepConfig
 from gnlorp_jax.models import hf, llama, roberta
-from gnlorp_jax.training import state, step
+from gnlorp_jax.recipes.pretrain import recipe, settings
+from gnlorp_jax.recipes.pretrain.settings import (
+  MASKED,
+  DataConfig,
+  TrainConfig,
+)
+from gnlorp_jax.training import loop, objectives, state, step
+from gnlorp_jax.training.interrupt import StopRequest
 
 pytestmark = pytest.mark.usefixtures('compiled_once', 'logging_as_before')
 
@@ -51,7 +57,7 @@ def test_loss_is_that_of_the_positions_to_be_guessed():
   model = roberta.make(TINY)
   params = model.init(jax.random.key(0))
   batch = masked_batch()
-  loss_fn = jax.jit(functools.partial(build.language_model_loss, model, 5))
+  loss_fn = jax.jit(objectives.language_model(model, 5).loss)
   total, count = loss_fn(params, batch)
   logits = np.asarray(jax.jit(model.apply)(params, batch['inputs']), np.float64)
   log_z = np.log(np.exp(logits).sum(axis=-1))
@@ -67,18 +73,18 @@ def test_loss_is_that_of_the_positions_to_be_guessed():
 def run_config(**changes):
   return dataclasses.replace(
     MASKED,
-    model=TINY,
     batch_size=4,
     data=DataConfig(seq_len=16),
     optim=OptimConfig(rank=4),
-    **changes,
+    **{'model': TINY} | changes,
   )
 
 
-def one_step(parts, batch):
-  params = parts.model.init(jax.random.key(0))
-  start = state.from_params(params, parts.tx, parts.mesh)
-  new, values = parts.train_step(start, batch)
+def one_step(planned, batch):
+  built, config = planned.program, planned.config
+  numbers = optimizer.numbers(config.optim, config.steps)
+  start, frozen = built.start(jax.random.key(0), numbers)
+  new, values = built.train_step(start, batch, frozen)
   return jax.device_get((new.params, values))
 
 
@@ -86,13 +92,13 @@ def test_layers_one_by_one_take_the_step_of_the_whole():
   batch = masked_batch()
   results = []
   for mode in ('whole', 'layerwise'):
-    parts = build.program(
-      run_config(step=config.StepConfig(mode=mode)), jax.devices()[:1]
+    planned = recipe.plan(
+      run_config(step=StepConfig(mode=mode)), jax.devices()[:1]
     )
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), parts.abstract_batch)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), planned.abstract_batch)
     # The shapes that are compiled for are those of real batches.
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
-    results.append(one_step(parts, batch))
+    results.append(one_step(planned, batch))
   (whole, values), (layered, layered_values) = results
   np.testing.assert_allclose(values['loss'], layered_values['loss'], rtol=1e-5)
   start = roberta.make(TINY).init(jax.random.key(0))
@@ -107,18 +113,30 @@ def test_layers_one_by_one_take_the_step_of_the_whole():
     assert np.linalg.norm(a - b) <= 2e-3 * travelled, path
 
 
+def test_dropout_follows_the_seeds_layer_by_layer_too():
+  dropping = dataclasses.replace(TINY, hidden_dropout=0.3)
+  planned = recipe.plan(
+    run_config(model=dropping, step=StepConfig(mode='layerwise')),
+    jax.devices()[:1],
+  )
+  batch = masked_batch()
+  other = batch | {'seeds': batch['seeds'] + np.uint32(1)}
+  losses = [one_step(planned, b)[1]['loss'] for b in (batch, batch, other)]
+  assert losses[0] == losses[1] != losses[2]
+
+
 def test_dropout_follows_the_seeds_of_the_batch():
   dropping = dataclasses.replace(TINY, hidden_dropout=0.2)
   model = roberta.make(dropping)
   params = model.init(jax.random.key(0))
   batch = masked_batch()
-  loss = jax.jit(
-    functools.partial(build.language_model_loss, model, 64),
-    static_argnames='dropout',
-  )
+  loss = {
+    dropout: jax.jit(objectives.language_model(model, 64, dropout=dropout).loss)
+    for dropout in (False, True)
+  }
 
   def value(batch, dropout):
-    return float(loss(params, batch, dropout=dropout)[0])
+    return float(loss[dropout](params, batch)[0])
 
   other = batch | {'seeds': batch['seeds'] + np.uint32(1)}
   assert value(batch, True) == value(batch, True)
@@ -135,9 +153,7 @@ def test_micro_batches_drop_different_features():
   rows = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), masked_batch())
   rows['weights'][:] = 1
   rows['seeds'] = np.array([1, 2], np.uint32)
-  loss_fn = functools.partial(
-    build.language_model_loss, model, 64, dropout=True
-  )
+  loss_fn = objectives.language_model(model, 64, dropout=True).loss
   tx = optax.sgd(0.0)
   taken = jax.jit(step.make_train_step(loss_fn, tx, num_micro_batches=2))
   start = state.TrainState(jnp.int32(0), jnp.int32(0), params, tx.init(params))
@@ -168,7 +184,7 @@ def options(tmp_path_factory):
     first = rng.randrange(30)
     lines.append(' '.join(words[(first + i) % 30] for i in range(8)))
   (folder / 'text.txt').write_text('\n'.join(lines))
-  settings = {
+  usual = {
     'objective': 'masked',
     'steps': 60,
     'batch-size': 8,
@@ -191,7 +207,7 @@ def options(tmp_path_factory):
   }
 
   def make(run_dir, **changes):
-    every = {'run-dir': run_dir} | settings | changes
+    every = {'run-dir': run_dir} | usual | changes
     return [w for k, v in every.items() for w in (f'--{k}', str(v))]
 
   return make
@@ -224,10 +240,10 @@ def test_resumed_run_ends_as_the_whole_one(finished, options, tmp_path):
   folder, _ = finished
   args = options(tmp_path / 'halves')
   # A learning rate follows from the length of the run: it is stopped by hand.
-  stopped = build.build(config.parse(args, ''))
+  prepared = recipe.prepare(settings.parse(args, ''))
   with contextlib.redirect_stdout(io.StringIO()):
     with pytest.raises(SystemExit):
-      stop_at(20, stopped)
+      stop_at(20, recipe.make_run(prepared, prepared.config))
   run_main(args)
   ours = tmp_path / 'halves/hf/model.safetensors'
   assert ours.read_bytes() == (folder / 'hf/model.safetensors').read_bytes()
@@ -235,11 +251,14 @@ def test_resumed_run_ends_as_the_whole_one(finished, options, tmp_path):
 
 def stop_at(number, run):
   """Trains until a step, then as if a signal had come."""
-  batches = run.train_batches
+  batches = run.batches
 
   class Stopping:
     def __init__(self):
       self.count = 0
+
+    def __iter__(self):
+      return self
 
     def __next__(self):
       self.count += 1
@@ -250,7 +269,8 @@ def stop_at(number, run):
     def __getattr__(self, name):
       return getattr(batches, name)
 
-  train_lm.train(run._replace(train_batches=Stopping()))
+  with StopRequest() as stop:
+    loop.train(run._replace(batches=Stopping()), stop)
 
 
 def test_export_is_read_by_transformers(finished, options):
@@ -263,15 +283,16 @@ def test_export_is_read_by_transformers(finished, options):
   ids = tokenizer(['abc <mask> defg', 'a b'], padding=True, return_tensors='pt')
   first = ids['input_ids'][0].tolist()
   assert first[0] == tokenizer.cls_token_id and tokenizer.mask_token_id in first
-  run = build.build(config.parse(options(folder), ''))
+  planned = recipe.plan(settings.parse(options(folder), ''))
   found = roberta.config_from_hf(hf.load_config(folder / 'hf'))
-  assert found == run.config.model
+  assert found == planned.config.model
+  model = planned.program.model
   params = hf.load_params(
     folder / 'hf',
     roberta.HF_TENSORS,
-    jax.eval_shape(run.model.init, jax.random.key(0)),
+    jax.eval_shape(model.init, jax.random.key(0)),
   )
-  ours = run.apply(params, jnp.asarray(ids['input_ids'].numpy()))
+  ours = model.apply(params, jnp.asarray(ids['input_ids'].numpy()))
   with torch.no_grad():
     expected = theirs(
       input_ids=ids['input_ids'], attention_mask=ids['attention_mask']
@@ -295,16 +316,16 @@ def test_init_from_goes_on_with_the_exported_model(finished, options, tmp_path):
 
 def test_objective_on_the_command_line_chooses_the_model():
   for args in (['--objective', 'masked'], ['--objective=masked']):
-    parsed = config.parse([*args, '--model.num-layers', '3'], '')
+    parsed = settings.parse([*args, '--model.num-layers', '3'], '')
     assert parsed == dataclasses.replace(
       MASKED, model=dataclasses.replace(MASKED.model, num_layers=3)
     )
-  assert isinstance(config.parse([], '').model, llama.LlamaConfig)
+  assert isinstance(settings.parse([], '').model, llama.LlamaConfig)
 
 
 def test_help_of_the_masked_objective_explains_the_encoder(capsys):
   with pytest.raises(SystemExit):
-    config.parse(['--objective', 'masked', '--help'], '')
+    settings.parse(['--objective', 'masked', '--help'], '')
   text = ' '.join(capsys.readouterr().out.split())
   assert '--model.hidden-dropout' in text and '--mask-rate' in text
   assert '--model.rope-theta' not in text
@@ -329,30 +350,9 @@ def test_help_of_the_masked_objective_explains_the_encoder(capsys):
       lambda: dataclasses.replace(MASKED, data=DataConfig(mode='padded')),
       "objective='masked' needs data.mode='packed', got 'padded'",
     ),
-    (
-      lambda: dataclasses.replace(
-        MASKED,
-        model=dataclasses.replace(TINY, max_seq_len=128, hidden_dropout=0.1),
-        step=config.StepConfig(mode='layerwise'),
-      ),
-      'goes without dropout, got model.hidden_dropout=0.1, '
-      'model.attention_dropout=0.0. Set both to 0.',
-    ),
   ],
 )
 def test_settings_that_do_not_fit_are_told(make, message):
   with pytest.raises(ValueError) as error:
     make()
   assert message in str(error.value)
-
-
-def test_padding_of_another_tokenizer_is_told():
-  class Tokenizer:
-    vocab_size, pad_id = 300, 0
-
-  with pytest.raises(ValueError) as error:
-    build.check_tokenizer(run_config(), Tokenizer())
-  assert str(error.value) == (
-    'The tokenizer pads with id 0, the model with model.pad_id=1. Set the '
-    'latter to the former.'
-  )

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from gnlorp_jax import optim
-from gnlorp_jax.training import objectives, sharding, state
+from gnlorp_jax.optim.quantized_weights import dequantize_weights
+from gnlorp_jax.training import objectives, parameters, sharding, state
 
 VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 64, 32, 48, 3, 8, 8
 STEPS, GAP = 12, 5
@@ -157,7 +158,8 @@ def trajectory(
 ):
   """States and metrics after every step, on the host."""
   params = init(jax.random.key(0)) if params is None else params
-  now = state.from_params(params, tx, mesh)
+  # From the host: a step that gives its state away must not take the caller's.
+  now = state.from_params(jax.device_get(params), tx, mesh)
   constants = () if frozen is None else (frozen,)
   shardings = state.shardings(now)
   train_step = jax.jit(
@@ -215,6 +217,14 @@ def loop_lengths(jaxpr):
     for eqn in jaxpr.jaxpr.eqns
     if eqn.primitive.name == 'scan'
   ]
+
+
+decode = functools.partial(dequantize_weights, dtype=jnp.float32)
+
+
+def held(trained, frozen=None):
+  """Parameters of which some may be codes."""
+  return parameters.plain(trained, frozen)._replace(decode=decode)
 
 
 @pytest.fixture(scope='session')

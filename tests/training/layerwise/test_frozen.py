@@ -5,7 +5,6 @@ Shape suffixes in this file: B sequences, T positions, D features.
 
 import functools
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +13,14 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax import optim
-from gnlorp_jax.models import adapters, llama
-from gnlorp_jax.optim.quantized_weights import (
-  dequantize_weights,
-  quantize_weights,
-)
+from gnlorp_jax.optim.quantized_weights import quantize_weights
 from gnlorp_jax.training import (
-  forward,
   layerwise,
   objectives,
   parameters,
   state,
   step,
 )
-
-decode = functools.partial(dequantize_weights, dtype=jnp.float32)
-
-
-def held(trained, frozen):
-  return parameters.plain(trained, frozen)._replace(decode=decode)
 
 
 def parted(params, pattern):
@@ -63,11 +51,6 @@ MODES = {
 }
 
 
-def of_step(options):
-  """Those options that a whole step has, too."""
-  return {key: value for key, value in options.items() if key != 'clipping'}
-
-
 @functools.cache
 def whole_steps(toy, part, clip, k):
   trained, frozen = parted(toy.init(jax.random.key(0)), PARTS[part])
@@ -83,7 +66,7 @@ def whole_steps(toy, part, clip, k):
     tx,
     toy.mesh_of(1),
     params=trained,
-    frozen=decode(quantize_weights(frozen)),
+    frozen=toy.decode(quantize_weights(frozen)),
   )
 
 
@@ -103,7 +86,7 @@ def test_parts_take_the_whole_steps(toy, part, mode):
   tx, options = toy.optimizer('galore'), MODES[mode]
   found = toy.trajectory(
     lambda params: layerwise.make_train_step(
-      toy.PIECES, tx, held(params, frozen), **options
+      toy.PIECES, tx, toy.held(params, frozen), **options
     ),
     tx,
     toy.mesh_of(1),
@@ -123,7 +106,7 @@ def test_sharded_frozen_weights_take_the_whole_steps(toy):
   tx = toy.optimizer('galore')
   found = toy.trajectory(
     lambda params: layerwise.make_train_step(
-      toy.PIECES, tx, held(params, frozen), **MODES['waiting']
+      toy.PIECES, tx, toy.held(params, frozen), **MODES['waiting']
     ),
     tx,
     toy.mesh_of(2, 2),
@@ -139,7 +122,7 @@ def test_a_bad_gradient_is_left_out_and_steps_are_counted(toy):
   tx = toy.optimizer('galore')
   now = state.from_params(trained, tx, toy.mesh_of(1))
   train_step = jax.jit(
-    layerwise.make_train_step(toy.PIECES, tx, held(trained, frozen)),
+    layerwise.make_train_step(toy.PIECES, tx, toy.held(trained, frozen)),
     compiler_options=toy.COMPILER_OPTIONS,
   )
 
@@ -198,361 +181,9 @@ def test_dropout_and_masks_reach_the_blocks(request, toy, kind):
     )
     for make_step in (
       lambda params: layerwise.make_train_step(
-        objective.pieces, tx, held(params, frozen), **options
+        objective.pieces, tx, toy.held(params, frozen), **options
       ),
       lambda params: step.make_train_step(loss, tx, **options),
     )
   )
   toy.assert_equal(found, expected)
-
-
-# Adapters of a LLaMA.
-
-KINDS = ('lora', 'dora', 'gradnormlorp')
-VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 96, 32, 80, 3, 12, 8
-RANK = 2
-
-
-class LayerFns(NamedTuple):
-  """Of today's models, which take neither key nor mask."""
-
-  embed: Any
-  block: Any
-  head: Any
-  mask: Any
-
-
-def with_keys(model):
-  """A LLaMA whose functions take a key, and ignore it."""
-  fns = model.layer_fns
-  return model._replace(
-    hidden=lambda params, x, key=None: model.hidden(params, x),
-    apply=lambda params, x, key=None: model.apply(params, x),
-    layer_fns=LayerFns(
-      embed=lambda params, x, key=None: fns.embed(params, x),
-      block=lambda layer, x, mask=None, key=None: fns.block(layer, x),
-      head=lambda params, x, key=None: fns.head(params, x),
-      mask=lambda tokens: None,
-    ),
-  )
-
-
-def llama_of(layers=LAYERS, features=FEATURES, hidden=HIDDEN):
-  return with_keys(
-    llama.make(
-      llama.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=features,
-        intermediate_size=hidden,
-        num_layers=layers,
-        num_heads=4,
-        num_kv_heads=2,
-        max_seq_len=POSITIONS,
-        initializer_std=0.2,
-      )
-    )
-  )
-
-
-def adapter_of(kind):
-  return adapters.AdapterConfig(kind=kind, rank=RANK, alpha=4.0)
-
-
-def adapted(kind, model):
-  """The model that uses the adapters it is given."""
-  adapt = functools.partial(adapters.adapted, adapter_of(kind))
-  fns = model.layer_fns
-  return model._replace(
-    hidden=adapt(model.hidden),
-    logits=adapt(model.logits),
-    apply=adapt(model.apply),
-    layer_fns=fns._replace(
-      embed=adapt(fns.embed), block=adapt(fns.block), head=adapt(fns.head)
-    ),
-  )
-
-
-@functools.cache
-def weights(kind):
-  """Adapters, both factors at random, and a quantised base."""
-  base = llama_of().init(jax.random.key(0))
-  trained = adapters.init(adapter_of(kind), base, jax.random.key(1))
-  rng = np.random.default_rng(2)
-  trained = jax.tree_util.tree_map_with_path(
-    lambda path, x: (
-      jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32)
-      if path[-1].key == 'lora_b'
-      else x
-    ),
-    trained,
-  )
-  return trained, quantize_weights(base)
-
-
-def optimizer(name, kind):
-  if name == 'adamw':
-    return optim.adamw(1e-2, eps=1e-3, skip_nonfinite=False)
-  rules = [(r'/lora_[ab]$', 'low_rank'), ('.*', 'full')]
-  return optim.galore(
-    1e-2,
-    rank=1,
-    update_proj_gap=5,
-    side='both',
-    eps=1e-3,
-    skip_nonfinite=False,
-    param_labels=rules[: 1 if kind == 'lora' else 2],
-  )
-
-
-def tokens(seed):
-  rng = np.random.default_rng(seed)
-  tokens_BT = rng.integers(0, VOCAB, (BATCH, POSITIONS + 1), dtype=np.int32)
-  lengths_B1 = rng.integers(1, POSITIONS + 1, (BATCH, 1))
-  return {
-    'inputs': tokens_BT[:, :-1],
-    'targets': tokens_BT[:, 1:],
-    'weights': (np.arange(POSITIONS) < lengths_B1).astype(np.float32),
-  }
-
-
-OPTIONS = {'num_micro_batches': 2, 'clip_global_norm': 1.3}
-
-
-@functools.cache
-def whole_llama(toy, kind, name):
-  trained, frozen = weights(kind)
-  tx = optimizer(name, kind)
-  objective = objectives.language_model(adapted(kind, llama_of()), 40)
-
-  def loss(params, batch, frozen):
-    return objective.loss(parameters.join(params, frozen), batch)
-
-  return toy.trajectory(
-    lambda params: step.make_train_step(loss, tx, **OPTIONS),
-    tx,
-    toy.mesh_of(1),
-    batch=tokens,
-    params=trained,
-    frozen=decode(frozen),
-  )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('bits', [32, 8])
-@pytest.mark.parametrize('name', ['adamw', 'galore'])
-@pytest.mark.parametrize('kind', KINDS)
-def test_adapters_take_the_whole_steps(toy, kind, name, bits):
-  trained, frozen = weights(kind)
-  if bits == 32:
-    frozen = decode(frozen)
-  tx = optimizer(name, kind)
-  pieces = objectives.language_model(adapted(kind, llama_of()), 40).pieces
-  found = toy.trajectory(
-    lambda params: layerwise.make_train_step(
-      pieces, tx, held(params, frozen), **OPTIONS
-    ),
-    tx,
-    toy.mesh_of(1),
-    batch=tokens,
-    params=trained,
-    frozen=frozen,
-  )
-  expected = whole_llama(toy, kind, name)
-  norms = [metrics['grad_norm'] for _, metrics in expected]
-  assert min(norms) < OPTIONS['clip_global_norm'] < max(norms)
-  moved = [
-    np.abs(x - y).max()
-    for x, y in zip(
-      jax.tree.leaves(expected[-1][0].params),
-      jax.tree.leaves(trained),
-      strict=True,
-    )
-  ]
-  assert min(moved) > 1e-3
-  toy.assert_equal(found, expected)
-
-
-# No gradient of what is frozen.
-
-
-@jax.custom_vjp
-def guarded(x):
-  """An array whose gradient must not be asked for."""
-  return x
-
-
-def _refuse(_, slope):
-  raise AssertionError(f'a gradient of a frozen array, {slope.shape}')
-
-
-guarded.defvjp(lambda x: (x, None), _refuse)
-
-
-def guard(tree):
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: (
-      x if path[-1].key in ('lora_a', 'lora_b', 'magnitude') else guarded(x)
-    ),
-    tree,
-  )
-
-
-def guarding(model):
-  """The model with all but adapters guarded."""
-
-  def with_guard(fn):
-    return lambda params, *args, **key: fn(guard(params), *args, **key)
-
-  fns = model.layer_fns
-  return model._replace(
-    hidden=with_guard(model.hidden),
-    logits=with_guard(model.logits),
-    layer_fns=fns._replace(
-      embed=with_guard(fns.embed),
-      block=with_guard(fns.block),
-      head=with_guard(fns.head),
-    ),
-  )
-
-
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('kind', KINDS)
-def test_no_frozen_array_is_differentiated(kind, mode):
-  trained, frozen = weights(kind)
-  tx = optimizer('galore', kind)
-  zero = jnp.zeros((), jnp.int32)
-  now = state.TrainState(zero, zero, trained, tx.init(trained))
-  model = guarding(adapted(kind, llama_of()))
-  pieces = objectives.language_model(model, 40).pieces
-  train_step = layerwise.make_train_step(
-    pieces, tx, held(trained, frozen), **MODES[mode]
-  )
-  jax.eval_shape(train_step, now, tokens(0), frozen)
-  # Nor in a whole step.
-  stored = forward.on_stored(model, decode)
-  loss = objectives.language_model(stored, 40).loss
-  jax.eval_shape(
-    step.make_train_step(
-      lambda params, batch, frozen: loss(
-        parameters.join(params, frozen), batch
-      ),
-      tx,
-      **of_step(MODES[mode]),
-    ),
-    now,
-    tokens(0),
-    frozen,
-  )
-  # The guard sees what it must.
-  both = parameters.join(trained, decode(frozen))
-  with pytest.raises(AssertionError, match='a gradient of a frozen array'):
-    jax.eval_shape(jax.grad(loss, has_aux=True), both, tokens(0))
-
-
-def instructions(hlo_text):
-  """(shape without leading ones, opcode) of every instruction."""
-  pattern = re.compile(r'= \w+\[([\d,]*)\]\S* ([\w-]+)\(')
-  for match in pattern.finditer(hlo_text):
-    sizes = [int(size) for size in match[1].split(',') if size]
-    while sizes and sizes[0] == 1:
-      del sizes[0]
-    yield tuple(sizes), match[2]
-
-
-def compiled_text(toy, trained, frozen, tx):
-  zero = jnp.zeros((), jnp.int32)
-  now = state.TrainState(zero, zero, trained, tx.init(trained))
-  pieces = objectives.language_model(adapted('lora', llama_of()), 40).pieces
-  train_step = layerwise.make_train_step(
-    pieces, tx, held(trained, frozen), num_micro_batches=2
-  )
-  lowered = jax.jit(train_step, donate_argnums=0).lower(now, tokens(0), frozen)
-  return lowered.compile(compiler_options=toy.COMPILER_OPTIONS).as_text()
-
-
-@pytest.mark.parametrize('bits', [32, 8])
-def test_compiled_step_forms_no_gradient_of_a_frozen_shape(toy, bits):
-  trained, frozen = weights('lora')
-  full = decode(frozen)
-  tx = optim.adamw(1e-2, skip_nonfinite=False)
-  kernels = {
-    shape[::order]
-    for shape in (
-      *((FEATURES, FEATURES), (FEATURES, FEATURES // 2), (FEATURES, HIDDEN)),
-      (FEATURES, VOCAB),
-    )
-    for order in (1, -1)
-  }
-
-  def products(text):
-    return [s for s, op in instructions(text) if op == 'dot' and s in kernels]
-
-  def of_embedding(text):
-    return {op for s, op in instructions(text) if s == (VOCAB, FEATURES)}
-
-  text = compiled_text(toy, trained, frozen if bits == 8 else full, tx)
-  assert products(text) == []
-  # It is read; what sums up a gradient is a scatter or an addition.
-  assert not of_embedding(text) & {'scatter', 'add', 'fusion', 'while'}
-  if bits == 32:  # Where all of it trains, the gradients are found.
-    whole = compiled_text(toy, parameters.join(trained, full), {}, tx)
-    assert set(products(whole)) >= {(FEATURES, HIDDEN), (FEATURES, VOCAB)}
-    assert of_embedding(whole) & {'scatter', 'add'}
-
-
-# No decoded stack.
-
-
-def temporaries(toy, layers, make_step, features, hidden):
-  """Bytes that a compiled step needs beside its arguments and results."""
-  model = adapted('lora', llama_of(layers, features, hidden))
-  base = jax.eval_shape(
-    lambda key: quantize_weights(model.init(key)), jax.random.key(0)
-  )
-  trained = jax.eval_shape(
-    lambda key: adapters.init(
-      adapter_of('lora'), jax.eval_shape(model.init, key), key
-    ),
-    jax.random.key(0),
-  )
-  tx = optim.adamw(1e-2, skip_nonfinite=False)
-  scalar = jax.ShapeDtypeStruct((), jnp.int32)
-  now = state.TrainState(
-    scalar, scalar, trained, jax.eval_shape(tx.init, trained)
-  )
-  lowered = jax.jit(make_step(model, tx, trained, base), donate_argnums=0)
-  lowered = lowered.lower(now, tokens(0), base)
-  compiled = lowered.compile(compiler_options=toy.COMPILER_OPTIONS)
-  return compiled.memory_analysis().temp_size_in_bytes
-
-
-def layerwise_step(model, tx, trained, base):
-  pieces = objectives.language_model(model, 40).pieces
-  return layerwise.make_train_step(pieces, tx, held(trained, base))
-
-
-def whole_step(model, tx, trained, base):
-  del trained, base
-  loss = objectives.language_model(forward.on_stored(model, decode), 40).loss
-  return step.make_train_step(
-    lambda params, batch, frozen: loss(parameters.join(params, frozen), batch),
-    tx,
-  )
-
-
-@pytest.mark.parametrize(
-  ('make_step', 'copies'), [(layerwise_step, 0), (whole_step, 4)]
-)
-def test_memory_does_not_grow_by_decoded_stacks(toy, make_step, copies):
-  features, hidden = 128, 352
-  few, many = (
-    temporaries(toy, layers, make_step, features, hidden) for layers in (3, 9)
-  )
-  inputs = BATCH * POSITIONS * features * 4
-  sizes = 2 * (2 * features) + 2 * (features * 3 // 2)
-  adapter = RANK * 4 * (sizes + 3 * (features + hidden))
-  decoded = 4 * (3 * features**2 + 3 * features * hidden)
-  # A whole step holds gradients and updates of all adapters, as well.
-  allowed = inputs + copies * adapter
-  assert allowed < decoded / 2
-  assert (many - few) / 6 <= allowed + 4096
