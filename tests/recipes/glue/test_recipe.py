@@ -305,7 +305,9 @@ def take_all(run):
   return run.instruments.row(2, jax.device_get(values))
 
 
-@pytest.mark.parametrize('method', ['lora', 'gradnormlorp'])
+@pytest.mark.parametrize(
+  'method', ['lora', pytest.param('gradnormlorp', marks=pytest.mark.slow)]
+)
 def test_other_rates_seeds_lengths_and_tasks_compile_nothing_anew(
   method, settings, data, compilations
 ):
