@@ -349,6 +349,7 @@ def test_finished_run_is_only_told_anew(whole, tmp_path, caplog):
   loop.train(make_run(tmp_path, **options_of('better')), Stop())
   before = read_rows(tmp_path)
   run = make_run(tmp_path, **options_of('better', at=13, do=kill))
+  caplog.clear()
   with caplog.at_level(logging.INFO, logger='gnlorp_jax'):
     outcome = loop.train(run, Stop())
   assert told(caplog) == [
