@@ -37,7 +37,7 @@ def marked(config, name, value):
 
 
 DROPOUTS = {'hidden_dropout', 'attention_dropout', 'classifier_dropout'}
-FREE = {'compute_dtype', 'remat', 'initializer_std'}
+FREE = {'remat', 'initializer_std'}
 KEPT = {'param_dtype', 'compute_dtype', 'remat'}
 
 
@@ -45,9 +45,17 @@ def test_fields_say_what_a_resumed_run_may_change():
   # A table of positions has the length of RoBERTa's sequences.
   for config, expected in (
     (llama.LlamaConfig, FREE | {'max_seq_len'}),
-    (roberta.RobertaConfig, FREE | DROPOUTS),
+    (roberta.RobertaConfig, FREE),
   ):
     assert marked(config, 'on_resume', 'free') == expected
+
+
+def test_fields_say_what_changes_a_result():
+  for config, expected in (
+    (llama.LlamaConfig, {'compute_dtype'}),
+    (roberta.RobertaConfig, {'compute_dtype'} | DROPOUTS),
+  ):
+    assert marked(config, 'on_resume', 'result') == expected
 
 
 def test_fields_say_what_a_run_keeps_of_its_own_beside_a_folder():
