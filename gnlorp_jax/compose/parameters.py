@@ -114,7 +114,7 @@ def plan(
     beside_adapters: Prefixes of paths that train with adapters, such as those
       of a new head.
     read: ``read(key, shapes)`` reads the weights to start from as they are
-      stored (`folders.read`); None draws them.
+      stored, kernels as `folders.keeper` keeps them; None draws them.
     seed: Decides how weights in 8 bits are rounded.
 
   Returns:
@@ -127,7 +127,7 @@ def plan(
   layout = _Layout(
     make, config, mesh, adapter, step, beside_adapters, rules, seed
   )
-  trained, frozen, trained_rules = layout.abstract()
+  trained, frozen, trained_rules = layout.abstract
   if step.mode == 'whole':
     _check_weight_bits(step, trained, adapter)
   return parameters.Parameters(
@@ -199,6 +199,7 @@ class _Layout:
 
   # Shapes.
 
+  @functools.cached_property
   def abstract(self) -> tuple[Any, Any, LabelRules]:
     """Trained and frozen shapes in their shardings, and rules of the former."""
     trained, frozen, rules = self.divide(
@@ -306,27 +307,17 @@ class _Layout:
       shapes = jax.eval_shape(self.make(self.config).init, key)
       base = read(key, self.placed(shapes))
     trained, frozen, _ = self.divide(base, key)
-    like, frozen_like, _ = self.abstract()
+    like, frozen_like, _ = self.abstract
     return _put(trained, like), _put(frozen, frozen_like)
 
   def initialise_frozen(
     self, read: Callable[..., Params] | None, key: jax.Array
   ) -> Any:
     """The frozen weights alone."""
-    if not self.abstract()[1]:
+    if not self.abstract[1]:
       return {}
     return self.initialise(read, key)[1]
 
 
 def _put(tree: Any, like: Any) -> Any:
   return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
-
-
-def make_model(
-  make: Callable[[Any], Model],
-  config: models.Config,
-  adapter: adapters.AdapterConfig | None,
-) -> Model:
-  """The model of a configuration, with adapters where there are any."""
-  model = make(config)
-  return model if adapter is None else adapters.adapt(adapter, model)

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnlorp_jax import optim
-from gnlorp_jax.compose import optimizer
-from gnlorp_jax.compose.settings import MeshConfig, OptimConfig, StepConfig
-from gnlorp_jax.models import layers
+from gnlorp_jax import models, optim
+from gnlorp_jax.compose import optimizer, parameters
+from gnlorp_jax.compose.settings import (
+  AdapterOptions,
+  MeshConfig,
+  OptimConfig,
+  StepConfig,
+)
+from gnlorp_jax.models import adapters, layers
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.training import forward, layerwise, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
@@ -139,43 +144,39 @@ def first_device(mesh: Mesh) -> jax.Device | None:
   return mesh.devices.flat[0]
 
 
-def on_stored(
-  model: Model, parameters: Parameters, weight_bits: int | None
-) -> Model:
-  """The model with functions that take parameters as they are stored."""
-  if weight_bits is None:
-    return model
-  policy = None if model.config.remat else layers.keep_marked
-  return forward.on_stored(model, parameters.decode, policy)
-
-
 def build(
-  model: Model,
-  objective: Objective,
-  parameters: Parameters,
-  tx: optax.GradientTransformation,
-  rules: optimizer.LabelRules,
+  make: Callable[[Any], Model],
+  architecture: models.Config,
+  make_objective: Callable[[Model], Objective],
   mesh: Mesh,
   *,
+  optim_config: OptimConfig,
+  adapter: AdapterOptions,
   step_config: StepConfig,
+  model_rules: optimizer.LabelRules,
+  steps: int,
   micro_batches: int,
-  clip_global_norm: float | None,
-  cut_rows: bool,
+  beside_adapters: tuple[str, ...] = (),
+  read: Callable[..., Any] | None = None,
+  seed: int = 0,
 ) -> Program:
   """Puts together what a run computes; compiles nothing yet.
 
   Args:
-    model: The model, on stored parameters (`on_stored`).
-    objective: Its objective.
-    parameters: How its weights are held.
-    tx: The optimizer of what trains, from `optimizer.make`.
-    rules: Its label rules.
+    make: Makes the model of an architecture.
+    architecture: The architecture.
+    make_objective: Makes the objective of a model, whose functions take
+      parameters as they are stored.
     mesh: The devices.
-    step_config: How steps go through the model.
+    optim_config: The optimizer.
+    adapter: Low-rank changes beside frozen kernels, if any.
+    step_config: How steps go through the model, and the bits of its kernels.
+    model_rules: The label rules of the model's own weights.
+    steps: Number of steps of a run, as in `optimizer.make`.
     micro_batches: Pieces of a batch.
-    clip_global_norm: As in `training.step.make_train_step`.
-    cut_rows: Whether the optimizer treats the rows of a matrix that it does not
-      project independently, so that layer-wise steps may cut it.
+    beside_adapters: As in `parameters.plan`, as are the others.
+    read: Reads the weights to start from; None draws them.
+    seed: Decides how weights in 8 bits are rounded.
 
   Returns:
     The program.
@@ -183,64 +184,102 @@ def build(
   Raises:
     ValueError: If parts do not fit each other.
   """
+  adapter_config = parameters.adapter_config(adapter)
+  if adapter_config is not None:
+    optim_config = optimizer.for_adapters(optim_config)
+  held, rules = parameters.plan(
+    make,
+    architecture,
+    mesh=mesh,
+    adapter=adapter_config,
+    step=step_config,
+    rules=optimizer.label_rules(
+      optim_config,
+      model_rules,
+      adapted=adapter_config is not None,
+      only_factors=adapter.kind == 'lora' and not beside_adapters,
+    ),
+    beside_adapters=beside_adapters,
+    read=read,
+    seed=seed,
+  )
+  model = make(architecture)
+  if adapter_config is not None:
+    model = adapters.adapt(adapter_config, model)
+  if step_config.weight_bits is not None:
+    policy = None if architecture.remat else layers.keep_marked
+    model = forward.on_stored(model, held.decode, policy)
+  objective = make_objective(model)
+  tx = optimizer.make(optim_config, steps, rules)
   abstract = state.abstract(
-    lambda key: _zeros(parameters.trained),
+    lambda key: _zeros(held.trained),
     optax.GradientTransformation(
-      lambda trained: tx.init(parameters.decode_exact(trained)), tx.update
+      lambda trained: tx.init(held.decode_exact(trained)), tx.update
     ),
     jax.random.key(0),
     mesh,
   )
-  options = {
-    'num_micro_batches': micro_batches,
-    'clip_global_norm': clip_global_norm,
-  }
-  if step_config.mode == 'whole':
-    train_step = step.make_train_step(
-      lambda trained, batch, frozen: objective.loss(
-        parameters.join(trained, frozen), batch
-      ),
-      tx,
-      **options,
-    )
-  else:
-    train_step = layerwise.make_train_step(
-      objective.pieces,
-      tx,
-      parameters,
-      clipping=step_config.clipping,
-      accumulate=step_config.accumulate,
-      mesh=mesh,
-      offload=step_config.offload,
-      # Split matrices are cut already.
-      row_blocks=cut_rows and mesh.shape['fsdp'] == 1,
-      **options,
-    )
+  train_step = _make_train_step(
+    objective, tx, held, mesh, optim_config, step_config, micro_batches
+  )
 
   def init_optimizer(trained: Any, numbers: dict[str, jax.Array]) -> Any:
-    return optimizer.start(tx.init(parameters.decode_exact(trained)), numbers)
+    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
 
   def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
-    return objective.evaluate(parameters.join(trained, frozen), batch)
+    return objective.evaluate(held.join(trained, frozen), batch)
 
   return Program(
     mesh=mesh,
     model=model,
     objective=objective,
-    parameters=parameters,
+    parameters=held,
     tx=tx,
     rules=rules,
     abstract_state=abstract,
     init_optimizer=jax.jit(
       init_optimizer, out_shardings=state.shardings(abstract.opt_state)
     ),
-    train_step=step.jit_train_step(
-      train_step, abstract, mesh, parameters.frozen
-    ),
-    eval_step=step.jit_eval_step(
-      evaluate, abstract.params, mesh, parameters.frozen
-    ),
+    train_step=step.jit_train_step(train_step, abstract, mesh, held.frozen),
+    eval_step=step.jit_eval_step(evaluate, abstract.params, mesh, held.frozen),
     stats=jax.jit(subspace_stats),
+  )
+
+
+def _make_train_step(
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  held: Parameters,
+  mesh: Mesh,
+  optim_config: OptimConfig,
+  step_config: StepConfig,
+  micro_batches: int,
+) -> Callable[..., Any]:
+  """The training step of the configured mode."""
+  options = {
+    'num_micro_batches': micro_batches,
+    'clip_global_norm': optim_config.clip_global_norm,
+  }
+  if step_config.mode == 'whole':
+    return step.make_train_step(
+      lambda trained, batch, frozen: objective.loss(
+        held.join(trained, frozen), batch
+      ),
+      tx,
+      **options,
+    )
+  return layerwise.make_train_step(
+    objective.pieces,
+    tx,
+    held,
+    clipping=step_config.clipping,
+    accumulate=step_config.accumulate,
+    mesh=mesh,
+    offload=step_config.offload,
+    # The rows of Adafactor are not independent. Split matrices are cut already.
+    row_blocks=optim_config.name != 'galore_adafactor'
+    and mesh.shape['fsdp'] == 1,
+    **options,
   )
 
 
@@ -269,10 +308,10 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   Returns:
     The rows of `optim.report`, then one for each frozen array.
   """
-  parameters = program.parameters
-  exact = jax.eval_shape(parameters.decode_exact, parameters.trained)
+  held = program.parameters
+  exact = jax.eval_shape(held.decode_exact, held.trained)
   rows = optim.report(exact, program.tx, program.rules)
-  frozen = jax.eval_shape(parameters.decode_exact, parameters.frozen)
+  frozen = jax.eval_shape(held.decode_exact, held.frozen)
   return rows + [
     optim.inspect.ReportRow(
       name=optim.labels.path_name(path),

@@ -67,9 +67,10 @@ def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
     ValueError: If the settings of any task and method do not fit each other or
       the devices.
   """
+  architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in found:
     for method in config.method_names:
-      plan(config, task=task, method=method)
+      plan(config, task=task, method=method, architecture=architecture)
 
 
 def plan(
@@ -167,19 +168,13 @@ def _program(
   num_outputs: int,
   is_regression: bool,
   optim: OptimConfig,
-  adapter_options: AdapterOptions,
+  adapter: AdapterOptions,
   step: StepConfig,
   micro_batches: int,
   init_from: str | None,
   steps: int,
   mesh: program.Mesh,
 ) -> program.Program:
-  def make(config: roberta.RobertaConfig) -> Any:
-    return roberta.make_classifier(config, num_outputs)
-
-  adapter = parameters.adapter_config(adapter_options)
-  if adapter is not None:
-    optim = optimizer.for_adapters(optim)
   read = None
   if parameters.is_folder(init_from):
 
@@ -193,31 +188,19 @@ def _program(
         keep=folders.keeper(init_from, step.weight_bits),
       )
 
-  held, rules = parameters.plan(
-    make,
+  return program.build(
+    functools.partial(roberta.make_classifier, num_outputs=num_outputs),
     architecture,
-    mesh=mesh,
+    functools.partial(objectives.classifier, is_regression=is_regression),
+    mesh,
+    optim_config=optim,
     adapter=adapter,
-    step=step,
-    rules=optimizer.label_rules(
-      optim, roberta.LABEL_RULES, adapted=adapter is not None
-    ),
+    step_config=step,
+    model_rules=roberta.LABEL_RULES,
+    steps=steps,
+    micro_batches=micro_batches,
     beside_adapters=('classifier/',),
     read=read,
-  )
-  model = parameters.make_model(make, architecture, adapter)
-  model = program.on_stored(model, held, step.weight_bits)
-  return program.build(
-    model,
-    objectives.classifier(model, is_regression),
-    held,
-    optimizer.make(optim, steps, rules),
-    rules,
-    mesh,
-    step_config=step,
-    micro_batches=micro_batches,
-    clip_global_norm=optim.clip_global_norm,
-    cut_rows=optim.name != 'galore_adafactor',
   )
 
 

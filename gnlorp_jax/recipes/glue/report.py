@@ -25,9 +25,12 @@ def dry_run(config: GlueConfig) -> str:
   # What it reports is the same on any number of devices.
   mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
   config = dataclasses.replace(config, mesh=mesh)
+  architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in tasks.find_tasks(config):
     for method in config.method_names:
-      planned = recipe.plan(config, 1, task=task, method=method)
+      planned = recipe.plan(
+        config, 1, task=task, method=method, architecture=architecture
+      )
       parts.append(
         f'{task.name}, {method}: {_sizes(planned.program)}\n'
         f'{_numbers(planned.config)}\n'

@@ -72,49 +72,29 @@ def plan(
     config, model=architecture, seed=config.seed_numbers[0]
   )
   family = models.family(architecture)
-  make = functools.partial(family.make, device=program.first_device(mesh))
-  adapter = parameters.adapter_config(config.adapter)
   optim = config.optim
   # The rank that a run has without one is not asked of the optimizer.
   if optim.rank == TrainConfig().optim.rank and not optimizer.accepts(
     optim, 'rank'
   ):
     optim = dataclasses.replace(optim, rank=None)
-  if adapter is not None:
-    optim = optimizer.for_adapters(optim)
-  held, rules = parameters.plan(
-    make,
-    architecture,
-    mesh=mesh,
-    adapter=adapter,
-    step=config.step,
-    rules=optimizer.label_rules(
-      optim,
-      family.LABEL_RULES,
-      adapted=adapter is not None,
-      only_factors=config.adapter.kind == 'lora',
-    ),
-    read=_reader(config),
-    seed=config.seed,
-  )
-  model = parameters.make_model(make, architecture, adapter)
-  model = program.on_stored(model, held, config.step.weight_bits)
   built = program.build(
-    model,
-    objectives.language_model(
-      model,
-      config.loss_chunk_tokens,
+    functools.partial(family.make, device=program.first_device(mesh)),
+    architecture,
+    functools.partial(
+      objectives.language_model,
+      chunk_tokens=config.loss_chunk_tokens,
       dropout=config.is_masked or data.has_dropout(config),
     ),
-    held,
-    optimizer.make(optim, config.steps, rules),
-    rules,
     mesh,
+    optim_config=optim,
+    adapter=config.adapter,
     step_config=config.step,
+    model_rules=family.LABEL_RULES,
+    steps=config.steps,
     micro_batches=config.micro_batches,
-    clip_global_norm=config.optim.clip_global_norm,
-    # The rows of Adafactor are not independent.
-    cut_rows=config.optim.name != 'galore_adafactor',
+    read=_reader(config),
+    seed=config.seed,
   )
   return Planned(config, built, data.abstract_batch(config, mesh))
 
