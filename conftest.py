@@ -18,6 +18,8 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['MPLBACKEND'] = 'Agg'
+# Programs that tests start compile as tests do; see `quick_to_compile`.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -50,6 +52,18 @@ def programs_are_forgotten():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_to_compile(request):
+  """Halves the time to compile; a few small steps need no fast code.
+
+  LLVM alone is told to hurry: XLA's own passes, and with them the plan of a
+  program's memory, stay as they are. Modules that run for long are marked
+  `fast_code`.
+  """
+  fast = request.node.get_closest_marker('fast_code') is not None
+  jax.config.update('jax_disable_most_optimizations', not fast)
 
 
 @pytest.fixture

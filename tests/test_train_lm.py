@@ -777,16 +777,6 @@ def distance(a, b):
   return np.sqrt(sum(jax.tree.leaves(squares)))
 
 
-@pytest.fixture
-def quick_to_compile():
-  """Halves the time to compile; ten small steps need no fast code."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
-@pytest.mark.usefixtures('quick_to_compile')
 @pytest.mark.parametrize(
   ('name', 'micro_batches'), [('gradnormlorp', 2), ('galore', 1)]
 )

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.reference_curves import METHODS, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fast_code]
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,8 @@ STEPS = 3
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_to_compile():
-  """Halves the time to compile; a few small steps need no fast code."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
+def steps_are_forgotten():
   yield
-  jax.config.update('jax_disable_most_optimizations', before)
   taken.cache_clear()
 
 

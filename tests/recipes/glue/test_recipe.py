@@ -32,15 +32,6 @@ def prepare(settings, data):
   return make
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_to_compile():
-  """Halves the time to compile; a few small steps need no fast code."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
 def optim_for(settings, method):
   """The settings' optimizer, with pieces of rows that this model has."""
   pieces = {'granularity': 4} if method in ('vlorp', 'projfactor') else {}
