@@ -18,8 +18,9 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['MPLBACKEND'] = 'Agg'
+ON_CPU = os.environ['JAX_PLATFORMS'] == 'cpu'
 # Programs that tests start compile as tests do; see `quick_to_compile`.
-os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(ON_CPU)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -58,12 +59,12 @@ def programs_are_forgotten():
 def quick_to_compile(request):
   """Halves the time to compile; a few small steps need no fast code.
 
-  LLVM alone is told to hurry: XLA's own passes, and with them the plan of a
-  program's memory, stay as they are. Modules that run for long are marked
-  `fast_code`.
+  On a CPU LLVM alone is told to hurry: XLA's own passes, and with them the plan
+  of a program's memory, stay as they are. Modules that run for long are marked
+  `fast_code`. A GPU compiles as users' programs do.
   """
   fast = request.node.get_closest_marker('fast_code') is not None
-  jax.config.update('jax_disable_most_optimizations', not fast)
+  jax.config.update('jax_disable_most_optimizations', ON_CPU and not fast)
 
 
 @pytest.fixture
