@@ -1,8 +1,9 @@
 """Runs that are killed and stopped end as if they never were, bit for bit.
 
-One scene for every recipe and kind of step. The whole run is made in this
-process, the other in processes of its own: killed between two checkpoints,
-stopped by a signal, and let end.
+One scene for every recipe, and among them every kind of step and of weights.
+The whole run is made in this process, and so is the other but for its
+beginning, which is killed in a process of its own. Then a signal stops it, and
+it goes on.
 """
 
 import json
@@ -20,6 +21,8 @@ import pytest
 import train_glue
 import train_lm
 from gnlorp_jax.compose import program
+from gnlorp_jax.data import tokenizer
+from gnlorp_jax.models import hf, llama
 from gnlorp_jax.recipes.glue import recipe as glue_recipe
 from gnlorp_jax.recipes.glue import settings as glue_settings
 from gnlorp_jax.recipes.glue import tasks
@@ -34,71 +37,106 @@ pytestmark = [
 ]
 
 STEPS = 9
-GLUE = """
-  --batch-size 8 --eval-batch-size 8 --epochs 3 --log-every 1 --mesh.data 1
-  --data.max-train-examples 24 --data.max-dev-examples 20 --checkpoint-every 2
-  --optim.rank 2 --adapter.rank 2 --optim.update-proj-gap 2 --dropout 0.1
-  --adapter.dropout 0.1 --optim.learning-rate 0.001 --keep all
-  --model.hidden-size 32 --model.intermediate-size 64 --model.num-heads 2
+# Of all kernels two are projected: more of them take longer to compile.
+USUAL = """
+  --batch-size 8 --log-every 1 --checkpoint-every 2 --mesh.data 1
+  --optim.rank 2 --optim.update-proj-gap 3 --model.hidden-size 16
+  --model.intermediate-size 32 --model.num-heads 2 --model.num-layers 2
 """
-LM = """
-  --steps 9 --batch-size 8 --eval-every 3 --checkpoint-every 2 --log-every 1
-  --mesh.data 1 --sample.num-tokens 4 --optim.rank 4 --optim.update-proj-gap 3
-  --model.vocab-size 300 --model.hidden-size 32 --model.intermediate-size 48
-  --model.num-layers 2 --model.num-heads 2 --model.max-seq-len 16
-  --data.seq-len 16
+LABELS = [
+  *('--optim.param-labels', '(q|down)_proj/kernel', 'low_rank', '.*', 'full')
+]
+LM = f"""
+  {USUAL} --steps {STEPS} --eval-every 3 --sample.num-tokens 4
+  --model.vocab-size 300 --model.max-seq-len 16 --data.seq-len 16
+"""
+# Moments of 4,096 elements, the fewest that are kept in 8 bits.
+GLUE = f"""
+  {USUAL} --eval-batch-size 8 --epochs 3 --seeds 0,1 --keep all --export True
+  --data.max-train-examples 24 --data.max-dev-examples 20 --dropout 0.1
+  --method gradnormlorp --optim.learning-rate 0.001 --optim.rank 16
+  --optim.moment-bits 8 --model.hidden-size 64 --model.intermediate-size 256
+  --step.mode layerwise --step.weight-bits 8
 """
 
-# Runs a program and sends it a signal when it begins to write a step's metrics.
-SIGNALLED = """
-import importlib, os, sys
-from gnlorp_jax.training import metrics
+# Runs a program and sends it a signal when it begins to write a step: its
+# metrics, or, if the step is one of a checkpoint, that checkpoint. Of several
+# runs it is the last one that counts.
+KILLED = """
+import importlib, os, signal, sys
+from gnlorp_jax.training import checkpoint, metrics
 
-name, number, signal = sys.argv[1:4]
-write = metrics.MetricsWriter.write
+name, number, folder = sys.argv[1:4]
 
-def shooting(self, step, values):
-  if step == int(number) and 'train/loss' in values:
-    os.kill(os.getpid(), int(signal))
-  return write(self, step, values)
+def kill_in(owner, moment, path):
+  original = getattr(owner, moment)
 
-metrics.MetricsWriter.write = shooting
+  def killing(self, step, *args, **options):
+    if step == int(number) and folder in str(path(self)):
+      if moment == 'save':  # It goes on beside, in threads of its own.
+        original(self, step, *args, **options)
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, step, *args, **options)
+
+  setattr(owner, moment, killing)
+
+if int(number) % 2:
+  kill_in(metrics.MetricsWriter, 'write', lambda self: self._file.name)
+else:
+  kill_in(checkpoint.Checkpointer, 'save', lambda self: self._directory)
 importlib.import_module(name).main(sys.argv[4:])
 """
 
 
 class Scene(NamedTuple):
-  """A program, its words, and where the run is in the run directory."""
+  """A program and its words.
+
+  Attributes:
+    script: The program.
+    words: Of its command line.
+    killed: The step in which it is killed: with its checkpoint half written if
+      it is even, before its metrics are written if it is odd.
+    runs: Folders of its runs in the run directory. The last one is killed.
+  """
 
   script: str
-  words: str
-  run: str = '.'
+  words: list[str]
+  killed: int
+  runs: tuple[str, ...] = ('.',)
 
 
 SCENES = {
-  'glue, full, whole steps': Scene(
-    'train_glue', f'{GLUE} --method full', 'demo/full/lr0.001_seed0'
+  'language model': Scene('train_lm', [*LM.split(), *LABELS], 4),
+  'masked language model': Scene(
+    'train_lm',
+    [
+      *('--objective', 'masked', *LM.split(), *LABELS),
+      *('--model.hidden-dropout', '0.1'),
+    ],
+    5,
   ),
-  'glue, 8-bit GradNormLoRP, layer by layer': Scene(
+  'LoRA with dropout, on an 8-bit base from a folder': Scene(
+    'train_lm',
+    [
+      *(*LM.split(), '--init-from', 'FOLDER'),
+      *('--adapter.kind', 'lora'),
+      *('--adapter.rank', '2', '--adapter.dropout', '0.1'),
+      *('--step.weight-bits', '8', '--optim.name', 'adamw'),
+    ],
+    5,
+  ),
+  'GLUE: two seeds, in 8 bits, layer by layer': Scene(
     'train_glue',
-    # Moments of 4,096 elements, the fewest that are kept in 8 bits.
-    f'{GLUE} --method gradnormlorp --optim.rank 16 --optim.moment-bits 8 '
-    '--model.hidden-size 64 --model.intermediate-size 256 '
-    '--step.mode layerwise --step.weight-bits 8',
-    'demo/gradnormlorp/lr0.001_seed0',
+    [*GLUE.split(), *LABELS],
+    5,
+    tuple(f'demo/gradnormlorp/lr0.001_seed{seed}' for seed in (0, 1)),
   ),
-  'glue, LoRA on an 8-bit base': Scene(
-    'train_glue',
-    f'{GLUE} --method lora --step.weight-bits 8',
-    'demo/lora/lr0.001_seed0',
-  ),
-  'language model': Scene('train_lm', LM),
 }
 
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
-  """Words of the command line about the text to train a language model on."""
+  """A file of text to train a language model on."""
   folder = tmp_path_factory.mktemp('text')
   rng = random.Random(0)
   words = [
@@ -106,10 +144,29 @@ def text(tmp_path_factory):
   ]
   lines = [' '.join(rng.choices(words, k=8)) for _ in range(400)]
   (folder / 'text.txt').write_text('\n'.join(lines))
-  return [
-    *('--data.source', str(folder / 'text.txt')),
-    *('--data.cache-dir', str(folder / 'cache')),
-  ]
+  return folder / 'text.txt'
+
+
+@pytest.fixture(scope='module')
+def model_folder(text):
+  """A model to start from, and its tokenizer."""
+  folder = text.parent / 'hf'
+  config = llama.LlamaConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    max_seq_len=16,
+  )
+  params = jax.jit(llama.make(config).init)(jax.random.key(0))
+  hf.export(folder, params, llama.HF_TENSORS, llama.config_to_hf(config))
+  cache = text.parent / 'cache'
+  found = tokenizer.load(
+    'bpe', source=str(text), vocab_size=300, cache_dir=cache
+  )
+  found.save(folder)
+  return str(folder)
 
 
 def run_main(scene, args):
@@ -117,12 +174,12 @@ def run_main(scene, args):
   module.main(args)
 
 
-def run_signalled(scene, args, environment, number, kind):
-  """Runs a scene in a process that a signal reaches at a step."""
+def run_killed(scene, args, environment):
+  """Runs a scene in a process that is killed."""
   return subprocess.run(
     [
-      *(sys.executable, '-c', SIGNALLED, scene.script),
-      *(str(number), str(int(kind)), *args),
+      *(sys.executable, '-c', KILLED, scene.script),
+      *(str(scene.killed), scene.runs[-1].removeprefix('.'), *args),
     ],
     env=os.environ | environment,
     cwd=pathlib.Path(train_lm.__file__).parent,
@@ -130,6 +187,22 @@ def run_signalled(scene, args, environment, number, kind):
     text=True,
     timeout=600,
   )
+
+
+def run_stopped(scene, args, number, patch):
+  """Runs a scene in this process until a signal comes at a step."""
+  write = metrics.MetricsWriter.write
+
+  def stopping(self, step, values):
+    if step == number and 'train/loss' in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+    write(self, step, values)
+
+  with patch.context() as patched:
+    patched.setattr(metrics.MetricsWriter, 'write', stopping)
+    with pytest.raises(SystemExit) as stop:
+      run_main(scene, args)
+  assert stop.value.code == 128 + signal.SIGTERM
 
 
 def built(scene, args) -> program.Program:
@@ -160,46 +233,52 @@ def state_of(folder, like):
 
 @pytest.mark.parametrize('name', SCENES)
 def test_killed_and_stopped_run_ends_as_the_whole_one(
-  name, text, tmp_path, compiled_once
+  name, text, model_folder, tmp_path, compiled_once, monkeypatch, capsys
 ):
   scene = SCENES[name]
-  words = scene.words.split()
+  words = [model_folder if w == 'FOLDER' else w for w in scene.words]
   if scene.script == 'train_lm':
-    words += text
+    words += ['--data.source', str(text)]
+    words += ['--data.cache-dir', str(text.parent / 'cache')]
   whole, found = tmp_path / 'whole', tmp_path / 'found'
   run_main(scene, [*words, '--run-dir', str(whole)])
   args = [*words, '--run-dir', str(found)]
-  run_folder, whole_folder = found / scene.run, whole / scene.run
+  last, number = found / scene.runs[-1], scene.killed
 
-  # Between two checkpoints: that of step 4 may be whole, that of step 6 is not.
-  done = run_signalled(scene, args, compiled_once, 6, signal.SIGKILL)
+  done = run_killed(scene, args, compiled_once)
   assert done.returncode == -signal.SIGKILL, done.stderr
-  assert [row['step'] for row in rows_of(run_folder)][-1] == 5
-  done = run_signalled(scene, args, compiled_once, 7, signal.SIGTERM)
-  assert done.returncode == 128 + signal.SIGTERM, done.stderr
-  said = ' '.join((done.stdout + done.stderr).split())
+  written = [row['step'] for row in rows_of(last)]
+  assert written[-1] == (number if number % 2 == 0 else number - 1)
+  # That of step 2 is whole; the next one may be.
+  held = {path.name for path in (last / 'checkpoints').iterdir()}
+  assert '2' in held and not held & {'6', '8'}
+
+  capsys.readouterr()
+  run_stopped(scene, args, 7, monkeypatch)
+  said = ' '.join(''.join(capsys.readouterr()).split())
   assert 'Resuming ' in said and f'SIGTERM: saved step 7 of {STEPS}' in said
-  assert 'Traceback' not in said
+  assert 'The same command continues.' in said
   run_main(scene, args)
 
   like = built(scene, args).abstract_state
-  (state, *others), (expected, *expected_others) = (
-    state_of(folder, like) for folder in (run_folder, whole_folder)
-  )
-  assert others == expected_others
-  assert int(state.step) == STEPS
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
-    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), path
-  assert rows_of(run_folder) == rows_of(whole_folder)
-  weights = 'hf/model.safetensors'
-  assert (run_folder / weights).read_bytes() == (
-    whole_folder / weights
-  ).read_bytes()
+  for run in scene.runs:
+    (state, *others), (expected, *expected_others) = (
+      state_of(folder / run, like) for folder in (found, whole)
+    )
+    assert others == expected_others
+    assert int(state.step) == STEPS
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
+      assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), path
+    assert rows_of(found / run) == rows_of(whole / run)
+    weights = 'hf/model.safetensors'
+    assert (found / run / weights).read_bytes() == (
+      whole / run / weights
+    ).read_bytes()
 
   # A finished run is not repeated.
-  before = (run_folder / 'metrics.jsonl').read_bytes()
+  before = (last / 'metrics.jsonl').read_bytes()
   run_main(scene, args)
-  assert (run_folder / 'metrics.jsonl').read_bytes() == before
-  for result in run_folder.glob('result.json'):
+  assert (last / 'metrics.jsonl').read_bytes() == before
+  for result in last.glob('result.json'):
     assert json.loads(result.read_text())['last']['step'] == STEPS

@@ -45,12 +45,13 @@ def optimizer(name):
 def test_both_halves_are_the_update(name):
   tx, params = optimizer(name), tree(0)
   assert isinstance(tx, SplitTransformation)
+  update, project, apply = map(jax.jit, (tx.update, tx.project, tx.apply))
   whole = halves = tx.init(params)
   for seed in range(1, 6):
     grads = tree(seed)
-    expected, whole = tx.update(grads, whole, params)
-    small, halves = tx.project(grads, halves, params)
-    updates, halves = tx.apply(small, halves, params)
+    expected, whole = update(grads, whole, params)
+    small, halves = project(grads, halves, params)
+    updates, halves = apply(small, halves, params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8)
     jax.tree.map(close, updates, expected)
     jax.tree.map(close, halves, whole)
@@ -60,10 +61,11 @@ def test_both_halves_are_the_update(name):
 @every_half
 def test_the_first_half_is_linear_once_bases_are_fitted(name):
   tx, params = optimizer(name), tree(0)
-  _, state = tx.project(tree(1), tx.init(params), params)
+  _, state = jax.jit(tx.project)(tree(1), tx.init(params), params)
+  later = jax.jit(functools.partial(tx.project, due=False))
 
   def project(grads):
-    small, after = tx.project(grads, state, params, due=False)
+    small, after = later(grads, state, params)
     jax.tree.map(np.testing.assert_array_equal, after, state)
     return small
 
@@ -82,14 +84,17 @@ def test_bases_are_fitted_to_the_total():
   state = tx.init(params)
   a, b = tree(1), tree(2)
   both = jax.tree.map(jnp.add, a, b)
-  _, expected = tx.project(both, state, params)
+  _, expected = jax.jit(tx.project)(both, state, params)
+
+  @functools.partial(jax.vmap, axis_name='data')
+  def project(grads):
+    total = functools.partial(jax.lax.psum, axis_name='data')
+    return tx.project(grads, state, params, total=total)
+
   # Two devices, each with its own gradient.
-  _, found = jax.vmap(
-    lambda grads: tx.project(
-      grads, state, params, total=lambda x: jax.lax.psum(x, 'data')
-    ),
-    axis_name='data',
-  )(jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b))
+  _, found = jax.jit(project)(
+    jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b)
+  )
   for device in range(2):
     jax.tree.map(
       lambda x, y, d=device: np.testing.assert_allclose(x[d], y, atol=1e-5),
