@@ -1,15 +1,13 @@
 """Whole runs of train_glue.py: what they leave, how they go on, how they fail.
 
-A tiny run is made once. It is stopped, killed and repeated in copies, which
-must end as it did, bit for bit.
+A tiny run is made once. It is stopped, broken off and repeated in copies, which
+must end as it did, bit for bit; test_resume.py kills a search over seeds.
 """
 
 import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -352,40 +350,3 @@ def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_grid_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
-  root = pathlib.Path(__file__).parents[1]
-  args = [*OPTIONS, '--method', 'lora', '--seeds', '0,1']
-  args += ['--optim.learning-rate', '0.01', '--checkpoint-every', '1']
-  environment = {
-    **os.environ,
-    'PYTHONPATH': str(root),
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-  }
-
-  def command(folder):
-    return [sys.executable, root / 'train_glue.py', *args, '--run-dir', folder]
-
-  expected = tmp_path / 'whole'
-  subprocess.run(command(expected), env=environment, check=True)
-  found = tmp_path / 'killed'
-  for wanted in ('lr0.01_seed0', 'lr0.01_seed1'):
-    process = subprocess.Popen(command(found), env=environment)
-    path = found / 'demo' / 'lora' / wanted / 'metrics.jsonl'
-    while process.poll() is None:
-      if path.is_file() and path.read_text().count('\n') > 2:
-        process.kill()
-        break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-  subprocess.run(command(found), env=environment, check=True)
-  results = [
-    json.loads((folder / 'results.json').read_text())
-    for folder in (found, expected)
-  ]
-  assert len(results[0]) == 2
-  for one, other in zip(*results, strict=True):
-    assert without_times(one) == without_times(other)
