@@ -7,6 +7,7 @@ another and a collective never completes, unless the thread pools are set wide
 """
 
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
@@ -47,7 +48,21 @@ from jax.experimental.compilation_cache import (  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-SHARED = pathlib.Path(__file__).resolve().parents[1] / 'shared'
+ROOT = pathlib.Path(__file__).resolve().parent
+SHARED = ROOT.parent / 'shared'
+DURATIONS = ROOT / '.ci' / 'durations.json'
+
+
+def pytest_collection_modifyitems(items):
+  """Lets several processes begin with the files that take longest.
+
+  Those that take seconds then fill the gaps: all processes end together.
+  """
+  if 'PYTEST_XDIST_WORKER' in os.environ and DURATIONS.exists():
+    seconds = json.loads(DURATIONS.read_text())
+    items.sort(
+      key=lambda item: -seconds.get(item.path.relative_to(ROOT).as_posix(), 0)
+    )
 
 
 @pytest.fixture(scope='session')
