@@ -32,7 +32,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks import harness
+from benchmarks.common import harness
+from benchmarks.common.tables import markdown
 
 CHECKS: dict[str, tuple[str, ...]] = {
   'step': (
@@ -181,7 +182,7 @@ def check(
 ) -> Outcome:
   """Runs a benchmark for a short time and compares it with its record."""
   try:
-    module = importlib.import_module(f'benchmarks.{name}')
+    module = importlib.import_module(f'benchmarks.{name}.measure')
   except ImportError as error:
     return Outcome(failure=f'cannot be imported: {error}')
   path = recorded_path(module, device)
@@ -223,7 +224,7 @@ def report(name: str, outcome: Outcome) -> str:
     order = (WORSE, BETTER, SAME)
     lines = sorted(outcome.lines, key=lambda line: order.index(line.verdict))
     text += '\n' * bool(outcome.differences)
-    text += harness.markdown(
+    text += markdown(
       ['what', 'recorded', 'now', 'verdict'], [list(line) for line in lines]
     )
   for title, names in (

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import finetune_step, methods, state_bytes
+from benchmarks.common import methods
+from benchmarks.scaling import state_bytes
+from benchmarks.train import finetune_step
 
 
 def test_options_that_a_method_lacks():

@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from benchmarks import check, scaling
+from benchmarks import check
+from benchmarks.scaling import measure as scaling
 
 HALF = {'fast': (1.9, 2.0, 2.1), 'slow': (0.4, 0.5, 0.6)}
 MACHINE = {'cpu': 'C', 'cores': 2, 'versions': {'jax': '1'}}

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from benchmarks import harness, refresh, refresh_report, refresh_runs
+from benchmarks.common import harness
+from benchmarks.refresh import measure as refresh
+from benchmarks.refresh import refresh_report, refresh_runs
 from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import inspect

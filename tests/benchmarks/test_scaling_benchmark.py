@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, methods, record, scaling, scaling_report
+from benchmarks.common import harness, methods, record
+from benchmarks.scaling import measure as scaling
+from benchmarks.scaling import scaling_report
 from gnlorp_jax.models import llama
 from gnlorp_jax.models.families import llama as families_llama
 

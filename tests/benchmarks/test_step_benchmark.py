@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import harness, peers, step, step_methods, turns
-from benchmarks.step_methods import METHODS, Case, Data
+from benchmarks.common import harness, peers, turns
+from benchmarks.step import measure as step
+from benchmarks.step import step_methods
+from benchmarks.step.step_methods import METHODS, Case, Data
 from gnlorp_jax.models import llama
 
 CASE = Case('tiny', 'float32', rank=4, gap=20)

@@ -12,8 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import harness, peers, products, train, train_sides, turns
-from benchmarks.methods import AbsentError
+from benchmarks.common import harness, peers, turns
+from benchmarks.common.methods import AbsentError
+from benchmarks.train import measure as train
+from benchmarks.train import products, train_sides
 from gnlorp_jax.models import llama
 
 CONFIG = llama.LlamaConfig(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import layerwise_step
+from benchmarks.step import layerwise_step
 from gnlorp_jax.recipes.pretrain import recipe
 
 # 8, 16, 32 layers, and one more, which is no other axis of the model.
