@@ -2,7 +2,9 @@
 
 A small LLaMA of `train_lm.py`, with its data, its step and its evaluation, is
 trained to save the gradients that a refresh would see, or to see what the way
-of refreshing does to the loss.
+of refreshing does to the loss. Models have a vocabulary of 4096, of a tokenizer
+that is trained on the text: the head for a larger one would take most of the
+time.
 
 Shape suffixes in this file:
   L, I, O  layers, and a kernel's input and output axes
@@ -14,7 +16,6 @@ import contextlib
 import itertools
 import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import harness
+from benchmarks.common.cases import Row
 from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import subspace
@@ -86,24 +88,20 @@ def settings(
 
 def train(
   run: loop.Run,
+  clock: harness.Clock,
   before_step: Callable[[int, Any, Any], None] | None = None,
-  clock: harness.Clock | None = None,
 ) -> tuple[Any, list[float]]:
   """Takes all steps, or those that there is time for.
 
   Args:
     run: The run; its batches are closed in the end.
+    clock: Ends the run early.
     before_step: Called with a step's number, parameters and batch before it is
       taken.
-    clock: Ends the run early; None does not.
 
   Returns:
     The trained parameters and the losses of the steps taken.
   """
-
-  def is_in_time(number: int) -> bool:
-    del number
-    return clock is None or clock.seconds_left > 0
 
   def select(state: Any, batch: Any) -> Any:
     if before_step is not None:
@@ -111,15 +109,13 @@ def train(
     return batch
 
   state, constants = run.start()
+  numbers = itertools.takewhile(
+    lambda _: clock.seconds_left > 0, range(1, run.steps + 1)
+  )
   losses: list[float] = []
   with contextlib.closing(run.batches):
     for taken in loop.steps(
-      run.train_step,
-      state,
-      run.batches,
-      run.mesh,
-      itertools.takewhile(is_in_time, range(1, run.steps + 1)),
-      constants,
+      *(run.train_step, state, run.batches, run.mesh, numbers, constants),
       select=select,
     ):
       state = taken.state
@@ -158,38 +154,53 @@ def kernel_gradients(
   return gradients
 
 
+def save_row(
+  args: argparse.Namespace, size: str, gap: int, clock: harness.Clock
+) -> Row:
+  """Trains a size with `galore` and keeps its gradients."""
+  optim = config.OptimConfig(
+    name='galore',
+    rank=llama.preset(size).hidden_size // 4,
+    update_proj_gap=gap,
+    learning_rate=args.learning_rate,
+  )
+  options = {'steps': 3 * gap + 1, 'optim': optim}
+  prepared = recipe.prepare(settings(args, size, args.tokenizer, **options))
+  return save_gradients(prepared, gap, args.gradients / f'{size}.npz', clock)
+
+
 def save_gradients(
   prepared: recipe.Prepared, gap: int, path: pathlib.Path, clock: harness.Clock
-) -> dict[str, Any]:
+) -> Row:
   """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`.
 
-  The file is written anew at each of these steps; a run whose time is over
-  ends early.
+  A run whose time is over ends early.
 
   Returns:
-    Which steps were kept, their losses, and how long it took.
+    Which steps were kept, and their losses.
   """
   config = prepared.config
   gradients = kernel_gradients(prepared)
-  kept: dict[str, np.ndarray] = {}
-  steps: list[int] = []
+  kept: dict[int, dict[str, np.ndarray]] = {}
 
   def keep(number: int, params: Any, batch: Any) -> None:
-    if (number - 1) % gap:
-      return
-    for name, grad_MN in jax.device_get(gradients(params, batch)).items():
-      kept[f'{number}/{name}'] = grad_MN
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **kept)
-    steps.append(number)
+    if (number - 1) % gap == 0:
+      kept[number] = jax.device_get(gradients(params, batch))
 
-  started = time.perf_counter()
-  _, losses = train(recipe.make_run(prepared, config), keep, clock)
+  _, losses = train(recipe.make_run(prepared, config), clock, keep)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  np.savez(
+    path,
+    **{
+      f'{number}/{name}': grad_MN
+      for number, found in kept.items()
+      for name, grad_MN in found.items()
+    },
+  )
   row = {
-    'steps': steps,
-    'losses': [losses[number - 1] for number in steps],
+    'steps': list(kept),
+    'losses': [losses[number - 1] for number in kept],
     'batch_tokens': config.batch_size * config.data.seq_len,
-    'seconds': round(time.perf_counter() - started, 1),
   }
   if len(losses) < config.steps:
     row['left_out'] = f'steps from {len(losses) + 1} on: out of time'
@@ -207,10 +218,21 @@ def read_gradients(path: pathlib.Path) -> Gradients:
   return found
 
 
-def loss_row(prepared: recipe.Prepared) -> dict[str, Any]:
+def loss_row(
+  args: argparse.Namespace, seed: int, variant: dict[str, Any]
+) -> Row:
+  """Trains the first size with one way of refreshing."""
+  options = {
+    **{'steps': args.steps, 'eval_batches': args.eval_batches, 'seed': seed},
+    'optim': loss_optimizer(variant, args.learning_rate),
+  }
+  return trained(recipe.prepare(settings(args, args.size[0], 'bpe', **options)))
+
+
+def trained(prepared: recipe.Prepared) -> Row:
   """Trains a run to its end and evaluates it."""
   run = recipe.make_run(prepared, prepared.config)
-  params, losses = train(run)
+  params, losses = train(run, harness.Clock(math.inf))
   # No weight is frozen.
   return {
     'eval_loss': run.evaluate(params, {})['loss'],
