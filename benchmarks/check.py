@@ -22,9 +22,7 @@ The exit status is 1 if anything got worse; else 2 if a benchmark failed or
 there was nothing to compare; else 0.
 """
 
-import argparse
 import importlib
-import json
 import pathlib
 import subprocess
 import sys
@@ -32,8 +30,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.common import harness
-from benchmarks.common.tables import markdown
+from benchmarks.common import cases, harness, record
+from benchmarks.common.tables import markdown, median_in_quartiles
 
 CHECKS: dict[str, tuple[str, ...]] = {
   'step': (
@@ -107,7 +105,7 @@ def judge_bytes(recorded: int, now: int) -> str:
 
 def ratio_text(ratio: Ratio) -> str:
   """Median and quartiles."""
-  return '{1:.3f} [{0:.3f}, {2:.3f}]'.format(*ratio)
+  return median_in_quartiles(ratio, '.3f')
 
 
 def compare(module: Any, recorded: Any, fresh: Any) -> Outcome:
@@ -209,8 +207,7 @@ def check(
       return Outcome(failure=f'not done after {error.timeout:.0f} s')
     if code or not output.exists():
       return Outcome(failure=f'ended with code {code}')
-    fresh = json.loads(output.read_text())
-  return compare(module, json.loads(path.read_text()), fresh)
+    return compare(module, record.read(path), record.read(output))
 
 
 def report(name: str, outcome: Outcome) -> str:
@@ -249,28 +246,22 @@ def status(outcomes: list[Outcome]) -> int:
 
 def main() -> None:
   """Runs the checks and ends with what they came to."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = parser.add_argument
-  add('names', nargs='*', metavar='NAME', help=f'of {", ".join(CHECKS)}: all')
-  add(
+  parser = harness.parser(__doc__)
+  cases.add_parts(parser, CHECKS, 'check')
+  parser.add_argument(
     '--device',
     choices=tuple(harness.PLATFORMS),
     default='cpu',
     help='where to run; of a gpu, the records gpu_*.json are compared with '
     '(default: %(default)s)',
   )
-  add(
+  parser.add_argument(
     '--minutes',
     type=float,
     default=2,
     help='time for each benchmark (default: %(default)s)',
   )
   args = parser.parse_args()
-  for name in args.names:
-    if name not in CHECKS:
-      parser.error(f'no check {name!r}; there are {", ".join(CHECKS)}.')
   outcomes = []
   for name in args.names or CHECKS:
     harness.progress(f'Checking {name}')

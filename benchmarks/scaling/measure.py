@@ -152,17 +152,10 @@ def state_cases() -> Iterator[Case]:
 
 def random_arrays(shapes: Any, seed: int, scale: float) -> Any:
   """Normal float32 arrays of these shapes."""
-  leaves, tree = jax.tree.flatten(shapes)
-
-  @jax.jit
-  def draw(key: jax.Array) -> list[jax.Array]:
-    keys = jax.random.split(key, len(leaves))
-    return [
-      scale * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ]
-
-  return tree.unflatten(draw(jax.random.key(seed)))
+  draw = np.random.default_rng(seed).standard_normal
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(scale * draw(leaf.shape, np.float32)), shapes
+  )
 
 
 def optimizer_steps(size: str) -> Callable[[Row], cases.Compiled]:

@@ -258,7 +258,7 @@ def test_a_run_ends_with_the_mean_loss_of_held_out_text(prepared):
   params, losses = runs.train(run, harness.Clock(10))
   assert row['train_loss'] == pytest.approx(np.mean(losses))
   batches = data.evaluation_batches(prepared.config, prepared.text)()
-  loss = prepared.program.objective.loss
+  loss = jax.jit(prepared.program.objective.loss)
   sums = [loss(params, next(batches)) for _ in range(2)]
   batches.close()
   losses, weights = np.float64(sums).T
