@@ -103,40 +103,24 @@ def judge_bytes(recorded: int, now: int) -> str:
   return WORSE if now > recorded else BETTER
 
 
-def ratio_text(ratio: Ratio) -> str:
-  """Median and quartiles."""
-  return median_in_quartiles(ratio, '.3f')
-
-
 def compare(module: Any, recorded: Any, fresh: Any) -> Outcome:
-  """Compares two records of a benchmark.
-
-  Args:
-    module: The benchmark, with `ratios`, `sizes`, or both.
-    recorded: A record of its.
-    fresh: Another one.
-
-  Returns:
-    What there is to say of them.
-  """
-  lines: list[Line] = []
-  missing: list[str] = []
-  new: list[str] = []
+  """Compares two records of a benchmark with `ratios`, `sizes`, or both."""
+  found = Outcome([], [], [], differences(recorded, fresh))
   for kind, judge, text in (
-    ('ratios', judge_ratio, ratio_text),
+    ('ratios', judge_ratio, lambda ratio: median_in_quartiles(ratio, '.3f')),
     ('sizes', judge_bytes, '{:,}'.format),
   ):
     if not hasattr(module, kind):
       continue
     before, after = (getattr(module, kind)(r) for r in (recorded, fresh))
-    missing += [name for name in before if name not in after]
-    new += [name for name in after if name not in before]
-    lines += [
+    found.missing.extend(name for name in before if name not in after)
+    found.new.extend(name for name in after if name not in before)
+    found.lines.extend(
       Line(name, text(value), text(after[name]), judge(value, after[name]))
       for name, value in before.items()
       if name in after
-    ]
-  return Outcome(lines, missing, new, differences(recorded, fresh))
+    )
+  return found
 
 
 def environments(node: Any) -> Iterator[dict[str, Any]]:
@@ -169,12 +153,6 @@ def differences(recorded: Any, fresh: Any) -> list[str]:
   ]
 
 
-def recorded_path(module: Any, device: str) -> pathlib.Path:
-  """Where a benchmark's figures of a device are."""
-  path = pathlib.Path(module.RESULTS)
-  return path if device == 'cpu' else path.with_name(f'{device}_{path.name}')
-
-
 def check(
   name: str, options: tuple[str, ...], device: str, minutes: float
 ) -> Outcome:
@@ -183,7 +161,9 @@ def check(
     module = importlib.import_module(f'benchmarks.{name}.measure')
   except ImportError as error:
     return Outcome(failure=f'cannot be imported: {error}')
-  path = recorded_path(module, device)
+  path = pathlib.Path(module.RESULTS)
+  if device != 'cpu':
+    path = path.with_name(f'{device}_{path.name}')
   if not path.exists():
     return Outcome(failure=f'nothing is recorded: there is no {path}')
   with tempfile.TemporaryDirectory() as folder:
@@ -221,9 +201,7 @@ def report(name: str, outcome: Outcome) -> str:
     order = (WORSE, BETTER, SAME)
     lines = sorted(outcome.lines, key=lambda line: order.index(line.verdict))
     text += '\n' * bool(outcome.differences)
-    text += markdown(
-      ['what', 'recorded', 'now', 'verdict'], [list(line) for line in lines]
-    )
+    text += markdown(['what', 'recorded', 'now', 'verdict'], lines)
   for title, names in (
     ('Recorded, not in this run', outcome.missing),
     ('In this run, not recorded', outcome.new),

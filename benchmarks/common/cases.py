@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -29,12 +29,13 @@ class Case(NamedTuple):
   Attributes:
     key: What its rows are called; they need not repeat it.
     measure: Makes its row or rows.
-    has_clock: Whether it asks for a clock, whose time it should keep to.
+    clock: What `measure` is given to keep to: a clock with ``all`` of the time
+      that is left, one with its ``share`` of it, or nothing.
   """
 
   key: Row
   measure: Callable[..., Row | list[Row]]
-  has_clock: bool = False
+  clock: Literal['all', 'share'] | None = None
 
 
 def absence(error: Exception) -> Row:
@@ -112,19 +113,20 @@ def measure(
   for number, case in enumerate(cases):
     if not done[number]:
       harness.progress(f'{part}: {", ".join(map(str, case.key.values()))}')
-      new = _take(case, clock.share(len(cases) - number))
+      new = _take(case, clock, len(cases) - number)
       done[number] = [{**case.key, **row} for row in new]
     found[part] = {**header, 'rows': list(itertools.chain(*done))}
     record.write(output, found)
   return found
 
 
-def _take(case: Case, clock: harness.Clock) -> list[Row]:
+def _take(case: Case, clock: harness.Clock, left: int) -> list[Row]:
   """The rows of a case, or one that says why there are none."""
   if not clock.seconds_left:
     return [{'absent': LATE}]
   try:
-    found = rounded(case.measure(clock) if case.has_clock else case.measure())
+    share = clock if case.clock == 'all' else clock.share(left)
+    found = rounded(case.measure(share) if case.clock else case.measure())
   except Exception as error:  # Whatever it is, the other cases go on.
     return [absence(error)]
   return found if isinstance(found, list) else [found]

@@ -12,38 +12,25 @@ own function, jitted, one matrix at a time:
   random   random directions; only a new seed is drawn
   stale    no refresh: the exact basis of the gradient one gap before
 
-There are four parts; without names all of them run, in this order. Each
-replaces its own rows in the JSON file and leaves the others.
+There are four parts; each replaces its own rows in the JSON file.
 
   save     trains a small LLaMA with `galore` and keeps the gradients that its
-           refreshes would see: all seven kernels of the first, a middle and the
-           last layer, at the first step and three times a gap later, as one
-           .npz file per size for the next part
-  energy   for each saved gradient, and for synthetic ones of large models: how
-           much of it a basis captures, |G Q|^2 / |G|^2, relative to the best
-           that rank r allows, and how much of the exact subspace it contains,
-           |Q^T V|^2 / r (its mean squared canonical correlation). A cell of the
-           table has the median over matrices of the energy, [the lowest], and
-           the median overlap; gradients of the first step, before which there
-           is none, are in the JSON file alone
+           refreshes would see, of the first, a middle and the last layer, at
+           the first step and three times a gap later, for the next part
+  energy   for each saved gradient, and synthetic ones of large models: how much
+           of it a basis captures, relative to the best that the rank allows
+           (median, [the lowest]), and its overlap with the exact subspace (mean
+           squared canonical correlation)
   time     seconds of one refresh, after compilation, in turns: the median, and
            the median ratio to `exact` in the same round [its quartiles]: below
-           1 is faster. Wants a quiet machine
-  loss     the first size with `gradnormlorp` and each way of refreshing,
-           on equal data, with equal learning rate and rank: the evaluation loss
-           at the end
+           1 is faster. `dct` and `random` store no basis: what they leave
+           undone here, every step does. Wants a quiet machine
+  loss     the first size with `gradnormlorp` and each way of refreshing, all
+           else equal: the evaluation loss at the end
 
   python -m benchmarks.refresh save energy loss --size 9m 60m --gap 50 10 \
     --data.source 'wikipedia_en/*train.00000*'
   python -m benchmarks.refresh time --minutes 4
-
-A rectangular matrix is turned so that its shorter axis is compressed: gate, up
-and down projections have one shape here. LAPACK has one thread, as in
-train_lm.py; XLA's matrix products have all cores. `dct` and `random` store no
-basis: what they leave undone here, every step does. A synthetic matrix is a
-product of low rank, whose singular values fall about as 1/i, with a tenth of
-its energy in noise: it shows what a large refresh costs, not what large models'
-gradients are like.
 """
 
 import argparse
@@ -80,7 +67,7 @@ def save_cases(args: argparse.Namespace) -> Iterator[Case]:
   """A run of each size."""
   for size, gap in zip(args.size, args.gap, strict=True):
     take = functools.partial(runs.save_row, args, size, gap)
-    yield Case({'size': size, 'gap': gap}, take, has_clock=True)
+    yield Case({'size': size, 'gap': gap}, take, clock='share')
 
 
 def loss_cases(args: argparse.Namespace) -> Iterator[Case]:

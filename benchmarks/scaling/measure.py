@@ -4,28 +4,20 @@
   python -m benchmarks.scaling time --minutes 3     # on a quiet machine
   python -m benchmarks.scaling state devices plan   # these time nothing
 
-Each part is a process of its own and replaces its own rows in the JSON file;
---resume goes on with a part that was interrupted. The models are LLaMAs of the
-published presets, 9m to 7b; the rank is a quarter of the width unless a row
-says otherwise; `8 bits` means moments and bases.
+Each part is a process of its own and replaces its own rows in the JSON file.
+The models are LLaMAs of the published presets, 9m to 7b; the rank is a quarter
+of the width unless a row says otherwise; `8 bits` means moments and bases.
 
-state     Bytes of the optimizer state, counted from shapes alone: of every
-          preset, and of 7b at several ranks.
-time      Seconds of the optimizer step (update and addition, all weights of the
-          model, float32, random gradients, bases refreshed in turn over 200
-          steps, with the aliases' guard against gradients that are not finite,
-          which benchmarks.step leaves out), 9m to 350m, and of 60m at several
-          ranks; and of the whole training step on 4 x 128 random tokens, 9m
-          to 60m. Within a size all methods take turns; the sizes come one after
-          the other: a machine that slows down between them bends the curve, but
-          not the ratio to AdamW.
-devices   Compiled steps of a LLaMA of width 512, 8 layers, rank 64, vocabulary
-          4096, float32, 16 x 128 tokens in two micro-batches, on meshes of 1,
-          2, 4 and 8 forced CPU devices. Nothing runs: devices that share the
-          cores of one machine cannot show any speed-up.
-plan      The same of 1b and 7b (bfloat16, remat, 16 x 256 tokens a device) on
-          1, 8 and 64 described H100s, 8 to a machine, by XLA's own compiler for
-          GPUs. It needs the extra `cuda` and no GPU.
+state     Bytes of the optimizer state from shapes: of every preset, and of 7b
+          at several ranks.
+time      Seconds of the optimizer step on all weights of a model, float32,
+          bases refreshed in turn over 200 steps, by size and by rank; and of
+          the whole training step on 4 x 128 tokens. Methods take turns; sizes
+          do not: a machine that slows down bends the curve, not the ratio.
+devices   Compiled steps of a small LLaMA on meshes of 1 to 8 forced CPU
+          devices; nothing runs.
+plan      The same of 1b and 7b on 1, 8 and 64 described H100s, by XLA's own
+          compiler for GPUs. It needs the extra `cuda` and no GPU.
 
 What the columns mean:
   exponent     b of cost = a * parameters^b over all sizes (how far the worst
@@ -34,9 +26,7 @@ What the columns mean:
   on a device  bytes of the compiled step on one device: arguments, outputs and
                temporaries, less what outputs share with arguments
   sent         bytes of the arrays that are summed, gathered or scattered in a
-               step, on one device, times the turns of the loops around them.
-               (What crosses a wire depends on the algorithm: a ring of n sends
-               (n - 1) / n of them, and twice that to sum.)
+               step, on one device, times the turns of the loops around them
   refreshes    those in loops of unknown length or in conditionals, one turn of
                each: what refitting bases adds. In most steps no loop turns
 """
@@ -239,7 +229,7 @@ def time_cases() -> Iterator[Case]:
   def case(what: str, size: str, pairs: Any, against: str) -> Case:
     keys = [{'method': method, 'rank': rank} for method, rank in pairs]
     key = {'step': what, 'against': against, 'size': size}
-    return Case(key, functools.partial(race, what, size, keys), has_clock=True)
+    return Case(key, functools.partial(race, what, size, keys), clock='share')
 
   def by_size(what: str, size: str, names: Any) -> Case:
     pairs = [(name, quarter(size)) for name in names]
