@@ -226,19 +226,10 @@ def main() -> None:
   """Runs the checks and ends with what they came to."""
   parser = harness.parser(__doc__)
   cases.add_parts(parser, CHECKS, 'check')
-  parser.add_argument(
-    '--device',
-    choices=tuple(harness.PLATFORMS),
-    default='cpu',
-    help='where to run; of a gpu, the records gpu_*.json are compared with '
-    '(default: %(default)s)',
-  )
-  parser.add_argument(
-    '--minutes',
-    type=float,
-    default=2,
-    help='time for each benchmark (default: %(default)s)',
-  )
+  add = parser.add_argument
+  devices = 'where to run; of a gpu, the records gpu_*.json are compared with'
+  add('--device', choices=harness.PLATFORMS, default='cpu', help=devices)
+  add('--minutes', type=float, default=2, help='time for each benchmark (2)')
   args = parser.parse_args()
   outcomes = []
   for name in args.names or CHECKS:
@@ -247,11 +238,9 @@ def main() -> None:
     sys.stdout.write(report(name, outcome) + '\n')
     sys.stdout.flush()
     outcomes.append(outcome)
-  worse = sum(
-    line.verdict == WORSE for outcome in outcomes for line in outcome.lines
-  )
-  compared = sum(len(outcome.lines) for outcome in outcomes)
-  sys.stdout.write(f'{worse} of {compared} got worse.\n')
+  verdicts = [line.verdict for outcome in outcomes for line in outcome.lines]
+  worse = verdicts.count(WORSE)
+  sys.stdout.write(f'{worse} of {len(verdicts)} got worse.\n')
   raise SystemExit(status(outcomes))
 
 

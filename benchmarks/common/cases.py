@@ -9,7 +9,7 @@ import argparse
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -47,25 +47,20 @@ def absence(error: Exception) -> Row:
 
 
 def add_parts(
-  parser: argparse.ArgumentParser, names: Iterable[str], what: str = 'part'
+  parser: argparse.ArgumentParser, names: Collection[str], what: str = 'part'
 ) -> None:
   """Adds the argument `names`: the parts to measure, or none for all."""
-  known = list(names)
+  known = ', '.join(names)
 
   def checked(name: str) -> str:
-    if name not in known:
+    if name not in names:
       raise argparse.ArgumentTypeError(
-        f'no {what} {name!r}; there are {", ".join(known)}.'
+        f'no {what} {name!r}; there are {known}.'
       )
     return name
 
-  parser.add_argument(
-    'names',
-    nargs='*',
-    type=checked,
-    metavar=what.upper(),
-    help=f'of {", ".join(known)} (default: all)',
-  )
+  shown = {'metavar': what.upper(), 'help': f'of {known} (default: all)'}
+  parser.add_argument('names', nargs='*', type=checked, **shown)
 
 
 def load(path: pathlib.Path) -> Record:

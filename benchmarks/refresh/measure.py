@@ -92,41 +92,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
   harness.add_arguments(parser, RESULTS, minutes=40, plot=PLOT)
   add = parser.add_argument
   cases.add_parts(parser, PARTS)
-  add(
-    '--gradients',
-    type=pathlib.Path,
-    default=GRADIENTS,
-    help='folder of saved gradients (default: %(default)s)',
-  )
-  add(
-    '--data.source',
-    dest='source',
-    default='stdlib',
-    help='text, as of train_lm.py (default: %(default)s)',
-  )
-  add(
-    '--data.tokenizer',
-    dest='tokenizer',
-    default='bpe',
-    help="tokenizer of `save`, as of train_lm.py, with the preset's vocabulary "
-    '(default: a BPE of 4096)',
-  )
-  add(
-    '--size',
-    nargs='+',
-    choices=llama.PRESETS,
-    default=['9m'],
-    help='presets whose gradients are saved; `loss` trains the first '
-    '(default: 9m)',
-  )
-  add(
-    '--gap',
-    nargs='+',
-    type=int,
-    default=[50],
-    help='steps between two saved gradients, one for all sizes or one for each '
-    '(default: 50)',
-  )
+  add('--gradients', type=pathlib.Path, default=GRADIENTS, help='their folder')
+  add('--data.source', dest='source', default='stdlib', help='a text')
+  tokenizer = 'of `save`: as of train_lm.py, or bpe with a vocabulary of 4096'
+  add('--data.tokenizer', dest='tokenizer', default='bpe', help=tokenizer)
+  sizes = 'presets to save gradients of; `loss` trains the first (9m)'
+  add('--size', nargs='+', choices=llama.PRESETS, default=['9m'], help=sizes)
+  gaps = 'steps between saved gradients, for all sizes or for each (50)'
+  add('--gap', nargs='+', type=int, default=[50], help=gaps)
   for name, (default, what) in NUMBERS.items():
     add(f'--{name}', type=int, default=default, help=f'{what} (%(default)s)')
   add('--learning-rate', type=float, default=5e-3, help='peak (%(default)s)')

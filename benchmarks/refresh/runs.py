@@ -89,7 +89,7 @@ def settings(
 def train(
   run: loop.Run,
   clock: harness.Clock,
-  before_step: Callable[[int, Any, Any], None] | None = None,
+  before_step: Callable[[int, Any, Any], None],
 ) -> tuple[Any, list[float]]:
   """Takes all steps, or those that there is time for.
 
@@ -104,8 +104,7 @@ def train(
   """
 
   def select(state: Any, batch: Any) -> Any:
-    if before_step is not None:
-      before_step(int(state.step) + 1, state.params, batch)
+    before_step(int(state.step) + 1, state.params, batch)
     return batch
 
   state, constants = run.start()
@@ -189,14 +188,7 @@ def save_gradients(
 
   _, losses = train(recipe.make_run(prepared, config), clock, keep)
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(
-    path,
-    **{
-      f'{number}/{name}': grad_MN
-      for number, found in kept.items()
-      for name, grad_MN in found.items()
-    },
-  )
+  np.savez(path, **{f'{n}/{k}': g for n in kept for k, g in kept[n].items()})
   row = {
     'steps': list(kept),
     'losses': [losses[number - 1] for number in kept],
@@ -232,7 +224,8 @@ def loss_row(
 def trained(prepared: recipe.Prepared) -> Row:
   """Trains a run to its end and evaluates it."""
   run = recipe.make_run(prepared, prepared.config)
-  params, losses = train(run, harness.Clock(math.inf))
+  clock = harness.Clock(math.inf)
+  params, losses = train(run, clock, lambda *_: None)
   # No weight is frozen.
   return {
     'eval_loss': run.evaluate(params, {})['loss'],

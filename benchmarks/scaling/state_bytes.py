@@ -172,20 +172,10 @@ def tables() -> dict[str, str]:
 def main() -> None:
   """Counts, and writes the JSON file and the table."""
   parser = harness.parser(__doc__)
-  parser.add_argument(
-    '--methods',
-    nargs='+',
-    choices=tuple(methods.ALIASES),
-    default=list(methods.ALIASES),
-    help='names of gnlorp_jax.optim (default: all)',
-  )
-  parser.add_argument(
-    '--model',
-    choices=tuple(llama.PRESETS),
-    default='7b',
-    help='size of the LLaMA (default: %(default)s)',
-  )
   harness.add_arguments(parser, RESULTS, has_device=False)
+  names = list(methods.ALIASES)
+  parser.add_argument('--methods', nargs='+', choices=names, default=names)
+  parser.add_argument('--model', choices=llama.PRESETS, default='7b')
   args = parser.parse_args()
   if args.report:
     report.report('scaling.state_bytes')
