@@ -107,7 +107,8 @@ def measure(
   ]
   for number, case in enumerate(cases):
     if not done[number]:
-      harness.progress(f'{part}: {", ".join(map(str, case.key.values()))}')
+      if clock.seconds_left:
+        harness.progress(f'{part}: {", ".join(map(str, case.key.values()))}')
       new = _take(case, clock, len(cases) - number)
       done[number] = [{**case.key, **row} for row in new]
     found[part] = {**header, 'rows': list(itertools.chain(*done))}

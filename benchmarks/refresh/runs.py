@@ -187,8 +187,9 @@ def save_gradients(
       kept[number] = jax.device_get(gradients(params, batch))
 
   _, losses = train(recipe.make_run(prepared, config), clock, keep)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(path, **{f'{n}/{k}': g for n in kept for k, g in kept[n].items()})
+  if kept:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{f'{n}/{k}': g for n in kept for k, g in kept[n].items()})
   row = {
     'steps': list(kept),
     'losses': [losses[number - 1] for number in kept],

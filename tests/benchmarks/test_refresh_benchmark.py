@@ -220,7 +220,8 @@ def text(tmp_path_factory):
 def prepared(text):
   """The run, whose training step is compiled once."""
   optim = config.OptimConfig(name='adamw', rank=None)
-  return recipe.prepare(config.TrainConfig(eval_batches=2, optim=optim, **text))
+  one = config.MeshConfig(data=1)
+  return recipe.prepare(config.TrainConfig(eval_batches=2, optim=optim, mesh=one, **text))
 
 
 def test_saved_gradients_are_those_of_the_batch_at_hand(prepared, tmp_path):
@@ -248,8 +249,10 @@ def test_saved_gradients_are_those_of_the_batch_at_hand(prepared, tmp_path):
     assert grads[1].shape == ((24, 16) if group == 'mlp' else (16, 16))
     np.testing.assert_allclose(grads[1], wanted, rtol=1e-3, atol=1e-6)
     assert not np.allclose(grads[3], grads[1])
+  path.unlink()
   row = runs.save_gradients(prepared, 2, path, harness.Clock(0))
   assert row['steps'] == [] and row['left_out'].startswith('steps from 1 on')
+  assert not path.exists()
 
 
 def test_a_run_ends_with_the_mean_loss_of_held_out_text(prepared):
