@@ -221,7 +221,9 @@ def prepared(text):
   """The run, whose training step is compiled once."""
   optim = config.OptimConfig(name='adamw', rank=None)
   one = config.MeshConfig(data=1)
-  return recipe.prepare(config.TrainConfig(eval_batches=2, optim=optim, mesh=one, **text))
+  return recipe.prepare(
+    config.TrainConfig(eval_batches=2, optim=optim, mesh=one, **text)
+  )
 
 
 def test_saved_gradients_are_those_of_the_batch_at_hand(prepared, tmp_path):
