@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.common import cases
 from benchmarks.common.cases import Row
-from benchmarks.common.tables import markdown, number
+from benchmarks.common.tables import markdown, median_in_quartiles, number
 
 FITS = ('exact', 'eigh', 'power', 'dct', 'random')
 WARM = 'power warm'
@@ -38,17 +38,13 @@ def energy_ranks(row: Row) -> list[int]:
 def absent(part: str, found: cases.Record) -> str:
   """What of a part has no figures, as a list."""
   rows = cases.rows(found, part)
-  if part == 'time':
-    rows = [
-      *rows,
-      *(
-        {'fit': name, 'shape': row['shape'], 'rank': row['rank'], **row[name]}
-        for row in rows
-        for name in FITS
-        if 'absent' in row.get(name, {})
-      ),
-    ]
-  return cases.absent(rows)
+  fits = [
+    {'fit': fit, 'shape': row['shape'], 'rank': row['rank'], **row[fit]}
+    for row in rows
+    for fit in FITS
+    if 'absent' in row.get(fit, {})
+  ]
+  return cases.absent([*rows, *fits])
 
 
 def _seconds(value: float) -> str:
@@ -70,8 +66,7 @@ def time_table(rows: list[Row]) -> str:
       fit = row[name]
       cells.append('-' if 'absent' in fit else _seconds(fit['seconds'][1]))
       if name != 'exact' and fit.get('ratio'):
-        low, middle, high = fit['ratio']
-        cells[-1] += f': {middle:.2g} [{low:.2g}, {high:.2g}]'
+        cells[-1] += f': {median_in_quartiles(fit["ratio"], ".2g")}'
     compiled = [number(row[n].get('compile_seconds'), '.1f') for n in FITS]
     names = ['{} x {}'.format(*row['shape']), str(row['rank']), row['matrix']]
     lines.append([*names, *cells, ' / '.join(compiled)])

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.common import cases, turns
 from benchmarks.common.cases import Row
-from benchmarks.common.tables import MB, markdown, number
+from benchmarks.common.tables import MB, markdown, median_in_quartiles, number
 
 SENT = ('device_bytes', 'temporary_bytes', 'bytes_per_step', 'refresh_bytes')
 
@@ -66,19 +66,15 @@ def timed_rows(racers: list[turns.Racer]) -> list[Row]:
   adamw = [racer.turns for racer in racers if racer.name == 'adamw']
   rows = []
   for racer in racers:
-    low, median, high = np.quantile(
-      turns.medians(racer.turns), (0.25, 0.5, 0.75)
-    ).tolist()
+    medians = turns.medians(racer.turns)
+    low, median, high = np.quantile(medians, (0.25, 0.5, 0.75)).tolist()
+    ratios = [turns.ratio_quartiles(racer.turns, other) for other in adamw]
     rows.append(
       {
         **racer.method.key,
-        'median_s': median,
-        'quartiles_s': [low, high],
-        'of_adamw': turns.ratio_quartiles(racer.turns, adamw[0])
-        if adamw
-        else None,
-        'first_s': racer.first_s,
-        'compile_s': racer.method.compile_s,
+        **{'median_s': median, 'quartiles_s': [low, high]},
+        'of_adamw': ratios[0] if ratios else None,
+        **{'first_s': racer.first_s, 'compile_s': racer.method.compile_s},
         'steps': sum(len(turn.seconds) for turn in racer.turns),
       }
     )
@@ -150,8 +146,7 @@ def _grid(
 def _time(row: Row) -> str:
   shown = f'{1e3 * row["median_s"]:.1f}'
   if row['of_adamw'] and row['method'] != 'adamw':
-    low, median, high = row['of_adamw']
-    shown += f'; {median:.2f} [{low:.2f}, {high:.2f}]'
+    shown += f'; {median_in_quartiles(row["of_adamw"])}'
   return shown
 
 
