@@ -205,6 +205,9 @@ def test_state_bytes_of_a_tiny_model(monkeypatch):
   full = 2 * 4 * (40 * 16 + 16)
   low, bases = 2 * 4 * (2 * 24 * 4), 4 * (2 * 16 * 4)
   assert count('galore', '4') - full - low - bases in counts
+  lengths = 2 * 4 * (2 * 24)
+  found = count('gradnormlorp', '4')
+  assert found - full - low - lengths - bases in counts
   low, bases = 2 * 4 * (2 * 4 * 4), 4 * (2 * 16 * 4 + 2 * 24 * 4)
   assert count('galore', '4', side='both') - full - low - bases in counts
   low = 2 * 4 * (2 * 24 * 4 + 40 * 4 + 16)
