@@ -14,7 +14,12 @@ from typing import Any
 
 from benchmarks.common import harness, pages
 
-BENCHMARKS = ()
+BENCHMARKS = (
+  'refresh.measure',
+  'scaling.measure',
+  'scaling.plan_7b',
+  'scaling.state_bytes',
+)
 """Modules with recorded figures.
 
 Each has a path PAGE, `tables`, which makes the tables of this page by name from
