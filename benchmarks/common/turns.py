@@ -6,16 +6,22 @@ is; `Method` says what it has to bring.
 """
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from benchmarks.common import harness
+from benchmarks.common.methods import AbsentError
+
 GRADIENTS = 3  # Different ones at most, used in turn.
 APART = 2  # Steps before the counted ones: the first, and one to warm up.
+ROUNDS = 5  # Wanted at least: turns are shortened for them.
+REST = 0.05  # Seconds between turns: PyTorch's threads spin on for a while.
 # Where a refresh's cost is from.
 COUNTED = 'counted steps'
 FIRST = 'first step'
+Row = dict[str, Any]
 
 
 class Method(Protocol):
@@ -85,6 +91,96 @@ def order(racers: Sequence[Racer], rounds: int) -> list[Racer]:
   first = rounds % len(racers)
   turned = [*racers[first:], *racers[:first]]
   return turned[::-1] if rounds % 2 else turned
+
+
+def rounds(racers: Sequence[Racer], number: int, turn: int) -> None:
+  """Lets all take turns of `turn` steps, `number` of them each."""
+  for made in range(number):
+    for racer in order(racers, made):
+      time.sleep(REST)
+      racer.turn(turn)
+
+
+def race(
+  names: Sequence[str],
+  build: Callable[[str], Method],
+  describe: Callable[[Racer, list[Racer]], Row],
+  save: Callable[[list[Row]], None],
+  clock: harness.Clock,
+  *,
+  steps: int,
+  turn: int,
+  inputs: int = GRADIENTS,
+) -> list[Row]:
+  """Builds methods, then lets them take turns until the steps are made.
+
+  Args:
+    names: What they are called.
+    build: Makes one of them.
+    describe: The row of a method, given all that run.
+    save: Gets all rows after each method built and after each round.
+    clock: When to stop, at the latest; each takes a turn in any case.
+    steps: Counted steps that each should make.
+    turn: Most steps in a row of one method.
+    inputs: As of `Racer`.
+
+  Returns:
+    A row per name; of what is absent or fails it has the reason, and the others
+    go on.
+  """
+  racers, absent = list[Racer](), dict[str, str]()
+
+  def rows() -> list[Row]:
+    found = {racer.name: describe(racer, racers) for racer in racers}
+    found |= {n: {'method': n, 'absent': why} for n, why in absent.items()}
+    return [found[name] for name in names if name in found]
+
+  for name in names:
+    try:
+      if racers and not clock.seconds_left:
+        raise AbsentError('no time was left to build it')
+      racers.append(Racer(name, build(name), inputs))
+      harness.progress(f'  {name}: first step {racers[-1].first_s:.2f} s')
+    except Exception as error:  # Whatever it raises is its row.
+      absent[name] = reason(error)
+      harness.progress(f'  {name}: absent, {absent[name]}')
+    save(rows())
+  a_round = sum(racer.second_s for racer in racers)
+  fitting = clock.seconds_left / (ROUNDS * a_round) if racers else 0
+  turn = max(int(min(turn, steps, fitting)), 1)
+  made, last = 0, 0.0
+  while racers and made < steps and (not made or clock.seconds_left > last):
+    start = time.perf_counter()
+    for racer in order(racers, made // turn):
+      time.sleep(REST)
+      try:
+        racer.turn(turn)
+      except Exception as error:
+        racers.remove(racer)
+        absent[racer.name] = reason(error)
+        harness.progress(f'  {racer.name}: failed, {absent[racer.name]}')
+    made, last = made + turn, time.perf_counter() - start
+    save(rows())
+    harness.progress(f'  {made} of {steps} steps')
+  return rows()
+
+
+def reason(error: Exception) -> str:
+  """Why a method is absent: the first line of an error, and its kind."""
+  if isinstance(error, AbsentError):
+    return str(error)
+  return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+def not_timed(rows: Sequence[Row]) -> str:
+  """A list of the rows without turns, and why; Markdown."""
+  text = ''
+  for row in rows:
+    if 'absent' in row:
+      text += f'* {row["method"]}: absent, {row["absent"]}\n'
+    elif 'median_s' not in row:
+      text += f'* {row["method"]}: no time was left after its first step\n'
+  return f'\n{text}' if text else ''
 
 
 def medians(turns: list[Turn]) -> np.ndarray:
