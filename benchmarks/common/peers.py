@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.common import harness
+from benchmarks.common import harness, turns
 from benchmarks.common.methods import AbsentError
 
 SCALE = 0.25
@@ -106,7 +106,7 @@ TORCH: dict[str, Callable[[list[Any], list[Any], Setting], Any]] = {
 """Name: the optimizer of (projected parameters, the others, setting)."""
 
 
-class TorchMethod:
+class TorchMethod(turns.Method):
   """Steps of an optimizer for PyTorch; a subclass sets it and takes them.
 
   Args:
@@ -120,14 +120,12 @@ class TorchMethod:
       method was built. Of CPUs nothing is known.
   """
 
-  compile_s = None
   optimizer: Any
   held_bytes = 0
 
   def __init__(self, platform: str):
     self.torch = torch = torch_on(platform)
     self.platform = platform
-    self.peak_bytes: int | None = None
     self._taken = 0
     torch.set_num_threads(harness.cores())
     if platform == 'cuda':

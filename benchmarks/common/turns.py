@@ -27,11 +27,16 @@ Row = dict[str, Any]
 class Method(Protocol):
   """Something whose steps are timed, built and compiled but not yet used."""
 
+  compile_s: float | None = None  # Tracing and compiling.
+  peak_bytes: int | None = None  # What it holds at most, where that is known.
+  loss: float | None = None  # Of the first step, where there is one.
+
   def step(self, index: int) -> None:
     """One step with gradient or batch `index`, finished when it returns."""
 
   def refreshes(self, steps: int) -> float:
-    """Refreshes of all bases together in the `steps` steps so far."""
+    """Refreshes of all bases together in the `steps` steps so far, if known."""
+    return 0.0
 
 
 class Turn(NamedTuple):

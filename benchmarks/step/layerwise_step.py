@@ -143,8 +143,8 @@ def plan(
 # Time.
 
 
-class Step:
-  """A compiled step with a state of its own; a `turns.Method`."""
+class Step(turns.Method):
+  """A compiled step with a state of its own."""
 
   def __init__(self, planned: recipe.Planned):
     run = planned.config
@@ -162,10 +162,6 @@ class Step:
     self._state, _ = jax.block_until_ready(
       self._step(self._state, self._batch, self._frozen)
     )
-
-  def refreshes(self, steps: int) -> float:
-    """Not counted: the same steps of all refresh the same bases."""
-    return 0.0
 
 
 def race(
@@ -313,7 +309,7 @@ def memory_table(rows: list[Row]) -> str:
     ],
     [
       [
-        *(row['method'], row['setting'], sizes(row['layers'], 'd', 1)),
+        *(row['method'], row['setting'], sizes(row['layers'], '.0f', 1)),
         sizes(row['temp_bytes'], '.1f', 2**20),
         sizes(row['growth_per_layer'], '.0f', 1024),
         sizes([row['allowed_per_layer']], '.0f', 1024),

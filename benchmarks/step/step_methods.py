@@ -28,21 +28,7 @@ MEMORY = 20e9  # Bytes that a case may take on a CPU.
 MODEL_RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
 
 
-class Kernel(NamedTuple):
-  """A matrix, or a stack of them: one per layer."""
-
-  layers: int | None
-  n_in: int
-  n_out: int
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """``[layers, in, out]``, or ``[in, out]``."""
-    stack = () if self.layers is None else (self.layers,)
-    return (*stack, self.n_in, self.n_out)
-
-
-def kernels_of(shape: str) -> dict[str, Kernel]:
+def kernels_of(shape: str) -> dict[str, tuple[int, ...]]:
   """The kernels that a shape names.
 
   Args:
@@ -50,7 +36,7 @@ def kernels_of(shape: str) -> dict[str, Kernel]:
       kernels of its attention and MLP layers.
 
   Returns:
-    Kernels by name.
+    Shapes by name: ``[layers, in, out]``, or ``[in, out]``.
 
   Raises:
     ValueError: If it names neither.
@@ -58,9 +44,9 @@ def kernels_of(shape: str) -> dict[str, Kernel]:
   if shape in llama.PRESETS:
     model = llama.PRESETS[shape]
     layers, d, f = model.num_layers, model.hidden_size, model.intermediate_size
-    sizes = {f'{name}_proj': (d, d) for name in 'qkvo'}
-    sizes |= {'gate_proj': (d, f), 'up_proj': (d, f), 'down_proj': (f, d)}
-    return {name: Kernel(layers, *size) for name, size in sizes.items()}
+    shapes = {f'{name}_proj': (layers, d, d) for name in 'qkvo'}
+    shapes |= {f'{name}_proj': (layers, d, f) for name in ('gate', 'up')}
+    return shapes | {'down_proj': (layers, f, d)}
   n_in, _, n_out = shape.partition('x')
   if not (n_in.isdecimal() and n_out.isdecimal() and int(n_in) * int(n_out)):
     raise ValueError(
@@ -68,7 +54,7 @@ def kernels_of(shape: str) -> dict[str, Kernel]:
       + ', '.join(llama.PRESETS)
       + '.'
     )
-  return {'matrix': Kernel(None, int(n_in), int(n_out))}
+  return {'matrix': (int(n_in), int(n_out))}
 
 
 class Case(NamedTuple):
@@ -83,23 +69,20 @@ class Case(NamedTuple):
     return f'{self.shape} {self.dtype} rank {self.rank}'
 
   @property
-  def kernels(self) -> dict[str, Kernel]:
+  def kernels(self) -> dict[str, tuple[int, ...]]:
     """As `kernels_of`."""
     return kernels_of(self.shape)
 
   @property
   def weight_bytes(self) -> int:
     """Bytes of the weights, and of a set of gradients."""
-    weights = sum(math.prod(kernel.shape) for kernel in self.kernels.values())
+    weights = sum(map(math.prod, self.kernels.values()))
     return weights * jnp.dtype(self.dtype).itemsize
 
   @property
   def factoring(self) -> int:
     """What exact SVDs of all matrices cost, but for a constant."""
-    return sum(
-      math.prod(kernel.shape) * min(kernel.n_in, kernel.n_out)
-      for kernel in self.kernels.values()
-    )
+    return sum(math.prod(x) * min(x[-2:]) for x in self.kernels.values())
 
 
 def make_cases(
@@ -121,15 +104,26 @@ def make_cases(
   return list(dict.fromkeys(cases))
 
 
-def gradient(kernel: Kernel, seed: int) -> np.ndarray:
-  """A random matrix of decaying spectrum plus noise, ``[in, out]`` float32."""
+def stack(shape: tuple[int, ...], seed: int) -> np.ndarray:
+  """Multiples of one random matrix of decaying spectrum plus noise, float32.
+
+  Args:
+    shape: ``[layers, in, out]``, or ``[in, out]``.
+    seed: Seed of the matrix.
+
+  Returns:
+    ``[layers, in, out]``, of one matrix too.
+  """
   random = np.random.default_rng(seed)
-  k = max(min(kernel.n_in, kernel.n_out) // 8, 1)
-  left = random.standard_normal((kernel.n_in, k), np.float32)
-  right = random.standard_normal((k, kernel.n_out), np.float32)
+  n_in, n_out = shape[-2:]
+  k = max(min(n_in, n_out) // 8, 1)
+  left = random.standard_normal((n_in, k), np.float32)
+  right = random.standard_normal((k, n_out), np.float32)
   strength = 1 / np.arange(1, k + 1, dtype=np.float32)
-  noise = random.standard_normal((kernel.n_in, kernel.n_out), np.float32)
-  return 1e-2 * ((left * strength) @ right + np.float32(0.1) * noise)
+  noise = random.standard_normal((n_in, n_out), np.float32)
+  matrix = 1e-2 * ((left * strength) @ right + np.float32(0.1) * noise)
+  layers = math.prod(shape[:-2])
+  return np.linspace(1, 2, layers, dtype=np.float32)[:, None, None] * matrix
 
 
 def memory_limit() -> float:
@@ -191,24 +185,29 @@ class Data:
       self.weights[layout] = self._arrange(1000, layout)
 
   def _arrange(self, seed: int, layout: str) -> Any:
-    dtype = self.case.dtype
-    tree, tensors = {}, []
-    for i, (name, kernel) in enumerate(self.case.kernels.items()):
-      matrix = gradient(kernel, seed + i)
-      strengths = np.linspace(1, 2, kernel.layers or 1, dtype=np.float32)
-      if layout == 'stacked':
-        stack = strengths[:, None, None] * matrix[None]
-        tree[name] = {'kernel': jnp.array(stack.reshape(kernel.shape), dtype)}
-        continue
-      for layer, strength in enumerate(strengths):
-        if layout == 'layers':
-          array = jnp.array(strength * matrix, dtype)
-          tree[f'{name}_{layer}'] = {'kernel': array}
-          continue
-        torch = peers.module('torch')  # Its weights are [out, in].
-        tensor = torch.from_numpy(np.ascontiguousarray(strength * matrix.T))
-        tensors.append(tensor.to(self.platform, getattr(torch, dtype)))
-    return tree or tensors
+    shapes, dtype = self.case.kernels, self.case.dtype
+    stacks = {
+      name: stack(x, seed + i) for i, (name, x) in enumerate(shapes.items())
+    }
+    if layout == 'stacked':
+      return {
+        name: {'kernel': jnp.array(x.reshape(shapes[name]), dtype)}
+        for name, x in stacks.items()
+      }
+    matrices = {
+      f'{name}_{i}': matrix
+      for name, x in stacks.items()
+      for i, matrix in enumerate(x)
+    }
+    if layout == 'layers':
+      return {n: {'kernel': jnp.array(x, dtype)} for n, x in matrices.items()}
+    torch = peers.module('torch')  # Its weights are [out, in].
+    return [
+      torch.from_numpy(np.ascontiguousarray(matrix.T)).to(
+        self.platform, getattr(torch, dtype)
+      )
+      for matrix in matrices.values()
+    ]
 
 
 @jax.jit
@@ -223,7 +222,7 @@ def _at_intervals(steps: int, gap: int) -> float:
   return -(-steps // gap)
 
 
-class JaxMethod:
+class JaxMethod(turns.Method):
   """A jitted step on weights of a layout.
 
   Args:
@@ -313,8 +312,7 @@ def optax_galore(data: Data) -> JaxMethod:
 def floor(data: Data, layout: str) -> JaxMethod:
   """The products and the one pass that projecting costs at the least."""
   rank = data.case.rank
-  is_stack = any(k.layers is not None for k in data.case.kernels.values())
-  if layout == 'layers' and not is_stack:
+  if layout == 'layers' and 'matrix' in data.case.kernels:
     raise methods.AbsentError('one matrix is no stack: see floor')
 
   def init(weights: Any) -> Any:
@@ -361,7 +359,7 @@ class TorchMethod(peers.TorchMethod):
     self.held_bytes = 2 * case.weight_bytes  # Weights and gradients.
     # States come with the first step: at most two moments of all weights, and
     # what the decomposition of a matrix in float32 takes.
-    largest = max(k.n_in * k.n_out for k in case.kernels.values())
+    largest = max(math.prod(shape[-2:]) for shape in case.kernels.values())
     data.reserve(2 * case.weight_bytes, 16 * largest)
 
   def take(self, index: int) -> None:

@@ -5,8 +5,8 @@
   python -m benchmarks.gpu_layerwise --tiny             # small, also on a CPU
 
 Every part is a process of its own, takes less than ten minutes, and is written
-to the JSON file as soon as it is done; one that fails leaves its error, and the
-others go on.
+to the JSON file while it goes; one that fails leaves its error, and the others
+go on.
 
 memory_*  A few steps on random tokens, without memory allocated in advance:
           the device's peak (`peak_bytes_in_use`) against the compiled step's
@@ -23,18 +23,21 @@ import argparse
 import dataclasses
 import datetime
 import itertools
-import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.common import record
+import jax
+import jax.numpy as jnp
+
+from benchmarks.common import harness, programs, record
+from gnlorp_jax import config
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.training import loop
 
 RESULTS = pathlib.Path('benchmarks/results/gpu_layerwise.json')
 GOAL = 0.05  # Relative difference of measured and compiled peak.
@@ -50,12 +53,11 @@ CONFIGS = {
   'run_7b_16gb': 'llama_7b_16gb',
 }
 LIMITS = {'run_7b_24gb': 24 * 10**9, 'run_7b_16gb': 16 * 10**9}
+Row = dict[str, Any]
 
 
-def settings(part: str, text: str, tiny: bool) -> Any:
+def settings(part: str, text: str, tiny: bool) -> config.TrainConfig:
   """The configuration of a part, with 16 x 256 tokens in a layer-wise step."""
-  from gnlorp_jax import config
-
   run = config.load(f'configs/{CONFIGS[part]}.py')
   run = dataclasses.replace(
     run,
@@ -81,32 +83,14 @@ def settings(part: str, text: str, tiny: bool) -> Any:
   )
 
 
-def compiled_bytes(compiled: Any) -> dict[str, int]:
-  """The buffers of a compiled program, and their sum."""
-  found = compiled.memory_analysis()
-  parts = {
-    'arguments': found.argument_size_in_bytes,
-    'outputs': found.output_size_in_bytes,
-    'temporaries': found.temp_size_in_bytes,
-    'aliases': found.alias_size_in_bytes,
-  }
-  total = sum(parts.values()) - 2 * parts['aliases']
-  return {**parts, 'total': total}
-
-
 def peak_bytes() -> int | None:
   """The most that was ever allocated on the device; None on CPUs."""
-  import jax
-
   stats = jax.devices()[0].memory_stats() or {}
   return stats.get('peak_bytes_in_use')
 
 
-def zeros(planned: Any) -> Any:
+def zeros(planned: recipe.Planned) -> Any:
   """State and frozen weights, made without any temporary memory."""
-  import jax
-  import jax.numpy as jnp
-
   return jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
     (planned.program.abstract_state, planned.program.parameters.frozen),
@@ -114,8 +98,8 @@ def zeros(planned: Any) -> Any:
 
 
 def start(
-  planned: Any, make: Callable[[Any], Any]
-) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+  planned: recipe.Planned, make: Callable[[recipe.Planned], Any]
+) -> tuple[Callable[..., Any], Any, Row]:
   """The compiled step, its state, and what making them needs by itself.
 
   Args:
@@ -126,17 +110,11 @@ def start(
     The step, which is finished when it returns and adds its seconds to
     ``step_s`` of the row; state and frozen weights; the row.
   """
-  import jax
-
-  from benchmarks.common import programs
-
-  begin = time.perf_counter()
-  compiled = programs.lower(planned).compile()
-  seconds = time.perf_counter() - begin
+  compiled, seconds = programs.compiled(lambda: programs.lower(planned))
   made = jax.block_until_ready(make(planned))
-  row: dict[str, Any] = {
+  row: Row = {
     'compile_s': seconds,
-    'compiled': compiled_bytes(compiled),
+    'compiled': programs.memory(compiled),
     'peak_after_initialisation': peak_bytes(),
     'step_s': [],
   }
@@ -150,24 +128,15 @@ def start(
   return take, made, row
 
 
-def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
+def measure_memory(
+  run: config.TrainConfig, save: Callable[[Row], None]
+) -> None:
   """Some steps on random tokens."""
-  import jax
-  import numpy as np
-
-  from gnlorp_jax.recipes.pretrain import recipe
-  from gnlorp_jax.training import loop
-
   planned = recipe.plan(run, jax.devices()[:1])
   take, (state, frozen), row = start(planned, zeros)
-  rng = np.random.default_rng(0)
-  vocab, length = run.model.vocab_size, run.data.seq_len
-  tokens = rng.integers(0, vocab, (run.batch_size, length + 1), dtype=np.int32)
-  batch = {
-    'inputs': tokens[:, :-1],
-    'targets': tokens[:, 1:],
-    'weights': np.ones((run.batch_size, length), np.float32),
-  }
+  batch = programs.random_batch(
+    run.model.vocab_size, run.batch_size, run.data.seq_len
+  )
   mesh, numbers = planned.program.mesh, range(1, MEMORY_STEPS + 1)
   for taken in loop.steps(
     take, state, itertools.repeat(batch), mesh, numbers, frozen
@@ -181,12 +150,10 @@ def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
   save(row)
 
 
-def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
+def measure_run(
+  run: config.TrainConfig, save: Callable[[Row], None], seconds: float
+) -> None:
   """Steps on text until the time is over, at least `STEPS`."""
-  from benchmarks.common import programs
-  from gnlorp_jax.recipes.pretrain import recipe
-  from gnlorp_jax.training import loop
-
   begin = time.perf_counter()
   prepared = recipe.prepare(run)
   parts = recipe.make_run(prepared, prepared.config)
@@ -195,9 +162,8 @@ def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
   tokens = run.batch_size * run.data.seq_len
 
   def has_time(number: int) -> bool:
-    if number <= STEPS:
-      return True
-    return time.perf_counter() - begin + max(row['step_s']) < seconds
+    left = seconds - (time.perf_counter() - begin)
+    return number <= STEPS or max(row['step_s']) < left
 
   numbers = itertools.takewhile(has_time, range(1, 10 * STEPS + 1))
   for number, *_, metrics in loop.steps(
@@ -206,8 +172,7 @@ def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
     row['losses'].append(float(metrics['loss']))
     row['skipped_steps'] = int(metrics['skipped_steps'])
     row['peak'] = peak_bytes()
-    later = row['step_s'][1:]
-    if later:
+    if later := row['step_s'][1:]:
       row['tokens_per_second'] = tokens * len(later) / sum(later)
     if number % 10 == 0:
       save(row)
@@ -215,93 +180,82 @@ def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
   save(row)
 
 
-def run_part(part: str, text: str, tiny: bool, output: pathlib.Path) -> None:
-  """One part, in this process; `output` is written while it goes."""
-  import jax
-
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
-  found = {
-    'part': part,
-    'device': device.device_kind,
-    'jax': jax.__version__,
-    'limit_bytes': stats.get('bytes_limit'),
-    'commit': record.commit(),
-    'date': datetime.date.today().isoformat(),
-  }
-
-  def save(row: dict[str, Any]) -> None:
-    record.write(output, {**found, **row})
-
-  run = settings(part, text, tiny)
-  try:
-    if part.startswith('memory'):
-      measure_memory(run, save)
-    else:
-      measure_run(run, save, 0 if tiny else SECONDS - 90)
-  except Exception as error:
-    known = json.loads(output.read_text()) if output.exists() else found
-    lines = traceback.format_exc().splitlines()
-    text = f'{type(error).__name__}: {error}'[:2000]
-    record.write(output, {**known, 'error': text, 'trace': lines[-12:]})
-    raise
-
-
 def card_bytes() -> int | None:
   """The first GPU's whole memory, as its driver tells; None without one."""
+  command = ['nvidia-smi', '--query-gpu=memory.total']
+  command += ['--format=csv,noheader,nounits']
   try:
-    told = subprocess.run(
-      [
-        *('nvidia-smi', '--query-gpu=memory.total'),
-        '--format=csv,noheader,nounits',
-      ],
-      capture_output=True,
-      text=True,
-      check=True,
-    )
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError):
     return None
   return int(told.stdout.split()[0]) * 2**20
 
 
-def environment(part: str) -> dict[str, str]:
-  """How much memory the process of a part may allocate, and when."""
-  variables = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+def run_part(args: argparse.Namespace, part: str) -> None:
+  """One part, in this process, of which nothing has used a device."""
+  row: Row = {'part': part}
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   card = card_bytes()
   if part in LIMITS and card is not None:
-    share = min(LIMITS[part] / card, 0.95)
-    variables['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'
-    variables['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{share:.4f}'
-  return variables
+    row['memory_fraction'] = round(min(LIMITS[part] / card, 0.95), 4)
+    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'
+    os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] = str(row['memory_fraction'])
+  device = jax.devices()[0]
+  row |= {
+    'device': device.device_kind,
+    'jax': jax.__version__,
+    'limit_bytes': (device.memory_stats() or {}).get('bytes_limit'),
+    'commit': record.commit(),
+    'date': datetime.date.today().isoformat(),
+  }
+
+  def save(found: Row) -> None:
+    row.update(found)
+    write(args, part, row)
+
+  try:
+    run = settings(part, args.text, args.tiny)
+    if part.startswith('memory'):
+      measure_memory(run, save)
+    else:
+      measure_run(run, save, 0 if args.tiny else SECONDS - 90)
+  except Exception as error:
+    save({'error': f'{type(error).__name__}: {error}'[:2000]})
+    raise
+  finally:
+    sys.stdout.write(summary(row))
 
 
-def in_process(part: str, args: argparse.Namespace) -> dict[str, Any]:
-  """What a part measured in a process of its own, or its error."""
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'part.json'
-    command = [
-      *(sys.executable, '-m', 'benchmarks.gpu_layerwise', '--inside', part),
-      *('--text', args.text, '--output', str(path)),
-      *(['--tiny'] if args.tiny else []),
-    ]
-    variables = environment(part)
-    try:
-      code = subprocess.run(
-        command, env=variables, timeout=SECONDS, check=False
-      ).returncode
-      error = f'The process ended with code {code}.' if code else None
-    except subprocess.TimeoutExpired:
-      error = f'Not done after {SECONDS} s.'
-    found = json.loads(path.read_text()) if path.exists() else {'part': part}
-    if error:
-      found.setdefault('error', error)
-    share = variables.get('XLA_PYTHON_CLIENT_MEM_FRACTION')
-    if part in LIMITS and card_bytes() is not None:
-      found['memory_fraction'] = float(share or 0)
-    return found
+def parts_of(args: argparse.Namespace) -> dict[str, Row]:
+  """What the file holds by now."""
+  return record.read(args.output)['parts'] if args.output.exists() else {}
 
 
-def summary(row: dict[str, Any]) -> str:
+def write(args: argparse.Namespace, part: str, row: Row) -> None:
+  """Writes a part beside the others that are there."""
+  parts = parts_of(args) | {part: row}
+  record.write(args.output, {'tiny': args.tiny, 'parts': parts})
+
+
+def in_process(args: argparse.Namespace, part: str) -> bool:
+  """Whether a part succeeds in a process of its own."""
+  command = [
+    *(sys.executable, '-m', 'benchmarks.gpu_layerwise', '--part', part),
+    *('--text', args.text, '--output', str(args.output)),
+    *['--tiny'] * args.tiny,
+  ]
+  write(args, part, {'part': part})
+  try:
+    code = subprocess.run(command, timeout=SECONDS, check=False).returncode
+    why = f'The process ended with code {code}.'
+  except subprocess.TimeoutExpired:
+    code, why = 1, f'Not done after {SECONDS} s.'
+  if code:
+    write(args, part, {'error': why, **parts_of(args)[part]})
+  return not code
+
+
+def summary(row: Row) -> str:
   """A part in a line."""
   words = [row['part']]
   if 'compiled' in row:
@@ -312,37 +266,25 @@ def summary(row: dict[str, Any]) -> str:
     words.append(f'difference {row["difference"]:+.1%}')
   if 'tokens_per_second' in row:
     words.append(f'{row["tokens_per_second"]:.0f} tokens/s')
-  if row.get('losses'):
-    losses = row['losses']
+  if losses := row.get('losses'):
     words.append(f'{len(losses)} steps, {losses[0]:.3f} -> {losses[-1]:.3f}')
   if 'error' in row:
-    words.append('FAILED: ' + row['error'].splitlines()[0])
+    words.append(f'FAILED: {row["error"]}')
   return ', '.join(words) + '\n'
 
 
 def main() -> None:
   """Runs the parts, each by itself, and writes the JSON file."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   add = parser.add_argument
   add('--part', choices=CONFIGS, nargs='+', default=list(CONFIGS))
   add('--text', default='stdlib', help='as --data.source of train_lm.py')
   add('--tiny', action='store_true', help='small models, to try it out')
   add('--output', type=pathlib.Path, default=RESULTS)
-  add('--inside', choices=CONFIGS, help=argparse.SUPPRESS)
   args = parser.parse_args()
-  if args.inside:
-    run_part(args.inside, args.text, args.tiny, args.output)
-    return
-  known = json.loads(args.output.read_text()) if args.output.exists() else {}
-  parts = known.get('parts', {})
-  for part in args.part:
-    parts[part] = in_process(part, args)
-    record.write(args.output, {'tiny': args.tiny, 'parts': parts})
-    sys.stdout.write(summary(parts[part]))
-    sys.stdout.flush()
-  if any('error' in parts[part] for part in args.part):
+  if len(args.part) == 1:
+    run_part(args, *args.part)
+  elif not all([in_process(args, part) for part in args.part]):
     raise SystemExit(1)
 
 

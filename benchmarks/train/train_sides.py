@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from benchmarks.common import harness, methods, peers, programs
+from benchmarks.common import harness, methods, peers, programs, turns
 from gnlorp_jax.models import hf, llama
 from gnlorp_jax.optim import inspect
 from gnlorp_jax.training import losses, step
@@ -59,7 +59,7 @@ class Case:
     return [programs.random_batch(*sizes, seed) for seed in range(BATCHES)]
 
 
-class Ours:
+class Ours(turns.Method):
   """Steps of this package, or of an optimizer of Optax on its model."""
 
   def __init__(self, case: Case, tx: optax.GradientTransformation):
@@ -86,17 +86,12 @@ class Ours:
       )
     )
     self.peak_bytes = programs.memory(self._step)['total']
-    self.loss: float | None = None  # Of the first step.
 
   def step(self, index: int) -> None:
     """As `turns.Method`."""
     self._state, values = self._step(self._state, self._batches[index])
     loss = float(jax.block_until_ready(values)['loss'])
     self.loss = loss if self.loss is None else self.loss
-
-  def refreshes(self, steps: int) -> float:
-    """Not counted here: the mean step has them in it."""
-    return 0.0
 
 
 class Theirs(peers.TorchMethod):
@@ -138,7 +133,6 @@ class Theirs(peers.TorchMethod):
       ]
       for batch in case.batches
     ]
-    self.loss: float | None = None
 
   def take(self, index: int) -> None:
     """As `peers.TorchMethod`."""
@@ -152,10 +146,6 @@ class Theirs(peers.TorchMethod):
     self.optimizer.zero_grad()
     value = float(loss.detach())  # Waits for the device.
     self.loss = value if self.loss is None else self.loss
-
-  def refreshes(self, steps: int) -> float:
-    """As `Ours.refreshes`."""
-    return 0.0
 
 
 def _torch_model(case: Case) -> Any:
