@@ -1,6 +1,4 @@
-"""The benchmarks on tiny weights: options, counted bytes, and a comparison."""
-
-import json
+"""The benchmarks on tiny weights: options, and counted bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,6 @@ import pytest
 
 from benchmarks.common import methods
 from benchmarks.scaling import state_bytes
-from benchmarks.train import finetune_step
 
 
 def test_options_that_a_method_lacks():
@@ -86,18 +83,3 @@ def test_the_paper_is_reached_in_bold():
 
 def test_the_yardstick_is_the_published_one():
   assert state_bytes.baseline(state_bytes.shapes_of('7b')) == 4 * 6_738_415_616
-
-
-def test_fine_tuning_beside_pytorch_computes_the_same(tmp_path, monkeypatch):
-  pytest.importorskip('torch')
-  output = tmp_path / 'speed.json'
-  arguments = ['--rounds', '2', '--turn', '2', '--dropout', '0.0']
-  monkeypatch.setattr(
-    'sys.argv', ['finetune_step', *arguments, '--output', str(output)]
-  )
-  finetune_step.main()
-  (row,) = json.loads(output.read_text())['rows']
-  assert row['loss_difference'] < 1e-4
-  low, middle, high = row['ratio']
-  assert 0 < low <= middle <= high
-  assert [len(turns) for turns in row['seconds'].values()] == [2, 2]

@@ -159,9 +159,7 @@ def test_weights_that_a_failed_step_has_donated_are_made_anew(monkeypatch):
   monkeypatch.setattr(method, '_step', fail)
   with pytest.raises(RuntimeError, match='^out of memory$'):
     method.step(0)
-  jax.tree.map(
-    np.testing.assert_array_equal, data.weights['stacked'], before
-  )
+  jax.tree.map(np.testing.assert_array_equal, data.weights['stacked'], before)
 
 
 def test_what_does_not_fit_the_memory_is_named():
@@ -216,8 +214,8 @@ def test_table_and_picture_of_known_rows(tmp_path):
     ],
   }
   assert step.table(entry).splitlines()[2:] == [
-    '| floor | 20.0 [18.0, 22.0] | 1.00 | - | - | - | 1.25 | - | 0.50 | - | 1.5 '
-    '| - | 20 |',
+    '| floor | 20.0 [18.0, 22.0] | 1.00 | - | - | - | 1.25 | - | 0.50 | - '
+    '| 1.5 | - | 20 |',
     '| galore | 5.000 [4.500, 5.500] | 2.00 | - | - | - | 1.25 | 12.5 (first) '
     '| 0.50 | - | 1.5 | - | 20 |',
     '',

@@ -72,7 +72,9 @@ def test_where_gradients_wait_a_layer_adds_what_projecting_leaves(
   def compile_step(layers):
     params = toy.init(jax.random.key(0), layers)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    now = state.TrainState(count, count, params, jax.eval_shape(tx.init, params))
+    now = state.TrainState(
+      count, count, params, jax.eval_shape(tx.init, params)
+    )
     step = layerwise.make_train_step(
       toy.PIECES, tx, parameters.plain(params), clip_global_norm=1.0, **options
     )
