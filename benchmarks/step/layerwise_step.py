@@ -76,7 +76,10 @@ SETTINGS: dict[str, dict[str, Options]] = {
   'memory': {
     'plain': {'clip_global_norm': None},
     'clipped': {'clip_global_norm': 1.0},
-    'projected': {'accumulate': 'projected', 'micro_batches': 4},
+    'projected': {
+      **{'clip_global_norm': 1.0, 'accumulate': 'projected'},
+      'micro_batches': 4,
+    },
   },
 }
 REFERENCE = 'whole, remat'
@@ -107,16 +110,7 @@ def plan(
 ) -> recipe.Planned:
   """A layer-wise run of a LLaMA with the usual proportions.
 
-  Args:
-    hidden: The model's width.
-    layers: Its layers.
-    rank: That of the optimizer.
-    batch_size: Sequences of a step.
-    seq_len: Their tokens.
-    vocab_size: Size of the vocabulary.
-    remat: As of `llama.LlamaConfig`.
-    micro_batches: As of `config.TrainConfig`.
-    **options: Those of `config.StepConfig`, and for the rest the optimizer's.
+  `options` are those of `config.StepConfig`, and for the rest the optimizer's.
   """
   keys = ('mode', 'accumulate', 'weight_bits')
   step = {key: options.pop(key) for key in keys if key in options}
@@ -216,12 +210,7 @@ def time_table(rows: list[Row]) -> str:
 def allowed_growth(planned: recipe.Planned, waits: bool) -> int:
   """Bytes of temporaries that a layer may add, from shapes.
 
-  Args:
-    planned: A layer-wise run.
-    waits: Whether the projected gradients of all layers are kept.
-
-  Returns:
-    Bytes of a block's input and of one layer's projected gradients.
+  These are a block's input and, if gradients wait, one layer's projected ones.
   """
   run, program = planned.config, planned.program
   is_projected = run.step.accumulate == 'projected'

@@ -29,14 +29,11 @@ MODEL_RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
 
 
 def kernels_of(shape: str) -> dict[str, tuple[int, ...]]:
-  """The kernels that a shape names.
+  """Shapes of kernels by name, ``[layers, in, out]`` or ``[in, out]``.
 
   Args:
     shape: ``INxOUT`` for one matrix, or a model of `llama.PRESETS` for the
       kernels of its attention and MLP layers.
-
-  Returns:
-    Shapes by name: ``[layers, in, out]``, or ``[in, out]``.
 
   Raises:
     ValueError: If it names neither.
@@ -105,14 +102,9 @@ def make_cases(
 
 
 def stack(shape: tuple[int, ...], seed: int) -> np.ndarray:
-  """Multiples of one random matrix of decaying spectrum plus noise, float32.
+  """Multiples of one random matrix of decaying spectrum plus noise.
 
-  Args:
-    shape: ``[layers, in, out]``, or ``[in, out]``.
-    seed: Seed of the matrix.
-
-  Returns:
-    ``[layers, in, out]``, of one matrix too.
+  They are float32 ``[layers, in, out]``, ``[1, in, out]`` for one matrix.
   """
   random = np.random.default_rng(seed)
   n_in, n_out = shape[-2:]
@@ -155,11 +147,7 @@ class Data:
     self.inputs = turns.GRADIENTS if 3 * several < limit / 2 else 1
 
   def reserve(self, held: int, passing: int = 0) -> None:
-    """Notes what is about to be allocated.
-
-    Args:
-      held: Bytes that stay.
-      passing: Bytes that are needed for a while beside them.
+    """Notes bytes that stay, and those needed for a while beside them.
 
     Raises:
       AbsentError: If both do not fit beside what others hold.

@@ -28,7 +28,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,94 +89,81 @@ def peak_bytes() -> int | None:
   return stats.get('peak_bytes_in_use')
 
 
-def zeros(planned: recipe.Planned) -> Any:
-  """State and frozen weights, made without any temporary memory."""
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    (planned.program.abstract_state, planned.program.parameters.frozen),
-  )
+def prepared(
+  run: config.TrainConfig, on_text: bool
+) -> tuple[recipe.Planned, Iterator[Any], Callable[[], Any]]:
+  """The program of a run, its batches, and what makes state and constants."""
+  if on_text:
+    found = recipe.prepare(run)
+    batches = recipe.make_run(found, found.config).batches
+    return found.planned, batches, lambda: programs.start(found.planned)
+  planned = recipe.plan(run, jax.devices()[:1])
+  sizes = run.model.vocab_size, run.batch_size, run.data.seq_len
+  batches = itertools.repeat(programs.random_batch(*sizes))
+  program = planned.program
+
+  def zeros() -> Any:
+    return jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+      (program.abstract_state, program.parameters.frozen),
+    )
+
+  return planned, batches, zeros
 
 
-def start(
-  planned: recipe.Planned, make: Callable[[recipe.Planned], Any]
-) -> tuple[Callable[..., Any], Any, Row]:
-  """The compiled step, its state, and what making them needs by itself.
+def measure(
+  run: config.TrainConfig,
+  on_text: bool,
+  seconds: float,
+  save: Callable[[Row], None],
+) -> None:
+  """Takes steps.
 
   Args:
-    planned: The run.
-    make: Makes the state and the frozen weights.
-
-  Returns:
-    The step, which is finished when it returns and adds its seconds to
-    ``step_s`` of the row; state and frozen weights; the row.
+    run: The run.
+    on_text: Whether it takes at least `STEPS` on text, and more while there is
+      time; otherwise it takes a few on random tokens.
+    seconds: The time, from now.
+    save: Gets what is known by now.
   """
-  compiled, seconds = programs.compiled(lambda: programs.lower(planned))
-  made = jax.block_until_ready(make(planned))
+  begin = time.perf_counter()
+  planned, batches, make = prepared(run, on_text)
+  compiled, compile_s = programs.compiled(lambda: programs.lower(planned))
+  state, frozen = jax.block_until_ready(make())
+  memory, step_s, losses = programs.memory(compiled), [], []
   row: Row = {
-    'compile_s': seconds,
-    'compiled': programs.memory(compiled),
+    'compile_s': compile_s,
+    'compiled': memory,
     'peak_after_initialisation': peak_bytes(),
-    'step_s': [],
+    **{'step_s': step_s, 'losses': losses},
   }
 
   def take(*arguments: Any) -> Any:
     since = time.perf_counter()
     found = jax.block_until_ready(compiled(*arguments))
-    row['step_s'].append(time.perf_counter() - since)
+    step_s.append(time.perf_counter() - since)
     return found
 
-  return take, made, row
+  def goes_on(number: int) -> bool:
+    if number <= (STEPS if on_text else MEMORY_STEPS):
+      return True
+    return on_text and max(step_s) < seconds - (time.perf_counter() - begin)
 
-
-def measure_memory(
-  run: config.TrainConfig, save: Callable[[Row], None]
-) -> None:
-  """Some steps on random tokens."""
-  planned = recipe.plan(run, jax.devices()[:1])
-  take, (state, frozen), row = start(planned, zeros)
-  batch = programs.random_batch(
-    run.model.vocab_size, run.batch_size, run.data.seq_len
-  )
-  mesh, numbers = planned.program.mesh, range(1, MEMORY_STEPS + 1)
-  for taken in loop.steps(
-    take, state, itertools.repeat(batch), mesh, numbers, frozen
-  ):
-    row['loss'] = float(taken.metrics['loss'])
-  del row['step_s']
-  row['peak'] = peak_bytes()
-  if row['peak'] is not None:
-    row['difference'] = row['peak'] / row['compiled']['total'] - 1
-    row['within_goal'] = abs(row['difference']) <= GOAL
-  save(row)
-
-
-def measure_run(
-  run: config.TrainConfig, save: Callable[[Row], None], seconds: float
-) -> None:
-  """Steps on text until the time is over, at least `STEPS`."""
-  begin = time.perf_counter()
-  prepared = recipe.prepare(run)
-  parts = recipe.make_run(prepared, prepared.config)
-  take, (state, frozen), row = start(prepared.planned, programs.start)
-  row |= {'losses': [], 'skipped_steps': 0}
-  tokens = run.batch_size * run.data.seq_len
-
-  def has_time(number: int) -> bool:
-    left = seconds - (time.perf_counter() - begin)
-    return number <= STEPS or max(row['step_s']) < left
-
-  numbers = itertools.takewhile(has_time, range(1, 10 * STEPS + 1))
+  numbers = itertools.takewhile(goes_on, range(1, 10 * STEPS + 1))
   for number, *_, metrics in loop.steps(
-    take, state, parts.batches, parts.mesh, numbers, frozen
+    take, state, batches, planned.program.mesh, numbers, frozen
   ):
-    row['losses'].append(float(metrics['loss']))
+    losses.append(float(metrics['loss']))
     row['skipped_steps'] = int(metrics['skipped_steps'])
     row['peak'] = peak_bytes()
-    if later := row['step_s'][1:]:
-      row['tokens_per_second'] = tokens * len(later) / sum(later)
+    if later := step_s[1:]:
+      tokens = run.batch_size * run.data.seq_len * len(later)
+      row['tokens_per_second'] = tokens / sum(later)
     if number % 10 == 0:
       save(row)
-  parts.batches.close()
+  if not on_text and row['peak'] is not None:
+    row['difference'] = row['peak'] / memory['total'] - 1
+    row['within_goal'] = abs(row['difference']) <= GOAL
   save(row)
 
 
@@ -215,10 +202,8 @@ def run_part(args: argparse.Namespace, part: str) -> None:
 
   try:
     run = settings(part, args.text, args.tiny)
-    if part.startswith('memory'):
-      measure_memory(run, save)
-    else:
-      measure_run(run, save, 0 if args.tiny else SECONDS - 90)
+    seconds = 0 if args.tiny else SECONDS - 90
+    measure(run, part.startswith('run'), seconds, save)
   except Exception as error:
     save({'error': f'{type(error).__name__}: {error}'[:2000]})
     raise
