@@ -49,10 +49,7 @@ class Turn(NamedTuple):
 class Racer:
   """A method with its counted steps; the first two are taken at once, apart.
 
-  Args:
-    name: What it is called.
-    method: What takes the steps.
-    inputs: How many gradients or batches there are to take turns.
+  It takes `inputs` gradients or batches in turn.
   """
 
   def __init__(self, name: str, method: Method, inputs: int = GRADIENTS):
@@ -86,12 +83,8 @@ class Racer:
 def order(racers: Sequence[Racer], rounds: int) -> list[Racer]:
   """Who comes when in a round: a method may suffer from the one before it.
 
-  Args:
-    racers: All of them.
-    rounds: Rounds before this one; every other round is turned about.
-
-  Returns:
-    The same, turned on by one place a round.
+  After `rounds` rounds they are turned on by as many places, and every other
+  round is turned about.
   """
   first = rounds % len(racers)
   turned = [*racers[first:], *racers[:first]]
@@ -196,12 +189,7 @@ def medians(turns: list[Turn]) -> np.ndarray:
 def ratio_quartiles(turns: list[Turn], others: list[Turn]) -> list[float]:
   """Quartiles over the rounds of the ratio of medians to another method's.
 
-  Args:
-    turns: Those of a method.
-    others: Those of another one in the same rounds.
-
-  Returns:
-    The lower quartile, the median and the upper quartile.
+  Rounds that only one of them has made are left out.
   """
   rounds = min(len(turns), len(others))
   ratios = medians(turns[:rounds]) / medians(others[:rounds])

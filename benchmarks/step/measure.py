@@ -184,14 +184,10 @@ def case_of(entry: Row) -> Case:
 
 
 def ratios(record: Row) -> dict[str, tuple[float, float, float]]:
-  """How this package's optimizers compare: the larger, the better.
+  """What a regression check compares: larger is better for this package.
 
-  Args:
-    record: What this script has written.
-
-  Returns:
-    Lower quartile, median and upper quartile of a reference's time divided by
-    ours, by a name such as ``step 60m float32 rank 128: floor / gradnormlorp``.
+  These are quartiles of a reference's time divided by ours, by a name such as
+  ``step 60m float32 rank 128: floor / gradnormlorp``.
   """
   found = {}
   for entry in record['cases']:

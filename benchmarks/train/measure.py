@@ -135,12 +135,8 @@ def _ours(found: Row) -> list[tuple[str, Row]]:
 def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
   """What a regression check compares: larger is better for this package.
 
-  Args:
-    found: A record as this script writes it.
-
-  Returns:
-    The speed of each of `OURS` in that of each of `PEERS`, from the medians of
-    rounds (most refreshes are left out of them): quartiles, by a name.
+  These are quartiles of the speed of each of `OURS` in that of each of `PEERS`,
+  by a name. The medians of rounds leave out most refreshes.
   """
   return {
     f'{name} / {peer}': tuple(ratio['quartiles'])
@@ -151,14 +147,7 @@ def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
 
 
 def sizes(found: Row) -> dict[str, int]:
-  """Bytes that a regression check compares: they do not depend on the day.
-
-  Args:
-    found: A record as this script writes it.
-
-  Returns:
-    Bytes of state and of the compiled step of `OURS`, by a name.
-  """
+  """Bytes that a regression check compares: of state and compiled step."""
   return {
     f'{name}, {key}': known[key]
     for name, known in _ours(found)
