@@ -19,6 +19,10 @@ BENCHMARKS = (
   'scaling.measure',
   'scaling.plan_7b',
   'scaling.state_bytes',
+  'step.layerwise_step',
+  'step.measure',
+  'train.finetune_step',
+  'train.measure',
 )
 """Modules with recorded figures.
 

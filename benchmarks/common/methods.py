@@ -28,6 +28,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
   'adamw': (),
 }
 
+OURS: dict[str, tuple[str, dict[str, int]]] = {
+  f'{alias}{suffix}': (alias, {'moment_bits': bits})
+  for alias in ALIASES
+  for suffix, bits in (('', 32), ('-8bit', 8), ('-4bit', 4))
+}
+"""Name of a row: alias of gnlorp_jax.optim, and the bits of its moments."""
+
 # What an optimizer without the option does anyway.
 NEUTRAL = {'side': 'short', 'moment_bits': 32, 'basis_bits': 32}
 

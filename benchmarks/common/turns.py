@@ -6,26 +6,37 @@ is; `Method` says what it has to bring.
 """
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from benchmarks.common import harness
+from benchmarks.common.methods import AbsentError
+
 GRADIENTS = 3  # Different ones at most, used in turn.
 APART = 2  # Steps before the counted ones: the first, and one to warm up.
+ROUNDS = 5  # Wanted at least: turns are shortened for them.
+REST = 0.05  # Seconds between turns: PyTorch's threads spin on for a while.
 # Where a refresh's cost is from.
 COUNTED = 'counted steps'
 FIRST = 'first step'
+Row = dict[str, Any]
 
 
 class Method(Protocol):
   """Something whose steps are timed, built and compiled but not yet used."""
 
+  compile_s: float | None = None  # Tracing and compiling.
+  peak_bytes: int | None = None  # What it holds at most, where that is known.
+  loss: float | None = None  # Of the first step, where there is one.
+
   def step(self, index: int) -> None:
     """One step with gradient or batch `index`, finished when it returns."""
 
   def refreshes(self, steps: int) -> float:
-    """Refreshes of all bases together in the `steps` steps so far."""
+    """Refreshes of all bases together in the `steps` steps so far, if known."""
+    return 0.0
 
 
 class Turn(NamedTuple):
@@ -38,10 +49,7 @@ class Turn(NamedTuple):
 class Racer:
   """A method with its counted steps; the first two are taken at once, apart.
 
-  Args:
-    name: What it is called.
-    method: What takes the steps.
-    inputs: How many gradients or batches there are to take turns.
+  It takes `inputs` gradients or batches in turn.
   """
 
   def __init__(self, name: str, method: Method, inputs: int = GRADIENTS):
@@ -75,16 +83,102 @@ class Racer:
 def order(racers: Sequence[Racer], rounds: int) -> list[Racer]:
   """Who comes when in a round: a method may suffer from the one before it.
 
-  Args:
-    racers: All of them.
-    rounds: Rounds before this one; every other round is turned about.
-
-  Returns:
-    The same, turned on by one place a round.
+  After `rounds` rounds they are turned on by as many places, and every other
+  round is turned about.
   """
   first = rounds % len(racers)
   turned = [*racers[first:], *racers[:first]]
   return turned[::-1] if rounds % 2 else turned
+
+
+def rounds(racers: Sequence[Racer], number: int, turn: int) -> None:
+  """Lets all take turns of `turn` steps, `number` of them each."""
+  for made in range(number):
+    for racer in order(racers, made):
+      time.sleep(REST)
+      racer.turn(turn)
+
+
+def race(
+  names: Sequence[str],
+  build: Callable[[str], Method],
+  describe: Callable[[Racer, list[Racer]], Row],
+  save: Callable[[list[Row]], None],
+  clock: harness.Clock,
+  *,
+  steps: int,
+  turn: int,
+  inputs: int = GRADIENTS,
+) -> list[Row]:
+  """Builds methods, then lets them take turns until the steps are made.
+
+  Args:
+    names: What they are called.
+    build: Makes one of them.
+    describe: The row of a method, given all that run.
+    save: Gets all rows after each method built and after each round.
+    clock: When to stop, at the latest; each takes a turn in any case.
+    steps: Counted steps that each should make.
+    turn: Most steps in a row of one method.
+    inputs: As of `Racer`.
+
+  Returns:
+    A row per name; of what is absent or fails it has the reason, and the others
+    go on.
+  """
+  racers, absent = list[Racer](), dict[str, str]()
+
+  def rows() -> list[Row]:
+    found = {racer.name: describe(racer, racers) for racer in racers}
+    found |= {n: {'method': n, 'absent': why} for n, why in absent.items()}
+    return [found[name] for name in names if name in found]
+
+  for name in names:
+    try:
+      if racers and not clock.seconds_left:
+        raise AbsentError('no time was left to build it')
+      racers.append(Racer(name, build(name), inputs))
+      harness.progress(f'  {name}: first step {racers[-1].first_s:.2f} s')
+    except Exception as error:  # Whatever it raises is its row.
+      absent[name] = reason(error)
+      harness.progress(f'  {name}: absent, {absent[name]}')
+    save(rows())
+  a_round = sum(racer.second_s for racer in racers)
+  fitting = clock.seconds_left / (ROUNDS * a_round) if racers else 0
+  turn = max(int(min(turn, steps, fitting)), 1)
+  made, last = 0, 0.0
+  while racers and made < steps and (not made or clock.seconds_left > last):
+    start = time.perf_counter()
+    for racer in order(racers, made // turn):
+      time.sleep(REST)
+      try:
+        racer.turn(turn)
+      except Exception as error:
+        racers.remove(racer)
+        absent[racer.name] = reason(error)
+        harness.progress(f'  {racer.name}: failed, {absent[racer.name]}')
+    made, last = made + turn, time.perf_counter() - start
+    save(rows())
+    harness.progress(f'  {made} of {steps} steps')
+  return rows()
+
+
+def reason(error: Exception) -> str:
+  """Why a method is absent: the first line of an error, and its kind."""
+  if isinstance(error, AbsentError):
+    return str(error)
+  return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+def not_timed(rows: Sequence[Row]) -> str:
+  """A list of the rows without turns, and why; Markdown."""
+  text = ''
+  for row in rows:
+    if 'absent' in row:
+      text += f'* {row["method"]}: absent, {row["absent"]}\n'
+    elif 'median_s' not in row:
+      text += f'* {row["method"]}: no time was left after its first step\n'
+  return f'\n{text}' if text else ''
 
 
 def medians(turns: list[Turn]) -> np.ndarray:
@@ -95,12 +189,7 @@ def medians(turns: list[Turn]) -> np.ndarray:
 def ratio_quartiles(turns: list[Turn], others: list[Turn]) -> list[float]:
   """Quartiles over the rounds of the ratio of medians to another method's.
 
-  Args:
-    turns: Those of a method.
-    others: Those of another one in the same rounds.
-
-  Returns:
-    The lower quartile, the median and the upper quartile.
+  Rounds that only one of them has made are left out.
   """
   rounds = min(len(turns), len(others))
   ratios = medians(turns[:rounds]) / medians(others[:rounds])

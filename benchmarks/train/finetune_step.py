@@ -15,8 +15,8 @@ one.
 
   ratio     ours to PyTorch's examples per second: median over the turns, in
             brackets its quartiles; above 1 ours is faster
-  loss      largest difference of the two losses in the first turn, with dropout
-            0: the two compute the same
+  loss      largest difference of the two losses in the first steps, with
+            dropout 0: the two compute the same
 
 Rows with dropout 0.1 are how RoBERTa is fine-tuned; there the losses differ, as
 the random numbers do.
@@ -24,8 +24,6 @@ the random numbers do.
 
 import os
 
-# As in train_glue.py: OpenBLAS's threads would fight with those of XLA.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import argparse
@@ -40,14 +38,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.common import harness, record
+from benchmarks import report
+from benchmarks.common import harness, peers, record, turns
+from benchmarks.common.tables import markdown, median_in_quartiles
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue import recipe, tasks
 from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
 from gnlorp_jax.training import loop, sharding
 
 RESULTS = pathlib.Path('benchmarks/results/finetune_step.json')
+PAGE = pathlib.Path('docs/results/train.md')
 LEARNING_RATE = 1e-4
+Row = dict[str, Any]
 
 
 def settings_of(args: argparse.Namespace, dropout: float) -> GlueConfig:
@@ -67,53 +69,52 @@ def settings_of(args: argparse.Namespace, dropout: float) -> GlueConfig:
   )
 
 
-class Ours:
-  """Takes steps of `train_glue.py`."""
+class Ours(turns.Method):
+  """Takes steps of `train_glue.py`, each of its batches once."""
 
-  def __init__(self, run: loop.Run):
-    self._run = run
+  def __init__(self, run: loop.Run, batches: list[dict[str, np.ndarray]]):
+    self._run, self._batches = run, batches
     self._state, self._frozen = run.start()
+    self.losses: list[float] = []
 
-  def step(self, batch: dict[str, np.ndarray]) -> Any:
-    """One step; the loss, which may still be on its way."""
-    placed = sharding.put_batch(batch, self._run.mesh)
+  def step(self, index: int) -> None:
+    """As `turns.Method`."""
+    placed = sharding.put_batch(self._batches[index], self._run.mesh)
     self._state, values = self._run.train_step(
       self._state, placed, self._frozen
     )
-    return values['loss']
+    self.losses.append(float(jax.block_until_ready(values)['loss']))
 
 
-class Theirs:
+class Theirs(peers.TorchMethod):
   """Takes the same steps with transformers and PyTorch."""
 
-  def __init__(self, data: tasks.TaskData, params: Any, dropout: float):
-    import torch
-    import transformers
-
-    self._torch = torch
-    torch.set_num_threads(os.cpu_count() or 1)
-    self._pad_id = data.architecture.pad_id
+  def __init__(
+    self, data: tasks.TaskData, params: Any, dropout: float, batches: list[Any]
+  ):
+    super().__init__('cpu')
+    self._pad_id, self._batches = data.architecture.pad_id, batches
+    classifier = peers.module('transformers').RobertaForSequenceClassification
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, 'hf')
       roberta.export_classifier(
         path, data.architecture, params, data.task.labels
       )
-      self._model = (
-        transformers.RobertaForSequenceClassification.from_pretrained(
-          path,
-          hidden_dropout_prob=dropout,
-          attention_probs_dropout_prob=dropout,
-          classifier_dropout=dropout,
-        )
+      self._model = classifier.from_pretrained(
+        path,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        classifier_dropout=dropout,
       )
     self._model.train()
-    self._optimizer = torch.optim.AdamW(
+    self.optimizer = self.torch.optim.AdamW(
       self._model.parameters(), LEARNING_RATE, eps=1e-8, weight_decay=0.0
     )
+    self.losses: list[float] = []
 
-  def step(self, batch: dict[str, np.ndarray]) -> Any:
-    """One step; the loss."""
-    torch = self._torch
+  def take(self, index: int) -> None:
+    """As `peers.TorchMethod`."""
+    torch, batch = self.torch, self._batches[index]
     longest = (batch['inputs'] != self._pad_id).sum(axis=1).max()
     is_row = batch['weights'] > 0
     tokens = torch.from_numpy(batch['inputs'][is_row, :longest]).long()
@@ -124,12 +125,12 @@ class Theirs:
       input_ids=tokens, attention_mask=tokens != self._pad_id, labels=labels
     ).loss
     loss.backward()
-    self._optimizer.step()
-    self._optimizer.zero_grad()
-    return loss.detach()
+    self.optimizer.step()
+    self.optimizer.zero_grad()
+    self.losses.append(float(loss.detach()))
 
 
-def race(args: argparse.Namespace, dropout: float) -> dict[str, Any]:
+def race(args: argparse.Namespace, dropout: float) -> Row:
   """Both sides on the same batches, turn by turn."""
   settings = settings_of(args, dropout)
   (task,) = tasks.find_tasks(settings)
@@ -138,75 +139,71 @@ def race(args: argparse.Namespace, dropout: float) -> dict[str, Any]:
   run = recipe.make_run(prepared, learning_rate=None, seed=0).run
   start, _ = run.start()
   params = prepared.program.parameters.merge(start.params, {})
-  sides = {'ours': Ours(run), 'pytorch': Theirs(data, params, dropout)}
-  turns = [
-    list(itertools.islice(run.batches, args.turn))
-    for _ in range(1 + args.rounds)
-  ]
-  by_length = {batch['inputs'].shape: batch for turn in turns for batch in turn}
+  count = turns.APART + args.rounds * args.turn
+  batches = list(itertools.islice(run.batches, count))
+  lengths = {batch['inputs'].shape[1]: i for i, batch in enumerate(batches)}
   # Ours compiles with a state of its own: both sides then see the same steps.
   started = time.perf_counter()
-  compiling = Ours(run)
-  for batch in by_length.values():
-    jax.block_until_ready(compiling.step(batch))
+  compiling = Ours(run, batches)
+  for index in lengths.values():
+    compiling.step(index)
   compile_seconds = time.perf_counter() - started
-  first = {
-    name: [float(side.step(batch)) for batch in turns[0]]
-    for name, side in sides.items()
+  sides = {
+    'ours': Ours(run, batches),
+    'pytorch': Theirs(data, params, dropout, batches),
   }
-  seconds: dict[str, list[float]] = {name: [] for name in sides}
-  for number, turn in enumerate(turns[1:]):
-    names = sorted(sides, reverse=bool(number % 2))
-    for name in names:
-      started = time.perf_counter()
-      for batch in turn:
-        loss = sides[name].step(batch)
-      jax.block_until_ready(loss)
-      seconds[name].append(time.perf_counter() - started)
-    harness.progress(f'dropout {dropout}, round {number + 1}')
-  examples = [sum(int(b['weights'].sum()) for b in turn) for turn in turns[1:]]
+  racers = [turns.Racer(name, side, count) for name, side in sides.items()]
+  turns.rounds(racers, args.rounds, args.turn)
+  seconds = {
+    racer.name: [float(turn.seconds.sum()) for turn in racer.turns]
+    for racer in racers
+  }
+  examples = np.array([batch['weights'].sum() for batch in batches])
+  examples = examples[turns.APART :].reshape(args.rounds, args.turn).sum(axis=1)
   ratios = np.array(seconds['pytorch']) / np.array(seconds['ours'])
+  losses = (side.losses[: turns.APART] for side in sides.values())
   return {
     'dropout': dropout,
     'task': task.name,
     'examples_per_second': {
-      name: float(np.median(np.array(examples) / np.array(values)))
+      name: float(np.median(examples / np.array(values)))
       for name, values in seconds.items()
     },
-    'ratio': [float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75))],
-    'lengths': sorted(shape[1] for shape in by_length),
+    'ratio': np.percentile(ratios, [25, 50, 75]).tolist(),
+    'lengths': sorted(lengths),
     'compile_seconds': compile_seconds,
-    'loss_difference': max(
-      abs(a - b) for a, b in zip(*first.values(), strict=True)
-    ),
+    'loss_difference': max(abs(a - b) for a, b in zip(*losses, strict=True)),
     'seconds': seconds,
   }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
   """The rows as a Markdown table."""
-  lines = [
-    '| task | dropout | ours, examples/s | PyTorch | ratio | compilation, s '
-    '| losses differ by |',
-    '|---|---|---|---|---|---|---|',
-  ]
-  for row in rows:
-    low, middle, high = row['ratio']
-    rates = row['examples_per_second']
-    difference = '-' if row['dropout'] else f'{row["loss_difference"]:.1e}'
-    lines.append(
-      f'| {row["task"]} | {row["dropout"]} | {rates["ours"]:.0f} '
-      f'| {rates["pytorch"]:.0f} | {middle:.2f} [{low:.2f}, {high:.2f}] '
-      f'| {row["compile_seconds"]:.0f} | {difference} |'
-    )
-  return '\n'.join(lines) + '\n'
+  heads = ['task', 'dropout', 'ours, examples/s', 'PyTorch', 'ratio']
+  heads += ['compilation, s', 'losses differ by']
+  return markdown(
+    heads,
+    [
+      [
+        *(row['task'], str(row['dropout'])),
+        *(f'{rate:.0f}' for rate in row['examples_per_second'].values()),
+        *(median_in_quartiles(row['ratio']), f'{row["compile_seconds"]:.0f}'),
+        '-' if row['dropout'] else f'{row["loss_difference"]:.0e}',
+      ]
+      for row in rows
+    ],
+  )
+
+
+def tables() -> dict[str, str]:
+  """The table of `PAGE`, from the recorded file."""
+  return {'fine-tuning': table(record.read(RESULTS)['rows'])}
 
 
 def main() -> None:
   """Measures, and writes the JSON file and the table."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
+  harness.add_arguments(parser, RESULTS, has_device=False)
   add = parser.add_argument
   add('--data.source', dest='source', help="folder of GLUE's official files")
   add('--task', default='mrpc', help='task of --data.source')
@@ -217,20 +214,21 @@ def main() -> None:
   add('--rounds', type=int, default=10, help='turns of either side')
   add('--turn', type=int, default=10, help='steps of a turn')
   add('--dropout', type=float, nargs='+', default=(0.0, 0.1), help='rows')
-  add('--output', type=pathlib.Path, default=RESULTS, help='JSON file')
   args = parser.parse_args()
+  if args.report:
+    report.report('train.finetune_step')
+    return
   if args.source is not None and args.model is None:
     parser.error('--data.source needs --model: a folder, or a preset.')
-  header = {
+  written: Row = {
     'model': None if args.model is None else pathlib.Path(args.model).name,
     **{n: getattr(args, n) for n in ('batch_size', 'max_length', 'turn')},
-    **harness.environment(),
+    **{**harness.environment(), 'rows': []},
   }
-  rows: list[dict[str, Any]] = []
   for dropout in args.dropout:
-    rows.append(race(args, dropout))
-    record.write(args.output, {**header, 'rows': rows})
-  sys.stdout.write(table(rows))
+    written['rows'].append(race(args, dropout))
+    record.write(args.output, written)
+  sys.stdout.write(table(written['rows']))
 
 
 if __name__ == '__main__':

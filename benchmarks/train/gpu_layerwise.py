@@ -5,8 +5,8 @@
   python -m benchmarks.gpu_layerwise --tiny             # small, also on a CPU
 
 Every part is a process of its own, takes less than ten minutes, and is written
-to the JSON file as soon as it is done; one that fails leaves its error, and the
-others go on.
+to the JSON file while it goes; one that fails leaves its error, and the others
+go on.
 
 memory_*  A few steps on random tokens, without memory allocated in advance:
           the device's peak (`peak_bytes_in_use`) against the compiled step's
@@ -23,18 +23,21 @@ import argparse
 import dataclasses
 import datetime
 import itertools
-import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.common import record
+import jax
+import jax.numpy as jnp
+
+from benchmarks.common import harness, programs, record
+from gnlorp_jax import config
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.training import loop
 
 RESULTS = pathlib.Path('benchmarks/results/gpu_layerwise.json')
 GOAL = 0.05  # Relative difference of measured and compiled peak.
@@ -50,12 +53,11 @@ CONFIGS = {
   'run_7b_16gb': 'llama_7b_16gb',
 }
 LIMITS = {'run_7b_24gb': 24 * 10**9, 'run_7b_16gb': 16 * 10**9}
+Row = dict[str, Any]
 
 
-def settings(part: str, text: str, tiny: bool) -> Any:
+def settings(part: str, text: str, tiny: bool) -> config.TrainConfig:
   """The configuration of a part, with 16 x 256 tokens in a layer-wise step."""
-  from gnlorp_jax import config
-
   run = config.load(f'configs/{CONFIGS[part]}.py')
   run = dataclasses.replace(
     run,
@@ -81,227 +83,164 @@ def settings(part: str, text: str, tiny: bool) -> Any:
   )
 
 
-def compiled_bytes(compiled: Any) -> dict[str, int]:
-  """The buffers of a compiled program, and their sum."""
-  found = compiled.memory_analysis()
-  parts = {
-    'arguments': found.argument_size_in_bytes,
-    'outputs': found.output_size_in_bytes,
-    'temporaries': found.temp_size_in_bytes,
-    'aliases': found.alias_size_in_bytes,
-  }
-  total = sum(parts.values()) - 2 * parts['aliases']
-  return {**parts, 'total': total}
-
-
 def peak_bytes() -> int | None:
   """The most that was ever allocated on the device; None on CPUs."""
-  import jax
-
   stats = jax.devices()[0].memory_stats() or {}
   return stats.get('peak_bytes_in_use')
 
 
-def zeros(planned: Any) -> Any:
-  """State and frozen weights, made without any temporary memory."""
-  import jax
-  import jax.numpy as jnp
+def prepared(
+  run: config.TrainConfig, on_text: bool
+) -> tuple[recipe.Planned, Iterator[Any], Callable[[], Any]]:
+  """The program of a run, its batches, and what makes state and constants."""
+  if on_text:
+    found = recipe.prepare(run)
+    batches = recipe.make_run(found, found.config).batches
+    return found.planned, batches, lambda: programs.start(found.planned)
+  planned = recipe.plan(run, jax.devices()[:1])
+  sizes = run.model.vocab_size, run.batch_size, run.data.seq_len
+  batches = itertools.repeat(programs.random_batch(*sizes))
+  program = planned.program
 
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    (planned.program.abstract_state, planned.program.parameters.frozen),
-  )
+  def zeros() -> Any:
+    return jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+      (program.abstract_state, program.parameters.frozen),
+    )
+
+  return planned, batches, zeros
 
 
-def start(
-  planned: Any, make: Callable[[Any], Any]
-) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
-  """The compiled step, its state, and what making them needs by itself.
+def measure(
+  run: config.TrainConfig,
+  on_text: bool,
+  seconds: float,
+  save: Callable[[Row], None],
+) -> None:
+  """Takes steps.
 
   Args:
-    planned: The run.
-    make: Makes the state and the frozen weights.
-
-  Returns:
-    The step, which is finished when it returns and adds its seconds to
-    ``step_s`` of the row; state and frozen weights; the row.
+    run: The run.
+    on_text: Whether it takes at least `STEPS` on text, and more while there is
+      time; otherwise it takes a few on random tokens.
+    seconds: The time, from now.
+    save: Gets what is known by now.
   """
-  import jax
-
-  from benchmarks.common import programs
-
   begin = time.perf_counter()
-  compiled = programs.lower(planned).compile()
-  seconds = time.perf_counter() - begin
-  made = jax.block_until_ready(make(planned))
-  row: dict[str, Any] = {
-    'compile_s': seconds,
-    'compiled': compiled_bytes(compiled),
+  planned, batches, make = prepared(run, on_text)
+  compiled, compile_s = programs.compiled(lambda: programs.lower(planned))
+  state, frozen = jax.block_until_ready(make())
+  memory, step_s, losses = programs.memory(compiled), [], []
+  row: Row = {
+    'compile_s': compile_s,
+    'compiled': memory,
     'peak_after_initialisation': peak_bytes(),
-    'step_s': [],
+    **{'step_s': step_s, 'losses': losses},
   }
 
   def take(*arguments: Any) -> Any:
     since = time.perf_counter()
     found = jax.block_until_ready(compiled(*arguments))
-    row['step_s'].append(time.perf_counter() - since)
+    step_s.append(time.perf_counter() - since)
     return found
 
-  return take, made, row
+  def goes_on(number: int) -> bool:
+    if number <= (STEPS if on_text else MEMORY_STEPS):
+      return True
+    return on_text and max(step_s) < seconds - (time.perf_counter() - begin)
 
-
-def measure_memory(run: Any, save: Callable[[Any], None]) -> None:
-  """Some steps on random tokens."""
-  import jax
-  import numpy as np
-
-  from gnlorp_jax.recipes.pretrain import recipe
-  from gnlorp_jax.training import loop
-
-  planned = recipe.plan(run, jax.devices()[:1])
-  take, (state, frozen), row = start(planned, zeros)
-  rng = np.random.default_rng(0)
-  vocab, length = run.model.vocab_size, run.data.seq_len
-  tokens = rng.integers(0, vocab, (run.batch_size, length + 1), dtype=np.int32)
-  batch = {
-    'inputs': tokens[:, :-1],
-    'targets': tokens[:, 1:],
-    'weights': np.ones((run.batch_size, length), np.float32),
-  }
-  mesh, numbers = planned.program.mesh, range(1, MEMORY_STEPS + 1)
-  for taken in loop.steps(
-    take, state, itertools.repeat(batch), mesh, numbers, frozen
+  numbers = itertools.takewhile(goes_on, range(1, 10 * STEPS + 1))
+  for number, *_, metrics in loop.steps(
+    take, state, batches, planned.program.mesh, numbers, frozen
   ):
-    row['loss'] = float(taken.metrics['loss'])
-  del row['step_s']
-  row['peak'] = peak_bytes()
-  if row['peak'] is not None:
-    row['difference'] = row['peak'] / row['compiled']['total'] - 1
+    losses.append(float(metrics['loss']))
+    row['skipped_steps'] = int(metrics['skipped_steps'])
+    row['peak'] = peak_bytes()
+    if later := step_s[1:]:
+      tokens = run.batch_size * run.data.seq_len * len(later)
+      row['tokens_per_second'] = tokens / sum(later)
+    if number % 10 == 0:
+      save(row)
+  if not on_text and row['peak'] is not None:
+    row['difference'] = row['peak'] / memory['total'] - 1
     row['within_goal'] = abs(row['difference']) <= GOAL
   save(row)
 
 
-def measure_run(run: Any, save: Callable[[Any], None], seconds: float) -> None:
-  """Steps on text until the time is over, at least `STEPS`."""
-  from benchmarks.common import programs
-  from gnlorp_jax.recipes.pretrain import recipe
-  from gnlorp_jax.training import loop
-
-  begin = time.perf_counter()
-  prepared = recipe.prepare(run)
-  parts = recipe.make_run(prepared, prepared.config)
-  take, (state, frozen), row = start(prepared.planned, programs.start)
-  row |= {'losses': [], 'skipped_steps': 0}
-  tokens = run.batch_size * run.data.seq_len
-
-  def has_time(number: int) -> bool:
-    if number <= STEPS:
-      return True
-    return time.perf_counter() - begin + max(row['step_s']) < seconds
-
-  numbers = itertools.takewhile(has_time, range(1, 10 * STEPS + 1))
-  for number, *_, metrics in loop.steps(
-    take, state, parts.batches, parts.mesh, numbers, frozen
-  ):
-    row['losses'].append(float(metrics['loss']))
-    row['skipped_steps'] = int(metrics['skipped_steps'])
-    row['peak'] = peak_bytes()
-    later = row['step_s'][1:]
-    if later:
-      row['tokens_per_second'] = tokens * len(later) / sum(later)
-    if number % 10 == 0:
-      save(row)
-  parts.batches.close()
-  save(row)
-
-
-def run_part(part: str, text: str, tiny: bool, output: pathlib.Path) -> None:
-  """One part, in this process; `output` is written while it goes."""
-  import jax
-
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
-  found = {
-    'part': part,
-    'device': device.device_kind,
-    'jax': jax.__version__,
-    'limit_bytes': stats.get('bytes_limit'),
-    'commit': record.commit(),
-    'date': datetime.date.today().isoformat(),
-  }
-
-  def save(row: dict[str, Any]) -> None:
-    record.write(output, {**found, **row})
-
-  run = settings(part, text, tiny)
-  try:
-    if part.startswith('memory'):
-      measure_memory(run, save)
-    else:
-      measure_run(run, save, 0 if tiny else SECONDS - 90)
-  except Exception as error:
-    known = json.loads(output.read_text()) if output.exists() else found
-    lines = traceback.format_exc().splitlines()
-    text = f'{type(error).__name__}: {error}'[:2000]
-    record.write(output, {**known, 'error': text, 'trace': lines[-12:]})
-    raise
-
-
 def card_bytes() -> int | None:
   """The first GPU's whole memory, as its driver tells; None without one."""
+  command = ['nvidia-smi', '--query-gpu=memory.total']
+  command += ['--format=csv,noheader,nounits']
   try:
-    told = subprocess.run(
-      [
-        *('nvidia-smi', '--query-gpu=memory.total'),
-        '--format=csv,noheader,nounits',
-      ],
-      capture_output=True,
-      text=True,
-      check=True,
-    )
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError):
     return None
   return int(told.stdout.split()[0]) * 2**20
 
 
-def environment(part: str) -> dict[str, str]:
-  """How much memory the process of a part may allocate, and when."""
-  variables = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+def run_part(args: argparse.Namespace, part: str) -> None:
+  """One part, in this process, of which nothing has used a device."""
+  row: Row = {'part': part}
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   card = card_bytes()
   if part in LIMITS and card is not None:
-    share = min(LIMITS[part] / card, 0.95)
-    variables['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'
-    variables['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{share:.4f}'
-  return variables
+    row['memory_fraction'] = round(min(LIMITS[part] / card, 0.95), 4)
+    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'
+    os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] = str(row['memory_fraction'])
+  device = jax.devices()[0]
+  row |= {
+    'device': device.device_kind,
+    'jax': jax.__version__,
+    'limit_bytes': (device.memory_stats() or {}).get('bytes_limit'),
+    'commit': record.commit(),
+    'date': datetime.date.today().isoformat(),
+  }
+
+  def save(found: Row) -> None:
+    row.update(found)
+    write(args, part, row)
+
+  try:
+    run = settings(part, args.text, args.tiny)
+    seconds = 0 if args.tiny else SECONDS - 90
+    measure(run, part.startswith('run'), seconds, save)
+  except Exception as error:
+    save({'error': f'{type(error).__name__}: {error}'[:2000]})
+    raise
+  finally:
+    sys.stdout.write(summary(row))
 
 
-def in_process(part: str, args: argparse.Namespace) -> dict[str, Any]:
-  """What a part measured in a process of its own, or its error."""
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'part.json'
-    command = [
-      *(sys.executable, '-m', 'benchmarks.gpu_layerwise', '--inside', part),
-      *('--text', args.text, '--output', str(path)),
-      *(['--tiny'] if args.tiny else []),
-    ]
-    variables = environment(part)
-    try:
-      code = subprocess.run(
-        command, env=variables, timeout=SECONDS, check=False
-      ).returncode
-      error = f'The process ended with code {code}.' if code else None
-    except subprocess.TimeoutExpired:
-      error = f'Not done after {SECONDS} s.'
-    found = json.loads(path.read_text()) if path.exists() else {'part': part}
-    if error:
-      found.setdefault('error', error)
-    share = variables.get('XLA_PYTHON_CLIENT_MEM_FRACTION')
-    if part in LIMITS and card_bytes() is not None:
-      found['memory_fraction'] = float(share or 0)
-    return found
+def parts_of(args: argparse.Namespace) -> dict[str, Row]:
+  """What the file holds by now."""
+  return record.read(args.output)['parts'] if args.output.exists() else {}
 
 
-def summary(row: dict[str, Any]) -> str:
+def write(args: argparse.Namespace, part: str, row: Row) -> None:
+  """Writes a part beside the others that are there."""
+  parts = parts_of(args) | {part: row}
+  record.write(args.output, {'tiny': args.tiny, 'parts': parts})
+
+
+def in_process(args: argparse.Namespace, part: str) -> bool:
+  """Whether a part succeeds in a process of its own."""
+  command = [
+    *(sys.executable, '-m', 'benchmarks.gpu_layerwise', '--part', part),
+    *('--text', args.text, '--output', str(args.output)),
+    *['--tiny'] * args.tiny,
+  ]
+  write(args, part, {'part': part})
+  try:
+    code = subprocess.run(command, timeout=SECONDS, check=False).returncode
+    why = f'The process ended with code {code}.'
+  except subprocess.TimeoutExpired:
+    code, why = 1, f'Not done after {SECONDS} s.'
+  if code:
+    write(args, part, {'error': why, **parts_of(args)[part]})
+  return not code
+
+
+def summary(row: Row) -> str:
   """A part in a line."""
   words = [row['part']]
   if 'compiled' in row:
@@ -312,37 +251,25 @@ def summary(row: dict[str, Any]) -> str:
     words.append(f'difference {row["difference"]:+.1%}')
   if 'tokens_per_second' in row:
     words.append(f'{row["tokens_per_second"]:.0f} tokens/s')
-  if row.get('losses'):
-    losses = row['losses']
+  if losses := row.get('losses'):
     words.append(f'{len(losses)} steps, {losses[0]:.3f} -> {losses[-1]:.3f}')
   if 'error' in row:
-    words.append('FAILED: ' + row['error'].splitlines()[0])
+    words.append(f'FAILED: {row["error"]}')
   return ', '.join(words) + '\n'
 
 
 def main() -> None:
   """Runs the parts, each by itself, and writes the JSON file."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   add = parser.add_argument
   add('--part', choices=CONFIGS, nargs='+', default=list(CONFIGS))
   add('--text', default='stdlib', help='as --data.source of train_lm.py')
   add('--tiny', action='store_true', help='small models, to try it out')
   add('--output', type=pathlib.Path, default=RESULTS)
-  add('--inside', choices=CONFIGS, help=argparse.SUPPRESS)
   args = parser.parse_args()
-  if args.inside:
-    run_part(args.inside, args.text, args.tiny, args.output)
-    return
-  known = json.loads(args.output.read_text()) if args.output.exists() else {}
-  parts = known.get('parts', {})
-  for part in args.part:
-    parts[part] = in_process(part, args)
-    record.write(args.output, {'tiny': args.tiny, 'parts': parts})
-    sys.stdout.write(summary(parts[part]))
-    sys.stdout.flush()
-  if any('error' in parts[part] for part in args.part):
+  if len(args.part) == 1:
+    run_part(args, *args.part)
+  elif not all([in_process(args, part) for part in args.part]):
     raise SystemExit(1)
 
 

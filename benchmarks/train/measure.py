@@ -7,11 +7,10 @@ Each size of LLaMA is trained by this package and by transformers' PyTorch model
 with the optimizers of other packages: same architecture, same batches, forward,
 backward and update. Up to 100M parameters both start from the same weights. All
 take turns of a few steps in one process, in another order each round, so that a
-machine that slows down slows them all. Low-rank methods have the rank --rank
-and refresh their bases every --gap steps; a size is done when every method has
-made that many counted steps, which is one whole interval, or when its share of
---minutes is used up (`interval` then is below 1, and what refreshes cost is
-counted in part or not at all).
+machine that slows down slows them all. Low-rank methods refresh their bases
+every --gap steps; a size is done when every method has made that many counted
+steps, or when its share of --minutes is used up (`interval` then is below 1,
+and what refreshes cost is counted in part or not at all).
 
   tokens/s    of the mean counted step, refreshes included
   / PEER      the same as a ratio to that peer's: above 1 ours is faster. In
@@ -20,8 +19,8 @@ counted in part or not at all).
   worst       the slowest step, in medians of its turn
   state       bytes of the optimizer's state
   peak        this package: what the compiled step has at most, state included.
-              PyTorch: what it had allocated at most in its second step, on a
-              GPU; on a CPU it does not tell
+              PyTorch: what it had allocated at most in its first two steps, on
+              a GPU; on a CPU it does not tell
   compile     tracing and compiling, seconds
   MFU         model FLOPs (6 per weight and token, and attention) over the dense
               bfloat16 peak of the GPU, where that is known and all weights are
@@ -43,29 +42,45 @@ train their adapters alone, which is less work; the others train all weights.
 import argparse
 import pathlib
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 
+from benchmarks import report
 from benchmarks.common import harness, peers, record, turns
-from benchmarks.common.tables import markdown
+from benchmarks.common.plots import Bars, bars
+from benchmarks.common.tables import MB, markdown, number
+from benchmarks.common.turns import Row
 from benchmarks.train import products
 from benchmarks.train.train_sides import BATCHES, METHODS, RATE, Case
 from gnlorp_jax.models import llama
 from gnlorp_jax.training import hardware
 
 RESULTS = pathlib.Path('benchmarks/results/train.json')
+# What the page shows beside it.
+SMALL, LARGE = (RESULTS.with_name(f'train_{x}.json') for x in ('small', '60m'))
+PAGE = pathlib.Path('docs/results/train.md')
 PLOT = pathlib.Path('docs/results/train.png')
 PEERS = ('galore-torch', 'torch-adamw', 'torch-adamw-fused', 'adamw')
 OURS = ('gradnormlorp', 'galore', 'adamw')  # What a regression check sees.
 
 
-def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
-  """What is known of a method by now."""
+def speed_per(racer: turns.Racer, other: turns.Racer) -> Row:
+  """A method's speed in that of another one, in the rounds both have made."""
+  common = min(len(racer.turns), len(other.turns))
+  seconds, others = (
+    np.concatenate([turn.seconds for turn in r.turns[:common]])
+    for r in (racer, other)
+  )
+  return {
+    'mean': float(others.mean() / seconds.mean()),
+    'quartiles': turns.ratio_quartiles(other.turns, racer.turns),
+  }
+
+
+def row(racer: turns.Racer, racers: list[turns.Racer], case: Case) -> Row:
+  """What is known of a method by now, with ratios to the peers."""
   side: Any = racer.method
   known = {
     'method': racer.name,
@@ -83,6 +98,7 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
   peak = hardware.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   flops = llama.flops_per_token(case.config, case.seq_len) * case.tokens
   partial = racer.name.startswith('peft')  # It trains adapters alone.
+  timed = {other.name: other for other in racers if other.turns}
   return known | {
     'tokens_per_second': case.tokens / mean,
     'mean_s': mean,
@@ -91,224 +107,123 @@ def row(racer: turns.Racer, case: Case) -> dict[str, Any]:
     'steps': len(seconds),
     'intervals': len(seconds) / case.setting.gap,
     'mfu': None if peak is None or partial else flops / mean / peak,
+    'speed_per': {
+      name: speed_per(racer, timed[name]) for name in PEERS if name in timed
+    },
   }
 
 
-def with_ratios(racers: list[turns.Racer], case: Case) -> list[dict[str, Any]]:
-  """The rows of all methods, with ratios to the peers for those with turns."""
-  rows = [row(racer, case) for racer in racers]
-  pairs = [x for x in zip(rows, racers, strict=True) if x[1].turns]
-  by_name = {known['method']: (known, racer) for known, racer in pairs}
-  for name in PEERS:
-    if name not in by_name:
-      continue
-    other, other_racer = by_name[name]
-    for known, racer in pairs:
-      low, middle, high = turns.ratio_quartiles(other_racer.turns, racer.turns)
-      # Of the rounds that both have made.
-      common = min(len(racer.turns), len(other_racer.turns))
-      means = [
-        np.mean(np.concatenate([t.seconds for t in r.turns[:common]]))
-        for r in (other_racer, racer)
-      ]
-      known.setdefault('speed_per', {})[name] = {
-        'mean': float(means[0] / means[1]),
-        'quartiles': [low, middle, high],
-      }
-  return rows
+def _title(entry: Row) -> str:
+  return f'{entry["size"]}, {entry["batch_size"]} x {entry["seq_len"]}'
 
 
-def _reason(error: Exception) -> str:
-  return f'{error}'.strip().split('\n')[0] or type(error).__name__
-
-
-def compare(
-  names: list[str],
-  case: Case,
-  clock: harness.Clock,
-  turn: int,
-  save: Callable[[list[dict[str, Any]]], None],
-) -> list[dict[str, Any]]:
-  """Builds the methods, then lets them train in turns.
-
-  Args:
-    names: Keys of `METHODS`.
-    case: What they train.
-    clock: When to stop, at the latest.
-    turn: Steps in a row of one method.
-    save: Called with all rows after each method built and each round.
-
-  Returns:
-    One row per name; a method that is absent or fails has one with the reason.
-  """
-  racers: list[turns.Racer] = []
-  absent: dict[str, str] = {}
-
-  def rows() -> list[dict[str, Any]]:
-    found = {known['method']: known for known in with_ratios(racers, case)}
-    missing = {n: {'method': n, 'absent': why} for n, why in absent.items()}
-    return [(found | missing)[n] for n in names if n in found or n in missing]
-
-  for name in names:
-    if racers and not clock.seconds_left:
-      absent[name] = 'no time was left to build it'
-      continue
-    try:
-      racers.append(turns.Racer(name, METHODS[name](case), BATCHES))
-      harness.progress(f'{name}: first step {racers[-1].first_s:.2f} s')
-    except Exception as error:  # Out of memory, no kernel: the others go on.
-      absent[name] = _reason(error)
-      harness.progress(f'{name}: absent, {absent[name]}')
-    save(rows())
-  rounds = 0
-  while racers and rounds * turn < case.setting.gap:
-    if rounds and not clock.seconds_left:
-      break
-    for racer in turns.order(racers, rounds):
-      # PyTorch's threads keep spinning for a while after their work.
-      time.sleep(0.05)
-      try:
-        racer.turn(turn)
-      except Exception as error:
-        absent[racer.name] = _reason(error)
-        racers.remove(racer)
-        harness.progress(f'{racer.name}: failed, {absent[racer.name]}')
-    rounds += 1
-    save(rows())
-    harness.progress(
-      f'{rounds * turn} of {case.setting.gap} steps, '
-      f'{clock.seconds_left / 60:.1f} min left'
+def _ours(found: Row) -> list[tuple[str, Row]]:
+  """Rows that a regression check compares; only the same with the same."""
+  return [
+    (
+      f'train {case["size"]} {case["dtype"]} {case["batch_size"]} x '
+      f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}: '
+      f'{known["method"]}',
+      known,
     )
-  return rows()
+    for case in found['cases']
+    for known in case['rows']
+    if known['method'] in OURS
+  ]
 
 
-def _name(case: dict[str, Any]) -> str:
-  """What a regression check may compare: only the same with the same."""
-  return (
-    f'train {case["size"]} {case["dtype"]} {case["batch_size"]} x '
-    f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}'
-  )
-
-
-def ratios(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
   """What a regression check compares: larger is better for this package.
 
-  Args:
-    found: A record as this script writes it.
-
-  Returns:
-    The speed of each of `OURS` in that of each of `PEERS`, from the medians of
-    rounds (most refreshes are left out of them): quartiles, by a name.
+  These are quartiles of the speed of each of `OURS` in that of each of `PEERS`,
+  by a name. The medians of rounds leave out most refreshes.
   """
-  named = {}
-  for case in found['cases']:
-    for known in case['rows']:
-      if known['method'] not in OURS:
-        continue
-      for peer, ratio in known.get('speed_per', {}).items():
-        if peer != known['method']:
-          name = f'{_name(case)}: {known["method"]} / {peer}'
-          named[name] = tuple(ratio['quartiles'])
-  return named
+  return {
+    f'{name} / {peer}': tuple(ratio['quartiles'])
+    for name, known in _ours(found)
+    for peer, ratio in known.get('speed_per', {}).items()
+    if peer != known['method']
+  }
 
 
-def sizes(found: dict[str, Any]) -> dict[str, int]:
-  """Bytes that a regression check compares: they do not depend on the day.
-
-  Args:
-    found: A record as this script writes it.
-
-  Returns:
-    Bytes of state and of the compiled step of this package's methods, by a
-    name.
-  """
-  named = {}
-  for case in found['cases']:
-    for known in case['rows']:
-      if known['method'] in OURS:
-        for key in ('state_bytes', 'peak_bytes'):
-          if known.get(key) is not None:
-            name = f'{_name(case)}: {known["method"]}, {key}'
-            named[name] = known[key]
-  return named
+def sizes(found: Row) -> dict[str, int]:
+  """Bytes that a regression check compares: of state and compiled step."""
+  return {
+    f'{name}, {key}': known[key]
+    for name, known in _ours(found)
+    for key in ('state_bytes', 'peak_bytes')
+    if known.get(key) is not None
+  }
 
 
-def table(case: dict[str, Any]) -> str:
+def table(entry: Row) -> str:
   """The rows of a size as a Markdown table, and its products below."""
   heads = ['method', 'tokens/s', *(f'/ {peer}' for peer in PEERS)]
   heads += ['interval', 'worst', 'state, MB', 'peak, MB', 'compile, s', 'MFU']
 
-  def number(value: float | None, form: str) -> str:
-    return '-' if value is None else format(value, form)
-
-  def ratio(known: dict[str, Any], peer: str) -> str:
-    found = known.get('speed_per', {}).get(peer)
+  def ratio(known: Row, peer: str) -> str:
+    found = known['speed_per'].get(peer)
     if found is None or peer == known['method']:
       return '-'
     low, _, high = found['quartiles']
     return f'{found["mean"]:.2f} [{low:.2f}, {high:.2f}]'
 
-  lines = []
-  for known in (r for r in case['rows'] if 'mean_s' in r):
-    peak = known['peak_bytes']
-    lines.append(
-      [
-        known['method'],
-        f'{known["tokens_per_second"]:.0f}',
-        *(ratio(known, peer) for peer in PEERS),
-        f'{known["intervals"]:.2f}',
-        f'{known["worst_per_median"]:.2f}',
-        f'{known["state_bytes"] / 1e6:.1f}',
-        number(None if peak is None else peak / 1e6, '.0f'),
-        number(known['compile_s'], '.1f'),
-        number(known['mfu'], '.1%'),
-      ]
-    )
-  text = f'LLaMA-{case["size"]}:\n\n' + markdown(heads, lines)
-  for known in (r for r in case['rows'] if 'absent' in r):
-    text += f'\n* {known["method"]}: absent, {known["absent"]}'
-  for known in case['rows']:
-    if 'absent' not in known and 'mean_s' not in known:
-      text += (
-        f'\n* {known["method"]}: {known["first_step_s"]:.2f} s for its first '
-        'step; no time was left for a turn'
-      )
-  for name, total in case.get('products', {}).items():
-    if name != 'products':
-      text += (
-        f'\n* bare products by {name}: {total["seconds"]:.3f} s per step, '
-        f'{total["gflops"]:.0f} GFLOP/s'
-      )
-  return text + '\n'
+  lines = [
+    [
+      known['method'],
+      f'{known["tokens_per_second"]:.0f}',
+      *(ratio(known, peer) for peer in PEERS),
+      f'{known["intervals"]:.2f}',
+      f'{known["worst_per_median"]:.2f}',
+      number(known['state_bytes'], '.1f', MB),
+      number(known['peak_bytes'], '.0f', MB),
+      number(known['compile_s'], '.1f'),
+      number(known['mfu'], '.1%'),
+    ]
+    for known in entry['rows']
+    if 'mean_s' in known
+  ]
+  text = markdown(heads, lines) + turns.not_timed(entry['rows'])
+  totals = {'xla': 'XLA', 'torch': 'PyTorch'}
+  bare = [
+    f'{name} {total["seconds"]:.3f} s per step ({total["gflops"]:.0f} GFLOP/s)'
+    for key, name in totals.items()
+    if (total := entry.get('products', {}).get(key))
+  ]
+  return text + (f'\nBare products: {", ".join(bare)}.\n' if bare else '')
 
 
-def plot(cases: list[dict[str, Any]], path: pathlib.Path) -> None:
+def tables() -> dict[str, str]:
+  """The tables of `PAGE`, from the recorded files."""
+  records = map(record.read, (RESULTS, SMALL, LARGE))
+  entries = [entry for found in records for entry in found['cases']]
+  return {_title(entry): table(entry) for entry in entries}
+
+
+def plot(cases: list[Row], path: pathlib.Path) -> None:
   """Speed of each method in that of galore-torch, or of the first method."""
-  figure = matplotlib.figure.Figure(
-    figsize=(8, 1 + 2.4 * len(cases)), layout='constrained'
-  )
-  for axes, case in zip(
-    figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True
-  ):
-    rows = [known for known in case['rows'] if 'mean_s' in known]
-    if not rows:
+  panels = []
+  for entry in cases:
+    rows = {r['method']: r for r in entry['rows'] if 'mean_s' in r}
+    base = next((name for name in (*PEERS, *rows) if name in rows), None)
+    if base is None:
       continue
-    names = [known['method'] for known in rows]
-    base = next((p for p in PEERS if p in names), names[0])
-    unit = rows[names.index(base)]['tokens_per_second']
-    speeds = [known['tokens_per_second'] / unit for known in rows]
-    is_theirs = [n in peers.TORCH or n.startswith('peft') for n in names]
-    colors = ['C7' if theirs else 'C0' for theirs in is_theirs]
-    axes.barh(names, speeds, color=colors)
-    axes.axvline(1, color='0.3', lw=0.8)
-    axes.invert_yaxis()
-    axes.set(
-      title=f'LLaMA-{case["size"]}, batch {case["batch_size"]} x '
-      f'{case["seq_len"]}: tokens/s, in those of {base}'
+    unit = rows[base]['mean_s']
+    is_theirs = {n: n in peers.TORCH or n.startswith('peft') for n in rows}
+    panels.append(
+      Bars(
+        f'LLaMA-{_title(entry)}',
+        f'tokens/s, in those of {base} (blue: jax, grey: PyTorch)',
+        {name: (unit / known['mean_s'],) * 3 for name, known in rows.items()},
+        {name: 'C7' if theirs else 'C0' for name, theirs in is_theirs.items()},
+      )
     )
-  figure.supxlabel('blue: jax, grey: PyTorch', fontsize='small')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=150)
+  bars(panels, path)
+
+
+def plots() -> None:
+  """Draws the picture of `PAGE` again."""
+  plot(record.read(SMALL)['cases'], PAGE.with_name('train_small.png'))
 
 
 def make_case(size: str, args: argparse.Namespace) -> Case:
@@ -333,77 +248,35 @@ def make_case(size: str, args: argparse.Namespace) -> Case:
   )
 
 
-def arguments() -> argparse.ArgumentParser:
-  """The command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  harness.add_arguments(parser, RESULTS, minutes=15)
+def parse() -> tuple[argparse.Namespace, dict[str, Case]]:
+  """The command line, of which `methods` are names, and a case per size."""
+  parser = harness.parser(__doc__)
+  harness.add_arguments(parser, RESULTS, minutes=15, plot=PLOT)
   add = parser.add_argument
-  add(
-    '--sizes',
-    nargs='+',
-    default=['20m'],
-    metavar='SIZE',
-    help='presets, the most valuable first (default: 20m): '
-    + ', '.join(llama.PRESETS),
-  )
-  add(
-    '--methods',
-    nargs='+',
-    default=['*'],
-    metavar='NAME',
-    help='names or patterns as of a shell, quoted (default: all): '
-    + ', '.join(METHODS),
-  )
-  add('--batch-size', type=int, default=8, help='sequences (default: 8)')
-  add('--seq-len', type=int, default=256, help='their tokens (default: 256)')
-  add(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    default='float32',
-    help='of weights and products, on both sides (default: %(default)s)',
-  )
+  presets = 'presets, of most worth first: ' + ', '.join(llama.PRESETS)
+  add('--sizes', nargs='+', default=['20m'], metavar='SIZE', help=presets)
+  names = 'names or patterns as of a shell, quoted, of: ' + ', '.join(METHODS)
+  add('--methods', nargs='+', default=['*'], metavar='NAME', help=names)
+  add('--batch-size', type=int, default=8, help='sequences')
+  add('--seq-len', type=int, default=256, help='their tokens')
+  dtypes = 'float32', 'bfloat16'
+  add('--dtype', choices=dtypes, default='float32', help='of weights, products')
   add('--rank', type=int, help='(default: a quarter of the width)')
-  add(
-    '--gap',
-    type=int,
-    default=200,
-    help='steps between two refreshes of a basis (default: %(default)s)',
-  )
+  add('--gap', type=int, default=200, help='steps between two refreshes')
   add('--vocab', type=int, help="vocabulary (default: the preset's)")
-  add(
-    '--remat',
-    action='store_true',
-    help='compute blocks again in the backward pass, on both sides',
+  add('--remat', action='store_true', help='compute blocks twice, both sides')
+  chunk = (
+    'tokens whose logits ours has at once; hundreds are faster on a CPU, '
+    'thousands on a GPU (default: as train_lm.py, %(default)s)'
   )
-  add(
-    '--loss-chunk',
-    type=int,
-    default=1024,
-    help='tokens whose logits ours has at once; the default is that of '
-    'train_lm.py, hundreds are faster on a CPU, thousands on a GPU (default: '
-    '%(default)s)',
-  )
-  add(
-    '--turn',
-    type=int,
-    default=5,
-    help='steps in a row of one method (default: %(default)s)',
-  )
+  add('--loss-chunk', type=int, default=1024, help=chunk)
+  add('--turn', type=int, default=5, help='most steps in a row of a method')
   add(
     '--products',
     action=argparse.BooleanOptionalAction,
     default=True,
     help='time the bare matrix products as well',
   )
-  add('--plot', type=pathlib.Path, default=PLOT, help='picture')
-  return parser
-
-
-def main() -> None:
-  """Measures, and writes the JSON file, the plot and the tables."""
-  parser = arguments()
   args = parser.parse_args()
   try:
     for name in ('batch_size', 'seq_len', 'rank', 'gap', 'turn', 'loss_chunk'):
@@ -411,15 +284,23 @@ def main() -> None:
       if value is not None and value < 1:
         option = name.replace('_', '-')
         raise ValueError(f'--{option} {value} must be at least 1.')
-    names = harness.select(args.methods, METHODS)
-    cases = {size: make_case(size, args) for size in args.sizes}
+    args.methods = harness.select(args.methods, METHODS)
+    return args, {size: make_case(size, args) for size in args.sizes}
   except ValueError as error:
     parser.error(str(error))
+
+
+def main() -> None:
+  """Measures, and writes the JSON file, the plot and the tables."""
+  args, cases = parse()
+  if args.report:
+    report.report('train.measure')
+    return
   clock = harness.start(args)
-  found: dict[str, Any] = {'environment': harness.environment(), 'cases': []}
-  for number, (size, case) in enumerate(cases.items()):
+  found: Row = {'environment': harness.environment(), 'cases': []}
+  for index, (size, case) in enumerate(cases.items()):
     harness.progress(f'LLaMA-{size}')
-    entry: dict[str, Any] = {
+    entry: Row = {
       'size': size,
       'parameters': llama.num_params(case.config),
       **{n: getattr(args, n) for n in ('batch_size', 'seq_len', 'dtype')},
@@ -430,26 +311,27 @@ def main() -> None:
     }
     found['cases'].append(entry)
 
-    def save(rows: list[dict[str, Any]], entry: dict[str, Any] = entry) -> None:
+    def save(rows: list[Row], entry: Row = entry) -> None:
       entry['rows'] = rows
       record.write(args.output, found)
 
-    if clock.seconds_left == 0:
+    if not clock.seconds_left:
       entry['left_out'] = 'no time was left'
       save([])
       continue
     if (args.device, args.dtype) == ('cpu', 'float32') and args.products:
       entry['products'] = products.measure(case.config, case.tokens)
-    share = clock.share(len(cases) - number)
-    compare(names, case, share, args.turn, save)
+    turns.race(
+      args.methods,
+      lambda name, case=case: METHODS[name](case),
+      lambda *known, case=case: row(*known, case),
+      *(save, clock.share(len(cases) - index)),
+      **{'steps': args.gap, 'turn': args.turn, 'inputs': BATCHES},
+    )
   for entry in found['cases']:
-    if entry['rows']:
-      sys.stdout.write(table(entry) + '\n')
-    else:
-      sys.stdout.write(f'LLaMA-{entry["size"]}: {entry["left_out"]}\n\n')
-  measured = [entry for entry in found['cases'] if entry['rows']]
-  if measured:
-    plot(measured, args.plot)
+    text = f'{entry["left_out"]}\n' if 'left_out' in entry else table(entry)
+    sys.stdout.write(f'LLaMA-{entry["size"]}:\n\n{text}\n')
+  plot(found['cases'], args.plot)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ They are timed by themselves, in turns: what a step cannot go below with the
 products of either. The attention's own are not among them.
 """
 
+import collections
 import math
 import time
 from collections.abc import Callable
@@ -20,27 +21,22 @@ from gnlorp_jax.models import llama
 def measure(
   config: llama.LlamaConfig, tokens: int, rounds: int = 5
 ) -> dict[str, Any]:
-  """Seconds of a step's bare matrix products, by XLA and by PyTorch.
+  """Seconds and GFLOP/s of a step's bare products in float32, on a CPU.
 
   Args:
-    config: The model; everything is float32 on a CPU.
+    config: The model.
     tokens: Of a step.
     rounds: How often each is timed; the fastest counts.
 
   Returns:
-    Seconds and GFLOP/s of either (PyTorch's None where it is not installed),
-    and the products with the times of each.
+    Those of XLA, of PyTorch if it is installed, and of each product.
   """
-  c = config
-  sizes = {
-    (c.hidden_size, c.hidden_size): 2 * c.num_layers,
-    (c.hidden_size, c.kv_heads * c.head_dim): 2 * c.num_layers,
-    (c.hidden_size, c.intermediate_size): 2 * c.num_layers,
-    (c.intermediate_size, c.hidden_size): c.num_layers,
-    (c.hidden_size, c.vocab_size): 1,
-  }
-  if c.kv_heads == c.num_heads:
-    sizes[c.hidden_size, c.hidden_size] = 4 * c.num_layers
+  c, sizes = config, collections.Counter[tuple[int, int]]()
+  sizes[c.hidden_size, c.hidden_size] += 2 * c.num_layers
+  sizes[c.hidden_size, c.kv_heads * c.head_dim] += 2 * c.num_layers
+  sizes[c.hidden_size, c.intermediate_size] += 2 * c.num_layers
+  sizes[c.intermediate_size, c.hidden_size] += c.num_layers
+  sizes[c.hidden_size, c.vocab_size] += 1
   found = []
   for (n_in, n_out), count in sizes.items():
     times = _time_products(tokens, n_in, n_out, rounds)

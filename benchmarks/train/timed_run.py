@@ -13,8 +13,6 @@ and the loss curve.
 All options after -- are those of train_lm.py.
 """
 
-import argparse
-import json
 import pathlib
 import shutil
 import subprocess
@@ -22,6 +20,7 @@ import sys
 import time
 from typing import Any
 
+from benchmarks.common import harness, record
 from gnlorp_jax import config
 from gnlorp_jax.compose import parameters
 from gnlorp_jax.recipes.pretrain import data
@@ -34,7 +33,7 @@ RUNS = pathlib.Path('runs/timed_run')
 def train(folder: pathlib.Path, steps: int, options: list[str]) -> float:
   """One run of train_lm.py; returns its seconds, start-up included."""
   shutil.rmtree(folder, ignore_errors=True)
-  log_every = max(steps // 100, 1)
+  log_every = max(steps // record.POINTS, 1)
   command = [
     *(sys.executable, 'train_lm.py', *options, '--run-dir', str(folder)),
     *('--steps', str(steps), '--log-every', str(log_every)),
@@ -45,31 +44,22 @@ def train(folder: pathlib.Path, steps: int, options: list[str]) -> float:
   return time.time() - start
 
 
-def seconds_per_step(folder: pathlib.Path, tokens_per_second: float) -> float:
-  """Time of one step, from its tokens and the measured speed."""
+def outcome(folder: pathlib.Path) -> dict[str, Any]:
+  """The summary of a run with its loss curves, and the tokens of a step."""
   rows = metrics.read_metrics(folder / 'metrics.jsonl')
-  first = next(row for row in rows if 'train/tokens' in row)
-  return first['train/tokens'] / first['step'] / tokens_per_second
-
-
-def record(name: str, folder: pathlib.Path, seconds: float) -> dict[str, Any]:
-  """The summary of a run with its loss curves."""
-  rows = metrics.read_metrics(folder / 'metrics.jsonl')
-  summary = json.loads((folder / 'summary.json').read_text())
-  return {
-    'name': name,
-    'seconds': round(seconds),
-    **summary,
-    'train': [[r['step'], r['train/loss']] for r in rows if 'train/loss' in r],
-    'eval': [[r['step'], r['eval/loss']] for r in rows if 'eval/loss' in r],
+  curves = {
+    part: [[r['step'], r[f'{part}/loss']] for r in rows if f'{part}/loss' in r]
+    for part in ('train', 'eval')
   }
+  first = next(row for row in rows if 'train/tokens' in row)
+  tokens = first['train/tokens'] / first['step']
+  summary = record.read(folder / 'summary.json')
+  return {**summary, **curves, 'tokens_per_step': tokens}
 
 
 def main() -> None:
   """Measures, trains, and writes the record and the plot."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   add = parser.add_argument
   add('--minutes', type=float, default=8, help='time for both runs together')
   add('--name', required=True, help='name of the record')
@@ -82,21 +72,20 @@ def main() -> None:
   model = parameters.architecture(settings.init_from, settings.model)
   data.load(settings, model)
   used = train(probe, MEASURED_STEPS, args.options)
-  summary = json.loads((probe / 'summary.json').read_text())
-  step = seconds_per_step(probe, summary['median_tokens_per_second'])
+  known = outcome(probe)
+  step = known['tokens_per_step'] / known['median_tokens_per_second']
   # What the probe took beyond its steps (start, compilation, evaluations,
   # export), the second run takes again; a tenth is kept in reserve.
   overhead = max(used - MEASURED_STEPS * step, 0)
   left = 0.9 * (args.minutes * 60 - used) - overhead
   steps = max(int(left / step), MEASURED_STEPS)
-  sys.stdout.write(f'{step:.3f} s per step: {steps} steps.\n')
+  harness.progress(f'{step:.3f} s per step: {steps} steps.')
   seconds = used + train(folder, steps, args.options)
-  args.output.mkdir(parents=True, exist_ok=True)
-  result = record(args.name, folder, seconds)
   path = args.output / f'{args.name}.json'
-  path.write_text(json.dumps(result, indent=1) + '\n')
-  shutil.copy(folder / 'loss.png', args.output / f'{args.name}.png')
-  sys.stdout.write(f'Wrote {path}.\n')
+  found = {'name': args.name, 'seconds': round(seconds), **outcome(folder)}
+  record.write(path, found)
+  shutil.copy(folder / 'loss.png', path.with_suffix('.png'))
+  harness.progress(f'Wrote {path}.')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ import functools
 import os
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from benchmarks.common import harness, methods, peers
+from benchmarks.common import harness, methods, peers, programs, turns
 from gnlorp_jax.models import hf, llama
 from gnlorp_jax.optim import inspect
 from gnlorp_jax.training import losses, step
@@ -54,15 +53,13 @@ class Case:
     return self.batch_size * self.seq_len
 
   @functools.cached_property
-  def batches(self) -> list[np.ndarray]:
-    """Token ids ``[batch, seq_len + 1]``, int32."""
-    random = np.random.default_rng(0)
-    shape = (self.batch_size, self.seq_len + 1)
-    vocab = self.config.vocab_size
-    return [random.integers(0, vocab, shape, np.int32) for _ in range(BATCHES)]
+  def batches(self) -> list[dict[str, np.ndarray]]:
+    """As `programs.random_batch`."""
+    sizes = self.config.vocab_size, self.batch_size, self.seq_len
+    return [programs.random_batch(*sizes, seed) for seed in range(BATCHES)]
 
 
-class Ours:
+class Ours(turns.Method):
   """Steps of this package, or of an optimizer of Optax on its model."""
 
   def __init__(self, case: Case, tx: optax.GradientTransformation):
@@ -76,125 +73,79 @@ class Ours:
         chunk_tokens=case.loss_chunk,
       )
 
-    self._batches = [_as_jax(batch) for batch in case.batches]
+    self._batches = jax.tree.map(jnp.asarray, case.batches)
     params = model.init(jax.random.key(0))
     opt_state = jax.jit(tx.init)(params)
     self.state_bytes = inspect.tree_bytes(opt_state)
     zero = jnp.zeros((), jnp.int32)
     self._state = TrainState(zero, jnp.copy(zero), params, opt_state)
     train_step = step.make_train_step(loss_fn, tx)
-    started = time.perf_counter()
-    self._step = (
-      jax.jit(train_step, donate_argnums=0)
-      .lower(self._state, self._batches[0])
-      .compile()
+    self._step, self.compile_s = programs.compiled(
+      lambda: jax.jit(train_step, donate_argnums=0).lower(
+        self._state, self._batches[0]
+      )
     )
-    self.compile_s: float | None = time.perf_counter() - started
-    memory = self._step.memory_analysis()
-    self.peak_bytes: int | None = (
-      memory.argument_size_in_bytes
-      + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-    )
-    self.loss: float | None = None  # Of the first step.
+    self.peak_bytes = programs.memory(self._step)['total']
 
   def step(self, index: int) -> None:
-    """One step on batch `index`, finished when it returns."""
+    """As `turns.Method`."""
     self._state, values = self._step(self._state, self._batches[index])
     loss = float(jax.block_until_ready(values)['loss'])
     self.loss = loss if self.loss is None else self.loss
 
-  def refreshes(self, steps: int) -> float:
-    """Not counted here: the mean step has them in it."""
-    del steps
-    return 0.0
 
+class Theirs(peers.TorchMethod):
+  """Steps of transformers' PyTorch LLaMA with an optimizer for PyTorch.
 
-class Theirs:
-  """Steps of transformers' PyTorch LLaMA with an optimizer for PyTorch."""
-
-  compile_s: float | None = None
+  Args:
+    case: What is trained.
+    name: Key of `peers.TORCH`.
+    adapters: Options of PEFT's LoRA, whose weights then are trained alone.
+  """
 
   def __init__(
-    self,
-    case: Case,
-    make: Callable[[list[Any], list[Any], peers.Setting], Any],
-    adapters: dict[str, Any] | None = None,
+    self, case: Case, name: str, adapters: dict[str, Any] | None = None
   ):
-    self._torch = torch = peers.module('torch')
-    self._device = 'cuda' if case.device == 'gpu' else 'cpu'
-    if case.device == 'gpu' and not torch.cuda.is_available():
-      raise methods.AbsentError('PyTorch was built without CUDA, or finds none')
-    torch.set_num_threads(harness.cores())
-    # As JAX does on these GPUs.
-    torch.set_float32_matmul_precision('high')
-    self._before = self._allocated()
-    self._model = _torch_model(case).to(self._device)
+    super().__init__(harness.PLATFORMS[case.device])
+    model = _torch_model(case).to(self.platform)
     if adapters is not None:
       peft = peers.module('peft')
-      targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
-      config = peft.LoraConfig(
-        r=case.setting.rank,
-        target_modules=[*targets, 'gate_proj', 'up_proj', 'down_proj'],
-        **adapters,
+      targets = [f'{x}_proj' for x in ('q', 'k', 'v', 'o')]
+      targets += [f'{x}_proj' for x in ('gate', 'up', 'down')]
+      rank = case.setting.rank
+      model = peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, target_modules=targets, **adapters)
       )
-      self._model = peft.get_peft_model(self._model, config)
     if case.config.remat:
-      self._model.gradient_checkpointing_enable()
-    self._model.train()
+      model.gradient_checkpointing_enable()
+    model.train()
     low, full = [], []
-    for name, weight in self._model.named_parameters():
+    for weight_name, weight in model.named_parameters():
       if weight.requires_grad:
-        is_low = weight.ndim == 2 and ('self_attn' in name or 'mlp' in name)
-        (low if is_low else full).append(weight)
-    self._optimizer = make(low, full, case.setting)
+        in_block = 'self_attn' in weight_name or 'mlp' in weight_name
+        (low if weight.ndim == 2 and in_block else full).append(weight)
+    self._model = model
+    self.optimizer = peers.TORCH[name](low, full, case.setting)
     self._batches = [
-      torch.from_numpy(batch).long().to(self._device) for batch in case.batches
+      [
+        self.torch.from_numpy(batch[key]).long().to(self.platform)
+        for key in ('inputs', 'targets')
+      ]
+      for batch in case.batches
     ]
-    self.loss: float | None = None
-    self.peak_bytes: int | None = None
 
-  def _allocated(self) -> int:
-    return self._torch.cuda.memory_allocated() if self._device == 'cuda' else 0
-
-  @property
-  def state_bytes(self) -> int:
-    """Bytes of the optimizer's state; there is none before the first step."""
-    return peers.torch_state_bytes(self._optimizer)
-
-  def step(self, index: int) -> None:
-    """One step on batch `index`, finished when it returns."""
-    torch, batch = self._torch, self._batches[index]
-    if self._device == 'cuda':
-      torch.cuda.reset_peak_memory_stats()
-    logits = self._model(input_ids=batch[:, :-1], use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(
-      logits.float().flatten(0, 1), batch[:, 1:].flatten()
+  def take(self, index: int) -> None:
+    """As `peers.TorchMethod`."""
+    inputs, targets = self._batches[index]
+    logits = self._model(input_ids=inputs, use_cache=False).logits
+    loss = self.torch.nn.functional.cross_entropy(
+      logits.float().flatten(0, 1), targets.flatten()
     )
     loss.backward()
-    self._optimizer.step()
-    self._optimizer.zero_grad()
+    self.optimizer.step()
+    self.optimizer.zero_grad()
     value = float(loss.detach())  # Waits for the device.
-    if self.loss is None:
-      self.loss = value
-    elif self._device == 'cuda' and self.peak_bytes is None:
-      torch.cuda.synchronize()
-      # Before any other method of PyTorch was built.
-      self.peak_bytes = torch.cuda.max_memory_allocated() - self._before
-
-  def refreshes(self, steps: int) -> float:
-    """As `Ours.refreshes`."""
-    del steps
-    return 0.0
-
-
-def _as_jax(tokens: np.ndarray) -> dict[str, jax.Array]:
-  return {
-    'inputs': jnp.asarray(tokens[:, :-1]),
-    'targets': jnp.asarray(tokens[:, 1:]),
-    'weights': jnp.ones(tokens[:, 1:].shape, jnp.float32),
-  }
+    self.loss = value if self.loss is None else self.loss
 
 
 def _torch_model(case: Case) -> Any:
@@ -249,10 +200,10 @@ def _optax_galore(setting: peers.Setting) -> optax.GradientTransformation:
   return _unstacked(optax.partition(transforms, labels))
 
 
-def _ours(alias: str, **variant: Any) -> Callable[[Case], Ours]:
+def _ours(name: str) -> Callable[[Case], Ours]:
   def make(case: Case) -> Ours:
     tx = methods.build(
-      *(alias, variant),
+      *methods.OURS[name],
       learning_rate=case.setting.learning_rate,
       rank=case.setting.rank,
       update_proj_gap=case.setting.gap,
@@ -263,19 +214,8 @@ def _ours(alias: str, **variant: Any) -> Callable[[Case], Ours]:
   return make
 
 
-def _optax(
-  make: Callable[[peers.Setting], optax.GradientTransformation],
-) -> Callable[[Case], Ours]:
-  return lambda case: Ours(case, make(case.setting))
-
-
-def _theirs(name: str) -> Callable[[Case], Theirs]:
-  return lambda case: Theirs(case, peers.TORCH[name])
-
-
-def _peft(**adapters: Any) -> Callable[[Case], Theirs]:
-  adamw = peers.TORCH['torch-adamw']
-  return lambda case: Theirs(case, adamw, adapters)
+def _theirs(name: str, **adapters: Any) -> Callable[[Case], Theirs]:
+  return lambda case: Theirs(case, name, adapters or None)
 
 
 METHODS: dict[str, Callable[[Case], Ours | Theirs]] = {
@@ -283,22 +223,21 @@ METHODS: dict[str, Callable[[Case], Ours | Theirs]] = {
   'galore-torch': _theirs('galore-torch'),
   'adamw': _ours('adamw'),
   'torch-adamw': _theirs('torch-adamw'),
-  'galore': _ours('galore'),
-  'gradnormlorp-8bit': _ours('gradnormlorp', moment_bits=8),
-  'apollo': _ours('apollo'),
-  'fira': _ours('fira'),
-  'torch-adamw-fused': _theirs('torch-adamw-fused'),
-  'bitsandbytes-adamw8bit': _theirs('bitsandbytes-adamw8bit'),
-  'galore-torch-8bit': _theirs('galore-torch-8bit'),
-  'apollo-torch': _theirs('apollo-torch'),
-  'optax-adamw': _optax(
-    lambda setting: optax.adamw(setting.learning_rate, weight_decay=0)
-  ),
-  'optax-galore': _optax(_optax_galore),
-  'optax-adafactor': _optax(
-    lambda setting: optax.adafactor(setting.learning_rate)
-  ),
-  'peft-lora': _peft(),
-  'peft-dora': _peft(use_dora=True),
+  **{
+    name: _ours(name)
+    for name in ('galore', 'gradnormlorp-8bit', 'apollo', 'fira')
+  },
+  **{
+    name: _theirs(name)
+    for name in (
+      *('torch-adamw-fused', 'bitsandbytes-adamw8bit', 'galore-torch-8bit'),
+      'apollo-torch',
+    )
+  },
+  'optax-adamw': lambda case: Ours(case, optax.adamw(RATE, weight_decay=0)),
+  'optax-galore': lambda case: Ours(case, _optax_galore(case.setting)),
+  'optax-adafactor': lambda case: Ours(case, optax.adafactor(RATE)),
+  'peft-lora': _theirs('torch-adamw', use_dora=False),
+  'peft-dora': _theirs('torch-adamw', use_dora=True),
 }
 """Of a size, in the order of their worth."""
