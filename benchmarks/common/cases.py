@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from benchmarks.common import harness, record, turns
-from benchmarks.common.methods import AbsentError
 
 LATE = 'left out: out of time'
 
@@ -36,14 +35,6 @@ class Case(NamedTuple):
   key: Row
   measure: Callable[..., Row | list[Row]]
   clock: Literal['all', 'share'] | None = None
-
-
-def absence(error: Exception) -> Row:
-  """A row that says what is absent, or the first line of an error."""
-  if isinstance(error, AbsentError):
-    return {'absent': str(error)}
-  first = str(error).partition('\n')[0]
-  return {'absent': f'{type(error).__name__}: {first}'}
 
 
 def add_parts(
@@ -124,7 +115,7 @@ def _take(case: Case, clock: harness.Clock, left: int) -> list[Row]:
     share = clock if case.clock == 'all' else clock.share(left)
     found = rounded(case.measure(share) if case.clock else case.measure())
   except Exception as error:  # Whatever it is, the other cases go on.
-    return [absence(error)]
+    return [{'absent': turns.reason(error)}]
   return found if isinstance(found, list) else [found]
 
 
@@ -147,8 +138,8 @@ def absent(rows: Iterable[Row]) -> str:
   return ''.join(lines)
 
 
-class Compiled:
-  """A program that takes part in a race, compiled here; see `turns.Method`.
+class Compiled(turns.Method):
+  """A program that takes part in a race, compiled here.
 
   Attributes:
     key: What it is.
@@ -178,11 +169,6 @@ class Compiled:
     for _ in range(self.repeats):
       found = self._take(self._compiled)
     jax.block_until_ready(found)
-
-  def refreshes(self, steps: int) -> float:
-    """Steps that refresh are not told from others."""
-    del steps
-    return 0.0
 
 
 def race(
