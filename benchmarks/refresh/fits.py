@@ -228,7 +228,7 @@ def time_row(
       racers[name] = racer(name, matrix, rank)
       planned += FEWEST_ROUNDS * expected
     except Exception as error:  # Whatever it is, the others race.
-      row[name] = cases.absence(error)
+      row[name] = {'absent': turns.reason(error)}
   # A quarter of the time for more rounds than the fewest.
   entered, rounds_of = list(racers.values()), (FEWEST_ROUNDS, rounds)
   cases.race(entered, rounds_of, 1, clock.share(4))

@@ -214,7 +214,7 @@ def race(
     try:
       racers.append(turns.Racer(key['method'], make(key)))
     except Exception as error:  # Whatever it is, the others race.
-      failed.append({**key, **cases.absence(error)})
+      failed.append({**key, 'absent': turns.reason(error)})
   cases.race(racers, ROUNDS, TURN, clock)
   rows = scaling_tables.timed_rows(racers)
   return [{**row, 'parameters': parameters} for row in rows] + failed
