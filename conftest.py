@@ -100,7 +100,7 @@ def quick_to_compile(request):
 def one_torch_thread(monkeypatch):
   """PyTorch's threads wait for each other; a busy machine makes them crawl."""
   torch = pytest.importorskip('torch')
-  from benchmarks import harness
+  from benchmarks.common import harness
 
   threads = torch.get_num_threads()
   monkeypatch.setattr(harness, 'cores', lambda: 1)

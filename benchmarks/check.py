@@ -22,9 +22,7 @@ The exit status is 1 if anything got worse; else 2 if a benchmark failed or
 there was nothing to compare; else 0.
 """
 
-import argparse
 import importlib
-import json
 import pathlib
 import subprocess
 import sys
@@ -32,7 +30,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks import harness
+from benchmarks.common import cases, harness, record
+from benchmarks.common.tables import markdown, median_in_quartiles
 
 CHECKS: dict[str, tuple[str, ...]] = {
   'step': (
@@ -104,40 +103,24 @@ def judge_bytes(recorded: int, now: int) -> str:
   return WORSE if now > recorded else BETTER
 
 
-def ratio_text(ratio: Ratio) -> str:
-  """Median and quartiles."""
-  return '{1:.3f} [{0:.3f}, {2:.3f}]'.format(*ratio)
-
-
 def compare(module: Any, recorded: Any, fresh: Any) -> Outcome:
-  """Compares two records of a benchmark.
-
-  Args:
-    module: The benchmark, with `ratios`, `sizes`, or both.
-    recorded: A record of its.
-    fresh: Another one.
-
-  Returns:
-    What there is to say of them.
-  """
-  lines: list[Line] = []
-  missing: list[str] = []
-  new: list[str] = []
+  """Compares two records of a benchmark with `ratios`, `sizes`, or both."""
+  found = Outcome([], [], [], differences(recorded, fresh))
   for kind, judge, text in (
-    ('ratios', judge_ratio, ratio_text),
+    ('ratios', judge_ratio, lambda ratio: median_in_quartiles(ratio, '.3f')),
     ('sizes', judge_bytes, '{:,}'.format),
   ):
     if not hasattr(module, kind):
       continue
     before, after = (getattr(module, kind)(r) for r in (recorded, fresh))
-    missing += [name for name in before if name not in after]
-    new += [name for name in after if name not in before]
-    lines += [
+    found.missing.extend(name for name in before if name not in after)
+    found.new.extend(name for name in after if name not in before)
+    found.lines.extend(
       Line(name, text(value), text(after[name]), judge(value, after[name]))
       for name, value in before.items()
       if name in after
-    ]
-  return Outcome(lines, missing, new, differences(recorded, fresh))
+    )
+  return found
 
 
 def environments(node: Any) -> Iterator[dict[str, Any]]:
@@ -170,21 +153,17 @@ def differences(recorded: Any, fresh: Any) -> list[str]:
   ]
 
 
-def recorded_path(module: Any, device: str) -> pathlib.Path:
-  """Where a benchmark's figures of a device are."""
-  path = pathlib.Path(module.RESULTS)
-  return path if device == 'cpu' else path.with_name(f'{device}_{path.name}')
-
-
 def check(
   name: str, options: tuple[str, ...], device: str, minutes: float
 ) -> Outcome:
   """Runs a benchmark for a short time and compares it with its record."""
   try:
-    module = importlib.import_module(f'benchmarks.{name}')
+    module = importlib.import_module(f'benchmarks.{name}.measure')
   except ImportError as error:
     return Outcome(failure=f'cannot be imported: {error}')
-  path = recorded_path(module, device)
+  path = pathlib.Path(module.RESULTS)
+  if device != 'cpu':
+    path = path.with_name(f'{device}_{path.name}')
   if not path.exists():
     return Outcome(failure=f'nothing is recorded: there is no {path}')
   with tempfile.TemporaryDirectory() as folder:
@@ -208,8 +187,7 @@ def check(
       return Outcome(failure=f'not done after {error.timeout:.0f} s')
     if code or not output.exists():
       return Outcome(failure=f'ended with code {code}')
-    fresh = json.loads(output.read_text())
-  return compare(module, json.loads(path.read_text()), fresh)
+    return compare(module, record.read(path), record.read(output))
 
 
 def report(name: str, outcome: Outcome) -> str:
@@ -223,9 +201,7 @@ def report(name: str, outcome: Outcome) -> str:
     order = (WORSE, BETTER, SAME)
     lines = sorted(outcome.lines, key=lambda line: order.index(line.verdict))
     text += '\n' * bool(outcome.differences)
-    text += harness.markdown(
-      ['what', 'recorded', 'now', 'verdict'], [list(line) for line in lines]
-    )
+    text += markdown(['what', 'recorded', 'now', 'verdict'], lines)
   for title, names in (
     ('Recorded, not in this run', outcome.missing),
     ('In this run, not recorded', outcome.new),
@@ -248,28 +224,13 @@ def status(outcomes: list[Outcome]) -> int:
 
 def main() -> None:
   """Runs the checks and ends with what they came to."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
+  cases.add_parts(parser, CHECKS, 'check')
   add = parser.add_argument
-  add('names', nargs='*', metavar='NAME', help=f'of {", ".join(CHECKS)}: all')
-  add(
-    '--device',
-    choices=tuple(harness.PLATFORMS),
-    default='cpu',
-    help='where to run; of a gpu, the records gpu_*.json are compared with '
-    '(default: %(default)s)',
-  )
-  add(
-    '--minutes',
-    type=float,
-    default=2,
-    help='time for each benchmark (default: %(default)s)',
-  )
+  devices = 'where to run; of a gpu, the records gpu_*.json are compared with'
+  add('--device', choices=harness.PLATFORMS, default='cpu', help=devices)
+  add('--minutes', type=float, default=2, help='time for each benchmark (2)')
   args = parser.parse_args()
-  for name in args.names:
-    if name not in CHECKS:
-      parser.error(f'no check {name!r}; there are {", ".join(CHECKS)}.')
   outcomes = []
   for name in args.names or CHECKS:
     harness.progress(f'Checking {name}')
@@ -277,11 +238,9 @@ def main() -> None:
     sys.stdout.write(report(name, outcome) + '\n')
     sys.stdout.flush()
     outcomes.append(outcome)
-  worse = sum(
-    line.verdict == WORSE for outcome in outcomes for line in outcome.lines
-  )
-  compared = sum(len(outcome.lines) for outcome in outcomes)
-  sys.stdout.write(f'{worse} of {compared} got worse.\n')
+  verdicts = [line.verdict for outcome in outcomes for line in outcome.lines]
+  worse = verdicts.count(WORSE)
+  sys.stdout.write(f'{worse} of {len(verdicts)} got worse.\n')
   raise SystemExit(status(outcomes))
 
 

@@ -7,7 +7,7 @@
 # TEXT is what --data.source of train_lm.py accepts, by default the standard
 # library's sources. Writes benchmarks/results/gpu_layerwise.json, part by part;
 # a part that fails leaves its error. OPTIONS are those of
-# benchmarks/gpu_layerwise.py, such as --part run_7b_24gb or --tiny.
+# benchmarks/train/gpu_layerwise.py, such as --part run_7b_24gb or --tiny.
 set -euo pipefail
 text=stdlib
 if [[ $# -gt 0 && $1 != -* ]]; then

@@ -60,7 +60,8 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 names=(train layerwise step refresh)
 shares=(44 22 23 11)
 declare -A module=(
-  [train]=train [layerwise]=gpu_layerwise [step]=step [refresh]=refresh
+  [train]=train.measure [layerwise]=train.gpu_layerwise [step]=step.measure
+  [refresh]=refresh.measure
 )
 methods='--methods gradnormlorp galore-torch adamw torch-adamw galore'
 declare -A full=(
@@ -99,12 +100,13 @@ git rev-parse --short=12 HEAD 2>/dev/null || echo 'no git: no commit is recorded
 run() {
   local name=${names[$1]} total=0 left seconds options log status reason
   local output=$results/${prefix}_$name.json
+  local file=benchmarks/${module[$name]//.//}.py
   local -i i
   for ((i = $1; i < ${#names[@]}; i++)); do ((total += shares[i])); done
   left=$((60 * minutes - SECONDS))
   seconds=$((left * shares[$1] / total))
-  if [[ ! -f benchmarks/${module[$name]}.py ]]; then
-    report+=("$name: skipped, there is no benchmarks/${module[$name]}.py")
+  if [[ ! -f $file ]]; then
+    report+=("$name: skipped, there is no $file")
     return
   fi
   if ((seconds < 5)); then
@@ -118,7 +120,7 @@ run() {
     options+=" --device $device --minutes $(awk "BEGIN { print $seconds / 75 }")"
   fi
   # A plot of another device must not replace those of the documents.
-  if grep -q '^PLOT = ' "benchmarks/${module[$name]}.py"; then
+  if grep -q '^PLOT = ' "$file"; then
     options+=" --plot $results/${prefix}_$name.png"
   fi
   log=$results/${prefix}_$name.log

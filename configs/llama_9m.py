@@ -7,7 +7,7 @@ Command:
     --data.tokenizer T5_FOLDER
 
 One run takes about four minutes on two CPU cores. What to expect, per optimizer
-and learning rate, on English Wikipedia: docs/results.md.
+and learning rate, on English Wikipedia: docs/results/quality.md.
 """
 
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig

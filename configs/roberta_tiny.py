@@ -9,7 +9,7 @@ tokenizer is trained on the same text. `runs/roberta_tiny/hf` is then what
 `train_glue.py --init-from` takes. That is far too little to learn a language
 from: the loss stays near that of guessing frequent words. Fine-tuning from it
 shows that the methods work, not how good they are. What came of it is in
-docs/results.md.
+docs/results/glue.md.
 """
 
 from gnlorp_jax.config import DataConfig, OptimConfig, TrainConfig

@@ -38,7 +38,9 @@ def suite(tmp_path):
 
   def run(scripts=None, *arguments, **environment):
     for name, act in (scripts or {}).items():
-      (benchmarks / f'{name}.py').write_text("PLOT = 'docs/x.png'\n")
+      file = benchmarks / f'{name.replace(".", "/")}.py'
+      file.parent.mkdir(exist_ok=True)
+      file.write_text("PLOT = 'docs/x.png'\n")
       (acts / f'benchmarks.{name}').write_text(act)
     found = subprocess.run(
       [benchmarks / 'gpu_suite.sh', *arguments],
@@ -63,9 +65,9 @@ def option(call, name):
 def test_each_script_runs_and_the_report_says_what_came_of_it(suite, tmp_path):
   found, calls = suite(
     {
-      'train': 'echo {} > $output',
-      'gpu_layerwise': 'echo {} > $output; exit 124',
-      'step': 'echo some; echo "RuntimeError: no kernel" >&2; exit 1',
+      'train.measure': 'echo {} > $output',
+      'train.gpu_layerwise': 'echo {} > $output; exit 124',
+      'step.measure': 'echo some; echo "RuntimeError: no kernel" >&2; exit 1',
     },
     RESULTS=str(tmp_path / 'results'),
   )
@@ -77,10 +79,11 @@ def test_each_script_runs_and_the_report_says_what_came_of_it(suite, tmp_path):
     'train: gpu_train.json',
     'layerwise: gpu_layerwise.json, not done after N s; what was done is in it',
     'step: nothing written, failed with status 1: RuntimeError: no kernel',
-    'refresh: skipped, there is no benchmarks/refresh.py',
+    'refresh: skipped, there is no benchmarks/refresh/measure.py',
   ]
   assert [call.split()[1] for call in calls] == [
-    *('benchmarks.train', 'benchmarks.gpu_layerwise', 'benchmarks.step')
+    *('benchmarks.train.measure', 'benchmarks.train.gpu_layerwise'),
+    'benchmarks.step.measure',
   ]
   results = tmp_path / 'results'
   for call, name in zip(calls, ('train', 'layerwise', 'step'), strict=True):
@@ -93,7 +96,7 @@ def test_each_script_runs_and_the_report_says_what_came_of_it(suite, tmp_path):
 
 
 def test_time_is_shared_and_what_is_left_goes_to_the_next(suite):
-  acts = {'train': '', 'step': '', 'refresh': ''}
+  acts = {f'{name}.measure': '' for name in ('train', 'step', 'refresh')}
   _, calls = suite(acts, SUITE_MINUTES='10')
   minutes = [float(option(call, '--minutes')) for call in calls]
   # 80 % of the shares: 44, and, as nothing before took long, 23 of 34, all.
@@ -102,7 +105,7 @@ def test_time_is_shared_and_what_is_left_goes_to_the_next(suite):
 
 
 def test_tiny_runs_have_files_of_their_own(suite):
-  acts = {'train': 'echo {} > $output'}
+  acts = {'train.measure': 'echo {} > $output'}
   found, (call,) = suite(acts, DEVICE='cpu', TINY='1')
   assert '--sizes 9m' in call and '--device cpu' in call
   assert 'train: cpu_tiny_train.json' in found.stdout

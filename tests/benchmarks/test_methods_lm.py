@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import methods_lm, reference_curves
+from benchmarks.quality import methods_lm, reference_curves
 from gnlorp_jax import optim
 from gnlorp_jax.models import llama
 

@@ -8,7 +8,8 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_rows
+from benchmarks.quality import measure as quality
+from benchmarks.quality import quality_rows
 from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama

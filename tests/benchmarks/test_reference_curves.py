@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.reference_curves import METHODS, run
+from benchmarks.quality.reference_curves import METHODS, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.fast_code]
 

@@ -1,6 +1,5 @@
 """The comparison of refreshes, on small matrices and a tiny model."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from benchmarks import harness, refresh, refresh_report, refresh_runs
+from benchmarks.common import harness
+from benchmarks.refresh import fits, measure, picture, runs, tables
 from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import inspect
@@ -25,15 +25,16 @@ TINY = llama.LlamaConfig(
   num_heads=2,
   max_seq_len=8,
 )
-RANK = 3
+SHAPE = M, N = 24, 16  # One for all, so that fits compile once.
+RANK = 4  # A quarter of the axis.
 
 
-def matrix(m=20, n=12, seed=0):
+def matrix(seed=0):
   """Known singular values and vectors, and their product in float32."""
   rng = np.random.default_rng(seed)
-  left_MN, _ = np.linalg.qr(rng.normal(size=(m, n)))
-  right_NN, _ = np.linalg.qr(rng.normal(size=(n, n)))
-  values_N = 0.7 ** np.arange(n)
+  left_MN, _ = np.linalg.qr(rng.normal(size=SHAPE))
+  right_NN, _ = np.linalg.qr(rng.normal(size=(N, N)))
+  values_N = 0.7 ** np.arange(N)
   grad_MN = ((left_MN * values_N) @ right_NN.T).astype(np.float32)
   return values_N, right_NN, grad_MN
 
@@ -59,87 +60,89 @@ def iterated(grad_MN, basis_NR):
   return filled_NR * np.sign(np.diag(upper_RR))
 
 
-def clock(minutes=1.0):
-  return harness.Clock(minutes)
+def energy_of(row, way):
+  """A row's only energy of a way; five digits are kept."""
+  (found,) = row['energy'][tables.WAYS.index(way)]
+  return found
+
+
+def overlap_of(row, way):
+  """The same of its overlap, which has four."""
+  (found,) = row['overlap'][tables.WAYS.index(way)]
+  return found
 
 
 # Energy and overlap.
 
 
-def test_exact_ways_reach_the_known_best_and_the_known_subspace():
+def test_each_way_captures_what_it_spans():
   values_N, right_NN, grad_MN = matrix()
-  (row,) = refresh.energy_rows({1: grad_MN}, [RANK])
+  (row,) = fits.energy_rows({7: grad_MN}, [RANK])
   best = np.sum(values_N[:RANK] ** 2) / np.sum(values_N**2)
-  assert row['best'][RANK] == pytest.approx(best, rel=1e-6)
-  assert row['shape'] == [20, 12]
+  assert row['best'] == [pytest.approx(best, abs=1e-5)]
+  assert (row['step'], row['shape']) == (7, [M, N])
   for way in ('exact', 'eigh'):
-    assert row['energy'][way][RANK] == pytest.approx(1, abs=1e-6)
-    assert row['overlap'][way][RANK] == pytest.approx(1, abs=1e-6)
+    assert energy_of(row, way) == pytest.approx(1, abs=1e-5)
+    assert overlap_of(row, way) == pytest.approx(1, abs=1e-4)
   start_NR = np.asarray(svd.random_basis(grad_MN.shape, RANK))
   basis_NR = iterated(grad_MN, start_NR)
-  assert row['energy']['power first'][RANK] == pytest.approx(
-    share(grad_MN, basis_NR) / best, abs=1e-5
-  )
+  first = energy_of(row, 'power first')
+  assert first == pytest.approx(share(grad_MN, basis_NR) / best, abs=2e-5)
   cosines = np.linalg.svd(basis_NR.T @ right_NN[:, :RANK], compute_uv=False)
-  assert row['overlap']['power first'][RANK] == pytest.approx(
-    np.mean(cosines**2), abs=1e-5
+  assert overlap_of(row, 'power first') == pytest.approx(
+    np.mean(cosines**2), abs=1e-4
   )
-  assert row['energy']['power warm'] == row['energy']['stale'] == {}
-
-
-def test_cosine_columns_and_random_directions_capture_what_they_span():
-  values_N, _, grad_MN = matrix()
-  (row,) = refresh.energy_rows({7: grad_MN}, [RANK])
-  best = np.sum(values_N[:RANK] ** 2) / np.sum(values_N**2)
   transformed_MN = scipy.fft.dct(np.float64(grad_MN), norm='ortho')
   chosen = np.argsort(-np.sum(np.abs(transformed_MN), axis=0))[:RANK]
   inside = np.sum(transformed_MN[:, chosen] ** 2) / np.sum(grad_MN**2)
-  assert row['energy']['dct'][RANK] == pytest.approx(inside / best, abs=1e-5)
-  projection = refresh.FITS['random']
+  assert energy_of(row, 'dct') == pytest.approx(inside / best, abs=2e-5)
+  projection = fits.FITS['random']
   basis = projection.init(grad_MN.shape, RANK, 0)
   basis = projection.refresh(grad_MN, basis, 7)
   directions_RN = projection.project_back(np.eye(RANK, dtype='f'), basis)
-  assert row['energy']['random'][RANK] == pytest.approx(
-    share(grad_MN, directions_RN.T) / best, abs=1e-5
+  assert energy_of(row, 'random') == pytest.approx(
+    share(grad_MN, directions_RN.T) / best, abs=2e-5
   )
+  for way in ('power warm', 'stale'):
+    assert row['energy'][tables.WAYS.index(way)] == []
 
 
 def test_warm_and_stale_bases_come_from_the_gradient_before():
-  grads = {1: matrix(seed=1)[2], 5: matrix(seed=2)[2], 9: matrix(seed=3)[2]}
-  rows = refresh.energy_rows(dict(reversed(grads.items())), [RANK])
+  grads = {1: matrix(1)[2], 5: matrix(2)[2], 9: matrix(3)[2]}
+  rows = fits.energy_rows(dict(reversed(grads.items())), [RANK])
   assert [row['step'] for row in rows] == [1, 5, 9]
-  basis_NR = np.asarray(svd.random_basis(grads[1].shape, RANK))
+  basis_NR = np.asarray(svd.random_basis(SHAPE, RANK))
   for row in rows:
-    basis_NR = iterated(grads[row['step']], basis_NR)
+    grad_MN = grads[row['step']]
+    basis_NR = iterated(grad_MN, basis_NR)
     if row['step'] == 1:
       continue
-    best = row['best'][RANK]
-    assert row['energy']['power warm'][RANK] == pytest.approx(
-      share(grads[row['step']], basis_NR) / best, abs=1e-5
+    (best,) = row['best']
+    assert energy_of(row, 'power warm') == pytest.approx(
+      share(grad_MN, basis_NR) / best, abs=2e-5
     )
-    before = grads[row['step'] - 4]
-    stale_NR = np.linalg.svd(before)[2][:RANK].T
-    assert row['energy']['stale'][RANK] == pytest.approx(
-      share(grads[row['step']], stale_NR) / best, abs=1e-5
+    stale_NR = np.linalg.svd(grads[row['step'] - 4])[2][:RANK].T
+    assert energy_of(row, 'stale') == pytest.approx(
+      share(grad_MN, stale_NR) / best, abs=2e-5
     )
 
 
 @pytest.mark.parametrize('bad', [0.0, np.nan])
 def test_a_gradient_that_fits_no_basis_is_a_row_with_its_reason(bad):
   _, _, grad_MN = matrix()
-  rows = refresh.energy_rows({1: grad_MN, 2: bad * grad_MN, 3: grad_MN}, [2])
+  rows = fits.energy_rows({1: grad_MN, 2: bad * grad_MN, 3: grad_MN}, [RANK])
   assert rows[1]['absent'] == 'the gradient is zero or not finite'
-  assert rows[2]['energy']['stale'][2] == pytest.approx(1, abs=1e-6)
+  assert energy_of(rows[2], 'stale') == pytest.approx(1, abs=1e-5)
 
 
 def test_synthetic_matrices_have_the_noise_that_is_said():
-  grad_MN = refresh.synthetic(400, 80)
+  grad_MN = fits.synthetic(400, 80)
   assert grad_MN.shape == (400, 80) and grad_MN.dtype == np.float32
-  np.testing.assert_array_equal(grad_MN, refresh.synthetic(400, 80))
+  np.testing.assert_array_equal(grad_MN, fits.synthetic(400, 80))
   values_N = np.linalg.svd(np.float64(grad_MN), compute_uv=False) ** 2
   # A product of rank 20 and a tenth of noise, of which a part lies inside.
   rest = np.sum(values_N[20:]) / np.sum(values_N)
-  assert 0.5 * refresh.NOISE < rest < refresh.NOISE
+  assert 0.5 * fits.NOISE < rest < fits.NOISE
 
 
 # Time.
@@ -147,13 +150,13 @@ def test_synthetic_matrices_have_the_noise_that_is_said():
 
 def test_times_of_all_fits_and_their_ratios():
   slowness = {}
-  row = refresh.time_row(matrix()[2], RANK, 3, clock(), slowness)
-  assert set(row) == set(refresh.FITS) == set(slowness)
+  row = fits.time_row(matrix()[2], RANK, 3, slowness, harness.Clock(1))
+  assert set(row) == set(fits.FITS) == set(slowness)
   for name, fit in row.items():
     low, middle, high = fit['seconds']
     assert 0 < low <= middle <= high
     assert fit['rounds'] == 3 and fit['compile_seconds'] >= 0
-    assert slowness[name] == pytest.approx(middle / (20 * 12**2))
+    assert slowness[name] == pytest.approx(middle / (M * N**2))
   assert row['exact']['ratio'] == [1, 1, 1]
 
 
@@ -162,54 +165,74 @@ def test_fits_that_take_too_long_or_fail_leave_the_others(monkeypatch):
     def lower(self, *_):
       raise RuntimeError('no kernel\nand a long story')
 
-  monkeypatch.setitem(refresh.JITTED, 'eigh', Broken())
-  row = refresh.time_row(matrix()[2], RANK, 3, clock(), {'exact': 1.0})
-  size = 20 * 12**2
-  assert row['exact'] == {'absent': f'left out: about {size}.0 s a refresh'}
+  monkeypatch.setitem(fits.JITTED, 'eigh', Broken())
+  clock = harness.Clock(1)
+  row = fits.time_row(matrix()[2], RANK, 3, {'exact': 1.0}, clock)
+  absent = {'absent': f'left out: about {M * N**2}.0 s a refresh'}
+  assert row['exact'] == absent
   assert row['eigh'] == {'absent': 'RuntimeError: no kernel'}
   assert row['power']['ratio'] is None and row['power']['rounds'] == 3
-  row |= {'shape': [20, 12], 'rank': RANK, 'matrix': 'synthetic'}
-  text = refresh_report.time_table([row])
-  assert '| 20 x 12 | 3 | synthetic | - | - |' in text
-  assert '* rank 3, way eigh, [20, 12]: absent, RuntimeError: no kernel' in text
+  row = {'shape': [M, N], 'rank': RANK, 'matrix': 'synthetic', **row}
+  assert '| 24 x 16 | 4 | synthetic | - | - |' in tables.time_table([row])
+  assert (
+    '* fit eigh, shape [24, 16], rank 4: RuntimeError: no kernel\n'
+    in tables.absent('time', {'time': {'rows': [row]}})
+  )
+
+
+def test_a_fit_that_is_repeated_has_the_ratio_of_one(monkeypatch):
+  class Racer:
+    def __init__(self, repeats, seconds):
+      self.method = fits.cases.Compiled.__new__(fits.cases.Compiled)
+      self.method.repeats, self.method.compile_s = repeats, 0.25
+      self.turns = [fits.turns.Turn(np.array([s]), None) for s in seconds]
+
+  made = {
+    'exact': Racer(1, (2.0, 4.0, 2.0)),
+    'eigh': Racer(10, (10.0, 5.0, 5.0)),
+  }
+  monkeypatch.setattr(fits, 'FITS', dict.fromkeys(made))
+  monkeypatch.setattr(fits, 'racer', lambda name, *_: made[name])
+  monkeypatch.setattr(fits.cases, 'race', lambda *_: None)
+  row = fits.time_row(matrix()[2], RANK, 3, {}, harness.Clock(1))
+  # Of 1, 0.5 and 0.5 s, beside 2, 4 and 2 s.
+  assert row['eigh'] == {
+    **{'seconds': [0.5, 0.5, 0.75], 'ratio': [0.1875, 0.25, 0.375]},
+    **{'rounds': 3, 'compile_seconds': 0.25},
+  }
 
 
 # Whole runs.
 
 
 @pytest.fixture(scope='module')
-def settings(tmp_path_factory):
-  """Makes the settings of a tiny run."""
+def text(tmp_path_factory):
+  """Options of a tiny run: its batches and its text."""
   folder = tmp_path_factory.mktemp('text')
   words = np.random.default_rng(0).integers(0, 50, 20_000)
-  text = ' '.join(f'word{word}' for word in words)
-  (folder / 'text.txt').write_text(text)
-
-  def make(steps, **options):
-    return config.TrainConfig(
-      steps=steps,
-      batch_size=4,
-      model=TINY,
-      data=config.DataConfig(
-        source=str(folder / 'text.txt'), seq_len=8, cache_dir=str(folder)
-      ),
-      **options,
-    )
-
-  return make
+  path = folder / 'text.txt'
+  path.write_text(' '.join(f'word{word}' for word in words))
+  source = config.DataConfig(source=str(path), seq_len=8, cache_dir=str(folder))
+  return {'steps': 5, 'batch_size': 4, 'model': TINY, 'data': source}
 
 
-@pytest.mark.usefixtures('compiled_once')
-def test_saved_gradients_are_those_of_the_batch_at_hand(settings, tmp_path):
+@pytest.fixture(scope='module')
+def prepared(text):
+  """The run, whose training step is compiled once."""
+  optim = config.OptimConfig(name='adamw', rank=None)
+  one = config.MeshConfig(data=1)
+  return recipe.prepare(
+    config.TrainConfig(eval_batches=2, optim=optim, mesh=one, **text)
+  )
+
+
+def test_saved_gradients_are_those_of_the_batch_at_hand(prepared, tmp_path):
   path = tmp_path / 'folder' / 'tiny.npz'
-  prepared = recipe.prepare(settings(5))
-  row = refresh_runs.save_gradients(prepared, 2, path, clock(10))
+  row = runs.save_gradients(prepared, 2, path, harness.Clock(10))
   assert row['steps'] == [1, 3, 5] and len(row['losses']) == 3
   assert row['batch_tokens'] == 32 and 'left_out' not in row
-  found = refresh_runs.read_gradients(path)
-  assert set(found) == {
-    (k, kind) for k in (0, 1) for kind in refresh_runs.KINDS
-  }
+  found = runs.read_gradients(path)
+  assert set(found) == {(k, kind) for k in (0, 1) for kind in runs.KINDS}
   run = recipe.make_run(prepared, prepared.config)
   batch = next(run.batches)
   run.batches.close()
@@ -228,31 +251,30 @@ def test_saved_gradients_are_those_of_the_batch_at_hand(settings, tmp_path):
     assert grads[1].shape == ((24, 16) if group == 'mlp' else (16, 16))
     np.testing.assert_allclose(grads[1], wanted, rtol=1e-3, atol=1e-6)
     assert not np.allclose(grads[3], grads[1])
-  row = refresh_runs.save_gradients(prepared, 2, path, clock(0))
+  path.unlink()
+  row = runs.save_gradients(prepared, 2, path, harness.Clock(0))
   assert row['steps'] == [] and row['left_out'].startswith('steps from 1 on')
+  assert not path.exists()
 
 
-@pytest.mark.usefixtures('compiled_once')
-def test_a_run_ends_with_the_mean_loss_of_held_out_text(settings):
-  prepared = recipe.prepare(settings(5, eval_batches=2))
-  row = refresh_runs.loss_row(prepared)
+def test_a_run_ends_with_the_mean_loss_of_held_out_text(prepared):
+  row = runs.trained(prepared)
   run = recipe.make_run(prepared, prepared.config)
-  params, losses = refresh_runs.train(run)
+  params, losses = runs.train(run, harness.Clock(10), lambda *_: None)
   assert row['train_loss'] == pytest.approx(np.mean(losses))
   batches = data.evaluation_batches(prepared.config, prepared.text)()
-  loss = prepared.program.objective.loss
+  loss = jax.jit(prepared.program.objective.loss)
   sums = [loss(params, next(batches)) for _ in range(2)]
   batches.close()
   losses, weights = np.float64(sums).T
   assert row['eval_loss'] == pytest.approx(losses.sum() / weights.sum())
 
 
-def test_ways_differ_in_what_they_keep(settings):
+def test_ways_differ_in_what_they_keep(text):
   kept = {}
-  for way, variant in refresh_runs.variants(TINY.hidden_size).items():
-    optim = refresh_runs.loss_optimizer(variant, 1e-2)
-    optim = dataclasses.replace(optim, rank=4)
-    program = recipe.plan(settings(6, optim=optim)).program
+  for way, variant in runs.variants(TINY.hidden_size).items():
+    optim = dataclasses.replace(runs.loss_optimizer(variant, 1e-2), rank=4)
+    program = recipe.plan(config.TrainConfig(optim=optim, **text)).program
     state = program.abstract_state.opt_state
     kept[way] = inspect.state_bytes(state)['bases']
   # Two layers of seven kernels, whose shorter axis is 16 throughout.
@@ -265,26 +287,27 @@ def test_ways_differ_in_what_they_keep(settings):
 
 
 def test_random_bases_get_a_scale_that_makes_updates_as_long():
-  rank, n = refresh_runs.RANK, 128
-  scale = refresh_runs.variants(n)['random']['scale']
+  rank, n = runs.RANK, 128
+  scale = runs.variants(n)['random']['scale']
   low_MR = np.random.default_rng(0).choice([-1, 1], (500, rank)).astype('f')
   lengths = {}
   for name in ('exact', 'random'):
-    projection = refresh.FITS[name]
+    projection = fits.FITS[name]
     basis = projection.init((500, n), rank, 0)
     lengths[name] = np.linalg.norm(projection.project_back(low_MR, basis))
   assert scale * lengths['random'] == pytest.approx(
-    refresh_runs.SCALE * lengths['exact'], rel=0.1
+    runs.SCALE * lengths['exact'], rel=0.1
   )
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-  """Small shapes, and the options that keep files in a folder."""
-  monkeypatch.setattr(refresh, 'SHAPES', ((16, 16), (24, 16)))
-  monkeypatch.setattr(refresh, 'SYNTHETIC', ((32, 16),))
-  monkeypatch.setattr(refresh, 'CURVE', refresh.SHARES)
-  monkeypatch.setattr(refresh.harness, 'BUSY', math.inf)
+  """One small shape, and the options that keep files in a folder."""
+  monkeypatch.setattr(fits, 'SHAPES', (SHAPE,))
+  monkeypatch.setattr(fits, 'SYNTHETIC_SHAPES', (SHAPE,))
+  for module in (fits, tables):
+    monkeypatch.setattr(module, 'CURVE', tables.SHARES)
+  monkeypatch.setattr(harness, 'BUSY', math.inf)
   platforms = jax.config.jax_platforms
   yield [
     *('--output', str(tmp_path / 'results' / 'refresh.json')),
@@ -296,47 +319,49 @@ def small(monkeypatch, tmp_path):
 
 
 def test_parts_are_added_to_one_file(small, tmp_path, capsys):
-  grads = {f'{number}/0/up': matrix(24, 16, number)[2] for number in (1, 2, 3)}
+  grads = {f'{number}/0/up': matrix(number)[2] for number in (1, 2, 3)}
   np.savez(tmp_path / '9m.npz', **grads)
   path = tmp_path / 'results' / 'refresh.json'
-  refresh.main(['energy', *small])
+  measure.main(['energy', *small])
   rows = json.loads(path.read_text())['energy']['rows']
   names = [(row['size'], row.get('step')) for row in rows]
   assert names == [
     *(('9m', 1), ('9m', 2), ('9m', 3), ('60m', None), ('synthetic', 0))
   ]
-  refresh.main(['time', *small])
+  # A run of `save` that fails is a row.
+  none = ('--data.source', str(tmp_path / 'none.txt'))
+  measure.main(['save', 'time', *small, *none])
   results = json.loads(path.read_text())
   assert results['energy']['rows'] == rows
-  sources = {
-    tuple(row['shape']): row['matrix'] for row in results['time']['rows']
-  }
-  assert sources == {(16, 16): 'synthetic', (24, 16): 'gradient: 9m 0/up'}
-  assert [row['rank'] for row in results['time']['rows']] == [4, 4, 1, 1]
-  assert results['time']['options']['source'] == 'stdlib'
+  rows = results['time']['rows']
+  assert [(row['shape'], row['rank']) for row in rows] == [
+    ([M, N], RANK),
+    ([M, N], 1),
+  ]
+  assert {row['matrix'] for row in rows} == {'gradient: 9m 0/up'}
+  assert results['time']['options']['source'] == 'none.txt'
+  rows = results['save']['rows']
+  assert [row['size'] for row in rows] == ['9m', '60m']
+  assert all('none.txt' in row['absent'] for row in rows)
   text = capsys.readouterr().out
   # Two of three gradients: the first has no warm start.
   values_N = 0.7 ** (2 * np.arange(16))
   best = f'{np.sum(values_N[:4]) / np.sum(values_N):.3f}'
   assert f'| 9m | 24 x 16 | 2 | 4 | {best} | 1.000 [1.000], 1.00 |' in text
-  assert '* size 60m: absent, no gradients: run `save` first' in text
+  assert '* size 60m: no gradients: run `save` first' in text
   assert (tmp_path / 'docs' / 'refresh.png').stat().st_size > 10_000
+  figure = picture.draw(results)
+  assert len(figure.axes) == 2
+  # The best and seven ways.
+  assert len(figure.axes[1].lines) == 1 + len(tables.WAYS)
 
 
-def test_what_no_longer_fits_is_named(small, tmp_path, capsys):
-  refresh.main(['--minutes', '0', 'energy', 'time', 'loss', *small])
+def test_what_no_longer_fits_is_named(small, capsys):
+  measure.main(['--minutes', '0', 'energy', 'time', 'loss', *small])
   text = capsys.readouterr().out
-  assert '* size synthetic, kind 32 x 16: absent, left out: out of time' in text
-  assert '* shape [24, 16], rank 1: absent, left out: out of time' in text
-  assert '* way random, seed 1: absent, left out: out of time' in text
-
-
-def test_a_run_that_fails_is_a_row(small, tmp_path, capsys):
-  refresh.main(['save', '--data.source', str(tmp_path / 'none.txt'), *small])
-  results = json.loads((tmp_path / 'results' / 'refresh.json').read_text())
-  rows = results['save']['rows']
-  assert [row['size'] for row in rows] == ['9m', '60m']
-  assert all('none.txt' in row['absent'] for row in rows)
+  assert '* size synthetic, kind 24 x 16: left out: out of time' in text
+  assert '* shape [24, 16], rank 1: left out: out of time' in text
+  assert '* way random, seed 1: left out: out of time' in text
 
 
 def test_losses_are_compared_seed_by_seed():
@@ -346,19 +371,18 @@ def test_losses_are_compared_seed_by_seed():
     {'way': 'exact', 'seed': 1, 'eval_loss': 6.0},
     {'way': 'power', 'seed': 1, 'absent': 'left out: out of time'},
   ]
-  assert refresh_report.loss_table(rows) == (
+  assert tables.loss_table(rows) == (
     '| basis | seed 0 | seed 1 | less exact |\n'
     '| --- | --- | --- | --- |\n'
     '| exact | 5.0000 | 6.0000 | - |\n'
-    '| power | 4.7500 | - | -0.2500 |\n\n'
-    '* way power, seed 1: absent, left out: out of time\n'
+    '| power | 4.7500 | - | -0.2500 |\n'
   )
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (['speed'], "'speed' is no part: choose of save, energy, time, loss"),
+    (['speed'], "no part 'speed'; there are save, energy, time, loss."),
     (['--gap', '1', '2'], '--gap has 2 values for 1 sizes'),
     (['--gap', '0'], '--gap 0 must be at least 1'),
     (['--eval-batches', '0'], '--eval-batches 0 must be at least 1'),
@@ -366,10 +390,11 @@ def test_losses_are_compared_seed_by_seed():
 )
 def test_mistakes_of_the_command_line(options, message, capsys):
   with pytest.raises(SystemExit):
-    refresh.parse(options)
-  assert message in capsys.readouterr().err
+    measure.parse(options)
+  # Long lines are wrapped.
+  assert message in ' '.join(capsys.readouterr().err.split())
 
 
 def test_one_gap_serves_all_sizes():
-  args = refresh.parse(['--size', '9m', '60m', '--gap', '7'])
-  assert isinstance(args, argparse.Namespace) and args.gap == [7, 7]
+  args = measure.parse(['--size', '9m', '60m', '--gap', '7'])
+  assert args.gap == [7, 7] and measure.options(args)['batch_size'] == 8

@@ -3,17 +3,19 @@
 import json
 import math
 import sys
-import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness, methods, record, scaling, scaling_report
+from benchmarks.common import cases, harness, methods, record, turns
+from benchmarks.scaling import measure as scaling
+from benchmarks.scaling import picture, plan_7b, state_bytes, tables
 from gnlorp_jax.models import llama
 from gnlorp_jax.models.families import llama as families_llama
 
-V, D, F, L, R = 96, 32, 48, 2, 8
+V, D, F, L, R = 32, 16, 24, 1, 4
 TINY = llama.LlamaConfig(
   vocab_size=V,
   hidden_size=D,
@@ -24,6 +26,7 @@ TINY = llama.LlamaConfig(
 )
 KERNELS = L * (4 * D * D + 3 * D * F)
 PARAMETERS = KERNELS + 2 * V * D + (2 * L + 1) * D
+FOREVER = harness.Clock(math.inf)
 
 
 @pytest.fixture
@@ -35,9 +38,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(module, 'PRESETS', presets)
   for name, value in {
     'SIZES': tuple(presets),
-    'RANKED': ('tiny', (4, 16)),
+    'RANKED': ('tiny', (4, 8)),
     'TIMED': tuple(presets),
-    'TIMED_RANKED': ('tiny', (4, 16)),
+    'TIMED_RANKED': ('tiny', (4, 8)),
     'TRAINED': ('tiny',),
     'TOKENS': (1, 8),
     'ROUNDS': (2, 2),
@@ -48,17 +51,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(scaling, name, value)
 
 
-def run(part):
-  """A part's rows and table."""
-  saved = []
-  scaling.measure(part, harness.Clock(10), saved.append)
-  found = {'parts': {part: saved[-1]}}
-  return saved[-1]['rows'], scaling_report.tables(found, part), found
+# Tables.
 
 
 def test_a_power_law_is_found():
   sizes = [8.0, 1.0, 2.0]
-  found = scaling_report.fit(sizes, [3 * size**1.5 for size in sizes])
+  found = tables.fit(sizes, [3 * size**1.5 for size in sizes])
   assert found.exponent == pytest.approx(1.5)
   assert found.last == pytest.approx(1.5)
   assert found.deviation == pytest.approx(0, abs=1e-12)
@@ -67,16 +65,68 @@ def test_a_power_law_is_found():
 def test_what_is_no_power_law_says_how_far_it_is_off():
   # Through (1, 1), (2, 2), (4, 16) the line has the slope of the ends, 2, and
   # lies a third of log 2 above, below and above: 1 -> 2^(-1/3), 2 -> 2^(5/3).
-  found = scaling_report.fit([1, 2, 4], [1, 2, 16])
+  found = tables.fit([1, 2, 4], [1, 2, 16])
   assert found.exponent == pytest.approx(2)
   assert found.last == pytest.approx(3)
   assert found.deviation == pytest.approx(1 - 2 ** (1 - 5 / 3))
-  assert scaling_report.fit([1], [1]) is None
+  assert tables.fit([1], [1]) is None
+
+
+class Racer:
+  """Turns that are made up."""
+
+  def __init__(self, name, seconds):
+    self.name, self.method, self.first_s = name, self, 1.0
+    self.key, self.compile_s = {'method': name}, 2.0
+    self.turns = [turns.Turn(np.array(part), None) for part in seconds]
+
+
+def test_medians_and_ratios_of_known_times():
+  ours = Racer('galore', [[3.0, 3.0, 9.0], [4.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
+  adamw = Racer('adamw', [[1.0] * 3, [2.0] * 3, [1.0] * 3])
+  first, second = tables.timed_rows([ours, adamw])
+  assert first['median_s'] == 3.0 and first['quartiles_s'] == [2.5, 3.5]
+  assert first['of_adamw'] == [2.0, 2.0, 2.5]  # Of 3, 2, 2.
+  assert first['steps'] == 9 and second['median_s'] == 1.0
+  assert tables.timed_rows([ours])[0]['of_adamw'] is None
+  # In a table, beside a size four times as large that takes as much longer.
+  known = [
+    {**row, 'step': 'optimizer', 'size': 'small', 'parameters': 1e6, 'rank': 8}
+    for row in (first, second)
+  ]
+  rows = [{**row, 'against': 'parameters'} for row in known]
+  rows += [
+    {**row, 'size': 'large', 'parameters': 4e6, 'median_s': 4 * row['median_s']}
+    for row in rows
+  ]
+  rows += [{**row, 'against': 'rank'} for row in known]
+  rows.append({'step': 'optimizer', 'size': 'huge', 'absent': 'no memory'})
+  found = {'time': {'rows': rows}}
+  assert tables.tables('time', found) == {
+    'optimizer step, ms; of AdamW': (
+      '| model, 10^6 parameters | galore | adamw |\n'
+      '| --- | --- | --- |\n'
+      '| small, 1.0 | 3000.0; 2.00 [2.00, 2.50] | 1000.0 |\n'
+      '| large, 4.0 | 12000.0; 2.00 [2.00, 2.50] | 4000.0 |\n'
+      '| exponent | 1.00 (to 0%); 1.00 | 1.00 (to 0%); 1.00 |\n'
+    ),
+    'optimizer step of small by rank, ms; of AdamW': (
+      '| rank | galore | adamw |\n'
+      '| --- | --- | --- |\n'
+      '| 8 | 3000.0; 2.00 [2.00, 2.50] | 1000.0 |\n'
+    ),
+  }
+  assert len(picture.draw(found).axes[1].lines) == 2
+
+
+# State.
 
 
 @pytest.mark.usefixtures('tiny')
-def test_state_bytes_against_parameters_and_rank():
-  rows, table, found = run('state')
+def test_state_bytes_against_parameters_and_rank(tmp_path):
+  path = tmp_path / 'out.json'
+  found = cases.measure('state', scaling.state_cases(), path, FOREVER)
+  rows = found['state']['rows']
   by_name = {
     (row['size'], row['method'], row['rank']): row['bytes'] for row in rows
   }
@@ -87,163 +137,262 @@ def test_state_bytes_against_parameters_and_rank():
   bases = L * R * 7 * D
   expected = 8 * (PARAMETERS - KERNELS + low) + 4 * bases
   assert 0 <= by_name['tiny', 'galore', R] - expected <= counts
-  assert by_name['tiny', 'galore', 16] > by_name['tiny', 'galore', R]
-  assert ('tiny', 'adamw', 16) not in by_name
+  assert by_name['tiny', 'galore', 8] > by_name['tiny', 'galore', R]
+  assert ('tiny', 'adamw', 8) not in by_name
   assert by_name['deep', 'adamw', R] > adamw
   assert [row['parameters'] for row in rows if row['size'] == 'tiny'] == (
     [PARAMETERS] * (4 + 2 * 3)
   )
-  assert '| exponent | 1.00 (to 0%); 1.00 |' in table
-  assert 'Of tiny by rank, MB:' in table
-  # Each row has a name of its own.
+  by_size, by_rank = tables.tables('state', found).values()
+  assert '| exponent | 1.00 (to 0%); 1.00 |' in by_size
+  assert by_rank.startswith('| rank | galore | gradnormlorp | gradnormlorp, 8')
+  # Each setting has a name of its own; rank 4 is there twice.
   names = scaling.sizes(found)
-  assert len(names) == len(rows)
-  name = f'state: size=tiny, method=adamw, rank={R}: bytes'
-  assert names[name] == adamw
+  assert len(names) == len(rows) - 3
+  assert names[f'state: size=tiny, method=adamw, rank={R}: bytes'] == adamw
+
+  # An interrupted part goes on, and no time is no row.
+  kept = [{**row, 'commit': 'earlier'} for row in rows[:-1]]
+  late = {**{k: rows[-1][k] for k in ('size', 'rank')}, 'absent': cases.LATE}
+  record.write(path, {'state': {'commit': 'a', 'rows': [*kept, late]}})
+  found = cases.measure(
+    *('state', scaling.state_cases(), path, harness.Clock(0)), resume=True
+  )
+  assert found['state']['rows'][:-1] == kept
+  assert found['state']['rows'][-1]['absent'] == 'left out: out of time'
+  found = cases.measure(
+    *('state', scaling.state_cases(), path, FOREVER), resume=True
+  )
+  assert found['state']['rows'] == [*kept, rows[-1]]
 
 
-@pytest.mark.usefixtures('tiny')
-def test_times_are_beside_adamw(monkeypatch):
-  # Under every name the one that compiles in no time.
-  names = dict.fromkeys(scaling.METHODS, ('adamw', {}))
-  monkeypatch.setattr(scaling, 'METHODS', names)
-  rows, table, found = run('time')
-  assert all(row['steps'] == 2 for row in rows)
-  steps = {(row['step'], row['against'], row['size']) for row in rows}
-  assert steps == {
-    ('optimizer', 'parameters', 'tiny'),
-    ('optimizer', 'parameters', 'deep'),
-    ('optimizer', 'rank', 'tiny'),
-    ('training', 'parameters', 'tiny'),
+def test_rows_kept_name_the_commit_of_their_part(tmp_path):
+  path = tmp_path / 'out.json'
+  rows = [{'a': 1, 'bytes': 2}, {'a': 2, 'bytes': 3, 'commit': 'older'}]
+  record.write(path, {'x': {'commit': 'old', 'rows': rows}, 'y': {'rows': []}})
+  chosen = [cases.Case({'a': a}, lambda: {'bytes': 1 / 3}) for a in (1, 2, 3)]
+  found = cases.measure('x', chosen, path, FOREVER, resume=True, model='m')
+  assert found['y'] == {'rows': []} and found['x']['model'] == 'm'
+  assert found['x']['cores'] == harness.cores()
+  assert found['x']['rows'] == [
+    {'a': 1, 'bytes': 2, 'commit': 'old'},
+    {'a': 2, 'bytes': 3, 'commit': 'older'},
+    {'a': 3, 'bytes': 0.333333},
+  ]
+  assert record.read(path) == found
+
+
+SHAPES = jax.eval_shape(
+  lambda: {
+    'embed': {'embedding': jnp.zeros((40, 16), jnp.bfloat16)},
+    'dense': {'kernel': jnp.zeros((2, 16, 24), jnp.bfloat16)},
+    'norm': {'scale': jnp.zeros(16, jnp.bfloat16)},
   }
-  for row in rows:
+)
+KEYS = ('embeddings', 'side', 'moment_bits', 'basis_bits')
+
+
+def count(alias, rank, **changes):
+  """The only rank's bytes of a setting."""
+  setting = dict(zip(KEYS, ('full', 'short', None, None), strict=True))
+  setting |= changes
+  return state_bytes.row(alias, setting, SHAPES)['bytes'][rank]
+
+
+def test_state_bytes_of_a_tiny_model(monkeypatch):
+  monkeypatch.setattr(state_bytes, 'RANKS', (4,))
+  counts = range(200)  # They and the statistics are no moments.
+  full = 2 * 4 * (40 * 16 + 16)
+  low, bases = 2 * 4 * (2 * 24 * 4), 4 * (2 * 16 * 4)
+  assert count('galore', '4') - full - low - bases in counts
+  lengths = 2 * 4 * (2 * 24)
+  found = count('gradnormlorp', '4')
+  assert found - full - low - lengths - bases in counts
+  low, bases = 2 * 4 * (2 * 4 * 4), 4 * (2 * 16 * 4 + 2 * 24 * 4)
+  assert count('galore', '4', side='both') - full - low - bases in counts
+  low = 2 * 4 * (2 * 24 * 4 + 40 * 4 + 16)
+  bases = 4 * (2 * 16 * 4 + 16 * 4)
+  found = count('galore', '4', embeddings='projected')
+  assert found - low - bases in counts
+  assert (
+    count('adamw', 'of its own') - 2 * 4 * (40 * 16 + 2 * 16 * 24 + 16)
+    in counts
+  )
+  adam = 2 * 2 * (40 * 16 + 2 * 16 * 24 + 16)
+  assert state_bytes.baseline(SHAPES) == adam
+
+
+def test_every_setting_is_a_row(tmp_path, monkeypatch):
+  monkeypatch.setattr(state_bytes, 'RANKS', (4,))
+  chosen = list(state_bytes.all_cases(['apollo', 'adamw'], SHAPES))
+  found = cases.measure('x', chosen, tmp_path / 'out.json', FOREVER)
+  rows = found['x']['rows']
+  # Two labels and sides, three numbers of bits; of adamw, the bits alone.
+  assert [row['method'] for row in rows] == ['apollo'] * 12 + ['adamw'] * 3
+  refused = [row for row in rows if 'absent' in row]
+  assert {row['side'] for row in refused} == {'both'} and len(refused) == 6
+  assert {row['absent'] for row in refused} == {
+    "side='both' leaves no whole axis, along which this ..."
+  }
+  text = state_bytes.table(rows, state_bytes.baseline(SHAPES))
+  assert text.count('| apollo | ') == 6 and '| adamw | full | - | 32 |' in text
+
+
+def test_the_paper_is_reached_in_bold():
+  known = {'method': 'gradnormlorp', 'embeddings': 'full', 'side': 'short'}
+  known |= {'moment_bits': 8, 'basis_bits': 32}
+  sizes = {'256': 2_700_000_000, '512': 2_900_000_000}
+  rows = [
+    {**known, 'bytes': sizes},
+    {**known, 'method': 'galore', 'bytes': sizes},
+    {**known, 'method': 'vlorp', 'bytes': {'of its own': 27_000_000_000}},
+  ]
+  lines = state_bytes.table(rows, 27_000_000_000).splitlines()
+  assert lines[0].endswith(
+    '| rank 256 | rank 512 | rank 1024 | rank of its own |'
+  )
+  assert lines[2:] == [
+    '| gradnormlorp | full | short | 8 | 32 | **2.70 GB, 90.0%** '
+    '| 2.90 GB, 89.3% |  |  |',
+    '| galore | full | short | 8 | 32 | 2.70 GB, 90.0% '
+    '| 2.90 GB, 89.3% |  |  |',
+    '| vlorp | full | short | 8 | 32 |  |  |  | 27.00 GB, 0.0% |',
+  ]
+
+
+def test_the_yardstick_is_the_published_one():
+  assert state_bytes.baseline(state_bytes.shapes_of('7b')) == 4 * 6_738_415_616
+
+
+# Time.
+
+
+def test_whole_races_on_tiny_weights(tiny):
+  """Each kind of step really runs."""
+  keys = [{'method': 'adamw', 'rank': R}]
+  for what in scaling.STEP_MAKERS:
+    (row,) = scaling.race(what, 'tiny', keys, FOREVER)
     low, high = row['quartiles_s']
     assert 0 < low <= row['median_s'] <= high
-    assert row['parameters'] >= PARAMETERS
-    if row['method'] == 'adamw':
-      assert row['of_adamw'] == [1, 1, 1]
-  assert table.count('| exponent |') == 2
-  assert 'The optimizer step, tiny by rank, ms; of AdamW:' in table
-  assert len(scaling_report.plot(found).axes) == 3
+    assert row['steps'] == 2 and row['of_adamw'] == [1, 1, 1]
+    assert row['parameters'] == PARAMETERS and row['rank'] == R
 
 
-def racer(method, turns):
-  return types.SimpleNamespace(
-    key={'method': method}, turns=turns, first_s=1.0, compile_s=2.0
+def test_times_are_beside_adamw(tiny, tmp_path, monkeypatch):
+  program = jax.jit(lambda x: x + 1).lower(1.0)
+
+  def maker(size):
+    def make(key):
+      if key['method'] == 'galore':
+        raise RuntimeError('RESOURCE_EXHAUSTED: out of memory\nand more')
+      return cases.Compiled(key, program, lambda compiled: compiled(1.0))
+
+    return make
+
+  monkeypatch.setattr(
+    scaling, 'STEP_MAKERS', {'optimizer': maker, 'training': maker}
+  )
+  path = tmp_path / 'out.json'
+  found = cases.measure('time', scaling.time_cases(), path, FOREVER)
+  rows = found['time']['rows']
+  assert {
+    (row['step'], row['against'], row['size'], row['method'])
+    for row in rows
+    if 'absent' in row
+  } == {
+    ('optimizer', 'parameters', 'tiny', 'galore'),
+    ('optimizer', 'parameters', 'deep', 'galore'),
+    ('optimizer', 'rank', 'tiny', 'galore'),
+  }
+  known = [row for row in rows if 'absent' not in row]
+  assert all(row['of_adamw'] and row['steps'] == 2 for row in known)
+  assert list(tables.tables('time', found)) == [
+    'optimizer step, ms; of AdamW',
+    'optimizer step of tiny by rank, ms; of AdamW',
+    'training step, ms; of AdamW',
+  ]
+  assert (
+    '* step optimizer, against rank, size tiny, method galore, rank 8: '
+    'RuntimeError: RESOURCE_EXHAUSTED: out of memory\n' in cases.absent(rows)
   )
 
 
-def test_medians_and_ratios_of_known_times():
-  ours = racer('galore', [[3.0, 3.0, 9.0], [4.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
-  adamw = racer('adamw', [[1.0] * 3, [2.0] * 3, [1.0] * 3])
-  first, second = scaling_report.timed_rows([ours, adamw], 7)
-  assert first['median_s'] == 3.0 and first['quartiles_s'] == [2.5, 3.5]
-  assert first['of_adamw'] == [2.0, 2.0, 2.5]  # Of 3, 2, 2.
-  assert (first['steps'], first['parameters']) == (9, 7)
-  assert second['median_s'] == 1.0
-  assert scaling_report.timed_rows([ours], 7)[0]['of_adamw'] is None
-
-
-def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
-  def make(key):
-    if key['method'] == 'galore':
-      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory\nand more')
-    return scaling.Racer(key, 0.0, lambda: None)
-
-  keys = [{'method': 'galore'}, {'method': 'adamw'}]
-  rows = scaling.race(keys, make, 1, harness.Clock(0))
-  assert [row['method'] for row in rows] == ['adamw', 'galore']
-  assert rows[1]['error'] == 'RuntimeError: RESOURCE_EXHAUSTED: out of memory'
-  assert rows[0]['steps'] == scaling.ROUNDS[0] * scaling.TURN
-
-  def absent(clock):
-    raise methods.AbsentError('not installed')
-
-  cases = [scaling.Case({'method': 'galore'}, absent)]
-  monkeypatch.setitem(scaling.CASES, 'plan', lambda: iter(cases))
-  rows, table, _ = run('plan')
-  (row,) = rows
-  assert row['absent'] == 'not installed' and row['commit'] == record.commit()
-  assert '* method galore: not installed' in table
+# Devices.
 
 
 @pytest.mark.usefixtures('tiny')
-def test_what_no_longer_fits_is_named():
-  saved = []
-  scaling.measure('state', harness.Clock(0), saved.append)
-  assert not saved[-1]['rows']
-  assert len(saved[-1]['left_out']) == len(list(scaling.state_cases()))
-  table = scaling_report.tables({'parts': {'state': saved[-1]}}, 'state')
-  assert 'size tiny, method adamw, rank 8: left out, no time' in table
-
-
-@pytest.mark.usefixtures('tiny')
-def test_an_interrupted_part_goes_on():
-  rows, _, _ = run('state')
-  marked = [{**row, 'commit': 'earlier'} for row in rows[:-1]]
-  saved = []
-  scaling.measure('state', harness.Clock(10), saved.append, marked)
-  assert saved[-1]['rows'] == [*marked, rows[-1]]
-  scaling.measure('state', harness.Clock(0), saved.append, marked)
-  assert saved[-1]['rows'] == marked
-  assert len(saved[-1]['left_out']) == 1
-
-
-@pytest.mark.usefixtures('tiny')
-def test_devices_share_the_state_and_exchange_gradients():
-  def row(**changes):
-    key = {'method': 'adamw', 'step': 'whole', 'rank': R, 'data': 1, 'fsdp': 1}
-    (found,) = scaling.device_row({**key, **changes})
-    return found
-
-  one, copies = row(), row(data=4)
-  assert one['bytes_per_step'] == 0 and one['collectives'] == []
-  assert one['parameters'] == PARAMETERS
-  assert one['parameter_bytes'] == 4 * PARAMETERS
+def test_devices_exchange_gradients():
+  key = {'method': 'adamw', 'step': 'whole', 'rank': R, 'data': 4, 'fsdp': 1}
+  copies = {**key, **scaling.device_row(key)}
+  assert copies['parameter_bytes'] == 4 * PARAMETERS
+  # Weights and both moments, whatever comes on top.
+  assert copies['device_bytes'] > 3 * 4 * PARAMETERS
+  assert copies['device_bytes'] > copies['temporary_bytes']
   # Every micro-batch sums all gradients, and a few numbers.
   extra = copies['bytes_per_step'] - 2 * 4 * PARAMETERS
   assert 0 <= extra <= 64
   assert copies['bytes_by_kind'] == {'all-reduce': copies['bytes_per_step']}
-  assert copies['device_bytes'] < one['device_bytes']
   with pytest.raises(methods.AbsentError, match='4 devices, not 64'):
-    row(data=64)
-  found = {'parts': {'devices': {'rows': [one, copies], 'left_out': []}}}
-  table = scaling_report.tables(found, 'devices')
+    scaling.device_row({**key, 'data': 64})
+  one = {**copies, 'data': 1, 'bytes_per_step': 0}
+  found = {'devices': {'rows': [one, copies]}}
+  table = tables.tables('devices', found)['devices']
   assert table.count('| adamw | whole |') == 2 and '| 2.00 |' in table
-  assert len(scaling_report.plot(found).axes[2].lines) == 1
   assert len(scaling.sizes(found)) == 4
+  planned = {**copies, 'size': 'tiny'}
+  found['plan'] = {'rows': [planned, {**planned, 'bytes_per_step': 0}]}
+  assert len(picture.draw(found).axes[2].lines) == 2
 
 
 def test_every_case_has_a_name_of_its_own():
-  for part, cases in scaling.CASES.items():
-    keys = [json.dumps(case.key, sort_keys=True) for case in cases()]
+  for part, make in scaling.CASES.items():
+    keys = [json.dumps(case.key, sort_keys=True) for case in make()]
     assert len(keys) == len(set(keys)) > 3, part
 
 
 def test_without_the_compiler_for_gpus_the_row_says_so(monkeypatch):
-  monkeypatch.setattr(
-    scaling.accelerators, 'compiler_is_installed', lambda: False
-  )
-  case = next(scaling.plan_cases())
+  installed = scaling.accelerators, 'compiler_is_installed', lambda: False
+  monkeypatch.setattr(*installed)
   with pytest.raises(methods.AbsentError, match='of the extra cuda'):
-    case.measure(harness.Clock(1))
+    next(scaling.plan_cases()).measure()
+  monkeypatch.setattr(sys, 'argv', ['plan_7b'])
+  with pytest.raises(SystemExit, match=r"pip install 'gnlorp_jax\[cuda\]'"):
+    plan_7b.main()
+
+
+def test_a_plan_adds_up_in_its_table():
+  parts = {'weights': 2 * 2**30, 'moments': 2**29, 'bases': 0}
+  row = {'run': 'a', 'components': parts, 'peak': 3 * 2**30}
+  assert plan_7b.table([row, {'run': 'b', 'absent': 'no memory'}]) == (
+    '| run | weights | moments | bases | block inputs | temporaries | peak |\n'
+    '| --- | --- | --- | --- | --- | --- | --- |\n'
+    '| a | 2.00 | 0.50 | 0.00 | 0.00 | 0.50 | 3.00 |\n'
+  )
+  row['components'] = {**parts, 'frozen_weights': 2**28}
+  assert plan_7b.table([row]).endswith(
+    '| a | 0.25 | 2.00 | 0.50 | 0.00 | 0.00 | 0.25 | 3.00 |\n'
+  )
+
+
+# The command.
 
 
 def test_main_writes_file_plot_and_table(tiny, tmp_path, monkeypatch, capsys):
   output, plot = tmp_path / 'out.json', tmp_path / 'docs' / 'out.png'
-  output.write_text(json.dumps({'parts': {'time': {'rows': [], 'other': 1}}}))
+  output.write_text(json.dumps({'time': {'rows': [], 'other': 1}}))
   arguments = ['state', '--output', str(output), '--plot', str(plot)]
-  monkeypatch.setattr(sys, 'argv', ['scaling', *arguments])
+  monkeypatch.setattr(sys, 'argv', ['scaling', '--minutes', '0', *arguments])
   platforms = jax.config.jax_platforms
   try:
     scaling.main()
   finally:
     jax.config.update('jax_platforms', platforms)
   found = json.loads(output.read_text())
-  assert found['parts']['time'] == {'rows': [], 'other': 1}
-  assert found['parts']['state']['environment']['cores'] == harness.cores()
+  assert found['time'] == {'rows': [], 'other': 1}
   assert plot.stat().st_size > 1000
-  assert capsys.readouterr().out.startswith('Optimizer state, MB:')
+  assert capsys.readouterr().out.startswith(
+    '* against parameters, size tiny, rank 4, method adamw: left out: out of'
+  )
 
 
 def test_an_unknown_part_names_the_known_ones(monkeypatch, capsys):
@@ -259,9 +408,3 @@ def test_the_ranks_are_a_quarter_of_the_width():
   assert scaling.quarter('60m') == 128
   for size in scaling.SIZES:
     assert scaling.quarter(size) == llama.PRESETS[size].hidden_size / 4
-
-
-def test_parameters_of_a_tree():
-  tree = {'a': np.zeros((2, 3)), 'b': np.zeros(())}
-  assert scaling.count_parameters(tree) == 7
-  assert math.isclose(scaling.count_parameters([]), 0)

@@ -7,20 +7,20 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from benchmarks import harness, peers, products, train, train_sides, turns
-from benchmarks.methods import AbsentError
+from benchmarks.common import harness, peers, turns
+from benchmarks.train import measure as train
+from benchmarks.train import products, train_sides
 from gnlorp_jax.models import llama
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=64,
+  vocab_size=32,
   hidden_size=16,
   intermediate_size=24,
-  num_layers=2,
+  num_layers=1,
   num_heads=2,
   max_seq_len=16,
 )
@@ -29,148 +29,128 @@ CASE = train_sides.Case(
   peers.Setting(learning_rate=1e-2, rank=4, gap=4),
   *(16, 'cpu'),
 )
-WEIGHTS = 2 * (4 * 16 * 16 + 3 * 16 * 24)
-OTHERS = 2 * 64 * 16 + 5 * 16  # Embedding and head, and the norms.
+WEIGHTS = 4 * 16 * 16 + 3 * 16 * 24
+OTHERS = 2 * 32 * 16 + 3 * 16  # Embedding and head, and the norms.
 
 
-def compare(*names, minutes=10.0):
-  saved = []
-  rows = train.compare(
-    list(names), CASE, harness.Clock(minutes), 2, saved.append
-  )
-  assert saved[-1] == rows
-  return {known['method']: known for known in rows}
+@pytest.fixture(scope='module')
+def rows():
+  names = ['adamw', 'optax-galore', 'torch-adamw', 'galore-torch']
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(harness, 'cores', lambda: 1)  # Of PyTorch's threads.
+    found = turns.race(
+      *(names, lambda name: train.METHODS[name](CASE)),
+      *(lambda *known: train.row(*known, CASE), lambda rows: None),
+      *(harness.Clock(10),),
+      **{'steps': 4, 'turn': 2, 'inputs': train.BATCHES},
+    )
+  return {row['method']: row for row in found}
 
 
-def test_rows_of_this_package():
-  rows = compare('gradnormlorp', 'adamw', 'optax-galore', 'optax-adafactor')
-  for known in rows.values():
+def test_rows_of_this_package(rows):
+  for name in ('adamw', 'optax-galore'):
+    known = rows[name]
     assert known['steps'] == 4 and known['intervals'] == 1
     assert known['tokens_per_second'] == pytest.approx(16 / known['mean_s'])
     assert known['peak_bytes'] > 0 and known['compile_s'] > 0
     assert 1 <= known['worst_per_median']
-    assert set(known['speed_per']) == {'adamw'}
+    assert isinstance(known['loss'], float) and math.isfinite(known['loss'])
   assert rows['adamw']['speed_per']['adamw'] == {
     'mean': 1.0,
     'quartiles': [1.0, 1.0, 1.0],
   }
-  # The same weights and batch.
-  losses = [known['loss'] for known in rows.values()]
-  assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
   counts = 200  # And statistics: no moments.
   adam = 8 * (WEIGHTS + OTHERS)
   assert 0 <= rows['adamw']['state_bytes'] - adam <= counts
   # Bases, and moments of the coordinates; optax projects the longer axis.
-  bases = 2 * 4 * (4 * 16 + 3 * 24)
-  low = 2 * 4 * 7 * 16
+  bases = 4 * (4 * 16 + 3 * 24)
+  low = 4 * 7 * 16
   known = 4 * (bases + 2 * low) + 8 * OTHERS
   assert 0 <= rows['optax-galore']['state_bytes'] - known <= counts
-  text = train.table({'size': 'tiny', 'rows': list(rows.values())})
-  assert text.count('\n| ') == 2 + 4 and '| optax-galore |' in text
 
 
-@pytest.mark.usefixtures('one_torch_thread')
-def test_pytorch_computes_the_same(tmp_path):
+def test_pytorch_computes_the_same(rows):
   pytest.importorskip('galore_torch')
-  rows = compare(
-    *('galore', 'galore-torch', 'adamw', 'torch-adamw', 'torch-adamw-fused')
-  )
-  losses = [known['loss'] for known in rows.values()]
-  assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
-  assert set(rows['galore']['speed_per']) == set(train.PEERS)
+  losses = [row['loss'] for row in rows.values()]
+  assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+  assert set(rows['adamw']['speed_per']) == set(train.PEERS) - {
+    'torch-adamw-fused'
+  }
   # Other frameworks count steps too, 4 bytes a matrix.
   difference = rows['torch-adamw']['state_bytes'] - rows['adamw']['state_bytes']
   assert abs(difference) < 300
-  entry = {
-    **{'size': 't', 'batch_size': 2, 'seq_len': 8, 'dtype': 'float32'},
-    **{'gap': 4, 'loss_chunk': 16},
-  }
-  known = {'cases': [{**entry, 'rows': list(rows.values())}]}
-  case = 'train t float32 2 x 8, T=4, chunk 16'
-  named = train.ratios(known)
-  assert set(named) == {
-    f'{case}: galore / galore-torch',
-    f'{case}: galore / torch-adamw',
-    f'{case}: galore / torch-adamw-fused',
-    f'{case}: galore / adamw',
-    f'{case}: adamw / galore-torch',
-    f'{case}: adamw / torch-adamw',
-    f'{case}: adamw / torch-adamw-fused',
-  }
-  assert all(low <= mid <= high for low, mid, high in named.values())
-  assert (
-    train.sizes(known)[f'{case}: adamw, state_bytes']
-    == (rows['adamw']['state_bytes'])
-  )
-  path = tmp_path / 'folder' / 'a.png'
-  train.plot(known['cases'], path)
-  assert path.stat().st_size > 1000
+
+
+def racer_of(name, *seconds):
+  class Side(turns.Method):
+    state_bytes, loss = 1_500_000, 1.0
+
+  racer = turns.Racer(name, Side(), 1)
+  racer.turns = [
+    turns.Turn(np.array(x), np.zeros(len(x), bool)) for x in seconds
+  ]
+  return racer
 
 
 def test_speed_is_the_inverse_ratio_of_the_seconds():
-  class Side:
-    state_bytes, peak_bytes, compile_s, loss = 8, None, None, 1.0
-
-    def step(self, index):
-      del index
-
-    def refreshes(self, steps):
-      del steps
-      return 0.0
-
-  racers = []
-  for name, seconds in {'adamw': 0.1, 'galore-torch': 0.3}.items():
-    racer = turns.Racer(name, Side(), 1)
-    # One step of each has a refresh, which the mean shows.
-    racer.turns = [
-      turns.Turn(np.array([seconds] * 3 + [4 * seconds]), np.zeros(4, bool))
-    ]
-    racers.append(racer)
-  ours, theirs = train.with_ratios(racers, CASE)
-  assert ours['speed_per']['galore-torch']['mean'] == pytest.approx(3)
-  assert ours['speed_per']['galore-torch']['quartiles'] == (
+  # One step of each has a refresh, which the mean shows.
+  ours = racer_of('adamw', [0.1, 0.1, 0.1, 0.4])
+  theirs = racer_of('galore-torch', [0.3, 0.3, 0.3, 1.2], [9.0] * 4)
+  waits = racer_of('galore')
+  racers = [ours, theirs, waits]
+  known = train.row(ours, racers, CASE)
+  # Of the rounds that both have made.
+  assert known['speed_per']['galore-torch']['mean'] == pytest.approx(3)
+  assert known['speed_per']['galore-torch']['quartiles'] == (
     pytest.approx([3, 3, 3])
   )
-  assert theirs['mean_s'] == pytest.approx(0.3 * 7 / 4)
-  assert theirs['median_s'] == pytest.approx(0.3)
-  assert theirs['worst_per_median'] == pytest.approx(4)
-  assert ours['tokens_per_second'] == pytest.approx(16 / (0.1 * 7 / 4))
+  assert known['mean_s'] == pytest.approx(0.1 * 7 / 4)
+  assert known['median_s'] == pytest.approx(0.1)
+  assert known['worst_per_median'] == pytest.approx(4)
+  assert known['tokens_per_second'] == pytest.approx(16 / (0.1 * 7 / 4))
+  assert set(train.row(waits, racers, CASE)) == {
+    *('method', 'state_bytes', 'peak_bytes', 'compile_s', 'first_step_s'),
+    'loss',
+  }
 
 
-def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch):
-  def fail(case):
-    raise RuntimeError('out of memory:\nlong explanation')
-
-  def absent(case):
-    raise AbsentError('not installed: No module named torch')
-
-  monkeypatch.setitem(train.METHODS, 'fira', fail)
-  monkeypatch.setitem(train.METHODS, 'torch-adamw', absent)
-  rows = compare('adamw', 'torch-adamw', 'fira')
-  assert rows['fira'] == {'method': 'fira', 'absent': 'out of memory:'}
-  assert rows['adamw']['steps'] == 4
-  text = train.table({'size': 'tiny', 'rows': list(rows.values())})
-  assert '* torch-adamw: absent, not installed: No module named torch' in text
+def entry_of(*racers):
+  return {
+    **{'size': 't', 'batch_size': 2, 'seq_len': 8, 'dtype': 'float32'},
+    **{'gap': 4, 'loss_chunk': 16},
+    'rows': [train.row(racer, list(racers), CASE) for racer in racers],
+  }
 
 
-def test_a_method_that_fails_later_leaves_the_race(monkeypatch):
-  take_turn = turns.Racer.turn
-
-  def turn(racer, steps):
-    if racer.name == 'galore' and racer.turns:
-      raise RuntimeError('out of memory at a refresh')
-    take_turn(racer, steps)
-
-  monkeypatch.setattr(turns.Racer, 'turn', turn)
-  rows = compare('galore', 'adamw')
-  assert rows['galore']['absent'] == 'out of memory at a refresh'
-  assert rows['adamw']['steps'] == 4
-
-
-def test_without_time_one_method_takes_one_turn():
-  rows = compare('adamw', 'galore', minutes=0.0)
-  assert rows['adamw']['intervals'] == 0.5
-  assert rows['galore']['absent'] == 'no time was left to build it'
+def test_table_picture_and_what_a_check_compares(tmp_path):
+  entry = entry_of(
+    racer_of('adamw', [0.1] * 4),
+    racer_of('galore-torch', [0.2] * 4),
+    racer_of('optax-adamw', [0.1] * 4),
+  )
+  entry['rows'].append({'method': 'fira', 'absent': 'out of memory'})
+  entry['products'] = {'xla': {'seconds': 0.5, 'gflops': 20.0}}
+  assert train.table(entry).splitlines()[2:] == [
+    '| adamw | 160 | 2.00 [2.00, 2.00] | - | - | - | 1.00 | 1.00 | 1.5 | - | - '
+    '| - |',
+    '| galore-torch | 80 | - | - | - | 0.50 [0.50, 0.50] | 1.00 | 1.00 | 1.5 '
+    '| - | - | - |',
+    '| optax-adamw | 160 | 2.00 [2.00, 2.00] | - | - | 1.00 [1.00, 1.00] '
+    '| 1.00 | 1.00 | 1.5 | - | - | - |',
+    '',
+    '* fira: absent, out of memory',
+    '',
+    'Bare products: XLA 0.500 s per step (20 GFLOP/s).',
+  ]
+  case = 'train t float32 2 x 8, T=4, chunk 16'
+  record = {'cases': [entry]}
+  assert train.ratios(record) == {
+    f'{case}: adamw / galore-torch': pytest.approx((2, 2, 2))
+  }
+  assert train.sizes(record) == {f'{case}: adamw, state_bytes': 1_500_000}
+  path = tmp_path / 'folder' / 'a.png'
+  train.plot([entry, {**entry, 'rows': []}], path)
+  assert path.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -179,6 +159,7 @@ def test_without_time_one_method_takes_one_turn():
     (['--turn', '0'], '--turn 0 must be at least 1.'),
     (['--rank', '500'], '--rank 500 must be at most the width of 20m, 256.'),
     (['--minutes', 'nan'], '--minutes nan must be finite, 0 or more.'),
+    (['--methods', 'gallore'], "No method is called 'gallore'; there are"),
   ],
 )
 def test_wrong_numbers_are_refused(monkeypatch, capsys, options, reason):
@@ -256,6 +237,8 @@ def test_main_writes_after_every_round_and_names_what_is_left_out(
       *('--output', str(output), '--plot', str(tmp_path / 'train.png')),
     ],
   )
+  side = racer_of('adamw').method
+  monkeypatch.setitem(train.METHODS, 'adamw', lambda case: side)
   monkeypatch.setattr(
     harness.Clock, 'seconds_left', property(lambda self: self.left)
   )
@@ -270,18 +253,6 @@ def test_main_writes_after_every_round_and_names_what_is_left_out(
   train.main()
   first, second = json.loads(output.read_text())['cases']
   assert first['rows'][0]['method'] == 'adamw' and first['rank'] == 32
+  assert first['rows'][0]['steps'] == 1
   assert second['left_out'] == 'no time was left'
-  assert 'LLaMA-20m: no time was left' in capsys.readouterr().out
-
-
-def test_unknown_method_names_the_known_ones():
-  with pytest.raises(ValueError, match="^No method is called 'gallore'; there"):
-    harness.select(['gallore'], train.METHODS)
-  names = harness.select(['torch-adamw', 'adam*'], train.METHODS)
-  assert names == ['torch-adamw', 'adamw']
-
-
-def test_losses_of_jax_are_float32():
-  side = train_sides.METHODS['adamw'](CASE)
-  side.step(0)
-  assert isinstance(side.loss, float) and jnp.isfinite(side.loss)
+  assert 'LLaMA-20m:\n\nno time was left' in capsys.readouterr().out

@@ -10,82 +10,85 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import layerwise_step
-from gnlorp_jax.recipes.pretrain import recipe
+from benchmarks.common import programs
+from benchmarks.step import layerwise_step
+from gnlorp_jax.training import layerwise, parameters, state
 
-# 8, 16, 32 layers, and one more, which is no other axis of the model.
-LAYERS = 9, 17, 33
-VOCAB, BATCH, POSITIONS, FEATURES, RANK = 192, 4, 32, 128, 16
-HIDDEN = FEATURES * 43 // 16
-# Compiling takes nearly all of the time here. The growth of the first case is
-# that with all optimizations, too.
-COMPILER_OPTIONS = {'xla_backend_optimization_level': 0}
-if jax.__version_info__ < (0, 11):  # Later there is nothing else.
-  COMPILER_OPTIONS['xla_cpu_use_fusion_emitters'] = False
-
-INPUT = BATCH * POSITIONS * FEATURES * 4
-# Of a layer, float32: projected kernels of 4 x [D, D] and 3 of D and F, the
-# magnitudes of GradNormLoRP, the two norms.
-PROJECTED = 4 * RANK * (4 * FEATURES + 3 * HIDDEN)
-MAGNITUDES = 4 * (5 * FEATURES + 2 * HIDDEN)
-NORMS = 4 * 2 * FEATURES
-# XLA copies the stacks of the norms' scales: their last uses, for gradients of
-# what comes before them, come after their own. The loops' counters of bases are
-# four bytes for each matrix and number.
-SLACK = NORMS + 7 * 4 * 8
-
-CASES = {
-  'fp32': ({}, INPUT),
-  '8 bits': (
-    {'moment_bits': 8, 'basis_bits': 4, 'weight_bits': 8},
-    INPUT,
-  ),
-  'fira': ({'name': 'fira'}, INPUT),
-  'clipped': (
-    {'clip_global_norm': 1.0},
-    INPUT + PROJECTED + MAGNITUDES + NORMS,
-  ),
-  'projected': (
-    {'name': 'galore', 'accumulate': 'projected', 'micro_batches': 2},
-    INPUT // 2 + PROJECTED + NORMS,
-  ),
-}
+# 8 and 16 layers, and one more, which is no other axis of the models.
+LAYERS = 9, 17
 
 
-def compiled(layers, options):
-  run = layerwise_step.settings(
-    hidden=FEATURES,
-    layers=layers,
-    rank=RANK,
-    batch_size=BATCH,
-    seq_len=POSITIONS,
-    vocab_size=VOCAB,
-    mode='layerwise',
-    **{'clip_global_norm': None, **options},
-  )
-  planned = recipe.plan(run, jax.devices()[:1])
-  return layerwise_step.compile_step(planned, COMPILER_OPTIONS)
-
-
-@pytest.mark.parametrize('name', CASES)
-def test_a_layer_adds_what_it_must(name):
-  options, expected = CASES[name]
+def growth(compile_step):
+  """Bytes of temporaries that a layer adds; stacks must not be copied."""
   temps = []
-  for layers in LAYERS[: 3 if name == 'fp32' else 2]:
-    step = compiled(layers, options)
-    memory = step.memory_analysis()
-    temps.append(memory.temp_size_in_bytes)
-    # All of the state is donated: new are six metrics, four bytes each, and
+  for layers in LAYERS:
+    step = compile_step(layers)
+    memory = programs.memory(step)
+    temps.append(memory['temporaries'])
+    # All of the state is donated: new are the metrics, four bytes each, and
     # the table of what is returned, a pointer for each array.
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arrays = len(jax.tree.leaves(step.out_info))
-    assert new == 8 * arrays + 6 * 4
+    new = memory['outputs'] - memory['aliases']
+    _, metrics = step.out_info
+    assert new == 8 * len(jax.tree.leaves(step.out_info)) + 4 * len(metrics)
     assert layerwise_step.stacked_copies(step.as_text(), layers) == []
-  for fewer, more, before, after in zip(
-    LAYERS, LAYERS[1:], temps, temps[1:], strict=False
-  ):
-    growth = (after - before) / (more - fewer)
-    assert expected - SLACK <= growth <= expected + SLACK
+  return (temps[1] - temps[0]) / (LAYERS[1] - LAYERS[0])
+
+
+def test_a_layer_of_a_llama_adds_the_input_of_its_block(toy):
+  """The program of `train_lm.py`; moments and weights are codes."""
+  batch, positions, features = 4, 32, 128
+
+  def compile_step(layers):
+    planned = layerwise_step.plan(
+      **{'hidden': features, 'layers': layers, 'rank': 16, 'vocab_size': 192},
+      **{'batch_size': batch, 'seq_len': positions, 'clip_global_norm': None},
+      **{'name': 'galore', 'moment_bits': 8, 'weight_bits': 8},
+    )
+    return programs.compiled(
+      lambda: programs.lower(planned), toy.COMPILER_OPTIONS
+    )[0]
+
+  expected = batch * positions * features * 4
+  # XLA copies the stacks of the norms' scales: their last uses, for gradients
+  # of what comes before them, come after their own. The loops' counters of
+  # bases are four bytes for each matrix and number.
+  slack = 4 * 2 * features + 7 * 4 * 8
+  assert expected - slack <= growth(compile_step) <= expected + slack
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('gradnormlorp', {}),
+    ('galore', {'accumulate': 'projected', 'num_micro_batches': 2}),
+  ],
+  ids=['waiting', 'summed'],
+)
+def test_where_gradients_wait_a_layer_adds_what_projecting_leaves(
+  toy, name, options
+):
+  tx = toy.optimizer(name)
+
+  def compile_step(layers):
+    params = toy.init(jax.random.key(0), layers)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    now = state.TrainState(
+      count, count, params, jax.eval_shape(tx.init, params)
+    )
+    step = layerwise.make_train_step(
+      toy.PIECES, tx, parameters.plain(params), clip_global_norm=1.0, **options
+    )
+    jitted = jax.jit(step, donate_argnums=0)
+    return programs.compiled(
+      lambda: jitted.lower(now, toy.make_batch(0)), toy.COMPILER_OPTIONS
+    )[0]
+
+  d, f, rank = toy.FEATURES, toy.HIDDEN, toy.LOW_RANK['rank']
+  rows = toy.BATCH // options.get('num_micro_batches', 1)
+  kept = 2 * rank * f + d  # Two kernels, and the scale of the norm.
+  if name == 'gradnormlorp':
+    kept += f + d  # Magnitudes of both.
+  assert growth(compile_step) == 4 * (rows * toy.POSITIONS * d + kept)
 
 
 def test_finds_a_copied_stack():

@@ -1,0 +1,14 @@
+"""What the optimizers cost and what they are worth, a folder per question.
+
+`common` has what all benchmarks share. `check` compares a short run with the
+recorded figures, `report` writes these into the pages of docs/results.
+"""
+
+import pathlib
+
+# `python -m benchmarks.plan_7b` runs benchmarks/scaling/plan_7b.py: a command
+# needs no name of a folder.
+__path__ += [
+  str(pathlib.Path(__file__).with_name(name))
+  for name in ('step', 'train', 'refresh', 'quality', 'scaling')
+]

@@ -1,0 +1,81 @@
+"""The optimizers that the benchmarks compare, in one table.
+
+A name stands for itself: `gnlorp_jax.optim` is asked for it only when it is
+built, and what it lacks is reported as a reason instead of an error.
+"""
+
+import inspect
+from typing import Any
+
+import optax
+
+from gnlorp_jax import optim
+
+# Alias of gnlorp_jax.optim: options of the benchmark that are not its to take.
+ALIASES: dict[str, tuple[str, ...]] = {
+  'gradnormlorp': (),
+  'galore': (),
+  'q_galore': (),
+  'dct_adamw': ('update_proj_gap',),  # It chooses at every step.
+  # Their rank is that of a piece of a row, not of a matrix.
+  'vlorp': ('rank', 'update_proj_gap'),
+  'projfactor': ('rank', 'update_proj_gap'),
+  'apollo': (),
+  'apollo_mini': (),
+  'fira': (),
+  'ldadam': (),
+  'galore_adafactor': (),
+  'adamw': (),
+}
+
+OURS: dict[str, tuple[str, dict[str, int]]] = {
+  f'{alias}{suffix}': (alias, {'moment_bits': bits})
+  for alias in ALIASES
+  for suffix, bits in (('', 32), ('-8bit', 8), ('-4bit', 4))
+}
+"""Name of a row: alias of gnlorp_jax.optim, and the bits of its moments."""
+
+# What an optimizer without the option does anyway.
+NEUTRAL = {'side': 'short', 'moment_bits': 32, 'basis_bits': 32}
+
+
+class AbsentError(Exception):
+  """A method cannot be built here; the text says why."""
+
+
+def options_of(alias: str) -> set[str]:
+  """Names of the options that a benchmark may give to `alias`.
+
+  Raises:
+    AbsentError: If `gnlorp_jax.optim` has no such function.
+  """
+  function = getattr(optim, alias, None)
+  if function is None:
+    raise AbsentError(f'gnlorp_jax.optim has no {alias!r}')
+  return set(inspect.signature(function).parameters) - set(ALIASES[alias])
+
+
+def build(
+  alias: str, variant: dict[str, Any], **common: Any
+) -> optax.GradientTransformation:
+  """An optimizer of this package, with the options it has.
+
+  Args:
+    alias: Key of `ALIASES`.
+    variant: Options that make the row what it is; one that the alias lacks is
+      an error unless it asks for what happens anyway (`NEUTRAL`).
+    **common: Options for all methods; those that the alias lacks are left out.
+
+  Raises:
+    AbsentError: If the alias, or an option of `variant`, does not exist, or if
+      the alias refuses a value.
+  """
+  known = options_of(alias)
+  for key, value in variant.items():
+    if key not in known and NEUTRAL.get(key) != value:
+      raise AbsentError(f'{alias} has no option {key}')
+  chosen = {k: v for k, v in {**common, **variant}.items() if k in known}
+  try:
+    return getattr(optim, alias)(**chosen)
+  except ValueError as error:
+    raise AbsentError(f'{alias} refuses {variant}: {error}') from error

@@ -1,0 +1,65 @@
+"""Training steps of the library without their training loop.
+
+For benchmarks that compile steps to weigh them, or that time single steps.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.recipes.pretrain.recipe import Planned
+from gnlorp_jax.training.state import TrainState
+
+
+def lower(planned: Planned) -> jax.stages.Lowered:
+  """The training step on the shapes of its arguments."""
+  program = planned.program
+  return program.train_step.lower(
+    program.abstract_state, planned.abstract_batch, program.parameters.frozen
+  )
+
+
+def start(planned: Planned) -> tuple[TrainState, Any]:
+  """The state at step 0 and the frozen weights."""
+  config = planned.config
+  return planned.program.start(
+    jax.random.key(config.seed), optimizer.numbers(config.optim, config.steps)
+  )
+
+
+def compiled(
+  lower: Callable[[], jax.stages.Lowered], options: dict[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, float]:
+  """A compiled program, and the seconds that tracing and compiling took."""
+  begin = time.perf_counter()
+  program = lower().compile(compiler_options=options)
+  return program, time.perf_counter() - begin
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, int]:
+  """Bytes of a compiled program's buffers, and of all that it holds at most."""
+  found = program.memory_analysis()
+  parts = {
+    'arguments': found.argument_size_in_bytes,
+    'outputs': found.output_size_in_bytes,
+    'temporaries': found.temp_size_in_bytes,
+    'aliases': found.alias_size_in_bytes,
+  }
+  return parts | {'total': sum(parts.values()) - 2 * parts['aliases']}
+
+
+def random_batch(
+  vocab_size: int, batch_size: int, seq_len: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+  """Sequences of random tokens that all count: ``[batch_size, seq_len]``."""
+  shape = batch_size, seq_len + 1
+  tokens = np.random.default_rng(seed).integers(0, vocab_size, shape, np.int32)
+  return {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': np.ones((batch_size, seq_len), np.float32),
+  }

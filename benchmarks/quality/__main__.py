@@ -1,0 +1,5 @@
+"""Runs `python -m benchmarks.quality`."""
+
+from benchmarks.quality.measure import main
+
+main()

@@ -1,0 +1,5 @@
+"""Runs `python -m benchmarks.refresh`."""
+
+from benchmarks.refresh.measure import main
+
+main()

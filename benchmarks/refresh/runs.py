@@ -1,0 +1,234 @@
+"""The training runs of `benchmarks.refresh`: for gradients, and for the loss.
+
+A small LLaMA of `train_lm.py`, with its data, its step and its evaluation, is
+trained to save the gradients that a refresh would see, or to see what the way
+of refreshing does to the loss. Models have a vocabulary of 4096, of a tokenizer
+that is trained on the text: the head for a larger one would take most of the
+time.
+
+Shape suffixes in this file:
+  L, I, O  layers, and a kernel's input and output axes
+  M, N     the axes of a gradient, N <= M
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import harness
+from benchmarks.common.cases import Row
+from gnlorp_jax import config
+from gnlorp_jax.models import llama
+from gnlorp_jax.optim import subspace
+from gnlorp_jax.recipes.pretrain import recipe
+from gnlorp_jax.training import loop
+
+KINDS = {
+  **{name: ('attn', f'{name}_proj') for name in ('q', 'k', 'v', 'o')},
+  **{name: ('mlp', f'{name}_proj') for name in ('gate', 'up', 'down')},
+}
+SEQ_LEN = 128
+SCALE, RANK, GAP = 0.25, 32, 50  # Of the runs for the loss.
+NEVER = 10**6  # Steps between refreshes where there is only the first one.
+LAST = 20  # Steps over which a training loss is averaged.
+
+# Gradients [M, N] by (layer, kind), and of each by step.
+Gradients = dict[tuple[int, str], dict[int, np.ndarray]]
+
+
+def variants(hidden_size: int) -> dict[str, dict[str, Any]]:
+  """Ways of refreshing, as options of an `OptimConfig`.
+
+  A random basis is not orthonormal: its updates are sqrt(n / r) times as long
+  as those of the others, which its scale takes back.
+  """
+  shorter = SCALE * math.sqrt(RANK / hidden_size)
+  return {
+    'exact': {'solver': 'exact'},
+    'power': {'solver': 'power'},
+    'dct': {'projection': 'dct'},
+    'random': {'projection': 'random', 'scale': shorter},
+    'power, first step only': {'solver': 'power', 'update_proj_gap': NEVER},
+    'eigh': {'solver': 'eigh'},
+  }
+
+
+def loss_optimizer(
+  variant: dict[str, Any], learning_rate: float
+) -> config.OptimConfig:
+  """`gradnormlorp` with one way of refreshing."""
+  options = {'scale': SCALE, 'update_proj_gap': GAP, **variant}
+  return config.OptimConfig(
+    name='gradnormlorp', rank=RANK, learning_rate=learning_rate, **options
+  )
+
+
+def settings(
+  args: argparse.Namespace, size: str, tokenizer: str, **options: Any
+) -> config.TrainConfig:
+  """A run of `train_lm.py` on the text of the command line."""
+  vocab = {'vocab_size': 4096} if tokenizer == 'bpe' else {}
+  return config.TrainConfig(
+    batch_size=args.batch_size,
+    model=llama.preset(size, max_seq_len=SEQ_LEN, **vocab),
+    data=config.DataConfig(
+      source=args.source, tokenizer=tokenizer, seq_len=SEQ_LEN
+    ),
+    **options,
+  )
+
+
+def train(
+  run: loop.Run,
+  clock: harness.Clock,
+  before_step: Callable[[int, Any, Any], None],
+) -> tuple[Any, list[float]]:
+  """Takes all steps, or those that there is time for.
+
+  Args:
+    run: The run; its batches are closed in the end.
+    clock: Ends the run early.
+    before_step: Called with a step's number, parameters and batch before it is
+      taken.
+
+  Returns:
+    The trained parameters and the losses of the steps taken.
+  """
+
+  def select(state: Any, batch: Any) -> Any:
+    before_step(int(state.step) + 1, state.params, batch)
+    return batch
+
+  state, constants = run.start()
+  numbers = itertools.takewhile(
+    lambda _: clock.seconds_left > 0, range(1, run.steps + 1)
+  )
+  losses: list[float] = []
+  with contextlib.closing(run.batches):
+    for taken in loop.steps(
+      *(run.train_step, state, run.batches, run.mesh, numbers, constants),
+      select=select,
+    ):
+      state = taken.state
+      losses.append(float(taken.metrics['loss']))
+  return state.params, losses
+
+
+def kernel_gradients(
+  prepared: recipe.Prepared,
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+  """A function from parameters and a batch to the gradients of kernels.
+
+  They are those of the mean loss, of a first, a middle and the last layer: by
+  ``layer/kind`` ``[M, N]``, float32, turned so that the shorter axis is the
+  last one.
+  """
+  depth = prepared.config.model.num_layers
+  layers = sorted({0, depth // 2, depth - 1})
+
+  @jax.jit
+  def gradients(params, batch):
+    def mean_loss(blocks):
+      params_now = {**params, 'layers': blocks}
+      loss, weight = prepared.program.objective.loss(params_now, batch)
+      return loss / weight
+
+    grads = jax.grad(mean_loss)(params['layers'])
+    found = {}
+    for kind, (group, name) in KINDS.items():
+      grad_LIO = grads[group][name]['kernel'].astype(jnp.float32)
+      (axis,) = subspace.compressed_axes(grad_LIO.shape, 'short')
+      for layer in layers:
+        found[f'{layer}/{kind}'] = subspace.toward(grad_LIO[layer], axis)
+    return found
+
+  return gradients
+
+
+def save_row(
+  args: argparse.Namespace, size: str, gap: int, clock: harness.Clock
+) -> Row:
+  """Trains a size with `galore` and keeps its gradients."""
+  optim = config.OptimConfig(
+    name='galore',
+    rank=llama.preset(size).hidden_size // 4,
+    update_proj_gap=gap,
+    learning_rate=args.learning_rate,
+  )
+  options = {'steps': 3 * gap + 1, 'optim': optim}
+  prepared = recipe.prepare(settings(args, size, args.tokenizer, **options))
+  return save_gradients(prepared, gap, args.gradients / f'{size}.npz', clock)
+
+
+def save_gradients(
+  prepared: recipe.Prepared, gap: int, path: pathlib.Path, clock: harness.Clock
+) -> Row:
+  """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`.
+
+  A run whose time is over ends early.
+
+  Returns:
+    Which steps were kept, and their losses.
+  """
+  config = prepared.config
+  gradients = kernel_gradients(prepared)
+  kept: dict[int, dict[str, np.ndarray]] = {}
+
+  def keep(number: int, params: Any, batch: Any) -> None:
+    if (number - 1) % gap == 0:
+      kept[number] = jax.device_get(gradients(params, batch))
+
+  _, losses = train(recipe.make_run(prepared, config), clock, keep)
+  if kept:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{f'{n}/{k}': g for n in kept for k, g in kept[n].items()})
+  row = {
+    'steps': list(kept),
+    'losses': [losses[number - 1] for number in kept],
+    'batch_tokens': config.batch_size * config.data.seq_len,
+  }
+  if len(losses) < config.steps:
+    row['left_out'] = f'steps from {len(losses) + 1} on: out of time'
+  return row
+
+
+def read_gradients(path: pathlib.Path) -> Gradients:
+  """What `save_gradients` kept."""
+  found: Gradients = {}
+  with np.load(path) as archive:
+    for name in archive.files:
+      number, layer, kind = name.split('/')
+      by_step = found.setdefault((int(layer), kind), {})
+      by_step[int(number)] = archive[name]
+  return found
+
+
+def loss_row(
+  args: argparse.Namespace, seed: int, variant: dict[str, Any]
+) -> Row:
+  """Trains the first size with one way of refreshing."""
+  options = {
+    **{'steps': args.steps, 'eval_batches': args.eval_batches, 'seed': seed},
+    'optim': loss_optimizer(variant, args.learning_rate),
+  }
+  return trained(recipe.prepare(settings(args, args.size[0], 'bpe', **options)))
+
+
+def trained(prepared: recipe.Prepared) -> Row:
+  """Trains a run to its end and evaluates it."""
+  run = recipe.make_run(prepared, prepared.config)
+  clock = harness.Clock(math.inf)
+  params, losses = train(run, clock, lambda *_: None)
+  # No weight is frozen.
+  return {
+    'eval_loss': run.evaluate(params, {})['loss'],
+    'train_loss': float(np.mean(losses[-LAST:])),
+  }

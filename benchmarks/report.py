@@ -1,0 +1,63 @@
+"""Writes the recorded figures into the pages of docs/results.
+
+  python -m benchmarks.report               # all of them
+  python -m benchmarks.report step.measure  # some
+
+Nothing is measured. The tables between the marks of a page, and the pictures
+beside it, are made again from benchmarks/results. Every benchmark does the same
+for itself with --report. tests/benchmarks/test_pages.py compares the pages with
+the records.
+"""
+
+import importlib
+from typing import Any
+
+from benchmarks.common import harness, pages
+
+BENCHMARKS = (
+  'refresh.measure',
+  'scaling.measure',
+  'scaling.plan_7b',
+  'scaling.state_bytes',
+  'step.layerwise_step',
+  'step.measure',
+  'train.finetune_step',
+  'train.measure',
+)
+"""Modules with recorded figures.
+
+Each has a path PAGE, `tables`, which makes the tables of this page by name from
+the recorded files, and `plots`, which draws its pictures, if it has any.
+"""
+
+
+def load(name: str) -> Any:
+  """The module of a benchmark, such as ``step.measure``."""
+  return importlib.import_module(f'benchmarks.{name}')
+
+
+def report(name: str) -> None:
+  """Writes a benchmark's tables, and draws its pictures."""
+  module = load(name)
+  pages.write(module.PAGE, module.tables())
+  if hasattr(module, 'plots'):
+    module.plots()
+
+
+def main() -> None:
+  """Reports what is named on the command line, or everything."""
+  parser = harness.parser(__doc__)
+  parser.add_argument(
+    'names', nargs='*', metavar='NAME', help=f'of {", ".join(BENCHMARKS)}'
+  )
+  args = parser.parse_args()
+  for name in args.names:
+    if name not in BENCHMARKS:
+      parser.error(f'no record {name!r}; there are {", ".join(BENCHMARKS)}.')
+  for name in args.names or BENCHMARKS:
+    harness.progress(f'Reporting {name}')
+    report(name)
+
+
+if __name__ == '__main__':
+  main()

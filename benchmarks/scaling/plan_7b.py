@@ -1,0 +1,131 @@
+"""Plans LLaMA-7B on one card in several forms: what each one's step takes.
+
+Rank 1024, sequences of 256 tokens, embedding and head full-rank, compiled for
+an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
+
+  python -m benchmarks.plan_7b
+  python -m benchmarks.plan_7b --adapters
+
+The second plans adapters on frozen weights, 4 sequences of 1024 tokens. They
+take a quarter of a minute to a minute per row. The table is in GiB; what no
+other column has is in `temporaries`.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import pathlib
+import sys
+
+import jax
+
+from benchmarks import report
+from benchmarks.common import cases, harness
+from benchmarks.common.tables import markdown
+from gnlorp_jax.plan import accelerators
+from gnlorp_jax.plan.__main__ import main as plan_main
+
+RESULTS = pathlib.Path('benchmarks/results/plan_7b.json')
+PAGE = pathlib.Path('docs/results/scaling.md')
+DEVICE = 'h100'
+BF16 = ['--config', 'configs/llama_7b_24gb.py']
+INT8 = ['--config', 'configs/llama_7b_16gb.py']
+CLIP = ['--optim.clip-global-norm', '1.0', '--step.clipping']
+ONE = ['--batch-size', '1']
+ADAPTER = [
+  *('--config', 'configs/llama_7b.py', '--step.mode', 'layerwise'),
+  *('--batch-size', '4', '--data.seq-len', '1024', '--adapter.rank', '16'),
+]
+LORA = [*ADAPTER, '--adapter.kind', 'lora', '--optim.name', 'adamw']
+ON_INT8 = ['--step.weight-bits', '8']
+PARTS: dict[str, dict[str, list[str]]] = {
+  'weights': {
+    'whole step, bfloat16': [
+      *('--config', 'configs/llama_7b.py', '--optim.basis-bits', '8')
+    ],
+    'bfloat16': BF16,
+    'bfloat16, 4-bit bases': [*BF16, '--optim.basis-bits', '4'],
+    'bfloat16, clipped, waiting': [*BF16, *CLIP, 'waiting'],
+    'bfloat16, clipped, recomputed': [*BF16, *CLIP, 'recompute'],
+    'INT8': INT8,
+    'INT8, inputs on the host': [*INT8, '--step.offload'],
+    'INT8, one sequence': [*INT8, *ONE],
+    'INT8, one sequence, 4-bit moments': [
+      *(*INT8, *ONE, '--optim.moment-bits', '4')
+    ],
+  },
+  'adapters': {
+    'LoRA, bfloat16 base': LORA,
+    'LoRA, INT8 base': [*LORA, *ON_INT8],
+    'GradNormLoRP adapters, INT8 base': [
+      *(*ADAPTER, '--adapter.kind', 'gradnormlorp', '--optim.name', 'galore'),
+      *('--optim.rank', '8', *ON_INT8),
+    ],
+  },
+}
+"""What is planned, and the options of `gnlorp_jax.plan`."""
+
+
+def planned(options: list[str]) -> cases.Row:
+  """Components and peak of a plan, bytes."""
+  output = io.StringIO()
+  with contextlib.redirect_stdout(output):
+    plan_main([*options, '--device', DEVICE, '--json', '-'])
+  found = json.loads(output.getvalue())
+  names = ('components', 'peak', 'xla', 'versions')
+  return {'options': ' '.join(options), **{name: found[name] for name in names}}
+
+
+def table(rows: list[cases.Row]) -> str:
+  """The rows in GiB, as Markdown."""
+  columns = {
+    **{'frozen_weights': 'frozen weights', 'weights': 'weights'},
+    **{'moments': 'moments', 'bases': 'bases'},
+    'saved_activations': 'block inputs',
+  }
+  rows = [row for row in rows if 'absent' not in row]
+  if not any('frozen_weights' in row['components'] for row in rows):
+    del columns['frozen_weights']
+  lines = []
+  for row in rows:
+    sizes = [row['components'].get(column, 0) for column in columns]
+    sizes += [row['peak'] - sum(sizes), row['peak']]
+    lines.append([row['run'], *(f'{size / 2**30:.2f}' for size in sizes)])
+  return markdown(['run', *columns.values(), 'temporaries', 'peak'], lines)
+
+
+def tables() -> dict[str, str]:
+  """The tables of the page."""
+  found = cases.load(RESULTS)
+  return {f'plan of 7b, {part}': table(found[part]['rows']) for part in found}
+
+
+def main() -> None:
+  """Plans every row, and writes them as they come."""
+  parser = harness.parser(__doc__)
+  parser.add_argument(
+    '--adapters', action='store_true', help='plan adapters on frozen weights'
+  )
+  harness.add_arguments(parser, RESULTS, has_device=False)
+  args = parser.parse_args()
+  if args.report:
+    report.report('scaling.plan_7b')
+    return
+  if not accelerators.compiler_is_installed():
+    sys.exit("This needs XLA's GPU compiler: pip install 'gnlorp_jax[cuda]'.")
+  jax.config.update('jax_platforms', 'cpu')
+  part = 'adapters' if args.adapters else 'weights'
+  chosen = [
+    cases.Case({'run': run}, functools.partial(planned, options))
+    for run, options in PARTS[part].items()
+  ]
+  clock = harness.Clock(math.inf)
+  found = cases.measure(part, chosen, args.output, clock, device=DEVICE)
+  rows = found[part]['rows']
+  sys.stdout.write(table(rows) + '\n' + cases.absent(rows))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,5 @@
+"""Runs `python -m benchmarks.step`."""
+
+from benchmarks.step.measure import main
+
+main()

@@ -1,0 +1,5 @@
+"""Runs `python -m benchmarks.train`."""
+
+from benchmarks.train.measure import main
+
+main()
