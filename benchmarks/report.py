@@ -14,7 +14,13 @@ from typing import Any
 
 from benchmarks.common import harness, pages
 
-BENCHMARKS = ()
+BENCHMARKS = (
+  'quality.measure',
+  'quality.methods_lm',
+  'quality.int8_weights',
+  'quality.reference_curves',
+  'quality.glue',
+)
 """Modules with recorded figures.
 
 Each has a path PAGE, `tables`, which makes the tables of this page by name from

@@ -170,8 +170,7 @@ def train(
       if not math.isfinite(losses[-1] + evals[-1][1]):
         break
   return {
-    **runs.ending(evals, losses),
-    'skipped_steps': int(state.skipped),
+    **runs.ending(evals, losses, state.skipped),
     'state_bytes': state_bytes(state.opt_state),
   }
 

@@ -142,7 +142,8 @@ class Training:
     config: llama.LlamaConfig = CONFIG,
     steps: int = STEPS,
   ):
-    self._tokens_SBT, self._steps = tokens_SBT, steps
+    self._method, self._config, self._steps = method, config, steps
+    self._tokens_SBT = tokens_SBT
     self._mesh = sharding.make_mesh(devices=jax.devices()[:1])
     # A chunk is as long as one sequence: its logits stay in the cache.
     objective = objectives.language_model(
@@ -165,10 +166,8 @@ class Training:
     self._tx = optax.GradientTransformation(
       lambda params: tx.init(held.decode_exact(params)), tx.update
     )
-    start = self._start()
-    self.state_bytes = state_bytes(start.opt_state)
     self._train_step = step.jit_train_step(
-      train_step, start, self._mesh, self._place(0.0)
+      train_step, self._start(), self._mesh, self._place(0.0)
     )
 
   def _place(self, number: float) -> jax.Array:
@@ -178,19 +177,17 @@ class Training:
   def _start(self) -> state.TrainState:
     return state.from_params(self.params, self._tx, self._mesh)
 
-  def train(self, peak: float, steps: int) -> tuple[np.ndarray, Any]:
-    """Takes the first steps: their losses, and the parameters after them."""
+  def train(
+    self, peak: float, steps: int
+  ) -> tuple[np.ndarray, state.TrainState]:
+    """Takes the first steps: their losses, and the state after them."""
     found = []
     for taken in loop.steps(
-      self._train_step,
-      self._start(),
-      map(split, self._tokens_SBT),
-      self._mesh,
-      range(1, steps + 1),
-      self._place(peak),
+      *(self._train_step, self._start(), map(split, self._tokens_SBT)),
+      *(self._mesh, range(1, steps + 1), self._place(peak)),
     ):
       found.append(taken.metrics['loss'])
-    return np.asarray(jax.device_get(found)), taken.state.params
+    return np.asarray(jax.device_get(found)), taken.state
 
   def evaluate(self, params: Any) -> float:
     """Mean loss of the batches no run trains on."""
@@ -200,15 +197,20 @@ class Training:
     # Every batch has as many targets: the mean of the batches is the mean.
     return float(np.mean([s / n for s, n in sums]))
 
-  def run(self, peak: float) -> tuple[runs.Row, np.ndarray, Any]:
-    """The whole run: its row, and what `train` returns."""
-    losses, params = self.train(peak, self._steps)
+  def run(self, peak: float, folder: pathlib.Path) -> runs.Row:
+    """What a row says of a whole run; the recorded curves are in a folder."""
+    losses, end = self.train(peak, self._steps)
     evals = [
       [0, self.evaluate(self.params)],
-      [self._steps, self.evaluate(params)],
+      [self._steps, self.evaluate(end.params)],
     ]
-    row = runs.ending(evals, losses) | {'state_bytes': self.state_bytes}
-    return row, losses, params
+    return {
+      **runs.ending(evals, losses, end.skipped),
+      'state_bytes': state_bytes(end.opt_state),
+      **self._method.describe(
+        Trained(self._config, losses, end.params), folder
+      ),
+    }
 
 
 def main(
@@ -248,14 +250,8 @@ def main(
 
     def make(name: str) -> runs.Trainer:
       training = Training(methods[name], tokens_SBT, config, args.steps)
-
-      def train(rate: float, seed: int) -> runs.Row:
-        del seed  # Weights and batches are the recorded ones.
-        row, losses, params = training.run(rate)
-        trained = Trained(config, losses, params)
-        return row | methods[name].describe(trained, args.reference)
-
-      return train
+      # Weights and batches are the recorded ones, whatever the seed.
+      return lambda rate, seed: training.run(rate, args.reference)
 
     return {'steps': args.steps}, make
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib.figure
 import numpy as np
 
@@ -43,12 +44,15 @@ def key(row: Row) -> Run:
   return row['method'], row['learning_rate'], row['seed']
 
 
-def ending(evals: list[list[float]], losses: Sequence[float]) -> Row:
+def ending(
+  evals: list[list[float]], losses: Sequence[float], skipped: jax.Array | int
+) -> Row:
   """What a row says of how a run went.
 
   Args:
     evals: The evaluations, [step, loss]; the first is before the first step.
     losses: The training loss of every step.
+    skipped: How many steps were left out.
   """
   finite = np.isfinite(losses)
   number, last = evals[-1]
@@ -56,12 +60,15 @@ def ending(evals: list[list[float]], losses: Sequence[float]) -> Row:
     outcome = f'loss not finite from step {int(np.argmin(finite)) + 1}'
   elif not math.isfinite(last):
     outcome = f'eval loss not finite after step {number}'
+  elif skipped:
+    outcome = f'{skipped} steps had no finite gradient'
   elif last > evals[0][1]:
     outcome = f'eval loss {last:.2f}, above the untrained'
   else:
     outcome = 'trained'
   return {
     'outcome': outcome,
+    'skipped_steps': int(skipped),
     'eval': [[number, record.finite(loss)] for number, loss in evals],
     # Losses are float32, which has no more digits.
     'train': [
