@@ -193,6 +193,8 @@ def table(rows: Sequence[runs.Row]) -> str:
 def plot(rows: Sequence[runs.Row], path: pathlib.Path) -> None:
   """Training losses less those of float32, a panel per optimizer and rate."""
   found = groups(rows)
+  if not found:
+    return
   figure = matplotlib.figure.Figure(
     figsize=(1 + 4 * len(found), 4), layout='constrained'
   )

@@ -4,8 +4,9 @@ The protocol is that of `reference_curves` (the same weights, 300 batches and
 schedule; rank 32, refresh every 60 steps, no clipping), with each optimizer as
 the library's defaults make it and its learning rate tuned over three values.
 Results go to a JSON file after every run; runs it holds already are not
-repeated. The table and the plot, whose columns `benchmarks.quality` explains,
-come at the end, or from `--report`.
+repeated. The table and the plot come at the end, or from `--report`: the best
+peak rate of each optimizer, the eval loss and perplexity there, the optimizer's
+state, and the eval loss at every rate (`tuning`).
 
 On two cores, two processes of one thread each finish more runs per hour than
 one process of two threads:

@@ -47,12 +47,11 @@ RECORDED = {
 def differences(
   name: str, trained: protocol.Trained, folder: pathlib.Path
 ) -> runs.Row:
-  """How far a run is from the recorded one, if there is one."""
-  if name not in RECORDED:
+  """How far a run is from the recorded one, if there is one as long."""
+  if name not in RECORDED or len(trained.losses) != protocol.STEPS:
     return {}
   recorded = record.read(folder / f'{RECORDED[name]}.json')
-  steps = len(trained.losses)
-  gap = np.abs(trained.losses - recorded['train_loss'][:steps])
+  gap = np.abs(trained.losses - recorded['train_loss'])
   return {
     'recorded_eval_loss': recorded['eval_loss'],
     'largest_difference': {n: float(gap[: int(n)].max()) for n in UP_TO},
