@@ -287,7 +287,7 @@ ADAM = OptimConfig(name='adamw', learning_rate=0.1, warmup_fraction=0.0)
 @pytest.mark.parametrize('bits', [None, 8])
 def test_only_adapters_move(mode, bits):
   planned = plan(
-    adapter=AdapterOptions(kind='lora', rank=2),
+    adapter=AdapterOptions(kind='lora', rank=2, rules=('q_proj/kernel',)),
     step=StepConfig(mode=mode, weight_bits=bits),
     optim=ADAM,
   )
@@ -308,13 +308,14 @@ def test_only_adapters_move(mode, bits):
 @pytest.mark.usefixtures('compiled_once')
 @pytest.mark.parametrize('mode', ['whole', 'layerwise'])
 def test_what_is_labelled_frozen_keeps_its_bits(mode):
-  labels = (('embed|lm_head', 'frozen'), ('.*', 'full'))
+  labels = (('embed|lm_head|attn|gate|up_proj', 'frozen'), ('.*', 'full'))
   planned = plan(
     optim=dataclasses.replace(ADAM, param_labels=labels),
     step=StepConfig(mode=mode),
   )
   before, after, _ = take_steps(planned)
-  assert set(before[1]) == {'embed', 'lm_head'}
+  assert set(before[1]) == {'embed', 'lm_head', 'layers'}
+  assert set(before[0]['layers']['mlp']) == {'down_proj'}
   assert same_bits(before[1], after[1])
   for a, b in zip(
     jax.tree.leaves(before[0]), jax.tree.leaves(after[0]), strict=True
@@ -334,7 +335,10 @@ def test_what_is_labelled_frozen_keeps_its_bits(mode):
 @pytest.mark.usefixtures('compiled_once')
 def test_dropout_of_adapters_follows_the_seeds_of_the_batch():
   planned = plan(
-    adapter=AdapterOptions(kind='lora', rank=2, dropout=0.5), optim=ADAM
+    adapter=AdapterOptions(
+      kind='lora', rank=2, dropout=0.5, rules=('q_proj/kernel',)
+    ),
+    optim=ADAM,
   )
   config, built = planned.config, planned.program
   numbers = recipe.optimizer.numbers(config.optim, config.steps)
