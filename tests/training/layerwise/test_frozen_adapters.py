@@ -71,17 +71,17 @@ def llama_of(layers=LAYERS, features=FEATURES, hidden=HIDDEN):
   )
 
 
-# Of seven; the others are frozen without adapters. Compiling takes the time: it
-# grows with the number of arrays that train.
-SOME = ('attn/q_proj/kernel', 'mlp/down_proj/kernel')
+# Of seven kernels; the others are frozen without adapters. Compiling takes the
+# time: it grows with the number of arrays that train.
+ONE = ('mlp/down_proj/kernel',)
 ALL = ('layers/(attn|mlp)/.*/kernel',)
 
 
-def adapter_of(kind, rules=SOME):
+def adapter_of(kind, rules=ONE):
   return adapters.AdapterConfig(kind=kind, rank=RANK, alpha=4.0, rules=rules)
 
 
-def adapted(kind, model, rules=SOME):
+def adapted(kind, model, rules=ONE):
   """The model that uses the adapters it is given."""
   adapt = functools.partial(adapters.adapted, adapter_of(kind, rules))
   fns = model.layer_fns
@@ -102,7 +102,7 @@ def base_weights():
 
 
 @functools.cache
-def weights(kind, rules=SOME):
+def weights(kind, rules=ONE):
   """Adapters, both factors at random, and a quantised base."""
   base, quantised = base_weights()
   init = jax.jit(functools.partial(adapters.init, adapter_of(kind, rules)))
@@ -145,7 +145,7 @@ def tokens(seed):
   }
 
 
-OPTIONS = {'num_micro_batches': 2, 'clip_global_norm': 1.3}
+OPTIONS = {'num_micro_batches': 2, 'clip_global_norm': 0.4}
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def compiled_text(toy, trained, frozen, tx):
   return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize('bits', [32, 8])
+@pytest.mark.parametrize('bits', [pytest.param(32, marks=pytest.mark.slow), 8])
 def test_compiled_step_forms_no_gradient_of_a_frozen_shape(toy, bits):
   trained, frozen = weights('lora', ALL)
   full = jax.jit(toy.decode)(frozen)
@@ -389,7 +389,8 @@ def whole_step(toy, model, tx, trained, base):
 
 
 @pytest.mark.parametrize(
-  ('make_step', 'copies'), [(layerwise_step, 0), (whole_step, 4)]
+  ('make_step', 'copies'),
+  [pytest.param(layerwise_step, 0, marks=pytest.mark.slow), (whole_step, 4)],
 )
 def test_memory_does_not_grow_by_decoded_stacks(toy, make_step, copies):
   features, hidden = 128, 352
@@ -397,7 +398,7 @@ def test_memory_does_not_grow_by_decoded_stacks(toy, make_step, copies):
     temporaries(toy, layers, make_step, features, hidden) for layers in (3, 9)
   )
   inputs = BATCH * POSITIONS * features * 4
-  adapter = 4 * RANK * ((features + features) + (hidden + features))
+  adapter = 4 * RANK * (hidden + features)
   decoded = 4 * (3 * features**2 + 3 * features * hidden)
   # A whole step holds gradients and updates of all adapters, as well.
   allowed = inputs + copies * adapter

@@ -122,12 +122,16 @@ def test_moments_that_a_refresh_leaves_keep_their_codes(toy):
     4,
     min_size=64,
   )
-  params = {'up': {'kernel': toy.init()['layers']['up']}}
+
+  def kernels(seed):
+    return {'up': toy.init(seed)['layers']['up']}
+
+  params = kernels(0)
   now = jax.jit(tx.init)(params)
   update = jax.jit(tx.update)
   for number in range(3):
-    grads = toy.init(number + 1)['layers']['up']
-    _, now = update({'up': {'kernel': grads}}, now, params)
+    grads = kernels(number + 1)
+    _, now = update(grads, now, params)
   _, same = jax.jit(tx.project, static_argnames='due')(
     grads, now, params, due=False
   )
