@@ -86,6 +86,7 @@ def one_step(planned, batch):
   return jax.device_get((new.params, values))
 
 
+@pytest.mark.slow
 def test_layers_one_by_one_take_the_step_of_the_whole():
   batch = masked_batch()
   results = []
@@ -225,6 +226,7 @@ def finished(options, tmp_path_factory, compiled_once):
   return folder, run_main(options(folder))
 
 
+@pytest.mark.slow
 def test_run_learns_and_tells_what_it_guesses(finished):
   folder, output = finished
   summary = json.loads((folder / 'summary.json').read_text())
@@ -234,6 +236,7 @@ def test_run_learns_and_tells_what_it_guesses(finished):
   assert 'Validation loss' in output and 'lower' in output
 
 
+@pytest.mark.slow
 def test_export_is_read_by_transformers(finished, options):
   transformers = pytest.importorskip('transformers')
   torch = pytest.importorskip('torch')
@@ -261,6 +264,7 @@ def test_export_is_read_by_transformers(finished, options):
   np.testing.assert_allclose(ours, expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_init_from_goes_on_with_the_exported_model(finished, options, tmp_path):
   folder, _ = finished
   args = options(tmp_path, **{'init-from': folder / 'hf', 'steps': 1})
