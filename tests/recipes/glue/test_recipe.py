@@ -56,8 +56,8 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-# All of the model trains, or has adapters. What others do with all of it needs
-# shapes alone: see the report and the sizes of their state.
+# All of the model trains, or has adapters. That others would train all of it is
+# seen by shapes alone, in the test that follows.
 WHOLE = ('full', 'lora', 'gradnormlorp')
 
 

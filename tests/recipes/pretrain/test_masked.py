@@ -142,6 +142,7 @@ def test_dropout_follows_the_seeds_of_the_batch():
   assert value(batch, False) != value(batch, True)
 
 
+@pytest.mark.slow
 def test_micro_batches_drop_different_features():
   """With one dropout mask for both, twice the same rows give the same twice."""
   dropping = dataclasses.replace(TINY, hidden_dropout=0.5)

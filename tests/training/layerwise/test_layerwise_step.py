@@ -137,7 +137,9 @@ def test_tied_head_equals_the_whole_step(toy):
     toy.assert_equal(found, whole)
 
 
-@pytest.mark.parametrize('clip', [None, 12.0])
+@pytest.mark.parametrize(
+  'clip', [None, pytest.param(12.0, marks=pytest.mark.slow)]
+)
 def test_rows_of_large_matrices_are_updated_apart(toy, monkeypatch, clip):
   monkeypatch.setattr(checks, 'ROW_BLOCK', 4096)
   tx = optim.split.chain(
