@@ -327,7 +327,7 @@ def test_stack_equals_each_matrix_by_itself(bits):
 
 @both_bits
 def test_donated_step_compiles_once(bits):
-  params = make_params()
+  params = jax.tree.map(jnp.asarray, make_params())
   tx = quantize_moments(optax.adamw(1e-3), bits)
   state = jax.jit(tx.init)(params)
   step = compiled(tx)
