@@ -63,7 +63,15 @@ VARIANTS = {
 }
 # The variant that bears an alias' own name.
 ALIASES = [name for name, tx in VARIANTS.items() if tx.func.__name__ == name]
-every_variant = pytest.mark.parametrize('name', VARIANTS)
+# Of each mechanism one, for a quick look.
+QUICK = ('adamw, 8 bits', 'apollo', 'galore', 'gradnormlorp', 'ldadam')
+every_variant = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in VARIANTS
+  ],
+)
 every_alias = pytest.mark.parametrize('name', ALIASES)
 
 
@@ -363,6 +371,7 @@ def test_what_a_variant_is_named_for_takes_place(name):
   assert all((gap > LOW_RANK['update_proj_gap']).any() for gap in gaps)
 
 
+@pytest.mark.slow
 @variant_of_slices
 def test_stack_equals_its_slices(name):
   tx, state, _ = compiled(name)
@@ -400,6 +409,7 @@ def test_stack_equals_its_slices(name):
   )
 
 
+@pytest.mark.slow
 @variant_on_mesh
 def test_mesh_equals_one_device(name):
   run = trained_on_mesh(name)
@@ -570,6 +580,7 @@ def test_report_tells_rank_and_sides(name):
   assert ('nothing is compressed' in down.reason) == (rank >= 6)
 
 
+@pytest.mark.slow
 @every_alias
 def test_injected_hyperparameters_equal_fixed_ones(name):
   # Integers fix shapes or the program; the other numbers may change.
@@ -600,6 +611,7 @@ def test_injected_hyperparameters_equal_fixed_ones(name):
   )
 
 
+@pytest.mark.slow
 @every_alias
 def test_bfloat16_parameters_train_in_a_users_chain(name):
   # Normalised weights, a schedule, and links before and behind, all at once.
