@@ -180,7 +180,9 @@ def trained(config):
   return {**params, 'layers': train(params['layers'])}
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
   tmp_path, dtype
 ):
@@ -224,6 +226,7 @@ def test_damaged_file_of_scales_is_an_error(tmp_path):
     load(tmp_path / 'hf', config)
 
 
+@pytest.mark.slow
 def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')

@@ -44,10 +44,9 @@ def gradients(like, seed=0):
 
 
 def one_update(tx, grads, weights):
-  def update(grads, weights):
-    return tx.update(grads, tx.init(weights), weights)[0]
-
-  return jax.jit(update)(grads, weights)
+  # Not in one program: XLA would fold the first count into constants.
+  state = jax.jit(tx.init)(weights)
+  return jax.jit(tx.update)(grads, state, weights)[0]
 
 
 # The schedule.
@@ -86,6 +85,17 @@ def test_schedule_that_only_warms_up_ends_at_the_peak():
   np.testing.assert_allclose(found, 0.5 * np.arange(1, 9) / 8, rtol=1e-6)
 
 
+# What is computed from arguments and from constants differs by one unit in the
+# last place with XLA's older code generator for CPUs, with which tests compile;
+# with the one that users have, it does not.
+jit_to_the_last_bit = functools.partial(
+  jax.jit,
+  compiler_options={'xla_cpu_use_fusion_emitters': True}
+  if jax.__version_info__ < (0, 11)  # Later there is nothing else.
+  else {},
+)
+
+
 def optax_schedule(config, steps):
   """The warm-up and the cosine, of schedules of Optax with constants."""
   warmup = max(round(config.warmup_fraction * steps), 1)
@@ -115,10 +125,10 @@ def optax_schedule(config, steps):
 )
 def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
   config = OptimConfig(**options)
-  expected = jax.jit(optax_schedule(config, steps))
+  expected = jit_to_the_last_bit(optax_schedule(config, steps))
   warmup = max(round(config.warmup_fraction * steps), 1)
 
-  @jax.jit
+  @jit_to_the_last_bit
   def found(count, numbers):
     return optimizer.cosine_rate(
       count, **numbers, warmup=warmup, steps=steps, final=config.final_fraction
@@ -156,7 +166,7 @@ def test_linear_rate_is_a_closed_form(warmup, final):
       expected = peak * (final + (1 - final) * part)
     np.testing.assert_allclose(schedule(count), expected, rtol=3e-7)
   if not rise:  # The linear schedule of Optax then, and of transformers.
-    same = jax.jit(optax.linear_schedule(peak, peak * final, steps))
+    same = optax.linear_schedule(peak, peak * final, steps)
     for count in range(steps):
       np.testing.assert_allclose(schedule(count), same(count), rtol=3e-7)
 

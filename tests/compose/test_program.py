@@ -52,7 +52,9 @@ def start(found, seed=0):
   return found.program.start(jax.random.key(seed), numbers)
 
 
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+@pytest.mark.parametrize(
+  'mode', ['whole', pytest.param('layerwise', marks=pytest.mark.slow)]
+)
 def test_gradients_are_clipped_before_the_optimizer_sees_them(mode):
   # With so large an eps Adam's step is the gradient divided by it.
   adam = OptimConfig(

@@ -84,6 +84,7 @@ def test_error_buffers_by_hand(bound_of):
   assert bound_of(optim=optim)['errors'] == 4 * KERNELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('data', 'fsdp', 'changes'),
   [
