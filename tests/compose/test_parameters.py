@@ -222,16 +222,13 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
   assert names(found.frozen) == KERNELS
 
 
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
-def test_base_of_adapters_may_be_in_8_bits(mode):
-  step = StepConfig(mode=mode, weight_bits=8)
+def test_base_of_adapters_may_be_in_8_bits():
+  step = StepConfig(weight_bits=8)
   adapter = AdapterOptions(kind='gradnormlorp', rank=2)
   found = plan(settings(step=step, adapter=adapter))
   assert not any(map(is_quantized, leaves(found.trained)))
   quantized = [x for x in leaves(found.frozen) if is_quantized(x)]
   assert len(quantized) == len(KERNELS)
-  if mode == 'layerwise':  # The weights are drawn in the same way.
-    return
   trained, frozen = found.start(jax.random.key(3))
   again = found.start_frozen(jax.random.key(3))
   assert_same(frozen, again)
