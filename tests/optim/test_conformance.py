@@ -92,11 +92,19 @@ variant_of_slices = variants_but(
   'galore',
   'galore, long',
   'gradnormlorp',
+  'gradnormlorp, 4 bits',
   'ldadam',
   'vlorp',
 )
 variant_on_mesh = variants_but(
-  'adamw', 'apollo', 'fira', 'gradnormlorp', 'ldadam', 'vlorp'
+  'adamw',
+  'adamw, 8 bits',
+  'apollo',
+  'fira',
+  'gradnormlorp',
+  'gradnormlorp, 4 bits',
+  'ldadam',
+  'vlorp',
 )
 # Where a link of its own takes the numbers; of other aliases tracing tells
 # whether a number is fixed.

@@ -181,8 +181,8 @@ def test_free_running_adam8bit_follows_bitsandbytes(
   assert error.max() < 20 * ADAM['lr'] * 0.1
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_each_step_follows_bitsandbytes_as_it_is(shape, without_floor):
+def test_each_step_follows_bitsandbytes_as_it_is(without_floor):
+  shape = (67, 100)  # Other ones run free, above.
   # Heavy tails: moments over ten decades, and some steps of more than 1.
   rng = np.random.default_rng(1)
   w = rng.standard_normal(shape).astype(np.float32)
@@ -359,6 +359,7 @@ def test_map_params_and_injected_hyperparameters():
       lambda learning_rate: quantize_moments(optax.adamw(learning_rate), 8)
     )(learning_rate=1e-3),
   ]
+  params = {'head': params['head']}
   grads = make_grads(0, params)
 
   def first(tx):
@@ -366,7 +367,7 @@ def test_map_params_and_injected_hyperparameters():
 
   expected, _ = first(tx)
   for other in injected:
-    assert len(quantized_in(jax.eval_shape(other.init, params))) == 4
+    assert len(quantized_in(jax.eval_shape(other.init, params))) == 2
     updates, _ = first(other)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
