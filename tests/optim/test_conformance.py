@@ -131,12 +131,6 @@ SHAPES = {
   },
 }
 MESH_RULES = (('.*', sharding.shard_largest_axis('fsdp', min_size=1024)),)
-# Compiling takes nearly all of the time here. Without the fusion emitters and
-# machine code optimisations of the CPU it is a fifth.
-COMPILER_OPTIONS = {'xla_backend_optimization_level': 0}
-if jax.__version_info__ < (0, 11):  # Later there is nothing else.
-  COMPILER_OPTIONS['xla_cpu_use_fusion_emitters'] = False
-jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 # Every kind of array that a state holds: codes with scales and zeros, numbers
 # of columns, seeds, and trees with holes. The others continue from copies.
@@ -202,7 +196,7 @@ class Compiled(NamedTuple):
 @functools.cache
 def compiled(name):
   tx = build(name)
-  step = jit(step_of(tx), donate_argnums=(0, 1))
+  step = jax.jit(step_of(tx), donate_argnums=(0, 1))
   return Compiled(tx, tx.init(PARAMS), step)
 
 
@@ -255,7 +249,7 @@ def trained_on_mesh(name):
   rules = sharding.infer_shardings(
     (PARAMS, state), sharding.make_mesh(1, 4), MESH_RULES
   )
-  step = jit(step_of(tx), donate_argnums=(0, 1), out_shardings=rules)
+  step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=rules)
   params, state = jax.device_put(on_host((PARAMS, state)), rules)
   for grads in GRADS:
     params, state = step(params, state, jax.device_put(grads, rules[0]))
@@ -412,7 +406,7 @@ def test_stack_equals_its_slices(name):
     return jax.tree_util.tree_map_with_path(leaf, structure)
 
   stacked_params, stacked_state = trained(name)
-  step = jit(step_of(tx))
+  step = jax.jit(step_of(tx))
   assert_same_training(
     run(step, params, sliced_state(state), map(sliced, GRADS)),
     (sliced(stacked_params), sliced_state(stacked_state)),
@@ -608,8 +602,8 @@ def test_injected_hyperparameters_equal_fixed_ones(name):
     _, after = jax.eval_shape(step_of(tx), PARAMS, state, GRADS[0])
     assert types(after) == types(state)
     return
-  step = jit(step_of(tx))
-  params, state = run(step, PARAMS, jit(tx.init)(PARAMS), GRADS)
+  step = jax.jit(step_of(tx))
+  params, state = run(step, PARAMS, jax.jit(tx.init)(PARAMS), GRADS)
   # In float32, 1 - b2 is off by 5e-5.
   assert_close(
     jax.tree.map(np.subtract, params, PARAMS),
@@ -639,7 +633,7 @@ def test_bfloat16_parameters_train_in_a_users_chain(name):
   )
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), UP)
   new = fit(
-    jit(step_of(tx)), params, jit(tx.init)(params), target=up_of(TARGET)
+    jax.jit(step_of(tx)), params, jax.jit(tx.init)(params), target=up_of(TARGET)
   )
   assert {p.dtype for p in jax.tree.leaves(new)} == {jnp.dtype('bfloat16')}
   assert_nearer(new, 0.99, UP, up_of(TARGET))

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.common import programs
 from benchmarks.step import layerwise_step
+from gnlorp_jax import optim
 from gnlorp_jax.training import layerwise, parameters, state
 
 # 8 and 16 layers, and one more, which is no other axis of the models.
@@ -34,7 +35,7 @@ def growth(compile_step):
   return (temps[1] - temps[0]) / (LAYERS[1] - LAYERS[0])
 
 
-def test_a_layer_of_a_llama_adds_the_input_of_its_block(toy):
+def test_a_layer_of_a_llama_adds_the_input_of_its_block():
   """The program of `train_lm.py`; moments and weights are codes."""
   batch, positions, features = 4, 32, 128
 
@@ -44,9 +45,7 @@ def test_a_layer_of_a_llama_adds_the_input_of_its_block(toy):
       **{'batch_size': batch, 'seq_len': positions, 'clip_global_norm': None},
       **{'name': 'galore', 'moment_bits': 8, 'weight_bits': 8},
     )
-    return programs.compiled(
-      lambda: programs.lower(planned), toy.COMPILER_OPTIONS
-    )[0]
+    return programs.compiled(lambda: programs.lower(planned))[0]
 
   expected = batch * positions * features * 4
   # XLA copies the stacks of the norms' scales: their last uses, for gradients
@@ -67,10 +66,11 @@ def test_a_layer_of_a_llama_adds_the_input_of_its_block(toy):
 def test_where_gradients_wait_a_layer_adds_what_projecting_leaves(
   toy, name, options
 ):
-  tx = toy.optimizer(name)
+  make = getattr(optim, name)
+  tx = make(1e-2, skip_nonfinite=False, **toy.LOW_RANK)
 
   def compile_step(layers):
-    params = toy.init(jax.random.key(0), layers)
+    params = toy.init(layers=layers)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     now = state.TrainState(
       count, count, params, jax.eval_shape(tx.init, params)
@@ -79,9 +79,7 @@ def test_where_gradients_wait_a_layer_adds_what_projecting_leaves(
       toy.PIECES, tx, parameters.plain(params), clip_global_norm=1.0, **options
     )
     jitted = jax.jit(step, donate_argnums=0)
-    return programs.compiled(
-      lambda: jitted.lower(now, toy.make_batch(0)), toy.COMPILER_OPTIONS
-    )[0]
+    return programs.compiled(lambda: jitted.lower(now, toy.make_batch(0)))[0]
 
   d, f, rank = toy.FEATURES, toy.HIDDEN, toy.LOW_RANK['rank']
   rows = toy.BATCH // options.get('num_micro_batches', 1)
