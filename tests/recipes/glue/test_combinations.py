@@ -133,7 +133,7 @@ def test_state_of_few_bits_is_smaller():
 
 def test_options_of_the_optimizer_reach_the_place_that_makes_it(monkeypatch):
   words = """
-    --method gradnormlorp --optim.projection random --optim.b1 0.5
+    --method gradnormlorp --optim.basis-bits 4 --optim.b1 0.5
     --optim.side out --optim.solver eigh --optim.weight-decay 0.1
     --optim.clip-global-norm 0.01 --optim.schedule cosine
     --optim.moment-bits 8
@@ -149,8 +149,8 @@ def test_options_of_the_optimizer_reach_the_place_that_makes_it(monkeypatch):
   prepared = prepare(words)
   (options,) = found
   config = options['optim_config']
-  assert (config.name, config.projection, config.b1) == (
-    *('gradnormlorp', 'random', 0.5),
+  assert (config.name, config.basis_bits, config.b1) == (
+    *('gradnormlorp', 4, 0.5),
   )
   assert (config.side, config.solver, config.weight_decay) == (
     *('out', 'eigh', 0.1),
@@ -158,8 +158,9 @@ def test_options_of_the_optimizer_reach_the_place_that_makes_it(monkeypatch):
   assert (config.clip_global_norm, config.moment_bits) == (0.01, 8)
   # A rate is an argument of the program, its schedule is of a run.
   run = recipe.make_run(prepared, None, 0).run
-  rates = [float(run.instruments.schedule(count)) for count in range(7)]
-  cosine = [0.003 * (1 + np.cos(np.pi * count / 6)) / 2 for count in range(7)]
+  # One step of warm-up, then five from the peak to zero.
+  rates = [float(run.instruments.schedule(count)) for count in range(1, 6)]
+  cosine = [0.003 * (1 + np.cos(np.pi * count / 4)) / 2 for count in range(5)]
   np.testing.assert_allclose(rates, cosine, rtol=1e-5, atol=1e-9)
 
 
