@@ -317,9 +317,9 @@ EIGHT_BITS = {'step__mode': 'layerwise', 'step__weight_bits': 8}
 
 def test_run_in_8_bits_learns_and_counts_its_bytes(options, tmp_path):
   folder = tmp_path / 'run'
-  run_main(options(folder, steps=12, eval_every=6, **EIGHT_BITS))
+  run_main(options(folder, **EIGHT_BITS))
   losses = [row['eval/loss'] for row in read_rows(folder) if 'eval/loss' in row]
-  assert losses[-1] < 0.8 * losses[0]
+  assert losses[-1] < 0.7 * losses[0]
   assert (folder / 'sample.txt').read_text().strip()
   summary = json.loads((folder / 'summary.json').read_text())
   # Vectors: 2 norms a layer and the last; kernels: 4 of 32 x 32, 3 of 32 x 48.

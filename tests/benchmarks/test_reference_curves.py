@@ -13,18 +13,28 @@ from benchmarks.quality import protocol, reference_curves
 
 pytestmark = [pytest.mark.slow, pytest.mark.fast_code]
 
-STEPS = 12  # The bases are fitted at the first.
 
-
-@pytest.mark.parametrize('name', reference_curves.RECORDED)
-def test_training_follows_the_recorded_losses(shared, name):
+@pytest.mark.parametrize(
+  ('name', 'steps', 'tolerance'),
+  [
+    # Twenty times the last digit of float32; at the first step they are equal.
+    ('adamw', 12, 2e-5),
+    ('released', 12, 2e-5),
+    # Over the warm-up into the cosine, up to the second refresh, rounding grows.
+    ('galore', 60, 1e-4),
+  ],
+)
+def test_training_follows_the_recorded_losses(shared, name, steps, tolerance):
   folder = shared / 'reference' / 'curves'
   recorded_name = reference_curves.RECORDED[name]
   recorded = json.loads((folder / f'{recorded_name}.json').read_text())
   method = reference_curves.METHODS[name]
   training = protocol.Training(method, protocol.read_tokens(folder))
-  losses, _ = training.train(*method.rates, STEPS)
-  expected = np.asarray(recorded['train_loss'][:STEPS])
+  losses, _ = training.train(*method.rates, steps)
+  expected = np.asarray(recorded['train_loss'][:steps])
   assert expected[-1] < expected[0] - 0.5  # It learned something to compare.
-  # Twenty times the last digit of float32; at the first step they are equal.
-  np.testing.assert_allclose(losses, expected, atol=2e-5, rtol=0)
+  np.testing.assert_allclose(losses, expected, atol=tolerance, rtol=0)
+
+
+def test_every_recorded_curve_has_a_test():
+  assert set(reference_curves.RECORDED) == {'adamw', 'galore', 'released'}

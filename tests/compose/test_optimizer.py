@@ -368,7 +368,7 @@ def test_every_optimizer_has_a_name():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_name_builds_with_what_is_asked_for(name, caplog, monkeypatch):
-  # That it then moves every parameter, `test_conformance` shows of every alias.
+  # tests/optim/test_conformance.py shows that every alias moves parameters.
   rank = 1 if name in ('vlorp', 'projfactor') else 4
   config = OptimConfig(name=name, rank=rank, weight_decay=0.01)
   if rank == 1:

@@ -104,6 +104,7 @@ def test_state_has_the_documented_shapes(side, basis, low):
     ('power', 'long', False),
     ('eigh', 'short', False),
     ('exact', 'both', False),
+    ('power', 'both', True),
   ],
 )
 def test_stack_of_kernels_equals_each_by_itself(solver, side, spread):

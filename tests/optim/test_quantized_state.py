@@ -182,7 +182,7 @@ def test_free_running_adam8bit_follows_bitsandbytes(
 
 
 def test_each_step_follows_bitsandbytes_as_it_is(without_floor):
-  shape = (67, 100)  # Other ones run free, above.
+  shape = (67, 100)  # The test before has other shapes.
   # Heavy tails: moments over ten decades, and some steps of more than 1.
   rng = np.random.default_rng(1)
   w = rng.standard_normal(shape).astype(np.float32)

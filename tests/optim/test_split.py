@@ -22,6 +22,17 @@ HALVES = {
   'heads': functools.partial(
     optim.gradnormlorp, kernel_axes=[('up', 1, 2)], **RANK
   ),
+  'both sides': functools.partial(
+    optim.gradnormlorp, side='both', moments_on_refresh='reset', **RANK
+  ),
+  'lazy': functools.partial(
+    optim.q_galore,
+    basis_bits=32,
+    moment_bits=32,
+    lazy_refresh=optim.LazyRefresh(threshold=-1.0, queue=1),
+    **RANK,
+  ),
+  'projfactor': functools.partial(optim.projfactor, granularity=2, **RANK),
   'vlorp': functools.partial(optim.vlorp, granularity=2, **RANK),
 }
 every_half = pytest.mark.parametrize('name', HALVES)

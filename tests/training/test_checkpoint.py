@@ -482,7 +482,8 @@ for step in itertools.count(1):
 
 
 def test_killed_run_leaves_a_usable_directory(tmp_path):
-  # One process that saves to three: killed, each is at another point.
+  # One process that saves to three folders in turn: when it is killed, one of
+  # them is being written, and the others are complete.
   root = pathlib.Path(__file__).resolve().parents[2]
   directories = [tmp_path / str(index) for index in range(3)]
   with subprocess.Popen(

@@ -119,9 +119,8 @@ def test_selection_equals_the_product_with_the_turn(power):
     power,
   )
   np.testing.assert_allclose(found, low @ turn**power, atol=1e-6)
-  assert (
-    np.asarray(found)[..., [0, 3]] == 0
-  ).all()  # Not a rounding error: zero.
+  # Zero, and not a rounding error.
+  assert (np.asarray(found)[..., [0, 3]] == 0).all()
 
 
 def test_refresh_of_a_stack_is_compiled_without_an_n_by_n_matrix():

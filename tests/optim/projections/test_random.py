@@ -167,7 +167,7 @@ def test_seeds_change_exactly_at_a_refresh():
     *(optax.identity(), 2, 4), projection='random', spread_refreshes=False
   )
   grads = gradient((10, 3, 6, 8))
-  state = again = jax.jit(tx.init)(grads[0])
+  state, again = jax.jit(tx.init)(grads[0]), tx.init(grads[0])
   update = jax.jit(tx.update)
   seeds = [np.asarray(state.subspace.basis['in'].seed)]
   for grad in grads:

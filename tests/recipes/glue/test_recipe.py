@@ -56,8 +56,9 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-# All of the model trains, or has adapters. That others would train all of it is
-# seen by shapes alone, in the test that follows.
+# With these all of the model trains, or has adapters. That other optimizers
+# train all of it too is seen from shapes, in
+# `test_other_optimizers_train_all_weights_with_less_state`.
 WHOLE = ('full', 'lora', 'gradnormlorp')
 
 
@@ -134,7 +135,7 @@ def test_every_method_trains_and_leaves_the_rest_alone(
 
 
 @pytest.mark.parametrize(
-  'method', sorted(set(methods.METHODS) - set(methods.COMPARED))
+  'method', sorted({*methods.METHODS} - {*methods.COMPARED} | {'galore'})
 )
 def test_other_optimizers_train_all_weights_with_less_state(
   method, settings, prepare

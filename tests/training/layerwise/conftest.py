@@ -37,6 +37,9 @@ TXS = {
   'dct_adamw': functools.partial(
     optim.dct_adamw, error_bits=32, **LOW_RANK, **EPS
   ),
+  'dct_adamw, no errors': functools.partial(
+    optim.dct_adamw, error_bits=None, **LOW_RANK, **EPS
+  ),
   'fira': functools.partial(optim.fira, **LOW_RANK, **EPS),
   'galore': functools.partial(
     optim.galore, weight_decay=0.1, **LOW_RANK, **EPS

@@ -65,7 +65,8 @@ def whole_steps(toy, part):
 @pytest.mark.parametrize(
   ('part', 'ways'),
   [
-    # One by one on one device; waiting on several, each with parts of them all.
+    # Gradients are used one by one on one device; on four devices, which share
+    # the arrays, they wait for their norm.
     pytest.param(
       *('a kernel', [(RECOMPUTE, (1, 1)), (WAITING, (2, 2))]),
       marks=pytest.mark.slow,

@@ -152,11 +152,11 @@ OPTIONS = {'num_micro_batches': 2, 'clip_global_norm': 0.4}
 @pytest.mark.parametrize(
   ('kind', 'name', 'bits'),
   [
-    # What is frozen is decoded before a layer sees it, and the optimizer is
-    # shown what trains alone: kinds, optimizers and bits do not meet.
+    # A layer sees decoded weights, and the optimizer sees only what trains.
+    # So each kind, optimizer and number of bits is here, but not all together.
     ('lora', 'galore', 8),
-    ('dora', 'adamw', 8),
-    ('gradnormlorp', 'galore', 32),
+    ('dora', 'adamw', 32),
+    ('gradnormlorp', 'galore', 8),
   ],
 )
 def test_adapters_take_the_whole_steps(toy, kind, name, bits):
@@ -266,7 +266,7 @@ def guarded_case(kind):
 
 @pytest.mark.parametrize(
   ('kind', 'mode'),
-  # One pass backward serves all modes.
+  # All modes go backward through the same function: one of each is enough.
   [('lora', 'at once'), ('dora', 'waiting'), ('gradnormlorp', 'recompute')],
 )
 def test_no_frozen_array_is_differentiated(toy, kind, mode):

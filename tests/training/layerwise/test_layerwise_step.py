@@ -18,13 +18,13 @@ from gnlorp_jax.training.layerwise import checks
 
 # Those of `toy.TXS`.
 NAMES = (
-  *('adamw', 'apollo', 'apollo_mini', 'dct_adamw', 'fira', 'galore'),
-  *('galore, frozen', 'galore_adafactor', 'gradnormlorp'),
+  *('adamw', 'apollo', 'apollo_mini', 'dct_adamw', 'dct_adamw, no errors'),
+  *('fira', 'galore', 'galore, frozen', 'galore_adafactor', 'gradnormlorp'),
   *('gradnormlorp, both sides', 'ldadam', 'projfactor', 'q_galore', 'vlorp'),
 )
 CLIPPED = {'num_micro_batches': 2, 'clip_global_norm': 12.0}
-# XLA splits the arrays of any program. Of those that keep gradients until the
-# norm is there, of those that factor moments, and of those that do not wait.
+# XLA splits the arrays of any program. One optimizer whose gradients wait for
+# their norm, one that factors moments, and one that takes every step at once.
 SHARDED = ('gradnormlorp', 'galore_adafactor', 'apollo')
 
 
@@ -94,8 +94,8 @@ def test_every_optimizer_takes_the_whole_steps(toy, name):
 
 @pytest.mark.slow
 def test_steps_without_clipping_are_the_whole_steps(toy):
-  # A layer is updated at once by the optimizer's `update`, which for others
-  # tests/optim/test_split.py compares with the halves that clipping needs.
+  # A layer is updated at once by the optimizer's `update`. That this equals the
+  # two halves which clipping needs is tested in tests/optim/test_split.py.
   expected = whole_trajectory(toy, 'gradnormlorp', {})
   found = layered_trajectory(toy, 'gradnormlorp', {})
   assert_equal_with_counts(toy, found, expected)
@@ -113,8 +113,7 @@ def test_tied_head_equals_the_whole_step(toy):
   clip = {'clip_global_norm': 12.0}
   trained = toy.init()
   del trained['head']
-  frozen = {'layers': trained.pop('layers')}
-  trained['layers'] = {'norm': frozen['layers'].pop('norm')}
+  frozen = {'layers': {'down': trained['layers'].pop('down')}}
   pieces = toy.PIECES._replace(loss=toy.tied_loss)
   whole, *layered = (
     toy.trajectory(make_step, tx, mesh, 6, params=trained, frozen=frozen)

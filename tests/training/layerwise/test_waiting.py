@@ -41,13 +41,17 @@ def projected_by_hand(toy, tx, k, clip, frozen):
   return train_step
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'clip', 'parts', 'meshes'),
   [
-    # On one device none are summed over devices.
-    ('gradnormlorp', 6.0, 'in_part', [(1, 1), (2, 2)]),
-    ('galore_adafactor', None, 'all', [(4, 1)]),
+    # On one device, where there is nothing to sum over devices, and on four.
+    pytest.param(
+      *('gradnormlorp', 6.0, 'in_part', [(1, 1), (2, 2)]),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *('galore_adafactor', None, 'all', [(4, 1)]), marks=pytest.mark.slow
+    ),
     ('vlorp', 4.0, 'in_part', [(4, 1)]),
   ],
 )
