@@ -11,6 +11,7 @@ is not in the code any more.
 
 import argparse
 import concurrent.futures
+import functools
 import os
 import pathlib
 import shutil
@@ -181,8 +182,8 @@ def make(fault: Fault, folder: pathlib.Path) -> None:
   path.write_text(text.replace(fault.right, fault.wrong))
 
 
-def outcome(fault: Fault) -> str:
-  """The test that notices a fault; an empty text if none does."""
+def outcome(fault: Fault | None, tests: str) -> str:
+  """The first of the tests that fails with a fault; an empty text if none."""
   with tempfile.TemporaryDirectory() as parent:
     folder = pathlib.Path(parent, 'checkout')
     folder.mkdir()
@@ -193,11 +194,12 @@ def outcome(fault: Fault) -> str:
     # The reference data beside the checkout.
     if (ROOT.parent / 'shared').is_dir():
       pathlib.Path(parent, 'shared').symlink_to(ROOT.parent / 'shared')
-    make(fault, folder)
+    if fault is not None:
+      make(fault, folder)
     command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p']
     command += [
       'no:cacheprovider',
-      *(f'tests/{x}' for x in fault.tests.split()),
+      *(f'tests/{x}' for x in tests.split()),
     ]
     done = subprocess.run(
       command,
@@ -227,11 +229,18 @@ def main() -> None:
   if not faults:
     parser.error(f'no fault is described with {args.word!r}.')
   unnoticed = 0
+  files = sorted({name for fault in faults for name in fault.tests.split()})
   cores = len(os.sched_getaffinity(0))
   with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-    for fault, found in zip(faults, pool.map(outcome, faults), strict=True):
-      unnoticed += not found
-      print(f'{fault.name}: {found or "NOT NOTICED"}', flush=True)
+    # A test that fails by itself notices nothing.
+    for failed in pool.map(functools.partial(outcome, None), files):
+      if failed:
+        raise SystemExit(f'{failed} fails without a fault.')
+    print(f'{len(files)} files of tests pass without a fault.', flush=True)
+    found = pool.map(lambda fault: outcome(fault, fault.tests), faults)
+    for fault, test in zip(faults, found, strict=True):
+      unnoticed += not test
+      print(f'{fault.name}: {test or "NOT NOTICED"}', flush=True)
   print(f'{len(faults) - unnoticed} of {len(faults)} faults noticed.')
   raise SystemExit(unnoticed > 0)
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fast_code]
     # Twenty times the last digit of float32; at the first step they are equal.
     ('adamw', 12, 2e-5),
     ('released', 12, 2e-5),
-    # Over the warm-up into the cosine, up to the second refresh, rounding grows.
+    # Rounding grows over the warm-up and into the cosine.
     ('galore', 60, 1e-4),
   ],
 )

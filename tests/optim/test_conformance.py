@@ -82,8 +82,8 @@ def variants_but(*names):
 
 
 # Some variants are left out here: stacks and meshes of apollo, fira, ldadam
-# and of few bits are tested in files of their own, and what galore, gradnormlorp
-# and vlorp do is part of what a variant with more options does.
+# and of few bits are tested in files of their own, and what galore,
+# gradnormlorp and vlorp do is part of what a variant with more options does.
 variant_of_slices = variants_but(
   'adamw',
   'adamw, 8 bits',
