@@ -6,9 +6,8 @@ an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
   python -m benchmarks.plan_7b
   python -m benchmarks.plan_7b --adapters
 
-The second plans adapters on frozen weights, 4 sequences of 1024 tokens. They
-take a quarter of a minute to a minute per row. The table is in GiB; what no
-other column has is in `temporaries`.
+The second plans adapters on frozen weights, 4 sequences of 1024 tokens. The
+table is in GiB; what no other column has is in `temporaries`.
 """
 
 import contextlib
@@ -68,7 +67,7 @@ PARTS: dict[str, dict[str, list[str]]] = {
 """What is planned, and the options of `gnlorp_jax.plan`."""
 
 
-def planned(options: list[str]) -> cases.Row:
+def _planned(options: list[str]) -> cases.Row:
   """Components and peak of a plan, bytes."""
   output = io.StringIO()
   with contextlib.redirect_stdout(output):
@@ -80,20 +79,17 @@ def planned(options: list[str]) -> cases.Row:
 
 def table(rows: list[cases.Row]) -> str:
   """The rows in GiB, as Markdown."""
-  columns = {
-    **{'frozen_weights': 'frozen weights', 'weights': 'weights'},
-    **{'moments': 'moments', 'bases': 'bases'},
-    'saved_activations': 'block inputs',
-  }
+  names = ['frozen_weights', 'weights', 'moments', 'bases', 'saved_activations']
   rows = [row for row in rows if 'absent' not in row]
   if not any('frozen_weights' in row['components'] for row in rows):
-    del columns['frozen_weights']
+    names.remove('frozen_weights')
   lines = []
   for row in rows:
-    sizes = [row['components'].get(column, 0) for column in columns]
+    sizes = [row['components'].get(name, 0) for name in names]
     sizes += [row['peak'] - sum(sizes), row['peak']]
     lines.append([row['run'], *(f'{size / 2**30:.2f}' for size in sizes)])
-  return markdown(['run', *columns.values(), 'temporaries', 'peak'], lines)
+  *held, _ = (name.replace('_', ' ') for name in names)
+  return markdown(['run', *held, 'block inputs', 'temporaries', 'peak'], lines)
 
 
 def tables() -> dict[str, str]:
@@ -105,9 +101,8 @@ def tables() -> dict[str, str]:
 def main() -> None:
   """Plans every row, and writes them as they come."""
   parser = harness.parser(__doc__)
-  parser.add_argument(
-    '--adapters', action='store_true', help='plan adapters on frozen weights'
-  )
+  adapters = 'plan adapters on frozen weights'
+  parser.add_argument('--adapters', action='store_true', help=adapters)
   harness.add_arguments(parser, RESULTS, has_device=False)
   args = parser.parse_args()
   if args.report:
@@ -118,7 +113,7 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   part = 'adapters' if args.adapters else 'weights'
   chosen = [
-    cases.Case({'run': run}, functools.partial(planned, options))
+    cases.Case({'run': run}, functools.partial(_planned, options))
     for run, options in PARTS[part].items()
   ]
   clock = harness.Clock(math.inf)
