@@ -1,8 +1,8 @@
 """What every benchmark has: a device, a time budget, an environment to name.
 
-A script adds its own options to those of `add_arguments`, calls `start` before
-it touches an array, and gives `Clock` what it is about to do: rows come in the
-order of their worth, and those that no longer fit the time are left out.
+A script adds its own options to those of `add_arguments`, and calls `start`
+before it touches an array. Rows come in the order of their worth, and those
+that no longer fit the time are left out.
 """
 
 import argparse
@@ -55,34 +55,18 @@ def add_arguments(
   """
   add = parser.add_argument
   if has_device:
-    add(
-      '--device',
-      choices=tuple(PLATFORMS),
-      default='cpu',
-      help='where to measure (default: %(default)s)',
-    )
+    where = 'where to measure (default: %(default)s)'
+    add('--device', choices=tuple(PLATFORMS), default='cpu', help=where)
   if minutes is not None:
-    add(
-      '--minutes',
-      type=float,
-      default=minutes,
-      help='time for everything; what no longer fits is left out and named '
-      '(default: %(default)s)',
-    )
-  add(
-    '--output',
-    type=pathlib.Path,
-    default=output,
-    help='JSON file, written after every row (default: %(default)s)',
-  )
+    rest = 'what no longer fits is left out and named (default: %(default)s)'
+    time_help = f'time for everything; {rest}'
+    add('--minutes', type=float, default=minutes, help=time_help)
+  file = 'JSON file, written after every row (default: %(default)s)'
+  add('--output', type=pathlib.Path, default=output, help=file)
   if plot is not None:
     add('--plot', type=pathlib.Path, default=plot, help='picture')
-  add(
-    '--report',
-    action='store_true',
-    help='measure nothing: write the recorded figures into the pages of '
-    'docs/results, and draw their pictures again',
-  )
+  pages = 'write the recorded figures into docs/results, with their pictures'
+  add('--report', action='store_true', help=f'measure nothing: {pages}')
 
 
 def start(args: argparse.Namespace) -> 'Clock':
@@ -114,11 +98,7 @@ def start(args: argparse.Namespace) -> 'Clock':
 
 
 class Clock:
-  """The time that a benchmark has left.
-
-  Args:
-    minutes: All of it, from now.
-  """
+  """The time that a benchmark has left: some minutes from now."""
 
   def __init__(self, minutes: float):
     self._deadline = time.monotonic() + 60 * minutes
@@ -134,14 +114,7 @@ class Clock:
 
 
 def select(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-  """The methods that shell-style patterns fit.
-
-  Args:
-    patterns: Names, or patterns such as ``gradnormlorp*``.
-    names: Of all methods.
-
-  Returns:
-    Names, in the order of the patterns, each once.
+  """The names that shell-style patterns fit, in their order, each once.
 
   Raises:
     ValueError: If a pattern fits none.

@@ -134,8 +134,7 @@ def race(
     inputs: As of `Racer`.
 
   Returns:
-    A row per name; of what is absent or fails it has the reason, and the others
-    go on.
+    A row per name; what is absent or fails has the reason, the others go on.
   """
   racers, absent = list[Racer](), dict[str, str]()
 
