@@ -18,17 +18,12 @@ Record = dict[str, Any]
 
 
 class Case(NamedTuple):
-  """What is measured together.
+  """What is measured together."""
 
-  Attributes:
-    key: What its rows are called; they need not repeat it.
-    measure: Makes its row or rows.
-    clock: What `measure` is given to keep to: a clock with ``all`` of the time
-      that is left, one with its ``share`` of it, or nothing.
-  """
-
-  key: Row
-  measure: Callable[..., Row | list[Row]]
+  key: Row  # What its rows are called; they need not repeat it.
+  measure: Callable[..., Row | list[Row]]  # Makes its row or rows.
+  # What `measure` is given: a clock with all of the time that is left, one with
+  # an equal share of it, or nothing.
   clock: Literal['all', 'share'] | None = None
 
 
@@ -53,10 +48,10 @@ def load(path: pathlib.Path) -> Record:
   return record.read(path) if path.exists() else {}
 
 
-def rows(found: Record, part: str, *, with_absent: bool = False) -> list[Row]:
-  """The rows of a part; none if it was not measured."""
-  found_rows = found.get(part, {}).get('rows', [])
-  return [row for row in found_rows if with_absent or 'absent' not in row]
+def rows(found: Record, part: str) -> list[Row]:
+  """The rows of a part that have figures; none if it was not measured."""
+  known = found.get(part, {}).get('rows', [])
+  return [row for row in known if 'absent' not in row]
 
 
 def measure(

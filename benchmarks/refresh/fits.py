@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import harness, programs, turns
+from benchmarks.common import programs, turns
 from benchmarks.common.cases import Case, Row
+from benchmarks.common.harness import Clock
 from benchmarks.common.methods import AbsentError
 from benchmarks.refresh import runs
 from benchmarks.refresh.tables import CURVE, SHARES, SYNTHETIC, WAYS, ranks_of
@@ -46,11 +47,9 @@ TURN_SECONDS, MOST_REPEATS = 0.01, 200
 
 
 def synthetic(m: int, n: int, seed: int = 0) -> np.ndarray:
-  """A matrix ``[M, N]`` of falling singular values and noise, float32.
+  """A matrix ``[M, N]`` of singular values that fall about as 1/i, and noise.
 
-  A product of low rank, whose singular values fall about as 1/i, and a tenth
-  of its energy in noise: it shows what a large refresh costs, not what
-  gradients of large models are like.
+  It shows what a large refresh costs, not what gradients are like; float32.
   """
   rng = np.random.default_rng(seed)
   draw = functools.partial(rng.standard_normal, dtype=np.float32)
@@ -76,17 +75,6 @@ def _span(name: str, basis: Any, rank: int) -> np.ndarray:
   with jax.default_matmul_precision('highest'):
     rows_RN = FITS[name].project_back(jnp.eye(rank), basis)
   return np.linalg.qr(np.asarray(rows_RN, np.float64).T)[0]
-
-
-def _captured(grad_MN: np.ndarray, span_NR: np.ndarray) -> float:
-  """Share of a gradient's energy in a subspace, in [0, 1]."""
-  inside, whole = np.linalg.norm(grad_MN @ span_NR), np.linalg.norm(grad_MN)
-  return float((inside / whole) ** 2)
-
-
-def _overlap(span_NR: np.ndarray, exact_NR: np.ndarray) -> float:
-  """Mean squared canonical correlation of two subspaces, in [0, 1]."""
-  return float(np.sum((span_NR.T @ exact_NR) ** 2) / span_NR.shape[1])
 
 
 def _spans(
@@ -118,8 +106,9 @@ def energy_rows(grads: dict[int, np.ndarray], ranks: list[int]) -> list[Row]:
   Returns:
     A row for every step, in ascending order: ``best``, the largest share of the
     energy that each rank can hold; ``energy``, a list for each of `WAYS`,
-    relative to that; and ``overlap``, the same at the ranks of the table alone.
-    Lists of ways that there are not are empty.
+    relative to that; and ``overlap``, the mean squared canonical correlation
+    with the exact subspace, at the ranks of the table alone. Lists of ways that
+    there are not are empty.
   """
   rows = []
   warm: dict[int, Any] = {}
@@ -132,18 +121,20 @@ def energy_rows(grads: dict[int, np.ndarray], ranks: list[int]) -> list[Row]:
       continue
     exact_MN = grad_MN.astype(np.float64)
     _, values_K, right_KN = np.linalg.svd(exact_MN, full_matrices=False)
-    shares_K = np.cumsum(values_K**2) / np.sum(values_K**2)
-    best = shares_K[np.array(ranks) - 1]
+    energies_K = np.cumsum(values_K**2)
     energy: dict[str, list[float]] = {way: [] for way in WAYS}
     overlaps: dict[str, list[float]] = {way: [] for way in WAYS}
-    for rank, share in zip(ranks, best, strict=True):
+    for rank in ranks:
       found = _spans(_scaled(grad_MN), rank, number, warm)
       if stale_NK is not None:
         found['stale'] = stale_NK[:, :rank]
       for way, span_NR in found.items():
-        energy[way].append(_captured(exact_MN, span_NR) / share)
+        inside = np.sum((exact_MN @ span_NR) ** 2)
+        energy[way].append(inside / energies_K[rank - 1])
         if rank in ranks_of(grad_MN.shape[1], SHARES):
-          overlaps[way].append(_overlap(span_NR, right_KN[:rank].T))
+          cosines_RR = right_KN[:rank] @ span_NR
+          overlaps[way].append(np.sum(cosines_RR**2) / rank)
+    best = energies_K[np.array(ranks) - 1] / energies_K[-1]
     row['best'] = _short(best, DIGITS)
     row['energy'] = [_short(energy[way], DIGITS) for way in WAYS]
     row['overlap'] = [_short(overlaps[way], OVERLAP_DIGITS) for way in WAYS]
@@ -197,22 +188,12 @@ def racer(name: str, grad_MN: jax.Array, rank: int) -> turns.Racer:
 
 
 def time_row(
-  grad_MN: np.ndarray,
-  rank: int,
-  slowness: dict[str, float],
-  clock: harness.Clock,
+  grad_MN: np.ndarray, rank: int, slowness: dict[str, float], clock: Clock
 ) -> Row:
   """Times all fits of one matrix in turns.
 
-  Args:
-    grad_MN: The matrix.
-    rank: Rank of the bases.
-    slowness: Seconds of each fit for m n^2 = 1, as far as known; updated.
-    clock: Fits that take longer are left out.
-
-  Returns:
-    By fit: quartiles of its seconds, of its ratio to `exact` (None without),
-    rounds, seconds of compilation; or why it is absent.
+  Fits that would take longer than there is time are left out: `slowness` keeps
+  the seconds of each for m n^2 = 1, as far as they are known.
   """
   size = grad_MN.shape[0] * grad_MN.shape[1] ** 2
   matrix = _scaled(grad_MN)
@@ -254,7 +235,7 @@ def time_cases(args: argparse.Namespace) -> Iterator[Case]:
       real[grad_MN.shape] = f'gradient: {path.stem} {layer}/{kind}', grad_MN
   slowness: dict[str, float] = {}
 
-  def take(shape: tuple[int, int], rank: int, clock: harness.Clock) -> Row:
+  def take(shape: tuple[int, int], rank: int, clock: Clock) -> Row:
     name, grad_MN = real.get(shape) or (SYNTHETIC, synthetic(*shape))
     return {'matrix': name, **time_row(grad_MN, rank, slowness, clock)}
 

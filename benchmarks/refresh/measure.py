@@ -6,8 +6,7 @@ r"""What refreshing a subspace costs, captures, and does to a loss.
 
 Each part replaces its own rows in the JSON file:
 
-save    trains small LLaMAs with `galore` and keeps gradients of the first, a
-        middle and the last layer, at the first step and three times a gap later
+save    trains small LLaMAs with `galore` and keeps gradients for the next part
 energy  of each of them, and of synthetic ones of large models: the share that a
         basis captures of what its rank can (median, [the lowest]), and its
         overlap with the exact subspace (mean squared canonical correlation)
@@ -15,15 +14,10 @@ time    seconds of one refresh, in turns: the median, and the median ratio to
         `exact` in the same round [quartiles]. Wants a quiet machine
 loss    the evaluation loss of the first size with `gradnormlorp`
 
-The ways to fit a basis, each by the library's own function:
-
-exact   a full SVD
-eigh    eigenvectors of the smaller Gram matrix
-power   one block power iteration: `first` from the random start, `warm` from
-        the basis of the gradient one gap before, as refreshes are in a run
-dct     columns of the cosine transform with the largest norms
-random  random directions; only a new seed is drawn
-stale   no refresh: the exact basis of the gradient one gap before
+A basis is fitted by `exact`, a full SVD; `eigh`, of the Gram matrix; `power`,
+one block power iteration, `first` from a random start, `warm` from the basis of
+a gap before; `dct` or `random` directions. `stale` is the exact one of a gap
+before, not refreshed.
 """
 
 import argparse

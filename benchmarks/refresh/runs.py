@@ -156,13 +156,7 @@ def save_row(
 def save_gradients(
   prepared: recipe.Prepared, gap: int, path: pathlib.Path, clock: harness.Clock
 ) -> Row:
-  """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`.
-
-  A run whose time is over ends early.
-
-  Returns:
-    Which steps were kept, and their losses.
-  """
+  """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`."""
   config = prepared.config
   gradients = _kernel_gradients(prepared)
   kept: dict[int, dict[str, np.ndarray]] = {}

@@ -103,7 +103,6 @@ def quarter(size: str) -> int:
 
 
 def _state_row(size: str, method: str, rank: int) -> Row:
-  """Bytes of an optimizer's state; nothing is allocated."""
   shapes = state_bytes.shapes_of(size)
   return {
     'parameters': state_bytes.count_parameters(shapes),
@@ -163,7 +162,7 @@ def _training_steps(size: str) -> Callable[[Row], turns.Method]:
   batch = jax.device_put(programs.random_batch(model.vocab_size, *TOKENS))
 
   def make(key: Row) -> turns.Method:
-    planned = recipe.plan(_run_of(model, key, *TOKENS), jax.devices()[:1])
+    planned = recipe.plan(_run_of(model, key, TOKENS), jax.devices()[:1])
     state, frozen = programs.start(planned)
 
     def take(compiled: jax.stages.Compiled) -> Any:
@@ -191,25 +190,21 @@ def race(
     except Exception as error:  # Whatever it is, the others race.
       failed.append({**key, 'absent': turns.reason(error)})
   least, most = ROUNDS
-  all_racers = [racer for _, racer in racers]
-  turns.rounds(all_racers, most, TURN, least=least, clock=clock)
+  entered = [racer for _, racer in racers]
+  turns.rounds(entered, most, TURN, least=least, clock=clock)
+  adamw = next((racer for racer in entered if racer.name == 'adamw'), None)
   return [
-    {**key, **timed(racer, all_racers), 'parameters': parameters}
+    {**key, 'parameters': parameters, **timed(racer, adamw)}
     for key, racer in racers
   ] + failed
 
 
-def timed(racer: turns.Racer, racers: list[turns.Racer]) -> Row:
+def timed(racer: turns.Racer, adamw: turns.Racer | None) -> Row:
   """What its turns came to, beside AdamW's where that raced."""
   low, median, high = turns.quartiles(racer.turns)
-  ratios = [
-    turns.ratio_quartiles(racer.turns, other.turns)
-    for other in racers
-    if other.name == 'adamw'
-  ]
+  ratio = adamw and turns.ratio_quartiles(racer.turns, adamw.turns)
   return {
-    **{'median_s': median, 'quartiles_s': [low, high]},
-    'of_adamw': ratios[0] if ratios else None,
+    **{'median_s': median, 'quartiles_s': [low, high], 'of_adamw': ratio},
     **{'first_s': racer.first_s, 'compile_s': racer.method.compile_s},
     'steps': racer.count - turns.APART,
   }
@@ -229,41 +224,32 @@ def time_cases() -> Iterator[Case]:
   *sizes, largest = TIMED
   ranked, ranks = TIMED_RANKED
   by_rank = itertools.product(('galore', 'gradnormlorp'), ranks)
-  for what, against, size, pairs in (
+  for step, against, size, pairs in (
     *by_size('optimizer', sizes, METHODS),
     *by_size('training', TRAINED, ('adamw', 'gradnormlorp')),
     ('optimizer', 'rank', ranked, [('adamw', 0), *by_rank]),
     *by_size('optimizer', [largest], METHODS),
   ):
     keys = [{'method': method, 'rank': rank} for method, rank in pairs]
-    take = functools.partial(race, what, size, keys)
-    key = {'step': what, 'against': against, 'size': size}
-    yield Case(key, take, clock='share')
+    take = functools.partial(race, step, size, keys)
+    yield Case({'step': step, 'against': against, 'size': size}, take, 'share')
 
 
 # Devices.
 
 
 def _run_of(
-  model: llama.LlamaConfig,
-  key: Row,
-  batch_size: int,
-  seq_len: int,
-  micro_batches: int = 1,
+  model: llama.LlamaConfig, key: Row, batch: tuple[int, int], **options: Any
 ) -> config.TrainConfig:
   """A training run: a row's method, rank, mesh and step."""
-  alias, options = METHODS[key['method']]
-  optim = config.OptimConfig(
-    name=alias,
-    rank=None if alias == 'adamw' else key['rank'],
-    learning_rate=RATE,
-    clip_global_norm=None,
-    **options,
-  )
+  alias, kind = METHODS[key['method']]
+  kind = {**kind, 'rank': None if alias == 'adamw' else key['rank']}
+  kind |= {'learning_rate': RATE, 'clip_global_norm': None}
+  batch_size, seq_len = batch
   return config.TrainConfig(
-    **{'steps': 1000, 'model': model, 'optim': optim},
-    **{'batch_size': batch_size, 'micro_batches': micro_batches},
+    **{'steps': 1000, 'model': model, 'batch_size': batch_size, **options},
     data=config.DataConfig(seq_len=seq_len),
+    optim=config.OptimConfig(name=alias, **kind),
     step=config.StepConfig(**STEPS.get(key.get('step', ''), {})),
     mesh=config.MeshConfig(data=key.get('data', 1), fsdp=key.get('fsdp', 1)),
   )
@@ -297,7 +283,7 @@ def device_row(key: Row) -> Row:
   count = key['data'] * key['fsdp']
   if count > len(jax.devices()):
     raise methods.AbsentError(f'{len(jax.devices())} devices, not {count}')
-  run = _run_of(SMALL, key, batch_size=16, seq_len=128, micro_batches=2)
+  run = _run_of(SMALL, key, (16, 128), micro_batches=2)
   return _compiled_row(recipe.plan(run, jax.devices()[:count]), CPU_OPTIONS)
 
 
@@ -308,7 +294,7 @@ def _planned_row(key: Row) -> Row:
   count = key['data'] * key['fsdp']
   dtypes = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16'}
   model = llama.preset(key['size'], **dtypes, remat=True)
-  run = _run_of(model, key, batch_size=16 * count, seq_len=256)
+  run = _run_of(model, key, (16 * count, 256))
   devices = accelerators.described_devices(
     accelerators.ACCELERATORS[GPU], count, -(-count // GPUS_PER_MACHINE)
   )

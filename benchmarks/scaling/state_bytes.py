@@ -24,7 +24,7 @@ import optax
 
 from benchmarks import report
 from benchmarks.common import cases, harness, methods
-from benchmarks.common.tables import of_columns
+from benchmarks.common.tables import markdown
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import inspect
 
@@ -39,10 +39,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
   'side': ('short', 'both'),
   'moment_bits': (32, 8, 4),
   'basis_bits': (32, 16, 8, 4),
-}
-HEADS = {
-  **{'embeddings': 'embedding, head', 'moment_bits': 'moment bits'},
-  'basis_bits': 'basis bits',
 }
 # Embedding and head: as the aliases do by default, or projected as all else.
 LABELS = {'full': None, 'projected': [('norm', 'full'), ('.*', 'low_rank')]}
@@ -113,7 +109,7 @@ def all_cases(aliases: Iterable[str], shapes: Any) -> Iterator[cases.Case]:
 def table(rows: list[cases.Row], baseline_bytes: int) -> str:
   """The rows as a Markdown table, ranks side by side."""
 
-  def size(rank: str, known: cases.Row) -> str:
+  def size(known: cases.Row, rank: str) -> str:
     if rank not in known['bytes']:
       return ''
     saving = 1 - known['bytes'][rank] / baseline_bytes
@@ -122,16 +118,15 @@ def table(rows: list[cases.Row], baseline_bytes: int) -> str:
     bold = '**' * reaches_paper
     return f'{bold}{known["bytes"][rank] / 1e9:.2f} GB, {saving:.1%}{bold}'
 
-  def named(key: str, known: cases.Row) -> str:
-    return '-' if known[key] is None else str(known[key])
-
-  columns = {
-    HEADS.get(key, key): functools.partial(named, key)
-    for key in ('method', 'embeddings', *OPTIONS)
-  }
-  for rank in (*map(str, RANKS), OWN):
-    columns[f'rank {rank}'] = functools.partial(size, rank)
-  return of_columns(columns, [row for row in rows if 'absent' not in row])
+  ranks = (*map(str, RANKS), OWN)
+  heads = ['method', 'embedding, head', 'side', 'moment bits', 'basis bits']
+  lines = []
+  for known in rows:
+    if 'absent' not in known:
+      values = [known[key] for key in ('method', 'embeddings', *OPTIONS)]
+      names = ['-' if value is None else str(value) for value in values]
+      lines.append([*names, *(size(known, rank) for rank in ranks)])
+  return markdown([*heads, *(f'rank {rank}' for rank in ranks)], lines)
 
 
 def _is_default(known: cases.Row) -> bool:

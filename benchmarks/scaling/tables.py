@@ -17,17 +17,11 @@ from benchmarks.common.tables import (
 
 
 class Fit(NamedTuple):
-  """A power law through some costs.
+  """A power law through some costs, by least squares of the logarithms."""
 
-  Attributes:
-    exponent: b of ``cost = a * size^b``, by least squares of the logarithms.
-    deviation: Largest distance of a cost from it, as a share of the fit.
-    last: The same exponent through the two largest sizes alone.
-  """
-
-  exponent: float
-  deviation: float
-  last: float
+  exponent: float  # b of ``cost = a * size^b``.
+  deviation: float  # Largest distance of a cost from it, as a share of the fit.
+  last: float  # The same exponent through the two largest sizes alone.
 
 
 def fit(sizes: list[float], costs: list[float]) -> Fit | None:

@@ -85,13 +85,13 @@ def test_medians_and_ratios_of_known_times():
   ours = Racer('galore', [[3.0, 3.0, 9.0], [4.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
   adamw = Racer('adamw', [[1.0] * 3, [2.0] * 3, [1.0] * 3])
   first, second = (
-    {'method': racer.name, **scaling.timed(racer, [ours, adamw])}
+    {'method': racer.name, **scaling.timed(racer, adamw)}
     for racer in (ours, adamw)
   )
   assert first['median_s'] == 3.0 and first['quartiles_s'] == [2.5, 3.5]
   assert first['of_adamw'] == [2.0, 2.0, 2.5]  # Of 3, 2, 2.
   assert first['steps'] == 9 and second['median_s'] == 1.0
-  assert scaling.timed(ours, [ours])['of_adamw'] is None
+  assert scaling.timed(ours, None)['of_adamw'] is None
   # In a table, beside a size four times as large that takes as much longer.
   known = [
     {**row, 'step': 'optimizer', 'size': 'small', 'parameters': 1e6, 'rank': 8}
