@@ -14,6 +14,11 @@ from typing import Any
 from benchmarks.common import cases, harness, pages
 
 BENCHMARKS = (
+  'quality.glue',
+  'quality.int8_weights',
+  'quality.measure',
+  'quality.methods_lm',
+  'quality.reference_curves',
   'refresh.measure',
   'scaling.measure',
   'scaling.plan_7b',

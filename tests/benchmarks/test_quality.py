@@ -8,8 +8,9 @@ import statistics
 import numpy as np
 import pytest
 
+from benchmarks.common import harness
 from benchmarks.quality import measure as quality
-from benchmarks.quality import quality_rows
+from benchmarks.quality import runs
 from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
@@ -19,10 +20,10 @@ from gnlorp_jax.training import sharding
 
 MODEL = llama.LlamaConfig(
   vocab_size=300,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=2,
+  hidden_size=8,
+  intermediate_size=12,
+  num_layers=1,
+  num_heads=1,
   max_seq_len=8,
 )
 STEPS = 6
@@ -33,25 +34,18 @@ FIELDS = {
 }
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """Training and validation text."""
-  found = tmp_path_factory.mktemp('text')
-  words = np.random.default_rng(0).choice(['a', 'bc', 'def', 'gh\n'], 4000)
-  (found / 'train.txt').write_text(' '.join(words[:3500]))
-  (found / 'validation.txt').write_text(' '.join(words[3500:]))
-  return found
-
-
 @pytest.fixture
-def call(folder, tmp_path, monkeypatch):
-  """`main` on that text, in a folder of its own; the rows of its file."""
-  monkeypatch.setenv('HOME', str(folder))  # The cache is there.
+def call(tmp_path, monkeypatch):
+  """`main` on a text, in a folder of its own; the rows of its file."""
+  monkeypatch.setenv('HOME', str(tmp_path))  # The cache is there.
+  words = np.random.default_rng(0).choice(['a', 'bc', 'def', 'gh\n'], 4000)
+  (tmp_path / 'train.txt').write_text(' '.join(words[:3500]))
+  (tmp_path / 'validation.txt').write_text(' '.join(words[3500:]))
 
-  def call(*options, rates=('adamw=1e-2', 'gradnormlorp=1e-2')):
+  def call(*options):
     common = {
-      '--data': folder / 'train.txt',
-      '--validation': folder / 'validation.txt',
+      '--data': tmp_path / 'train.txt',
+      '--validation': tmp_path / 'validation.txt',
       '--steps': STEPS,
       '--batch-size': 2,
       '--seq-len': 8,
@@ -59,15 +53,14 @@ def call(folder, tmp_path, monkeypatch):
       '--gap': 3,
       '--eval-every': 4,
       '--eval-batches': 3,
+      '--extend': 0,
+      '--seeds': 2,
       '--output': tmp_path / 'out.json',
       '--plot': tmp_path / 'out.png',
     }
     words = [str(word) for pair in common.items() for word in pair]
-    names = [rate.split('=')[0] for rate in rates]
-    words += ['--methods', *names, '--rates', *rates, '--extend', '0']
     quality.main([*words, *options], MODEL)
-    path = tmp_path / 'out.json'
-    return json.loads(path.read_text())['rows'] if path.exists() else None
+    return json.loads((tmp_path / 'out.json').read_text())['rows']
 
   return call
 
@@ -127,62 +120,51 @@ def assert_is_a_run_of_the_library(row, folder, **options):
 def built(monkeypatch):
   """The optimizers that are built: one for states, one for each trace."""
   found = []
+  alias = optim.galore
 
-  def count(name):
-    alias = getattr(optim, name)
+  @functools.wraps(alias)
+  def counting(*arguments, **options):
+    found.append(options['rank'])
+    return alias(*arguments, **options)
 
-    @functools.wraps(alias)
-    def counting(*arguments, **options):
-      found.append(name)
-      return alias(*arguments, **options)
-
-    monkeypatch.setattr(optim, name, counting)
-
-  count('adamw')
-  count('gradnormlorp')
+  monkeypatch.setattr(optim, 'galore', counting)
   return found
 
 
+@pytest.mark.usefixtures('compiled_once')
 def test_runs_are_those_of_the_library_and_none_is_repeated(
-  call, folder, built, tmp_path, capsys
+  call, built, tmp_path, capsys
 ):
-  rates = ('adamw=1e-2,3e-2,1e30', 'gradnormlorp=1e-2')
-  rows = call('--seeds', '2', rates=rates)
-  # Two methods, each traced once, whatever rates and seeds there are.
-  assert sorted(built) == ['adamw'] * 2 + ['gradnormlorp'] * 2
-  best = 1e-2 if rows[0]['eval'][-1] < rows[1]['eval'][-1] else 3e-2
-  assert sorted(keys(rows)) == sorted(
-    [
-      *(('adamw', rate, 0) for rate in (1e-2, 3e-2, 1e30)),
-      ('adamw', best, 1),
-      *(('gradnormlorp', 1e-2, seed) for seed in (0, 1)),
-    ]
-  )
+  options = ('--methods', 'galore', 'adamw')
+  options += ('--rates', 'galore=1e-2,1e30', 'adamw=1e-2')
+  rows = call(*options)
+  # Traced once, whatever rates and seeds there are.
+  assert built == [4, 4]
   by_key = dict(zip(keys(rows), rows, strict=True))
-  diverged = by_key['adamw', 1e30, 0]
-  assert 'loss not finite ' in diverged['outcome']
-  assert diverged['eval'][-1][1] is None
-  good = [row for row in rows if row is not diverged]
-  for row in good:
-    assert row.keys() == FIELDS and row['outcome'] == 'trained'
-  by_seed = [by_key['gradnormlorp', 1e-2, seed] for seed in (0, 1)]
-  options = {'name': 'gradnormlorp', 'rank': 4, 'update_proj_gap': 3}
-  for row in by_seed:
-    assert_is_a_run_of_the_library(row, folder, **options)
+  assert [*by_key] == [
+    *(('adamw', 1e-2, seed) for seed in (0, 1)),
+    *(('galore', 1e-2, seed) for seed in (0, 1)),
+    ('galore', 1e30, 0),
+  ]
+  diverged = by_key['galore', 1e30, 0]
+  assert diverged['outcome'] != 'trained'
+  for row in rows:
+    assert row.keys() == FIELDS
+    assert row is diverged or row['outcome'] == 'trained'
+  by_seed = [by_key['galore', 1e-2, seed] for seed in (0, 1)]
+  assert_is_a_run_of_the_library(
+    by_seed[1], tmp_path, name='galore', rank=4, update_proj_gap=3
+  )
   # Other weights, other data.
   for place in ('eval', 'train'):
     assert by_seed[0][place][0] != by_seed[1][place][0]
   # All methods start from the same weights.
   assert by_seed[0]['eval'][0] == by_key['adamw', 1e-2, 0]['eval'][0]
   shown = capsys.readouterr().out
-  assert f'1e+30: {diverged["outcome"]}' in shown
-  ends = [row['eval'][-1][1] for row in by_seed]
-  mean, deviation = statistics.mean(ends), statistics.stdev(ends)
-  assert f'| gradnormlorp | 0.01 | {mean:.4f} ± {deviation:.4f} |' in shown
-  assert 'Not run' not in shown
+  assert f'1e+30: {diverged["outcome"]} |' in shown
   assert (tmp_path / 'out.png').stat().st_size > 10_000
   built.clear()
-  assert call('--seeds', '2', rates=rates) == rows
+  assert call(*options) == rows
   assert built == []
   before = (tmp_path / 'out.json').read_bytes()
   with pytest.raises(SystemExit):
@@ -196,34 +178,40 @@ def test_runs_are_those_of_the_library_and_none_is_repeated(
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-  """Runs that take no time; galore has no memory for its own."""
+def pretend(tmp_path):
+  """A comparison whose runs take no time; the rows of its file.
 
-  def trainer(config, corpus):
-    if config.optim.name == 'galore':
+  The method `poor` has no memory for its own.
+  """
+
+  def make(name):
+    if name == 'poor':
       raise MemoryError('out of memory\nallocating 1 byte')
+    return lambda rate, seed: {
+      'outcome': 'trained',
+      'eval': [[0, 6.0], [6, 5.0 + rate + seed / 10]],
+      'train': [[3, 6.0], [6, 5.5]],
+      'state_bytes': {'moments': 2**20},
+    }
 
-    def train(rate, seed):
-      return {
-        'outcome': 'trained',
-        'eval': [[0, 6.0], [STEPS, 5.0 + rate + seed / 10]],
-        'train': [[3, 6.0], [6, 5.5]],
-        'state_bytes': {'moments': 2**20},
-      }
+  def pretend(plan, *options, **fields):
+    comparison = runs.Comparison('none', plot=None, **fields)
+    parser = harness.parser('A benchmark.')
+    comparison.add_arguments(parser, plan.rates)
+    path = tmp_path / 'out.json'
+    args = parser.parse_args(['--output', str(path), *options])
+    comparison.run(parser, args, plan, lambda: ({'steps': 6}, make))
+    return json.loads(path.read_text())['rows'] if path.exists() else None
 
-    return train
-
-  monkeypatch.setattr(quality, 'Trainer', trainer)
+  return pretend
 
 
-@pytest.mark.usefixtures('pretended')
 def test_processes_share_the_methods_and_failures_are_rows(
-  call, tmp_path, capsys
+  pretend, tmp_path, capsys
 ):
-  rates = ('adamw=1,2', 'galore=1,2', 'fira=1')
-  names = ('--methods', 'adamw', 'galore', 'fira')
-  assert call(*names, '--process', '1/2', rates=rates) is None
-  assert call(*names, '--process', '2/2', rates=rates) is None
+  plan = runs.Plan({'one': (1, 2), 'poor': (1, 2), 'two': (1,)}, seeds=3)
+  assert pretend(plan, '--process', '1/2') is None
+  assert pretend(plan, '--process', '2/2') is None
   assert capsys.readouterr().out == ''
   parts = [
     json.loads((tmp_path / f'out.{k}of2.json').read_text())['rows']
@@ -231,18 +219,18 @@ def test_processes_share_the_methods_and_failures_are_rows(
   ]
   # In turns, the rates before the seeds.
   assert keys(parts[0]) == [
-    ('adamw', 1, 0),
-    ('fira', 1, 0),
-    ('adamw', 2, 0),
-    ('fira', 1, 1),
-    ('adamw', 1, 1),
-    ('fira', 1, 2),
-    ('adamw', 1, 2),
+    ('one', 1, 0),
+    ('two', 1, 0),
+    ('one', 2, 0),
+    ('two', 1, 1),
+    ('one', 1, 1),
+    ('two', 1, 2),
+    ('one', 1, 2),
   ]
-  assert keys(parts[1]) == [('galore', 1, 0), ('galore', 2, 0)]
+  assert keys(parts[1]) == [('poor', 1, 0), ('poor', 2, 0)]
   assert {row['absent'] for row in parts[1]} == {'MemoryError: out of memory'}
-  rows = call('--report', rates=rates)
-  assert sorted(keys(rows)) == sorted(keys(parts[0] + parts[1]))
+  rows = pretend(plan, '--report')
+  assert keys(rows) == sorted(keys(parts[0] + parts[1]))
   shown = capsys.readouterr().out.splitlines()
   perplexities = [math.exp(6 + seed / 10) for seed in range(3)]
   spread = (
@@ -250,24 +238,36 @@ def test_processes_share_the_methods_and_failures_are_rows(
     f'{statistics.stdev(perplexities):.1f}'
   )
   assert shown[2] == (
-    f'| adamw | 1 | 6.1000 ± 0.1000 | {spread} | 3 | 1.0 '
-    '| 1: 6.0000, 2: 7.0000 |'
+    f'| one | 1 | 6.1000 ± 0.1000 | {spread} | 3 | 1.0 | 1: 6.0000, 2: 7.0000 |'
   )
   failure = 'MemoryError: out of memory'
   assert shown[4] == (
-    f'| galore | - | - | - | - | - | 1: {failure}, 2: {failure} |'
+    f'| poor | - | - | - | - | - | 1: {failure}, 2: {failure} |'
   )
+  # What failed is tried again, and nothing else.
+  pretend(plan)
+  again = capsys.readouterr().err.splitlines()
+  assert [line.partition(',')[0] for line in again if ', rate' in line] == [
+    'poor',
+    'poor',
+  ]
 
 
-@pytest.mark.usefixtures('pretended')
-def test_runs_that_time_does_not_allow_are_named(call, capsys):
-  assert call('--minutes', '0', rates=('adamw=1,2', 'fira=1')) == []
-  captured = capsys.readouterr()
-  assert 'Out of time; the same command goes on.' in captured.err
-  assert captured.out.splitlines()[-1] == (
-    'Not run, and what would follow: adamw at 1 with seed 0, adamw at 2 with '
-    'seed 0, fira at 1 with seed 0.'
-  )
+def test_no_run_starts_that_time_does_not_allow(pretend, capsys):
+  plan = runs.Plan({'one': (1, 2), 'two': (1,)})
+  assert pretend(plan, '--minutes', '0') == []
+  err = capsys.readouterr().err
+  assert 'Out of time; runs are left of one, two.' in err
+
+
+def test_a_comparison_may_take_its_runs_again(pretend, capsys):
+  plan = runs.Plan({'one': (1,), 'two': (1,)})
+  pretend(plan)
+  capsys.readouterr()
+  rows = pretend(plan, '--methods', 'two', repeats=True)
+  assert keys(rows) == [('one', 1, 0), ('two', 1, 0)]
+  err = capsys.readouterr().err
+  assert 'two, rate 1, seed 0: 6.0000, 0 s' in err and 'one, rate' not in err
 
 
 def known(**losses):
@@ -308,33 +308,39 @@ def known(**losses):
   ],
 )
 def test_what_runs_next(losses, expected):
-  plan = quality_rows.Plan({'m': (4.0, 8.0, 2.0)}, seeds=3, extend=2)
+  plan = runs.Plan({'m': (4.0, 8.0, 2.0)}, seeds=3, extend=2)
   rows = [*known(**losses), {**known(r1s0=0.0)[0], 'method': 'another'}]
-  found = quality_rows.pending('m', rows, plan)
+  found = runs.pending('m', rows, plan)
   assert found == [('m', *run) for run in expected]
 
 
 @pytest.mark.parametrize(
-  ('evals', 'losses', 'words'),
+  ('evals', 'losses', 'skipped', 'words'),
   [
-    ([4.0, 3.0], [4.0, 3.5], 'trained'),
-    ([4.0, 4.5], [4.0, 4.2], 'eval loss 4.50, above the untrained'),
-    ([4.0, np.nan], [4.0, 3.5], 'eval loss not finite after step 2'),
-    ([4.0, np.nan], [4.0, np.inf], 'loss not finite from step 2'),
+    ([4.0, 3.0], [4.0, 3.5], 0, 'trained'),
+    ([4.0, 4.5], [4.0, 4.2], 0, 'eval loss 4.50, above the untrained'),
+    ([4.0, np.nan], [4.0, 3.5], 0, 'eval loss not finite after step 2'),
+    ([4.0, np.nan], [4.0, np.inf], 1, 'loss not finite from step 2'),
+    ([4.0, 3.0], [4.0, 3.5], 1, '1 steps had no finite gradient'),
   ],
 )
-def test_outcome(evals, losses, words):
+def test_how_a_run_ended(evals, losses, skipped, words):
   curve = [[0, evals[0]], [2, evals[1]]]
-  assert quality.outcome(curve, losses) == words
+  found = runs.ending(curve, losses, skipped)
+  assert found['outcome'] == words
+  assert found['skipped_steps'] == skipped
+  end = None if np.isnan(evals[1]) else evals[1]
+  assert found['eval'] == [[0, 4.0], [2, end]]
 
 
 def test_curves_are_thinned_to_means():
   losses = np.random.default_rng(0).normal(size=300)
-  found = quality.thinned(losses.tolist())
+  found = runs.ending([[0, 1.0]], losses, 0)['train']
   assert [number for number, _ in found] == list(range(10, 301, 10))
   expected = losses.reshape(30, 10).mean(axis=1)
-  np.testing.assert_allclose([loss for _, loss in found], expected)
-  assert quality.thinned([1.0, math.nan]) == [[1, 1.0], [2, None]]
+  np.testing.assert_allclose([x for _, x in found], expected, atol=5.1e-7)
+  found = runs.ending([[0, 1.0]], [1.0, math.nan], 0)['train']
+  assert found == [[1, 1.0], [2, None]]
 
 
 @pytest.mark.parametrize(

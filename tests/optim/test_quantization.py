@@ -256,13 +256,14 @@ def test_stochastic_rounding_is_unbiased(bits):
 def test_stochastic_rounding_needs_a_key_of_its_own():
   x = normal((4, 64))
   a, b, again = (
-    quantize(x, affine(8), key=jax.random.key(seed)).codes for seed in (0, 1, 0)
+    np.asarray(quantize(x, affine(8), key=jax.random.key(seed)).codes)
+    for seed in (0, 1, 0)
   )
   assert (a != b).any() and (a == again).all()
 
 
 @every_codec
-@pytest.mark.parametrize('shape', [(7, 37), (3, 8, 64), (2, 3, 5, 33), (301,)])
+@pytest.mark.parametrize('shape', [(3, 8, 64), (2, 3, 5, 33), (301,)])
 def test_stack_equals_each_matrix_by_itself(name, shape):
   codec = CODECS[name]
   x = input_for(codec, shape)
@@ -271,17 +272,19 @@ def test_stack_equals_each_matrix_by_itself(name, shape):
   assert restored.shape == shape and restored.dtype == jnp.float32
   assert q.shape == shape[-2:]
   for index in np.ndindex(shape[:-2]):
-    part = jax.tree.map(lambda leaf, index=index: leaf[index], q)
+    part = jax.tree.map(lambda leaf, i=index: np.asarray(leaf)[i], q)
     alone = quantize(x[index], codec)
     assert jax.tree.structure(part) == jax.tree.structure(alone)
     jax.tree.map(np.testing.assert_array_equal, part, alone)
-    np.testing.assert_array_equal(restored[index], dequantize(alone))
+    np.testing.assert_array_equal(
+      np.asarray(restored)[index], dequantize(alone)
+    )
 
 
 @every_codec
 def test_slices_work_inside_a_loop(name):
   codec = CODECS[name]
-  x = input_for(codec, (4, 16, 20))
+  x = input_for(codec, (3, 8, 64))
   q = quantize(x, codec)
 
   def body(i, total):
@@ -290,8 +293,9 @@ def test_slices_work_inside_a_loop(name):
     )
     return total + dequantize(part)[0]
 
-  total = jax.jit(lambda: jax.lax.fori_loop(0, 4, body, jnp.zeros((16, 20))))()
-  np.testing.assert_allclose(total, dequantize(q).sum(0), rtol=1e-5, atol=1e-6)
+  total = jax.jit(lambda: jax.lax.fori_loop(0, 3, body, jnp.zeros((8, 64))))()
+  expected = np.asarray(dequantize(q)).sum(0)
+  np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_can_be_stacked_too():
@@ -299,7 +303,8 @@ def test_vectors_can_be_stacked_too():
   codec = dynamic(8, signed=True)
   q = quantize(x, codec, matrix_axes=1)
   assert q.shape == (300,) and q.scale.shape == (3, 2)
-  np.testing.assert_array_equal(q.codes[1], quantize(x[1], codec).codes)
+  alone = quantize(x[1], codec)
+  np.testing.assert_array_equal(np.asarray(q.codes)[1], alone.codes)
 
 
 @pytest.mark.parametrize(
@@ -314,13 +319,15 @@ def test_vectors_can_be_stacked_too():
   ],
 )
 def test_storage_is_codes_and_four_bytes_per_block(codec, shape, codes, blocks):
-  q = quantize(np.ones(shape, np.float32), codec)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  q = jax.eval_shape(lambda x: quantize(x, codec), x)
   assert q.codes.shape == codes and q.codes.dtype == jnp.uint8
   per_block = [q.scale] if q.zero is None else [q.scale, q.zero]
   for leaf in per_block:
     assert leaf.shape == (*shape[:-2], blocks) and leaf.dtype == jnp.float32
   stack = int(np.prod(shape[:-2], dtype=int))
-  assert sum(leaf.nbytes for leaf in jax.tree.leaves(q)) == (
+  nbytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(q)]
+  assert sum(nbytes) == (
     int(np.prod(codes)) + 4 * stack * blocks * len(per_block)
   )
 
@@ -328,7 +335,7 @@ def test_storage_is_codes_and_four_bytes_per_block(codec, shape, codes, blocks):
 @every_codec
 def test_blocks_of_zeros_are_exact(name):
   codec = CODECS[name]
-  x = input_for(codec, (4, 256))
+  x = input_for(codec, (16, 256))
   x[1:3] = 0
   restored = np.asarray(dequantize(quantize(x, codec)))
   np.testing.assert_array_equal(restored[1:3], 0)
@@ -339,7 +346,7 @@ def test_blocks_of_zeros_are_exact(name):
 @pytest.mark.parametrize('scale', [1e-41, 1e-30, 1e30])
 def test_extreme_scales_stay_finite(name, scale):
   codec = CODECS[name]
-  x = input_for(codec, (4, 256)) * np.float32(scale)
+  x = input_for(codec, (16, 256)) * np.float32(scale)
   restored = np.asarray(dequantize(quantize(x, codec)))
   assert np.isfinite(restored).all()
   assert np.abs(restored).max() <= np.abs(x).max() * 1.01
@@ -378,12 +385,12 @@ def test_error_is_within_half_a_cell(name, bound):
       "Unknown kind 'log'; expected one of ('dynamic', 'linear', 'affine').",
     ),
     (
-      lambda: quantize(jnp.ones(4), affine(8), matrix_axes=2),
+      lambda: quantize(np.ones(4), affine(8), matrix_axes=2),
       'An array of shape [4] holds no matrices of 2 axes: matrix_axes must be '
       '1 or 2, and the array have as many.',
     ),
     (
-      lambda: quantize(jnp.ones(4), linear(4), key=jax.random.key(0)),
+      lambda: quantize(np.ones(4), linear(4), key=jax.random.key(0)),
       "Stochastic rounding is for 'affine' codecs, got 'linear'. Leave key "
       'out.',
     ),
@@ -396,9 +403,11 @@ def test_bad_option_is_an_error(build, text):
 
 
 def test_floor_keeps_positive_elements_off_zero():
-  x = jnp.array([[1.0, 1e-3, 1e-12, 1e-30, 0.0]])
-  plain = dequantize(quantize(x, dynamic(8, signed=False)))
-  floored = dequantize(quantize(x, dynamic(8, signed=False, floor=True)))
+  x = np.float32([[1.0, 1e-3, 1e-12, 1e-30, 0.0]])
+  plain, floored = (
+    np.asarray(dequantize(quantize(x, dynamic(8, signed=False, floor=floor))))
+    for floor in (False, True)
+  )
   assert plain[0, 2:].tolist() == [0, 0, 0]
   # The first positive value: the middle of the first half of a decade.
   np.testing.assert_allclose(floored[0, 2:], [3.25e-7, 3.25e-7, 0], rtol=1e-5)

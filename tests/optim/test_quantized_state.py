@@ -1,5 +1,6 @@
 """Quantised moments: 8-bit Adam of bitsandbytes, and every Optax feature."""
 
+import functools
 import typing
 import warnings
 
@@ -44,7 +45,7 @@ def make_params(seed=0):
     'scalar': (),
   }
   return jax.tree.map(
-    lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    lambda shape: np.asarray(rng.standard_normal(shape), np.float32),
     shapes,
     is_leaf=lambda node: isinstance(node, tuple),
   )
@@ -54,7 +55,7 @@ def make_grads(step, params):
   """Gradients over some decades, as a function of the step."""
   rng = np.random.default_rng(100 + step)
   return jax.tree.map(
-    lambda p: jnp.asarray(rng.standard_normal(p.shape) ** 3, p.dtype), params
+    lambda p: np.asarray(rng.standard_normal(p.shape) ** 3, p.dtype), params
   )
 
 
@@ -151,7 +152,7 @@ def test_free_running_adam8bit_follows_bitsandbytes(
   round_to_nearest(monkeypatch)
   tx = our_adam8bit()
   params = jnp.asarray(w)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   step = compiled(tx)
   flipped = np.zeros(shape, bool)
   flips = 0
@@ -180,15 +181,15 @@ def test_free_running_adam8bit_follows_bitsandbytes(
   assert error.max() < 20 * ADAM['lr'] * 0.1
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_each_step_follows_bitsandbytes_as_it_is(shape, without_floor):
+def test_each_step_follows_bitsandbytes_as_it_is(without_floor):
+  shape = (67, 100)  # Other ones run free, above.
   # Heavy tails: moments over ten decades, and some steps of more than 1.
   rng = np.random.default_rng(1)
   w = rng.standard_normal(shape).astype(np.float32)
   theirs = Adam8bit(w, **ADAM)
   tx = our_adam8bit()
   params = jnp.asarray(w)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   update = jax.jit(tx.update)
   cell = 2 / 65536  # Of its table, see `round_to_nearest`.
   for _ in range(20):
@@ -219,12 +220,15 @@ def test_each_step_follows_bitsandbytes_as_it_is(shape, without_floor):
 
 @both_bits
 def test_step_uses_the_moments_before_they_are_encoded(bits):
-  params = make_params()
-  grads = make_grads(0, params)
+  grads = make_grads(0, make_params())
   tx = quantize_moments(scale_by_adam(), bits)
   exact_tx = scale_by_adam()
-  exact, _ = jax.jit(exact_tx.update)(grads, exact_tx.init(params))
-  updates, state = jax.jit(tx.update)(grads, tx.init(params))
+
+  def first(tx):
+    return jax.jit(lambda g: tx.update(g, tx.init(g)))(grads)
+
+  exact, _ = first(exact_tx)
+  updates, state = first(tx)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, exact
   )
@@ -237,13 +241,16 @@ def test_bits_choose_the_codecs():
     (8, ('dynamic', 8, True, 256), ('dynamic', 8, False, 256)),
     (4, ('dynamic', 4, True, 128), ('linear', 4, False, 128)),
   ):
-    state = quantize_moments(scale_by_adam(), bits).init(params)
+    state = jax.eval_shape(quantize_moments(scale_by_adam(), bits).init, params)
     for moment, expected in ((state.mu, mu), (state.nu, nu)):
       codec = moment['head'].codec
       assert expected == (codec.kind, codec.bits, codec.signed, codec.block)
-    momentum = quantize_moments(optax.trace(0.9), bits).init(params)
+    momentum = jax.eval_shape(
+      quantize_moments(optax.trace(0.9), bits).init, params
+    )
     assert momentum.trace['head'].codec == state.mu['head'].codec
-  assert not quantized_in(quantize_moments(scale_by_adam(), 32).init(params))
+  tx = quantize_moments(scale_by_adam(), 32)
+  assert not quantized_in(jax.eval_shape(tx.init, params))
 
 
 def test_small_matrices_stay_float32_however_many_are_stacked():
@@ -254,11 +261,16 @@ def test_small_matrices_stay_float32_however_many_are_stacked():
     'short': jnp.ones((4095,)),
     'half': jnp.ones((64, 64), jnp.bfloat16),
   }
-  mu = quantize_moments(optax.scale_by_adam(), 8).init(params).mu
+
+  def mu_of(**options):
+    tx = quantize_moments(optax.scale_by_adam(), 8, **options)
+    return jax.eval_shape(tx.init, params).mu
+
+  mu = mu_of()
   quantized = {name for name, leaf in mu.items() if is_quantized(leaf)}
   # optax keeps the moments of bfloat16 parameters in bfloat16.
   assert quantized == {'enough', 'vector'}
-  mu = quantize_moments(optax.scale_by_adam(), 8, min_size=1).init(params).mu
+  mu = mu_of(min_size=1)
   assert is_quantized(mu['small']) and not is_quantized(mu['half'])
 
 
@@ -275,18 +287,18 @@ def test_state_bytes_are_exact_and_count_as_moments(bits, per_matrix):
   shapes = jax.eval_shape(tx.init, params)
   count = inspect.state_bytes(shapes)
   assert count['moments'] == 2 * (3 * per_matrix + 4 * 64)
-  assert count == inspect.state_bytes(tx.init(params))
+  assert count == inspect.state_bytes(jax.jit(tx.init)(params))
 
 
 @pytest.mark.parametrize(('alias', 'bits'), [(galore, 8), (gradnormlorp, 4)])
 def test_moments_are_found_deep_inside_an_optimizer(alias, bits):
   params = make_params()
   tx = quantize_moments(alias(1e-2, rank=64), bits)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   # Both moments of both kernels in their subspaces; all else is small.
   assert len(quantized_in(state)) == 4
   step = compiled(tx)
-  new = jax.tree.map(jnp.copy, params)
+  new = jax.tree.map(jnp.asarray, params)
   for t in range(3):
     new, state = step(new, state, make_grads(t, params))
   assert len(quantized_in(state)) == 4
@@ -298,27 +310,26 @@ def test_moments_are_found_deep_inside_an_optimizer(alias, bits):
 def test_stack_equals_each_matrix_by_itself(bits):
   params = make_params()['layers']
   tx = quantize_moments(scale_by_adam(), bits)
-  update = jax.jit(tx.update)
-  state = tx.init(params)
-  first = jax.tree.map(lambda p: p[1], params)
-  alone = tx.init(first)
+  init, update = jax.jit(tx.init), jax.jit(tx.update)
+  state = init(params)
+  alone = init(jax.tree.map(lambda p: p[1], params))
   for t in range(3):
     grads = make_grads(t, params)
     updates, state = update(grads, state)
     expected, alone = update(jax.tree.map(lambda g: g[1], grads), alone)
     np.testing.assert_allclose(
-      updates['kernel'][1], expected['kernel'], rtol=1e-6
+      np.asarray(updates['kernel'])[1], expected['kernel'], rtol=1e-6
     )
   np.testing.assert_array_equal(
-    state.mu['kernel'].codes[1], alone.mu['kernel'].codes
+    np.asarray(state.mu['kernel'].codes)[1], alone.mu['kernel'].codes
   )
 
 
 @both_bits
 def test_donated_step_compiles_once(bits):
-  params = make_params()
+  params = jax.tree.map(jnp.asarray, make_params())
   tx = quantize_moments(optax.adamw(1e-3), bits)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   step = compiled(tx)
   for t in range(3):
     grads = make_grads(t, params)
@@ -330,7 +341,7 @@ def test_donated_step_compiles_once(bits):
 def test_map_params_and_injected_hyperparameters():
   params = make_params()
   tx = quantize_moments(optax.adamw(1e-3), 8)
-  state = tx.init(params)
+  state = jax.jit(tx.init)(params)
   assert_same_bits(optax.tree.map_params(tx, lambda x: x, state), state)
   names = jax.tree_util.tree_map_with_path(
     lambda path, _: jax.tree_util.keystr(path), params
@@ -348,11 +359,16 @@ def test_map_params_and_injected_hyperparameters():
       lambda learning_rate: quantize_moments(optax.adamw(learning_rate), 8)
     )(learning_rate=1e-3),
   ]
+  params = {'head': params['head']}
   grads = make_grads(0, params)
-  expected, _ = tx.update(grads, state, params)
+
+  def first(tx):
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(grads, params)
+
+  expected, _ = first(tx)
   for other in injected:
-    assert len(quantized_in(other.init(params))) == 4
-    updates, _ = jax.jit(other.update)(grads, other.init(params), params)
+    assert len(quantized_in(jax.eval_shape(other.init, params))) == 2
+    updates, _ = first(other)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
       updates,
@@ -429,9 +445,13 @@ def test_four_devices_equal_one():
     np.testing.assert_allclose(a.scale, b.scale, rtol=1e-6)
 
 
-def regression_loss(tx, steps=300):
+@functools.cache
+def regression_loss(bits, steps=300):
   """Loss of a noisy linear regression, over the loss at the start."""
-  target = jax.random.normal(jax.random.key(0), (64, 96))
+  tx = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+  tx = quantize_moments(tx, bits)
+  rng = np.random.default_rng(0)
+  target = rng.standard_normal((64, 96)).astype(np.float32)
 
   def loss(w, x):
     return jnp.mean((x @ (w - target)) ** 2)
@@ -444,12 +464,13 @@ def regression_loss(tx, steps=300):
     updates, state = tx.update(jax.grad(loss)(w, x), state, w)
     return optax.apply_updates(w, updates), state
 
-  w = jnp.zeros_like(target)
+  w = np.zeros_like(target)
   w, _ = jax.jit(lambda w: jax.lax.fori_loop(0, steps, body, (w, tx.init(w))))(
     w
   )
-  x = jnp.diag(jnp.logspace(-1, 0.5, 64))
-  return float(loss(w, x) / loss(jnp.zeros_like(w), x))
+  x = np.diag(np.logspace(-1, 0.5, 64))
+  before, after = x @ target, x @ (np.asarray(w) - target)
+  return np.mean(after**2) / np.mean(before**2)
 
 
 @pytest.mark.parametrize(('bits', 'factor'), [(8, 1.1), (4, 4.0)])
@@ -459,10 +480,9 @@ def test_regression_trains_almost_as_with_float32(bits, factor):
   # With a 4-bit code for nu that has a zero, i / 15, the loss ends 2e5 times
   # above its start. An 8-bit one, i / 255, passes: here few gradients are below
   # 1 / sqrt(510) of their block's largest, whose nu it would round to 0.
-  schedule = optax.cosine_decay_schedule(0.05, 300)
-  exact = regression_loss(optax.adam(schedule))
+  exact = regression_loss(32)
   assert exact < 5e-4
-  coarse = regression_loss(quantize_moments(optax.adam(schedule), bits))
+  coarse = regression_loss(bits)
   assert coarse < factor * exact
 
 
@@ -470,12 +490,12 @@ def test_quantised_momentum_follows_float32():
   params = make_params()
   exact_tx = optax.sgd(0.1, momentum=0.9)
   tx = quantize_moments(exact_tx, 8)
-  state, exact_state = tx.init(params), exact_tx.init(params)
-  update = jax.jit(tx.update)
+  state, exact_state = jax.jit(tx.init)(params), exact_tx.init(params)
+  update, exact_update = jax.jit(tx.update), jax.jit(exact_tx.update)
   for t in range(5):
     grads = make_grads(t, params)
     updates, state = update(grads, state)
-    exact, exact_state = exact_tx.update(grads, exact_state)
+    exact, exact_state = exact_update(grads, exact_state)
   assert len(quantized_in(state)) == 2
   largest = np.abs(exact['head']).max()
   # Four times half a cell of the highest decade, decayed and multiplied by lr.
@@ -500,12 +520,14 @@ def test_small_second_moment_does_not_make_the_step_explode():
   # One gradient of 1 in the block, and one of 1e-4 that falls to 1e-7: its
   # second moment is 1e-8 of the block's largest.
   tx = quantize_moments(scale_by_adam(eps=1e-12), 8)
-  grad = jnp.full((64, 64), 1e-4).at[:, ::32].set(1.0)
-  state = tx.init(grad)
-  updates = {}
-  for step, size in enumerate((1.0, 1.0, 1e-3)):
-    updates[step], state = tx.update(grad.at[:, 1::32].multiply(size), state)
-  assert jnp.abs(updates[2]).max() < 2
+  grad = np.full((64, 64), 1e-4, np.float32)
+  grad[:, ::32] = 1
+  state = jax.jit(tx.init)(grad)
+  update = jax.jit(tx.update)
+  for size in (1.0, 1.0, 1e-3):
+    grad[:, 1::32] = np.float32(1e-4) * np.float32(size)
+    updates, state = update(grad, state)
+  assert np.abs(updates).max() < 2
 
 
 def test_fields_of_parameters_do_not_pass_for_moments():
@@ -513,11 +535,11 @@ def test_fields_of_parameters_do_not_pass_for_moments():
     mu: jax.Array
 
   params = Params(jnp.zeros((64, 64)))
-  state = quantize_moments(scale_by_adam(), 8).init(params)
+  state = jax.eval_shape(quantize_moments(scale_by_adam(), 8).init, params)
   assert state.mu.mu.codec.signed
   assert not state.nu.mu.codec.signed
   tx = quantize_moments(with_low_rank_projection(optax.identity(), 64), 8)
-  basis = tx.init(params).subspace.mu.basis['in']
+  basis = jax.eval_shape(tx.init, params).subspace.mu.basis['in']
   assert basis.dtype == jnp.float32
 
 

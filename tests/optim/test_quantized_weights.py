@@ -5,13 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax.optim import quantization
-from gnlorp_jax.optim.quantized_weights import (
-  CODEC,
-  dequantize_weights,
-  quantize_weights,
-  requantize_weights,
+from gnlorp_jax.optim import quantization, quantized_weights
+from gnlorp_jax.optim.quantized_weights import CODEC
+
+# Compiled, a call is one program and not one per operation.
+quantize_weights = jax.jit(quantized_weights.quantize_weights)
+requantize_weights = jax.jit(quantized_weights.requantize_weights)
+dequantize_weights = jax.jit(
+  quantized_weights.dequantize_weights, static_argnums=1
 )
+quantize = jax.jit(quantization.quantize, static_argnums=1)
+quantize_onto = jax.jit(quantization.quantize_onto, static_argnums=1)
 
 STEP = 1 / 128  # Between two values, where a block spans 255 of them.
 
@@ -20,7 +24,7 @@ def block_of(inner):
   """A kernel [1, 16, 16] of one block from 0 to 255 steps, the rest `inner`."""
   x = np.full(256, inner, np.float32)
   x[0], x[-1] = 0, 255
-  return jnp.asarray(x.reshape(1, 16, 16) * np.float32(STEP))
+  return x.reshape(1, 16, 16) * np.float32(STEP)
 
 
 def random_tree(seed=0, layers=3, dtype=np.float32):
@@ -112,7 +116,8 @@ def test_random_numbers_follow_key_and_path():
     requantize_weights(new, old, jax.random.key(seed)) for seed in (1, 1, 2)
   )
   assert_same(first, again)
-  assert_same(first, jax.jit(requantize_weights)(new, old, jax.random.key(1)))
+  eager = quantized_weights.requantize_weights(new, old, jax.random.key(1))
+  assert_same(first, eager)
 
   def codes(tree, name):
     return np.asarray(tree['mlp'][name]['kernel'].codes)
@@ -126,15 +131,15 @@ def test_random_numbers_follow_key_and_path():
 def test_slices_are_quantised_and_decoded_as_the_stack_is():
   tree = random_tree()
   whole = quantize_weights(tree)
+  decoded = dequantize_weights(whole, jnp.float32)
   for layer in range(3):
     slice_ = jax.tree.map(lambda x, i=layer: x[i : i + 1], tree)
-    stored = jax.tree.map(lambda x, i=layer: x[i : i + 1], whole)
+    stored = jax.tree.map(lambda x, i=layer: np.asarray(x)[i : i + 1], whole)
     assert_same(quantize_weights(slice_), stored)
     assert_same(requantize_weights(slice_, stored, None), stored)
-    decoded = dequantize_weights(whole, jnp.float32)
     assert_same(
       dequantize_weights(stored, jnp.float32),
-      jax.tree.map(lambda x, i=layer: x[i : i + 1], decoded),
+      jax.tree.map(lambda x, i=layer: np.asarray(x)[i : i + 1], decoded),
     )
 
 
@@ -161,7 +166,7 @@ def test_dtypes_are_those_asked_for_and_others_stay(dtype):
     loaded = dequantize_weights(stored, wanted)
     assert loaded['mlp']['up']['kernel'].dtype == wanted
     assert loaded['norm']['scale'].dtype == dtype
-  exact = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  exact = jax.tree.map(np.float32, tree)
   again = requantize_weights(exact, stored, None)
   assert_same(again, stored)
 
@@ -192,24 +197,24 @@ def test_decoded_values_get_their_codes_again():
   new = random_tree()
   stored = requantize_weights(new, quantize_weights(new), jax.random.key(0))
   kernel = stored['mlp']['up']['kernel']
-  found = jax.jit(
-    lambda x: quantization.quantize_onto(x, CODEC, kernel.scale, kernel.zero)
-  )(decoded(kernel))
+  found = quantize_onto(decoded(kernel), CODEC, kernel.scale, kernel.zero)
   assert_same(found, kernel)
   # The extremes alone would not have told the scale: rounding moved them.
-  alone = quantization.quantize(decoded(kernel), CODEC)
-  assert np.any(alone.scale != kernel.scale)
+  alone = quantize(decoded(kernel), CODEC)
+  assert np.any(np.asarray(alone.scale) != kernel.scale)
 
 
 def test_blocks_of_other_values_get_a_grid_of_their_own():
   kernel = quantize_weights(random_tree())['mlp']['up']['kernel']
   x = decoded(kernel)
   x[1, :4] *= 1.5  # 120 elements of the first of three blocks.
-  found = quantization.quantize_onto(x, CODEC, kernel.scale, kernel.zero)
-  own = quantization.quantize(x, CODEC)
+  found = quantize_onto(x, CODEC, kernel.scale, kernel.zero)
+  own = quantize(x, CODEC)
   expected = np.array(kernel.scale)
-  expected[1, 0] = own.scale[1, 0]
+  expected[1, 0] = np.asarray(own.scale)[1, 0]
   np.testing.assert_array_equal(found.scale, expected)
   error = np.abs(decoded(found) - x)[1].reshape(-1)[:256]
   assert error.max() <= expected[1, 0] * 0.5001
-  np.testing.assert_array_equal(found.codes[0], kernel.codes[0])
+  np.testing.assert_array_equal(
+    np.asarray(found.codes)[0], np.asarray(kernel.codes)[0]
+  )

@@ -32,9 +32,10 @@ TX = optax.chain(
 
 
 def init(key):
+  matrix = jax.random.normal(key, (64, 32))
   return {
-    'matrix': jax.random.normal(key, (64, 32)),
-    'half': jax.random.normal(key, (64, 32), jnp.bfloat16),
+    'matrix': matrix,
+    'half': matrix.astype(jnp.bfloat16),
     'frozen': jnp.full((3,), jnp.nan),
   }
 
@@ -76,10 +77,8 @@ def assert_same_bits(actual, expected):
 
 def small_state(step):
   """Arrays that tell which step they are from."""
-  return {
-    'w': jnp.full((64, 64), step, jnp.float32) + jnp.arange(64.0)[None],
-    'step': jnp.int32(step),
-  }
+  w = np.full((64, 64), step, np.float32) + np.arange(64, dtype='f')[None]
+  return {'w': jnp.asarray(w), 'step': jnp.asarray(step, jnp.int32)}
 
 
 @pytest.fixture
@@ -468,38 +467,34 @@ def test_architecture_that_differs_lists_every_field():
 SAVE_FOREVER = """
 import itertools, sys
 import jax.numpy as jnp
+import numpy as np
 from gnlorp_jax.training.checkpoint import Checkpointer
 
-checkpointer = Checkpointer(sys.argv[1], keep=2)
+checkpointers = [Checkpointer(name, keep=2) for name in sys.argv[1:]]
 for step in itertools.count(1):
-  state = {
-    'w': jnp.full((64, 64), step, jnp.float32) + jnp.arange(64.0)[None],
-    'step': jnp.int32(step),
-  }
-  checkpointer.save(step, state, {'at': step}, {'width': 64})
+  for checkpointer in checkpointers:
+    w = np.full((64, 64), step, np.float32) + np.arange(64.0, dtype='f')[None]
+    state = {'w': jnp.asarray(w), 'step': jnp.asarray(step, jnp.int32)}
+    checkpointer.save(step, state, {'at': step}, {'width': 64})
   if step == 2:
     print('saving', flush=True)
 """
 
 
 def test_killed_run_leaves_a_usable_directory(tmp_path):
+  # One process that saves to three: killed, each is at another point.
   root = pathlib.Path(__file__).resolve().parents[2]
   directories = [tmp_path / str(index) for index in range(3)]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', SAVE_FOREVER, directory],
-      cwd=root,
-      stdout=subprocess.PIPE,
-    )
-    for directory in directories
-  ]
-  moments = random.Random(0)
-  for process, directory in zip(processes, directories, strict=True):
-    with process:
-      assert process.stdout.readline() == b'saving\n'
-      time.sleep(moments.uniform(0.0, 0.3))
-      process.kill()
-    assert process.returncode == -signal.SIGKILL
+  with subprocess.Popen(
+    [sys.executable, '-c', SAVE_FOREVER, *directories],
+    cwd=root,
+    stdout=subprocess.PIPE,
+  ) as process:
+    assert process.stdout.readline() == b'saving\n'
+    time.sleep(random.Random(0).uniform(0.0, 0.3))
+    process.kill()
+  assert process.returncode == -signal.SIGKILL
+  for directory in directories:
     state, data_state, metadata = restore_small(directory)
     step = int(state['step'])
     assert step >= 1

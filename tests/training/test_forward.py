@@ -17,6 +17,7 @@ from gnlorp_jax.optim.quantized_weights import (
 from gnlorp_jax.training import forward, objectives, parameters
 
 decode = functools.partial(dequantize_weights, dtype=jnp.float32)
+encode = jax.jit(quantize_weights)
 
 
 def tokens(batch=2, positions=8):
@@ -30,23 +31,25 @@ def tokens(batch=2, positions=8):
 @pytest.mark.parametrize('kind', ['language_model', 'sequence_classifier'])
 def test_codes_compute_what_their_values_do(request, kind, dropout):
   model = request.getfixturevalue(kind)
-  stored = quantize_weights(model.init(jax.random.key(0)))
+  stored = encode(model.init(jax.random.key(0)))
   key = jax.random.key(3) if dropout else None
   found = forward.on_stored(model, decode)
-  expected = model.apply(decode(stored), tokens(), key)
-  logits = jax.jit(found.apply)(stored, tokens(), key)
-  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
-  # The head after the blocks, as a loss calls it.
-  x = found.hidden(stored, tokens(), key)
-  np.testing.assert_allclose(
-    found.logits(stored, x, key), expected, rtol=1e-5, atol=1e-6
-  )
+  expected = jax.jit(model.apply)(jax.jit(decode)(stored), tokens(), key)
+
+  @jax.jit
+  def logits_of(stored, key):
+    # The head after the blocks, as a loss calls it.
+    x = found.hidden(stored, tokens(), key)
+    return found.apply(stored, tokens(), key), found.logits(stored, x, key)
+
+  for logits in logits_of(stored, key):
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_those_of_the_decoded_model(language_model):
   params = language_model.init(jax.random.key(0))
   trained = {'norm': params.pop('norm'), 'head': params.pop('head')}
-  frozen = quantize_weights(params)
+  frozen = encode(params)
   batch = {
     'inputs': tokens(),
     'targets': tokens(),
@@ -61,7 +64,7 @@ def test_gradients_are_those_of_the_decoded_model(language_model):
     )(trained)[0]
 
   found = gradient(forward.on_stored(language_model, decode), frozen)
-  expected = gradient(language_model, decode(frozen))
+  expected = gradient(language_model, jax.jit(decode)(frozen))
   for a, b in zip(
     jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
   ):

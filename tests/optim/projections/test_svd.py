@@ -1,5 +1,7 @@
 """The SVD projection against NumPy's float64 SVD, on easy and hard matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,12 +54,19 @@ KINDS = 'slow fast steep equal copies zero'.split() + [
 ]
 
 
+@functools.cache
+def refresh_of(solver, **options):
+  return jax.jit(projections.get('svd', solver=solver, **options).refresh)
+
+
+# The same for all solvers.
+first_basis = jax.jit(projections.get('svd').init, static_argnums=(0, 1))
+
+
 def refreshed(solver, a_MN, rank, rounds=1, **options):
-  svd = projections.get('svd', solver=solver, **options)
-  refresh = jax.jit(svd.refresh)
-  basis = svd.init(a_MN.shape, rank)
+  basis = first_basis(a_MN.shape, rank)
   for count in range(rounds):
-    basis = refresh(jnp.asarray(a_MN, jnp.float32), basis, count)
+    basis = refresh_of(solver, **options)(np.float32(a_MN), basis, count)
   return np.asarray(basis)
 
 
@@ -111,20 +120,17 @@ def test_power_iteration_keeps_signs_from_refresh_to_refresh():
   after = refreshed('power', -a_MN, 8, rounds=21)
   # The subspace of -A is that of A; had the signs flipped, moments would meet
   # a mirrored basis.
-  start = projections.get('svd').refresh(
-    jnp.asarray(-a_MN, jnp.float32), jnp.asarray(before), 0
-  )
+  start = refresh_of('power')(np.float32(-a_MN), before, 0)
   assert np.diag(before.T @ start).min() > 0.99
   assert captured(a_MN, after) > 0.9999
 
 
 def test_undetermined_directions_keep_the_old_basis():
   a_MN = matrix('rank 3')
-  svd = projections.get('svd')
-  old = svd.init(a_MN.shape, 8)
-  new = svd.refresh(jnp.asarray(a_MN, jnp.float32), old, 0)
+  old = first_basis(a_MN.shape, 8)
+  new = refresh_of('power')(np.float32(a_MN), old, 0)
   assert captured(a_MN, np.asarray(new)) > 1 - 1e-5
-  zero = svd.refresh(jnp.zeros(a_MN.shape), old, 0)
+  zero = refresh_of('power')(np.zeros(a_MN.shape, np.float32), old, 0)
   np.testing.assert_allclose(zero, old, atol=1e-5)
 
 
@@ -160,33 +166,39 @@ def test_exact_solvers_find_numpys_singular_vectors(solver):
 
 def test_projecting_back_and_forth_is_the_identity_on_coordinates():
   svd = projections.get('svd')
-  basis_NR = random_basis((6, 5), 3)
-  low_MR = jax.random.normal(jax.random.key(1), (6, 3))
-  again = svd.project(svd.project_back(low_MR, basis_NR), basis_NR)
+  low_MR = np.random.default_rng(1).standard_normal((6, 3)).astype(np.float32)
+
+  @jax.jit
+  def back_and_forth(low_MR):
+    basis_NR = random_basis((6, 5), 3)
+    return svd.project(svd.project_back(low_MR, basis_NR), basis_NR)
+
+  again = back_and_forth(low_MR)
   np.testing.assert_allclose(again, low_MR, atol=1e-5)
 
 
 def test_projection_of_bfloat16_is_accumulated_in_float32():
   a_MN = jnp.asarray(matrix('slow'), jnp.bfloat16)
-  basis_NR = random_basis(a_MN.shape, 4)
-  low_MR = projections.get('svd').project(a_MN, basis_NR)
+  basis_NR = jax.jit(random_basis, static_argnums=(0, 1))(a_MN.shape, 4)
+  low_MR = jax.jit(projections.get('svd').project)(a_MN, basis_NR)
   exact = np.asarray(a_MN, np.float64) @ np.asarray(
-    basis_NR.astype(jnp.bfloat16), np.float64
+    np.asarray(basis_NR).astype(jnp.bfloat16), np.float64
   )
   assert low_MR.dtype == jnp.float32
   np.testing.assert_allclose(low_MR, exact, atol=1e-5)
 
 
 def test_unshifted_pass_would_fail_where_the_shifted_one_does_not():
-  columns = jnp.ones((16, 4)) / 4.0
-  assert not np.isfinite(cholesky_qr(columns, shifted=False)).all()
-  assert np.isfinite(cholesky_qr(columns, shifted=True)).all()
+  columns = np.full((16, 4), 0.25, np.float32)
+  qr = jax.jit(cholesky_qr, static_argnames='shifted')
+  assert not np.isfinite(qr(columns, shifted=False)).all()
+  assert np.isfinite(qr(columns, shifted=True)).all()
 
 
 def test_signs_are_normalised_by_the_largest_entry():
-  basis = jnp.array([[0.6, -0.6], [-0.8, 0.8]])
+  basis = np.float32([[0.6, -0.6], [-0.8, 0.8]])
   np.testing.assert_allclose(
-    normalise_signs(basis), jnp.array([[-0.6, -0.6], [0.8, 0.8]])
+    jax.jit(normalise_signs)(basis), np.float32([[-0.6, -0.6], [0.8, 0.8]])
   )
 
 

@@ -21,8 +21,13 @@ def prepared(settings, data):
 @pytest.fixture(scope='module')
 def started(prepared):
   """Parameters at step 0, adapters moved so that they count."""
-  state, frozen = recipe.make_run(prepared, None, 0).run.start()
-  return jax.tree.map(lambda x: x + 0.01, state.params), frozen
+  trained, frozen = start(prepared)
+  move = jax.jit(lambda params: jax.tree.map(lambda x: x + 0.01, params))
+  return move(trained), frozen
+
+
+def start(prepared):
+  return prepared.program.parameters.start(jax.random.key(0))
 
 
 def outputs_of(prepared, params, frozen, batch_size=8):
@@ -40,14 +45,13 @@ def outputs_of(prepared, params, frozen, batch_size=8):
 def test_outputs_of_a_sharded_model_are_those_of_one_device(
   settings, data, prepared
 ):
-  state, frozen = recipe.make_run(prepared, None, 0).run.start()
-  expected = outputs_of(prepared, state.params, frozen)
+  expected = outputs_of(prepared, *start(prepared))
   changed = dataclasses.replace(settings, mesh=MeshConfig(data=2, fsdp=2))
   sharded = recipe.prepare(changed, data, 'lora')
-  state, frozen = recipe.make_run(sharded, None, 0).run.start()
+  trained, frozen = start(sharded)
   kernel = frozen['layers']['mlp']['up_proj']['kernel']  # [2, 64, 256]
   assert {s.data.shape for s in kernel.addressable_shards} == {(2, 64, 128)}
-  found = outputs_of(sharded, state.params, frozen)
+  found = outputs_of(sharded, trained, frozen)
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -110,7 +114,7 @@ def test_nothing_is_exported_unless_asked_for(prepared, started, tmp_path):
 
 def test_a_diverged_model_predicts_nothing(prepared, started, tmp_path, caplog):
   params, frozen = started
-  broken = jax.tree.map(lambda x: x * np.nan, params)
+  broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
   with caplog.at_level(logging.WARNING):
     finish(prepared, (broken, frozen), tmp_path, exports=False)
   assert caplog.messages == [f'{tmp_path} diverged: no predictions of test.']

@@ -18,8 +18,6 @@ from gnlorp_jax.models import adapters, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe, report
 from gnlorp_jax.training import sharding
 
-QUICK = ('full', 'lora', 'gradnormlorp', 'gradnormlorp_adapter')
-
 
 @pytest.fixture(scope='module')
 def prepare(settings, data):
@@ -58,18 +56,41 @@ def copied(tree):
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
-# Slow are those whose parts the others have too, or that have tests elsewhere.
+# All of the model trains, or has adapters. That others would train all of it is
+# seen by shapes alone, in the test that follows.
+WHOLE = ('full', 'lora', 'gradnormlorp')
+
+
+def one_kernel(settings, method):
+  """Settings with which a method trains one kernel, and one in full.
+
+  Compiling takes the time, and an optimizer is compiled array by array.
+  """
+  if methods.METHODS[method].adapter is not None:
+    rules = ('attn/q_proj/kernel',)
+    return {'adapter': dataclasses.replace(settings.adapter, rules=rules)}
+  labels = (
+    ('attn/q_proj/kernel', 'low_rank'),
+    ('classifier/out/kernel', 'full'),
+    ('.*', 'frozen'),
+  )
+  optim = dataclasses.replace(optim_for(settings, method), param_labels=labels)
+  return {'optim': optim}
+
+
+@pytest.mark.usefixtures('compiled_once')  # They share all but the steps.
 @pytest.mark.parametrize(
   'method',
   [
-    pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK))
+    pytest.param(m, marks=[pytest.mark.slow] * (m not in ('lora', 'galore')))
     for m in methods.METHODS
   ],
 )
 def test_every_method_trains_and_leaves_the_rest_alone(
   method, settings, prepare
 ):
-  prepared = prepare(method, optim=optim_for(settings, method))
+  is_whole = method in WHOLE
+  prepared = prepare(method, **{} if is_whole else one_kernel(settings, method))
   built, run = prepared.program, new_run(prepared)
   state, frozen = run.start()
   before, frozen_before = copied(state.params), copied(frozen)
@@ -90,18 +111,26 @@ def test_every_method_trains_and_leaves_the_rest_alone(
   }
   # The factors of new adapters and the zero biases too, all train.
   assert changed == paths(after)
+  shapes = jax.eval_shape(built.model.init, jax.random.key(0))
   if methods.METHODS[method].adapter is None:
-    assert frozen == {}
-    assert paths(after) == paths(built.model.init(jax.random.key(0)))
+    if is_whole:
+      assert paths(after) == paths(shapes)
+    else:
+      assert paths(after) == {
+        *('layers/attn/q_proj/kernel', 'classifier/out/kernel')
+      }
+    assert paths(after) | paths(frozen) == paths(shapes)
+    assert not paths(frozen) & paths(after)
   else:
     assert {path.split('/')[-1] for path in paths(after)} <= {
       *('lora_a', 'lora_b', 'magnitude', 'kernel', 'bias')
     }
     assert not paths(frozen) & paths(after)
     assert all('classifier' not in path for path in paths(frozen))
-  found = run.evaluate(state.params, frozen)
-  assert set(found) == {'loss', 'matthews_correlation', 'accuracy'}
-  assert np.isfinite(found['loss'])
+  if is_whole:
+    found = run.evaluate(state.params, frozen)
+    assert set(found) == {'loss', 'matthews_correlation', 'accuracy'}
+    assert np.isfinite(found['loss'])
 
 
 @pytest.mark.parametrize(
@@ -147,9 +176,9 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(
   dropping = dataclasses.replace(settings.adapter, dropout=0.1)
   prepared = prepare('lora', adapter=dropping)
   built, run = prepared.program, new_run(prepared)
-  state, frozen = run.start()
+  trained, frozen = built.parameters.start(jax.random.key(0))
   # So that the adapters, and their dropout, make a difference.
-  params = jax.tree.map(lambda x: x + 0.1, state.params)
+  params = jax.tree.map(lambda x: np.float32(x + 0.1), jax.device_get(trained))
   batch = next(run.batches)
   merged = built.parameters.join(params, frozen)
   loss_fn = jax.jit(built.objective.loss)
@@ -177,10 +206,9 @@ def test_loss_is_that_of_all_parameters_with_dropout_by_the_first_seed(
 
 def test_adapted_model_starts_as_the_model_itself(data, prepare):
   prepared = prepare('gradnormlorp_adapter')
-  run = new_run(prepared)
-  state, frozen = run.start()
+  trained, frozen = prepared.program.parameters.start(jax.random.key(0))
   outputs = evaluation.outputs_of(
-    prepared.program, data, 8, state.params, frozen, data.evaluated['dev']
+    prepared.program, data, 8, trained, frozen, data.evaluated['dev']
   )
   # The plain model, in the order of the file.
   encoded = data.evaluated['dev'].encoded
@@ -303,8 +331,12 @@ def test_other_rates_seeds_lengths_and_tasks_compile_nothing_anew(
   method, settings, data, compilations
 ):
   def prepare(task, optim=None, **changes):
-    optim = optim_of(settings, **{'learning_rate': None} | (optim or {}))
-    changed = dataclasses.replace(settings, optim=optim, **changes)
+    optim = {'learning_rate': None} | (optim or {})
+    few = one_kernel(settings, method) | changes
+    few['optim'] = dataclasses.replace(
+      few.get('optim', settings.optim), **optim
+    )
+    changed = dataclasses.replace(settings, **few)
     task = dataclasses.replace(data.task, name=task)
     return recipe.prepare(changed, data._replace(task=task), method)
 

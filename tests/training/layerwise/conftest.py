@@ -19,53 +19,52 @@ from gnlorp_jax.training import objectives, parameters, sharding, state
 
 VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 64, 32, 48, 3, 8, 8
 STEPS, GAP = 12, 5
-# Compiling takes nearly all of the time here.
-COMPILER_OPTIONS = {'xla_backend_optimization_level': 0}
-if jax.__version_info__ < (0, 11):  # Later there is nothing else.
-  COMPILER_OPTIONS['xla_cpu_use_fusion_emitters'] = False
 
 LOW_RANK = {'rank': 8, 'update_proj_gap': GAP}
 # Adam divides by the root of the second moment: where that is near zero it
 # turns roundings of a gradient into steps. A large eps does not.
 EPS = {'eps': 1e-3}
 FINE = {'rank': 2, 'update_proj_gap': GAP, 'granularity': 2, **EPS}
+# Each with a form of the state that a slice, or a half of a step, must carry
+# along: moments that a refresh rotates or resets, tracked norms, queues of lazy
+# refreshes, errors that are fed back, parameters that decay or are frozen.
 TXS = {
-  'adamw': functools.partial(optim.adamw, **EPS),
+  'adamw': functools.partial(optim.adamw, weight_decay=0.1, **EPS),
   'apollo': functools.partial(optim.apollo, **LOW_RANK, **EPS),
   'apollo_mini': functools.partial(
     optim.apollo_mini, update_proj_gap=GAP, scale=4.0, **EPS
   ),
-  'dct_adamw': functools.partial(optim.dct_adamw, **LOW_RANK, **EPS),
-  'fira': functools.partial(optim.fira, **LOW_RANK, **EPS),
-  'galore': functools.partial(optim.galore, **LOW_RANK, **EPS),
-  'galore_adafactor': functools.partial(optim.galore_adafactor, **LOW_RANK),
-  'gradnormlorp': functools.partial(optim.gradnormlorp, **LOW_RANK, **EPS),
-  'ldadam': functools.partial(optim.ldadam, rank=8, **EPS),
-  'projfactor': functools.partial(optim.projfactor, **FINE),
-  'q_galore': functools.partial(
-    optim.q_galore, basis_bits=32, moment_bits=32, **LOW_RANK, **EPS
+  'dct_adamw': functools.partial(
+    optim.dct_adamw, error_bits=32, **LOW_RANK, **EPS
   ),
-  'vlorp': functools.partial(optim.vlorp, **FINE),
-}
-
-
-# Forms of the state that a slice, or a half of a step, must carry along.
-FORMS = {
-  'rotated, tracked': functools.partial(
+  'fira': functools.partial(optim.fira, **LOW_RANK, **EPS),
+  'galore': functools.partial(
+    optim.galore, weight_decay=0.1, **LOW_RANK, **EPS
+  ),
+  'galore, frozen': functools.partial(
+    optim.galore,
+    param_labels=[('down|embed', 'frozen'), ('up', 'low_rank'), ('.*', 'full')],
+    **LOW_RANK,
+    **EPS,
+  ),
+  'galore_adafactor': functools.partial(optim.galore_adafactor, **LOW_RANK),
+  'gradnormlorp': functools.partial(
     optim.gradnormlorp,
     moments_on_refresh='rotate',
     norm_state='tracked',
     **LOW_RANK,
     **EPS,
   ),
-  'both, reset': functools.partial(
+  'gradnormlorp, both sides': functools.partial(
     optim.gradnormlorp,
     moments_on_refresh='reset',
     side='both',
     **LOW_RANK,
     **EPS,
   ),
-  'lazy': functools.partial(
+  'ldadam': functools.partial(optim.ldadam, rank=8, **EPS),
+  'projfactor': functools.partial(optim.projfactor, **FINE),
+  'q_galore': functools.partial(
     optim.q_galore,
     basis_bits=32,
     moment_bits=32,
@@ -73,20 +72,11 @@ FORMS = {
     **LOW_RANK,
     **EPS,
   ),
-  'errors': functools.partial(
-    optim.dct_adamw, error_bits=32, **LOW_RANK, **EPS
-  ),
-  'decayed, frozen': functools.partial(
-    optim.galore,
-    weight_decay=0.1,
-    param_labels=[('down|embed', 'frozen'), ('up', 'low_rank'), ('.*', 'full')],
-    **LOW_RANK,
-    **EPS,
-  ),
+  'vlorp': functools.partial(optim.vlorp, **FINE),
 }
 
 
-def init(key, layers=LAYERS, vocab=VOCAB):
+def init(seed=0, layers=LAYERS, vocab=VOCAB):
   """Parameters of a small model; kernels are stacked ``[L, in, out]``."""
   shapes = {
     'embed': {'embedding': (vocab, FEATURES)},
@@ -97,12 +87,23 @@ def init(key, layers=LAYERS, vocab=VOCAB):
       'up': {'kernel': (layers, FEATURES, HIDDEN)},
     },
   }
-  rng = np.random.default_rng(int(jax.random.key_data(key)[-1]))
+  rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda shape: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32),
     shapes,
     is_leaf=lambda x: isinstance(x, tuple),
   )
+
+
+def in_part(**sizes):
+  """One array of each kind trains: a kernel, a vector and an outer matrix.
+
+  Compiling takes the time, and an optimizer is compiled array by array.
+  """
+  trained = init(**sizes)
+  frozen = {'embed': trained.pop('embed')}
+  frozen['layers'] = {'down': trained['layers'].pop('down')}
+  return trained, frozen
 
 
 def embed(params, batch):
@@ -127,8 +128,9 @@ def tied_loss(params, x_BTD, batch):
   return loss(head, x_BTD, batch)
 
 
-def whole_loss(params, batch, loss=loss, layers=LAYERS):
+def whole_loss(params, batch, frozen=None, loss=loss, layers=LAYERS):
   """The whole model in one piece: a plain loop over its layers."""
+  params = parameters.join(params, frozen or {})
   x_BTD = embed(params, batch)
   for i in range(layers):
     x_BTD = block(jax.tree.map(lambda w, i=i: w[i], params['layers']), x_BTD)
@@ -150,14 +152,14 @@ def make_batch(seed):
 
 
 def optimizer(name, **options):
-  return {**TXS, **FORMS}[name](3e-2, skip_nonfinite=False, **options)
+  return TXS[name](3e-2, skip_nonfinite=False, **options)
 
 
 def trajectory(
   make_step, tx, mesh, steps=STEPS, batch=make_batch, params=None, frozen=None
 ):
   """States and metrics after every step, on the host."""
-  params = init(jax.random.key(0)) if params is None else params
+  params = init() if params is None else params
   # From the host: a step that gives its state away must not take the caller's.
   now = state.from_params(jax.device_get(params), tx, mesh)
   constants = () if frozen is None else (frozen,)
@@ -171,7 +173,6 @@ def trajectory(
     ),
     out_shardings=(shardings, None),
     donate_argnums=0,
-    compiler_options=COMPILER_OPTIONS,
   )
   seen = []
   for number in range(steps):

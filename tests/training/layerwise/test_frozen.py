@@ -3,7 +3,6 @@
 Shape suffixes in this file: B sequences, T positions, D features.
 """
 
-import functools
 import re
 
 import jax
@@ -40,90 +39,69 @@ PARTS = {
   'head': 'head',
 }
 CLIP = 3.0
-MODES = {
-  'at once': {},
-  'recompute': {
-    'clip_global_norm': CLIP,
-    'clipping': 'recompute',
-    'num_micro_batches': 2,
-  },
-  'waiting': {'clip_global_norm': CLIP, 'num_micro_batches': 2},
-}
+in_8_bits = jax.jit(quantize_weights)
+CLIPPED = {'clip_global_norm': CLIP, 'num_micro_batches': 2}
+WAITING, RECOMPUTE = (
+  CLIPPED | {'clipping': mode} for mode in ('waiting', 'recompute')
+)
 
 
-@functools.cache
-def whole_steps(toy, part, clip, k):
-  trained, frozen = parted(toy.init(jax.random.key(0)), PARTS[part])
+def whole_steps(toy, part):
+  trained, frozen = parted(toy.init(), PARTS[part])
   tx = toy.optimizer('galore')
 
   def loss(params, batch, frozen):
     return toy.whole_loss(parameters.join(params, frozen), batch)
 
   return toy.trajectory(
-    lambda params: step.make_train_step(
-      loss, tx, num_micro_batches=k, clip_global_norm=clip
-    ),
+    lambda params: step.make_train_step(loss, tx, **CLIPPED),
     tx,
     toy.mesh_of(1),
     params=trained,
-    frozen=toy.decode(quantize_weights(frozen)),
+    frozen=jax.jit(toy.decode)(in_8_bits(frozen)),
   )
 
 
 @pytest.mark.parametrize(
-  ('part', 'mode'),
+  ('part', 'ways'),
   [
-    *(('a kernel', mode) for mode in MODES),
-    *(('outer', mode) for mode in MODES),
-    ('no kernel', 'at once'),
-    ('no kernel', 'waiting'),
-    ('head', 'recompute'),
+    # One by one on one device; waiting on several, each with parts of them all.
+    pytest.param(
+      *('a kernel', [(RECOMPUTE, (1, 1)), (WAITING, (2, 2))]),
+      marks=pytest.mark.slow,
+    ),
+    ('no kernel', [(WAITING, (1, 1))]),
+    ('outer', [(RECOMPUTE, (1, 1)), (WAITING, (1, 1))]),
+    ('head', [(RECOMPUTE, (1, 1))]),
   ],
 )
-def test_parts_take_the_whole_steps(toy, part, mode):
-  trained, frozen = parted(toy.init(jax.random.key(0)), PARTS[part])
-  frozen = quantize_weights(frozen)
-  tx, options = toy.optimizer('galore'), MODES[mode]
-  found = toy.trajectory(
-    lambda params: layerwise.make_train_step(
-      toy.PIECES, tx, toy.held(params, frozen), **options
-    ),
-    tx,
-    toy.mesh_of(1),
-    params=trained,
-    frozen=frozen,
-  )
-  clip, k = (options.get(n) for n in ('clip_global_norm', 'num_micro_batches'))
-  expected = whole_steps(toy, part, clip, k or 1)
-  if clip is not None and part != 'no kernel':
-    assert clip < max(metrics['grad_norm'] for _, metrics in expected)
-  toy.assert_equal(found, expected)
-
-
-def test_sharded_frozen_weights_take_the_whole_steps(toy):
-  trained, frozen = parted(toy.init(jax.random.key(0)), PARTS['a kernel'])
-  frozen = quantize_weights(frozen)
+def test_parts_take_the_whole_steps(toy, part, ways):
+  trained, frozen = parted(toy.init(), PARTS[part])
+  frozen = in_8_bits(frozen)
   tx = toy.optimizer('galore')
-  found = toy.trajectory(
-    lambda params: layerwise.make_train_step(
-      toy.PIECES, tx, toy.held(params, frozen), **MODES['waiting']
-    ),
-    tx,
-    toy.mesh_of(2, 2),
-    params=trained,
-    frozen=frozen,
-  )
-  toy.assert_equal(found, whole_steps(toy, 'a kernel', CLIP, 2))
+  expected = whole_steps(toy, part)
+  if part != 'no kernel':
+    assert CLIP < max(metrics['grad_norm'] for _, metrics in expected)
+  for options, mesh in ways:
+    found = toy.trajectory(
+      lambda params, options=options: layerwise.make_train_step(
+        toy.PIECES, tx, toy.held(params, frozen), **options
+      ),
+      tx,
+      toy.mesh_of(*mesh),
+      params=trained,
+      frozen=frozen,
+    )
+    toy.assert_equal(found, expected)
 
 
 def test_a_bad_gradient_is_left_out_and_steps_are_counted(toy):
   """What all parameters share is known though none stands outside of layers."""
-  trained, frozen = parted(toy.init(jax.random.key(0)), PARTS['a kernel'])
+  trained, frozen = parted(toy.init(), PARTS['a kernel'])
   tx = toy.optimizer('galore')
   now = state.from_params(trained, tx, toy.mesh_of(1))
   train_step = jax.jit(
     layerwise.make_train_step(toy.PIECES, tx, toy.held(trained, frozen)),
-    compiler_options=toy.COMPILER_OPTIONS,
   )
 
   def counts(now):
@@ -144,7 +122,7 @@ def test_a_bad_gradient_is_left_out_and_steps_are_counted(toy):
 @pytest.mark.parametrize('kind', ['language_model', 'sequence_classifier'])
 def test_dropout_and_masks_reach_the_blocks(request, toy, kind):
   model = request.getfixturevalue(kind)
-  trained, frozen = parted(model.init(jax.random.key(0)), 'layers/up|head')
+  trained, frozen = parted(model.init(jax.random.key(0)), 'layers/up')
   tx = optim.adamw(1e-2, eps=1e-3, skip_nonfinite=False)
   if kind == 'language_model':
     objective = objectives.language_model(model, 16, dropout=True)
