@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -150,15 +151,13 @@ def environment() -> dict[str, Any]:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       versions[package] = None
-  cpu = platform.machine()
   cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    lines = [x for x in cpuinfo.read_text().splitlines() if 'model name' in x]
-    cpu = lines[0].split(':')[1].strip() if lines else cpu
+  text = cpuinfo.read_text() if cpuinfo.exists() else ''
+  cpu = re.search(r'model name\s*: (.*)', text)
   return {
     'date': datetime.date.today().isoformat(),
     'commit': record.commit(),
-    'cpu': cpu,
+    'cpu': cpu[1] if cpu else platform.machine(),
     'cores': cores(),
     'device': jax.devices()[0].device_kind,
     'load_at_start': os.getloadavg()[0],

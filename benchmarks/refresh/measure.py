@@ -98,7 +98,7 @@ def options(args: argparse.Namespace) -> cases.Row:
     'source': ','.join(pathlib.Path(s).name for s in args.source.split(',')),
     **{'tokenizer': 'bpe', 'size': args.size, 'gap': args.gap},
     **{'steps': runs.STEPS, 'seeds': SEEDS},
-    **{'learning_rate': runs.LEARNING_RATE, 'batch_size': runs.BATCH_SIZE},
+    **{'learning_rate': runs.RATE, 'batch_size': runs.BATCH_SIZE},
     **{'eval_batches': runs.EVAL_BATCHES, 'rounds': fits.MOST_ROUNDS},
     **{'loss_rank': runs.RANK, 'loss_gap': runs.GAP},
   }

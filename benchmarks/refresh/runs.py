@@ -31,7 +31,7 @@ KINDS = {
   **{name: ('attn', f'{name}_proj') for name in ('q', 'k', 'v', 'o')},
   **{name: ('mlp', f'{name}_proj') for name in ('gate', 'up', 'down')},
 }
-SEQ_LEN, BATCH_SIZE, LEARNING_RATE = 128, 8, 5e-3
+SEQ_LEN, BATCH_SIZE, RATE = 128, 8, 5e-3
 # Of the runs for the loss.
 SCALE, RANK, GAP = 0.25, 32, 50
 STEPS, EVAL_BATCHES = 150, 40
@@ -61,23 +61,18 @@ def variants(hidden_size: int) -> dict[str, dict[str, Any]]:
 
 def loss_optimizer(variant: dict[str, Any]) -> config.OptimConfig:
   """`gradnormlorp` with one way of refreshing."""
+  fixed = {'name': 'gradnormlorp', 'rank': RANK, 'learning_rate': RATE}
   options = {'scale': SCALE, 'update_proj_gap': GAP, **variant}
-  return config.OptimConfig(
-    name='gradnormlorp', rank=RANK, learning_rate=LEARNING_RATE, **options
-  )
+  return config.OptimConfig(**fixed, **options)
 
 
 def _prepare(size: str, source: str, **options: Any) -> recipe.Prepared:
   """A run on a text, with a tokenizer that is trained on it."""
-  data = {'source': source, 'tokenizer': 'bpe', 'seq_len': SEQ_LEN}
-  return recipe.prepare(
-    config.TrainConfig(
-      batch_size=BATCH_SIZE,
-      model=llama.preset(size, max_seq_len=SEQ_LEN, vocab_size=4096),
-      data=config.DataConfig(**data),
-      **options,
-    )
-  )
+  text = {'source': source, 'tokenizer': 'bpe', 'seq_len': SEQ_LEN}
+  data, batch = config.DataConfig(**text), {'batch_size': BATCH_SIZE}
+  model = llama.preset(size, max_seq_len=SEQ_LEN, vocab_size=4096)
+  run = config.TrainConfig(model=model, data=data, **batch, **options)
+  return recipe.prepare(run)
 
 
 def train(
@@ -143,12 +138,9 @@ def save_row(
   size: str, gap: int, source: str, path: pathlib.Path, clock: harness.Clock
 ) -> Row:
   """Trains a size with `galore` and keeps its gradients."""
-  optim = config.OptimConfig(
-    name='galore',
-    rank=llama.preset(size).hidden_size // 4,
-    update_proj_gap=gap,
-    learning_rate=LEARNING_RATE,
-  )
+  rank = llama.preset(size).hidden_size // 4
+  options = {'rank': rank, 'update_proj_gap': gap, 'learning_rate': RATE}
+  optim = config.OptimConfig(name='galore', **options)
   prepared = _prepare(size, source, steps=3 * gap + 1, optim=optim)
   return save_gradients(prepared, gap, path, clock)
 
@@ -158,8 +150,7 @@ def save_gradients(
 ) -> Row:
   """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`."""
   config = prepared.config
-  gradients = _kernel_gradients(prepared)
-  kept: dict[int, dict[str, np.ndarray]] = {}
+  gradients, kept = _kernel_gradients(prepared), {}
 
   def keep(number: int, params: Any, batch: Any) -> None:
     if (number - 1) % gap == 0:

@@ -69,27 +69,15 @@ def baseline(shapes: Any) -> int:
   return 4 * count_parameters(shapes)
 
 
-def _settings(alias: str) -> Iterator[cases.Row]:
-  """All combinations of options but for the rank; None where there is none."""
-  known = methods.options_of(alias)
-  choices = {
-    'embeddings': tuple(LABELS) if 'kernel_axes' in known else ('full',),
-    **{k: v if k in known else (None,) for k, v in OPTIONS.items()},
-  }
-  for values in itertools.product(*choices.values()):
-    yield dict(zip(choices, values, strict=True))
-
-
 def row(alias: str, setting: cases.Row, shapes: Any) -> cases.Row:
   """The bytes of one method in one setting, by rank; raises AbsentError."""
   variant = {k: setting[k] for k in OPTIONS if setting[k] is not None}
   labels = LABELS[setting['embeddings']]
+  common = {'learning_rate': 1.0, 'param_labels': labels}
   found = {}
   for rank in RANKS if 'rank' in methods.options_of(alias) else (None,):
-    common = {'learning_rate': 1.0, 'param_labels': labels}
-    common |= {'rank': rank} if rank else {}
     try:
-      tx = methods.build(alias, variant, **common)
+      tx = methods.build(alias, variant, rank=rank, **common)
       found[str(rank or OWN)] = count(tx, shapes)
     except (methods.AbsentError, ValueError) as error:
       reason = str(error.__cause__ or error)
@@ -99,9 +87,14 @@ def row(alias: str, setting: cases.Row, shapes: Any) -> cases.Row:
 
 
 def all_cases(aliases: Iterable[str], shapes: Any) -> Iterator[cases.Case]:
-  """Every setting of every method."""
+  """Every setting of every method; None where it has no such option."""
   for alias in aliases:
-    for setting in _settings(alias):
+    known = methods.options_of(alias)
+    choices = {k: v if k in known else (None,) for k, v in OPTIONS.items()}
+    embeddings = tuple(LABELS) if 'kernel_axes' in known else ('full',)
+    choices = {'embeddings': embeddings, **choices}
+    for values in itertools.product(*choices.values()):
+      setting = dict(zip(choices, values, strict=True))
       take = functools.partial(row, alias, setting, shapes)
       yield cases.Case({'method': alias, **setting}, take)
 
