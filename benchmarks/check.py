@@ -4,19 +4,18 @@
   python -m benchmarks.check step scaling  # some of it
 
 runs short versions of the benchmarks below, each in a process of its own, and
-compares what they find with the records in benchmarks/results, name by name. It
-changes none of these files. What is compared:
+compares what they find with benchmarks/results, name by name. It changes none
+of these files. What is compared:
 
-step      the optimizer step beside its peers', of LLaMA-60m
-train     whole training steps beside PyTorch's, of LLaMA-20m
-scaling   bytes of the optimizer states of all presets
+step     the optimizer step beside its peers', of LLaMA-60m
+train    whole training steps beside PyTorch's, of LLaMA-20m
+scaling  bytes of the optimizer states of all presets
 
-A ratio (larger is better for this package) has a median and the quartiles of
-its turns. It is `WORSE` if its upper quartile now lies below the recorded lower
-one, so that the spreads of both runs are apart, and its median has fallen by
-more than 5 %; `better` is the mirror image, and anything else is `same`. Bytes
-do not vary: one more is `WORSE`. Records of another machine, or made with other
-packages, are compared all the same, after saying so: ratios carry over in part.
+A ratio (larger is better for this package) is `WORSE` if its upper quartile now
+lies below the recorded lower one, and its median has fallen by more than 5 %;
+`better` is the mirror image, and anything else is `same`. Bytes do not vary:
+one more is `WORSE`. Records of another machine, or made with other packages,
+are compared after saying so: ratios carry over in part.
 
 The exit status is 1 if anything got worse; else 2 if a benchmark failed or
 there was nothing to compare; else 0.
@@ -69,21 +68,13 @@ class Line(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What checking one benchmark came to.
+  """What checking one benchmark came to."""
 
-  Attributes:
-    lines: What both records have.
-    missing: Names that only the recorded one has.
-    new: Names that only the fresh one has.
-    differences: What else is different between the two: machine, packages.
-    failure: Why there is nothing to compare, or None.
-  """
-
-  lines: list[Line] = []
-  missing: list[str] = []
-  new: list[str] = []
-  differences: list[str] = []
-  failure: str | None = None
+  lines: list[Line] = []  # What both records have.
+  missing: list[str] = []  # Names that only the recorded one has.
+  new: list[str] = []  # Names that only the fresh one has.
+  differences: list[str] = []  # Of the two machines and their packages.
+  failure: str | None = None  # Why there is nothing to compare.
 
 
 def judge_ratio(recorded: Ratio, now: Ratio) -> str:
@@ -110,47 +101,40 @@ def compare(module: Any, recorded: Any, fresh: Any) -> Outcome:
     ('ratios', judge_ratio, lambda ratio: median_in_quartiles(ratio, '.3f')),
     ('sizes', judge_bytes, '{:,}'.format),
   ):
-    if not hasattr(module, kind):
-      continue
-    before, after = (getattr(module, kind)(r) for r in (recorded, fresh))
-    found.missing.extend(name for name in before if name not in after)
-    found.new.extend(name for name in after if name not in before)
-    found.lines.extend(
-      Line(name, text(value), text(after[name]), judge(value, after[name]))
-      for name, value in before.items()
-      if name in after
-    )
+    if hasattr(module, kind):
+      before, now = (getattr(module, kind)(r) for r in (recorded, fresh))
+      found.missing.extend(name for name in before if name not in now)
+      found.new.extend(name for name in now if name not in before)
+      found.lines.extend(
+        Line(name, text(value), text(now[name]), judge(value, now[name]))
+        for name, value in before.items()
+        if name in now
+      )
   return found
 
 
-def environments(node: Any) -> Iterator[dict[str, Any]]:
-  """The descriptions of machines in a record, see `harness.environment`."""
-  if isinstance(node, dict):
-    if 'versions' in node:
-      yield node
-    else:
-      for value in node.values():
-        yield from environments(value)
+def _facts(node: Any) -> Iterator[tuple[str, str]]:
+  """Names and values of machine and packages, wherever a record has them."""
+  if isinstance(node, dict) and 'versions' in node:
+    for key in ('cpu', 'cores', 'device', 'python'):
+      yield key, str(node.get(key))
+    for key, version in node['versions'].items():
+      yield key, str(version)
+  elif isinstance(node, dict):
+    for value in node.values():
+      yield from _facts(value)
 
 
 def differences(recorded: Any, fresh: Any) -> list[str]:
   """What machine and packages of two records do not have in common."""
-
-  def facts(found: Any) -> dict[str, set[str]]:
-    known: dict[str, set[str]] = {}
-    for place in environments(found):
-      values = {k: place.get(k) for k in ('cpu', 'cores', 'device', 'python')}
-      for key, value in {**values, **place['versions']}.items():
-        known.setdefault(key, set()).add(str(value))
-    return known
-
-  before, now = facts(recorded), facts(fresh)
-  return [
-    f'{key}: recorded {" / ".join(sorted(before[key]))}, now '
-    f'{" / ".join(sorted(now[key]))}'
-    for key in before
-    if key in now and not now[key] <= before[key]
-  ]
+  before, now = list(_facts(recorded)), list(_facts(fresh))
+  lines = []
+  for key in dict.fromkeys(key for key, _ in before):
+    old, new = ({v for k, v in facts if k == key} for facts in (before, now))
+    if new - old:
+      shown = [' / '.join(sorted(values)) for values in (old, new)]
+      lines.append('{}: recorded {}, now {}'.format(key, *shown))
+  return lines
 
 
 def check(
@@ -168,23 +152,18 @@ def check(
     return Outcome(failure=f'nothing is recorded: there is no {path}')
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder, 'fresh.json')
-    command = [
-      *(sys.executable, '-m', f'benchmarks.{name}', *options),
-      *('--device', device, '--minutes', str(minutes)),
-      *('--output', str(output)),
-    ]
+    command = [sys.executable, '-m', f'benchmarks.{name}', *options]
+    command += ['--device', device, '--minutes', str(minutes)]
+    command += ['--output', str(output)]
     if hasattr(module, 'PLOT'):
       command += ['--plot', str(output.with_suffix('.png'))]
+    # A benchmark finishes what it began when its time is over.
+    limit = 3 * 60 * minutes + 120
     try:
-      code = subprocess.run(
-        command,
-        stdout=subprocess.DEVNULL,
-        # A benchmark finishes what it began when its time is over.
-        timeout=3 * 60 * minutes + 120,
-        check=False,
-      ).returncode
-    except subprocess.TimeoutExpired as error:
-      return Outcome(failure=f'not done after {error.timeout:.0f} s')
+      quiet = {'stdout': subprocess.DEVNULL, 'check': False}
+      code = subprocess.run(command, timeout=limit, **quiet).returncode
+    except subprocess.TimeoutExpired:
+      return Outcome(failure=f'not done after {limit:.0f} s')
     if code or not output.exists():
       return Outcome(failure=f'ended with code {code}')
     return compare(module, record.read(path), record.read(output))
@@ -213,15 +192,6 @@ def report(name: str, outcome: Outcome) -> str:
   return text
 
 
-def status(outcomes: list[Outcome]) -> int:
-  """The exit status, see the top of the file."""
-  lines = [line for outcome in outcomes for line in outcome.lines]
-  if any(line.verdict == WORSE for line in lines):
-    return 1
-  failed = any(outcome.failure for outcome in outcomes)
-  return 2 if failed or not lines else 0
-
-
 def main() -> None:
   """Runs the checks and ends with what they came to."""
   parser = harness.parser(__doc__)
@@ -231,17 +201,19 @@ def main() -> None:
   add('--device', choices=harness.PLATFORMS, default='cpu', help=devices)
   add('--minutes', type=float, default=2, help='time for each benchmark (2)')
   args = parser.parse_args()
-  outcomes = []
+  verdicts, failed = [], False
   for name in args.names or CHECKS:
     harness.progress(f'Checking {name}')
     outcome = check(name, CHECKS[name], args.device, args.minutes)
     sys.stdout.write(report(name, outcome) + '\n')
     sys.stdout.flush()
-    outcomes.append(outcome)
-  verdicts = [line.verdict for outcome in outcomes for line in outcome.lines]
+    verdicts += [line.verdict for line in outcome.lines]
+    failed = failed or outcome.failure is not None
   worse = verdicts.count(WORSE)
   sys.stdout.write(f'{worse} of {len(verdicts)} got worse.\n')
-  raise SystemExit(status(outcomes))
+  if worse:
+    raise SystemExit(1)
+  raise SystemExit(2 if failed or not verdicts else 0)
 
 
 if __name__ == '__main__':

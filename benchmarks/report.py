@@ -3,16 +3,15 @@
   python -m benchmarks.report               # all of them
   python -m benchmarks.report step.measure  # some
 
-Nothing is measured. The tables between the marks of a page, and the pictures
+Nothing is measured: the tables between the marks of a page, and the pictures
 beside it, are made again from benchmarks/results. Every benchmark does the same
-for itself with --report. tests/benchmarks/test_pages.py compares the pages with
-the records.
+for itself with --report. tests/benchmarks/test_pages.py compares the two.
 """
 
 import importlib
 from typing import Any
 
-from benchmarks.common import harness, pages
+from benchmarks.common import cases, harness, pages
 
 BENCHMARKS = (
   'quality.glue',
@@ -52,14 +51,8 @@ def report(name: str) -> None:
 def main() -> None:
   """Reports what is named on the command line, or everything."""
   parser = harness.parser(__doc__)
-  parser.add_argument(
-    'names', nargs='*', metavar='NAME', help=f'of {", ".join(BENCHMARKS)}'
-  )
-  args = parser.parse_args()
-  for name in args.names:
-    if name not in BENCHMARKS:
-      parser.error(f'no record {name!r}; there are {", ".join(BENCHMARKS)}.')
-  for name in args.names or BENCHMARKS:
+  cases.add_parts(parser, BENCHMARKS, 'record')
+  for name in parser.parse_args().names or BENCHMARKS:
     harness.progress(f'Reporting {name}')
     report(name)
 

@@ -1,8 +1,8 @@
 """What every benchmark has: a device, a time budget, an environment to name.
 
-A script adds its own options to those of `add_arguments`, calls `start` before
-it touches an array, and gives `Clock` what it is about to do: rows come in the
-order of their worth, and those that no longer fit the time are left out.
+A script adds its own options to those of `add_arguments`, and calls `start`
+before it touches an array. Rows come in the order of their worth, and those
+that no longer fit the time are left out.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -55,34 +56,18 @@ def add_arguments(
   """
   add = parser.add_argument
   if has_device:
-    add(
-      '--device',
-      choices=tuple(PLATFORMS),
-      default='cpu',
-      help='where to measure (default: %(default)s)',
-    )
+    where = 'where to measure (default: %(default)s)'
+    add('--device', choices=tuple(PLATFORMS), default='cpu', help=where)
   if minutes is not None:
-    add(
-      '--minutes',
-      type=float,
-      default=minutes,
-      help='time for everything; what no longer fits is left out and named '
-      '(default: %(default)s)',
-    )
-  add(
-    '--output',
-    type=pathlib.Path,
-    default=output,
-    help='JSON file, written after every row (default: %(default)s)',
-  )
+    rest = 'what no longer fits is left out and named (default: %(default)s)'
+    time_help = f'time for everything; {rest}'
+    add('--minutes', type=float, default=minutes, help=time_help)
+  file = 'JSON file, written after every row (default: %(default)s)'
+  add('--output', type=pathlib.Path, default=output, help=file)
   if plot is not None:
     add('--plot', type=pathlib.Path, default=plot, help='picture')
-  add(
-    '--report',
-    action='store_true',
-    help='measure nothing: write the recorded figures into the pages of '
-    'docs/results, and draw their pictures again',
-  )
+  pages = 'write the recorded figures into docs/results, with their pictures'
+  add('--report', action='store_true', help=f'measure nothing: {pages}')
 
 
 def start(args: argparse.Namespace) -> 'Clock':
@@ -114,11 +99,7 @@ def start(args: argparse.Namespace) -> 'Clock':
 
 
 class Clock:
-  """The time that a benchmark has left.
-
-  Args:
-    minutes: All of it, from now.
-  """
+  """The time that a benchmark has left: some minutes from now."""
 
   def __init__(self, minutes: float):
     self._deadline = time.monotonic() + 60 * minutes
@@ -134,14 +115,7 @@ class Clock:
 
 
 def select(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-  """The methods that shell-style patterns fit.
-
-  Args:
-    patterns: Names, or patterns such as ``gradnormlorp*``.
-    names: Of all methods.
-
-  Returns:
-    Names, in the order of the patterns, each once.
+  """The names that shell-style patterns fit, in their order, each once.
 
   Raises:
     ValueError: If a pattern fits none.
@@ -177,15 +151,13 @@ def environment() -> dict[str, Any]:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       versions[package] = None
-  cpu = platform.machine()
   cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    lines = [x for x in cpuinfo.read_text().splitlines() if 'model name' in x]
-    cpu = lines[0].split(':')[1].strip() if lines else cpu
+  text = cpuinfo.read_text() if cpuinfo.exists() else ''
+  cpu = re.search(r'model name\s*: (.*)', text)
   return {
     'date': datetime.date.today().isoformat(),
     'commit': record.commit(),
-    'cpu': cpu,
+    'cpu': cpu[1] if cpu else platform.machine(),
     'cores': cores(),
     'device': jax.devices()[0].device_kind,
     'load_at_start': os.getloadavg()[0],

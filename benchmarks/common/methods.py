@@ -1,8 +1,4 @@
-"""The optimizers that the benchmarks compare, in one table.
-
-A name stands for itself: `gnlorp_jax.optim` is asked for it only when it is
-built, and what it lacks is reported as a reason instead of an error.
-"""
+"""The optimizers that the benchmarks compare, in one table."""
 
 import inspect
 from typing import Any
@@ -44,11 +40,7 @@ class AbsentError(Exception):
 
 
 def options_of(alias: str) -> set[str]:
-  """Names of the options that a benchmark may give to `alias`.
-
-  Raises:
-    AbsentError: If `gnlorp_jax.optim` has no such function.
-  """
+  """Names of the options that a benchmark may give to `alias`, if it exists."""
   function = getattr(optim, alias, None)
   if function is None:
     raise AbsentError(f'gnlorp_jax.optim has no {alias!r}')
@@ -62,13 +54,12 @@ def build(
 
   Args:
     alias: Key of `ALIASES`.
-    variant: Options that make the row what it is; one that the alias lacks is
-      an error unless it asks for what happens anyway (`NEUTRAL`).
+    variant: Options that make the row what it is.
     **common: Options for all methods; those that the alias lacks are left out.
 
   Raises:
-    AbsentError: If the alias, or an option of `variant`, does not exist, or if
-      the alias refuses a value.
+    AbsentError: If the alias does not exist, refuses a value, or lacks an
+      option of `variant` that asks for more than happens anyway (`NEUTRAL`).
   """
   known = options_of(alias)
   for key, value in variant.items():

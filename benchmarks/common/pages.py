@@ -1,8 +1,7 @@
 """The pages of results, whose tables come from the records.
 
-A page is written by hand but for its tables. Each of these stands between two
-lines, ``<!-- table: NAME -->`` and ``<!-- end of table -->``, and whatever was
-there is replaced by what the benchmark makes of its record.
+Each table stands between two lines, ``<!-- table: NAME -->`` and ``<!-- end of
+table -->``; the rest of a page is written by hand.
 """
 
 import pathlib
@@ -21,11 +20,7 @@ def read(page: pathlib.Path) -> dict[str, str]:
 
 
 def write(page: pathlib.Path, tables: dict[str, str]) -> None:
-  """Replaces tables of a page; those of other names stay.
-
-  Args:
-    page: A Markdown file with a place for each table.
-    tables: Markdown by name.
+  """Replaces tables of a page by name; those of other names stay.
 
   Raises:
     ValueError: If the page has no place for a table.

@@ -1,9 +1,8 @@
 """The packages that the benchmarks compare with, as their users install them.
 
 PyTorch's optimizers are built from two groups of parameters, those that a
-low-rank method projects and the others, and one `Setting` for all of them; none
-decays weights, whatever its default. What is not installed, or has no kernel
-for the device, is an `AbsentError` with the reason.
+low-rank method projects and the others. None decays weights. What is not
+installed, or has no kernel for the device, is an `AbsentError`.
 """
 
 import importlib
@@ -25,11 +24,7 @@ class Setting(NamedTuple):
 
 
 def module(name: str) -> Any:
-  """A package that need not be installed.
-
-  Raises:
-    AbsentError: If it cannot be imported.
-  """
+  """A package that need not be installed, which is an AbsentError."""
   try:
     return importlib.import_module(name)
   except (ImportError, OSError, RuntimeError) as error:
@@ -37,11 +32,7 @@ def module(name: str) -> Any:
 
 
 def torch_on(platform: str) -> Any:
-  """PyTorch, where it can use ``cpu`` or ``cuda``.
-
-  Raises:
-    AbsentError: If it cannot.
-  """
+  """PyTorch, where it can use ``cpu`` or ``cuda``; else an AbsentError."""
   torch = module('torch')
   if platform == 'cuda' and not torch.cuda.is_available():
     raise AbsentError('PyTorch was built without CUDA, or finds no GPU')
@@ -107,21 +98,14 @@ TORCH: dict[str, Callable[[list[Any], list[Any], Setting], Any]] = {
 
 
 class TorchMethod(turns.Method):
-  """Steps of an optimizer for PyTorch; a subclass sets it and takes them.
+  """Steps on ``cpu`` or ``cuda``; a subclass sets the optimizer and takes them.
 
-  Args:
-    platform: Where tensors are, ``cpu`` or ``cuda``.
-
-  Attributes:
-    torch: The package.
-    optimizer: For the subclass to set.
-    held_bytes: What was there before and counts as this method's.
-    peak_bytes: The most that its first two steps had allocated, before another
-      method was built. Of CPUs nothing is known.
+  On a GPU `peak_bytes` is the most that its first two steps had allocated,
+  before another method was built.
   """
 
   optimizer: Any
-  held_bytes = 0
+  held_bytes = 0  # What was there before and counts as this method's.
 
   def __init__(self, platform: str):
     self.torch = torch = torch_on(platform)
@@ -154,10 +138,7 @@ class TorchMethod(turns.Method):
 
 
 def torch_state_bytes(optimizer: Any) -> int:
-  """Bytes of all tensors of a PyTorch optimizer's state, bases included.
-
-  There are none before the first step.
-  """
+  """Bytes of all tensors of a PyTorch optimizer's state, bases included."""
   torch = module('torch')
 
   def count(node: Any) -> int:

@@ -2,26 +2,36 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
+def panels(
+  number: int, size: tuple[float, float]
+) -> tuple[Figure, Sequence[Axes]]:
+  """A picture of panels side by side, `size` inches in all."""
+  figure = Figure(figsize=size, layout='constrained')
+  return figure, figure.subplots(1, number, squeeze=False)[0]
+
+
+def legend(axes: Axes, **options: Any) -> bool:
+  """Names the curves of a panel; False if it has none with a name."""
+  if not axes.get_legend_handles_labels()[0]:
+    return False
+  axes.legend(**options)
+  return True
+
+
 class Bars(NamedTuple):
-  """Methods side by side.
+  """Methods side by side."""
 
-  Attributes:
-    title: Of the panel.
-    label: What the bars are.
-    quartiles: (low, median, high) by method.
-    colors: By method.
-  """
-
-  title: str
-  label: str
-  quartiles: dict[str, Sequence[float]]
-  colors: dict[str, str]
+  title: str  # Of the panel.
+  label: str  # What the bars are.
+  quartiles: dict[str, Sequence[float]]  # (low, median, high) by method.
+  colors: dict[str, str]  # By method.
 
 
 def bars(panels: Sequence[Bars], path: pathlib.Path) -> None:

@@ -1,7 +1,4 @@
-"""Training steps of the library without their training loop.
-
-For benchmarks that compile steps to weigh them, or that time single steps.
-"""
+"""Compiled programs, and steps of the library without their training loop."""
 
 import time
 from collections.abc import Callable
@@ -10,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.common import turns
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.recipes.pretrain.recipe import Planned
 from gnlorp_jax.training.state import TrainState
@@ -38,6 +36,33 @@ def compiled(
   begin = time.perf_counter()
   program = lower().compile(compiler_options=options)
   return program, time.perf_counter() - begin
+
+
+class Repeated(turns.Method):
+  """A program that takes part in a race.
+
+  Attributes:
+    repeats: How often it runs in a step, so that this can be timed.
+
+  Args:
+    lowered: The program, not yet compiled.
+    take: Calls it once and returns what is to be waited for.
+  """
+
+  def __init__(
+    self,
+    lowered: jax.stages.Lowered,
+    take: Callable[[jax.stages.Compiled], Any],
+  ):
+    self._program, self.compile_s = compiled(lambda: lowered)
+    self._take, self.repeats = take, 1
+
+  def step(self, index: int) -> None:
+    """Runs it; all steps have the same input."""
+    del index
+    for _ in range(self.repeats):
+      found = self._take(self._program)
+    jax.block_until_ready(found)
 
 
 def memory(program: jax.stages.Compiled) -> dict[str, int]:

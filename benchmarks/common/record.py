@@ -66,9 +66,8 @@ def finite(value: float) -> float | None:
 def curve(values: Sequence[float]) -> list[list[float | None]]:
   """A curve of one value a step, thinned to about `POINTS` points.
 
-  Returns:
-    Means of equal windows of steps, each behind the last step of its window. A
-    rest of steps that fills no window is left out.
+  These are means of equal windows of steps, each behind the last step of its
+  window. A rest of steps that fills no window is left out.
   """
   window = max(len(values) // POINTS, 1)
   return [

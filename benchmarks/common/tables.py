@@ -1,6 +1,7 @@
 """Tables in Markdown, and the numbers in their cells."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 MB = 1e-6  # Of a byte, in numbers of megabytes.
 NOTHING = '-'
@@ -10,6 +11,15 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   """A Markdown table."""
   lines = [heads, ['---'] * len(heads), *rows]
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+def of_columns(
+  columns: dict[str, Callable[[Any], str]], rows: Iterable[Any]
+) -> str:
+  """A Markdown table: its heads, and what makes the cell of a row."""
+  return markdown(
+    list(columns), [[cell(row) for cell in columns.values()] for row in rows]
+  )
 
 
 def number(value: float | None, form: str, scale: float = 1) -> str:

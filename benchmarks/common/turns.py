@@ -1,8 +1,7 @@
 """Timing in turns: methods take a few steps each, then the next one does.
 
 A machine that slows down then slows them all, and what is reported is the ratio
-of two methods in the same round. The arithmetic knows nothing of what a step
-is; `Method` says what it has to bring.
+of two methods in the same round.
 """
 
 import time
@@ -83,19 +82,31 @@ class Racer:
 def order(racers: Sequence[Racer], rounds: int) -> list[Racer]:
   """Who comes when in a round: a method may suffer from the one before it.
 
-  After `rounds` rounds they are turned on by as many places, and every other
-  round is turned about.
+  After each round they move on by a place, and every other one is turned about.
   """
   first = rounds % len(racers)
   turned = [*racers[first:], *racers[:first]]
   return turned[::-1] if rounds % 2 else turned
 
 
-def rounds(racers: Sequence[Racer], number: int, turn: int) -> None:
-  """Lets all take turns of `turn` steps, `number` of them each."""
+def rounds(
+  racers: Sequence[Racer],
+  number: int,
+  turn: int,
+  *,
+  least: int = 0,
+  clock: harness.Clock | None = None,
+  rest: float = REST,
+) -> None:
+  """Lets all take turns of `turn` steps, `number` of them each.
+
+  With a clock there are no more than the `least` once its time is over.
+  """
   for made in range(number):
+    if clock and made >= least and not clock.seconds_left:
+      break
     for racer in order(racers, made):
-      time.sleep(REST)
+      time.sleep(rest)
       racer.turn(turn)
 
 
@@ -123,8 +134,7 @@ def race(
     inputs: As of `Racer`.
 
   Returns:
-    A row per name; of what is absent or fails it has the reason, and the others
-    go on.
+    A row per name; what is absent or fails has the reason, the others go on.
   """
   racers, absent = list[Racer](), dict[str, str]()
 
@@ -186,11 +196,13 @@ def medians(turns: list[Turn]) -> np.ndarray:
   return np.array([np.median(turn.seconds) for turn in turns])
 
 
-def ratio_quartiles(turns: list[Turn], others: list[Turn]) -> list[float]:
-  """Quartiles over the rounds of the ratio of medians to another method's.
+def quartiles(turns: list[Turn]) -> list[float]:
+  """Quartiles over the turns of their median steps, seconds."""
+  return np.percentile(medians(turns), [25, 50, 75]).tolist()
 
-  Rounds that only one of them has made are left out.
-  """
+
+def ratio_quartiles(turns: list[Turn], others: list[Turn]) -> list[float]:
+  """Quartiles of the ratio to another's medians, over rounds both have made."""
   rounds = min(len(turns), len(others))
   ratios = medians(turns[:rounds]) / medians(others[:rounds])
   return np.percentile(ratios, [25, 50, 75]).tolist()
@@ -201,16 +213,10 @@ def refresh_cost(racer: Racer, gap: int) -> tuple[float | None, str | None]:
 
   From the counted steps where some of them refreshed: each of these is compared
   with the median of its turn's others, and steps at the same place of the
-  interval count by their median. Where none did although the first step fitted
-  all bases: that step less the median, once per interval.
-
-  Args:
-    racer: Its turns, at least one.
-    gap: Steps between two refreshes of a basis.
-
-  Returns:
-    The seconds and their source; None and None where nothing is refreshed, and
-    where every step refreshes, which then is part of the step.
+  interval, of `gap` steps, count by their median. Where none did although the
+  first step fitted all bases: that step less the median, once per interval.
+  None and None where nothing is refreshed, and where every step refreshes,
+  which then is part of the step.
   """
   turns = racer.turns
   flags = np.concatenate([turn.refreshed for turn in turns])
@@ -237,17 +243,10 @@ def refresh_cost(racer: Racer, gap: int) -> tuple[float | None, str | None]:
 def worst_step(racer: Racer, gap: int) -> tuple[float, float, int]:
   """The worst place of the interval, the worst step, and the fewest visits.
 
-  A step's place in the interval decides what work it has. Of the visits of a
-  place the fastest counts, so that what the machine does beside is left out
-  after two visits. Where the first step refreshed and no counted one did, the
-  first one is a place of its own.
-
-  Args:
-    racer: Its turns, at least one.
-    gap: Steps between two refreshes of a basis.
-
-  Returns:
-    Both in medians of the step's turn, and the visits.
+  Both in medians of the step's turn. A step's place in the interval of `gap`
+  steps decides what work it has. Of the visits of a place the fastest counts,
+  so that what the machine does beside is left out after two visits. Where the
+  first step refreshed and no counted one did, it is a place of its own.
   """
   places: dict[int, list[float]] = {}
   turns = racer.turns

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import cases, harness, turns
+from benchmarks.common import programs, turns
 from benchmarks.common.cases import Case, Row
+from benchmarks.common.harness import Clock
 from benchmarks.common.methods import AbsentError
 from benchmarks.refresh import runs
 from benchmarks.refresh.tables import CURVE, SHARES, SYNTHETIC, WAYS, ranks_of
@@ -41,15 +42,14 @@ SHAPES = (
 SYNTHETIC_SHAPES = SHAPES[4:8]  # Those whose energy is worth a long SVD.
 NOISE = 0.1  # Of a synthetic matrix's energy.
 DIGITS, OVERLAP_DIGITS = 5, 4  # That tables and picture need.
-FEWEST_ROUNDS, TURN_SECONDS, MOST_REPEATS = 3, 0.01, 200
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 9
+TURN_SECONDS, MOST_REPEATS = 0.01, 200
 
 
 def synthetic(m: int, n: int, seed: int = 0) -> np.ndarray:
-  """A matrix ``[M, N]`` of falling singular values and noise, float32.
+  """A matrix ``[M, N]`` of singular values that fall about as 1/i, and noise.
 
-  A product of low rank, whose singular values fall about as 1/i, and a tenth
-  of its energy in noise: it shows what a large refresh costs, not what
-  gradients of large models are like.
+  It shows what a large refresh costs, not what gradients are like; float32.
   """
   rng = np.random.default_rng(seed)
   draw = functools.partial(rng.standard_normal, dtype=np.float32)
@@ -62,7 +62,7 @@ def synthetic(m: int, n: int, seed: int = 0) -> np.ndarray:
   return signal_MN + weight * noise_MN
 
 
-def scaled(grad_MN: np.ndarray) -> jax.Array:
+def _scaled(grad_MN: np.ndarray) -> jax.Array:
   """The gradient as a refresh hands it over: largest entry 1, float32."""
   return jnp.asarray(grad_MN / np.abs(grad_MN).max(), jnp.float32)
 
@@ -70,25 +70,14 @@ def scaled(grad_MN: np.ndarray) -> jax.Array:
 # Energy and overlap.
 
 
-def span(name: str, basis: Any, rank: int) -> np.ndarray:
+def _span(name: str, basis: Any, rank: int) -> np.ndarray:
   """Orthonormal columns of the subspace of a basis, ``[N, R]``, float64."""
   with jax.default_matmul_precision('highest'):
     rows_RN = FITS[name].project_back(jnp.eye(rank), basis)
   return np.linalg.qr(np.asarray(rows_RN, np.float64).T)[0]
 
 
-def captured(grad_MN: np.ndarray, span_NR: np.ndarray) -> float:
-  """Share of a gradient's energy in a subspace, in [0, 1]."""
-  inside, whole = np.linalg.norm(grad_MN @ span_NR), np.linalg.norm(grad_MN)
-  return float((inside / whole) ** 2)
-
-
-def overlap(span_NR: np.ndarray, exact_NR: np.ndarray) -> float:
-  """Mean squared canonical correlation of two subspaces, in [0, 1]."""
-  return float(np.sum((span_NR.T @ exact_NR) ** 2) / span_NR.shape[1])
-
-
-def spans(
+def _spans(
   grad_MN: jax.Array, rank: int, number: int, warm: dict[int, Any]
 ) -> dict[str, np.ndarray]:
   """The subspace that each way finds; `warm` keeps the power iteration's."""
@@ -96,11 +85,12 @@ def spans(
   for name, fit in JITTED.items():
     start = FITS[name].init(grad_MN.shape, rank, 0)
     basis = fit(grad_MN, start, jnp.int32(number))
-    found['power first' if name == 'power' else name] = span(name, basis, rank)
+    way = 'power first' if name == 'power' else name
+    found[way] = _span(name, basis, rank)
     if name == 'power':
       if rank in warm:
         basis = fit(grad_MN, warm[rank], jnp.int32(number))
-        found['power warm'] = span(name, basis, rank)
+        found['power warm'] = _span(name, basis, rank)
       warm[rank] = basis
   return found
 
@@ -116,8 +106,9 @@ def energy_rows(grads: dict[int, np.ndarray], ranks: list[int]) -> list[Row]:
   Returns:
     A row for every step, in ascending order: ``best``, the largest share of the
     energy that each rank can hold; ``energy``, a list for each of `WAYS`,
-    relative to that; and ``overlap``, the same at the ranks of the table alone.
-    Lists of ways that there are not are empty.
+    relative to that; and ``overlap``, the mean squared canonical correlation
+    with the exact subspace, at the ranks of the table alone. Lists of ways that
+    there are not are empty.
   """
   rows = []
   warm: dict[int, Any] = {}
@@ -130,26 +121,28 @@ def energy_rows(grads: dict[int, np.ndarray], ranks: list[int]) -> list[Row]:
       continue
     exact_MN = grad_MN.astype(np.float64)
     _, values_K, right_KN = np.linalg.svd(exact_MN, full_matrices=False)
-    shares_K = np.cumsum(values_K**2) / np.sum(values_K**2)
-    best = shares_K[np.array(ranks) - 1]
+    energies_K = np.cumsum(values_K**2)
     energy: dict[str, list[float]] = {way: [] for way in WAYS}
     overlaps: dict[str, list[float]] = {way: [] for way in WAYS}
-    for rank, share in zip(ranks, best, strict=True):
-      found = spans(scaled(grad_MN), rank, number, warm)
+    for rank in ranks:
+      found = _spans(_scaled(grad_MN), rank, number, warm)
       if stale_NK is not None:
         found['stale'] = stale_NK[:, :rank]
       for way, span_NR in found.items():
-        energy[way].append(captured(exact_MN, span_NR) / share)
+        inside = np.sum((exact_MN @ span_NR) ** 2)
+        energy[way].append(inside / energies_K[rank - 1])
         if rank in ranks_of(grad_MN.shape[1], SHARES):
-          overlaps[way].append(overlap(span_NR, right_KN[:rank].T))
-    row['best'] = short(best, DIGITS)
-    row['energy'] = [short(energy[way], DIGITS) for way in WAYS]
-    row['overlap'] = [short(overlaps[way], OVERLAP_DIGITS) for way in WAYS]
+          cosines_RR = right_KN[:rank] @ span_NR
+          overlaps[way].append(np.sum(cosines_RR**2) / rank)
+    best = energies_K[np.array(ranks) - 1] / energies_K[-1]
+    row['best'] = _short(best, DIGITS)
+    row['energy'] = [_short(energy[way], DIGITS) for way in WAYS]
+    row['overlap'] = [_short(overlaps[way], OVERLAP_DIGITS) for way in WAYS]
     stale_NK = right_KN.T
   return rows
 
 
-def short(values: Any, digits: int) -> list[float]:
+def _short(values: Any, digits: int) -> list[float]:
   """Rounded numbers, whole ones as int: most of a JSON file are ones."""
   rounded = [round(float(value), digits) for value in values]
   return [value if value % 1 else int(value) for value in rounded]
@@ -185,10 +178,9 @@ def energy_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def racer(name: str, grad_MN: jax.Array, rank: int) -> turns.Racer:
   """A fit, compiled, whose steps repeat it so often that they can be timed."""
-  basis = FITS[name].init(grad_MN.shape, rank, 0)
-  given = grad_MN, basis, jnp.int32(1)
+  given = grad_MN, FITS[name].init(grad_MN.shape, rank, 0), jnp.int32(1)
   lowered = JITTED[name].lower(*given)
-  program = cases.Compiled({}, lowered, lambda compiled: compiled(*given))
+  program = programs.Repeated(lowered, lambda compiled: compiled(*given))
   found = turns.Racer(name, program)
   repeats = int(TURN_SECONDS / found.second_s)
   program.repeats = min(max(repeats, 1), MOST_REPEATS)
@@ -196,27 +188,15 @@ def racer(name: str, grad_MN: jax.Array, rank: int) -> turns.Racer:
 
 
 def time_row(
-  grad_MN: np.ndarray,
-  rank: int,
-  rounds: int,
-  slowness: dict[str, float],
-  clock: harness.Clock,
+  grad_MN: np.ndarray, rank: int, slowness: dict[str, float], clock: Clock
 ) -> Row:
   """Times all fits of one matrix in turns.
 
-  Args:
-    grad_MN: The matrix.
-    rank: Rank of the bases.
-    rounds: Turns of each fit, fewer where time is short.
-    slowness: Seconds of each fit for m n^2 = 1, as far as known; updated.
-    clock: Fits that take longer are left out.
-
-  Returns:
-    By fit: quartiles of its seconds, of its ratio to `exact` (None without),
-    rounds, seconds of compilation; or why it is absent.
+  Fits that would take longer than there is time are left out: `slowness` keeps
+  the seconds of each for m n^2 = 1, as far as they are known.
   """
   size = grad_MN.shape[0] * grad_MN.shape[1] ** 2
-  matrix = scaled(grad_MN)
+  matrix = _scaled(grad_MN)
   row: Row = {}
   racers: dict[str, turns.Racer] = {}
   planned = 0.0  # Seconds of what was taken on, with the two first steps.
@@ -230,18 +210,17 @@ def time_row(
     except Exception as error:  # Whatever it is, the others race.
       row[name] = {'absent': turns.reason(error)}
   # A quarter of the time for more rounds than the fewest.
-  entered, rounds_of = list(racers.values()), (FEWEST_ROUNDS, rounds)
-  cases.race(entered, rounds_of, 1, clock.share(4))
+  limits = {'least': FEWEST_ROUNDS, 'clock': clock.share(4), 'rest': 0}
+  turns.rounds(list(racers.values()), MOST_ROUNDS, 1, **limits)
+  exact = racers.get('exact')
   for name, found in racers.items():
     repeats = found.method.repeats
-    seconds = np.quantile(turns.medians(found.turns), (0.25, 0.5, 0.75))
-    seconds /= repeats
-    slowness[name] = float(seconds[1]) / size
-    row[name] = {'seconds': seconds.tolist(), 'ratio': None}
-    if 'exact' in racers:
-      of = racers['exact']
-      ratios = turns.ratio_quartiles(found.turns, of.turns)
-      row[name]['ratio'] = [x / repeats * of.method.repeats for x in ratios]
+    seconds = [x / repeats for x in turns.quartiles(found.turns)]
+    slowness[name] = seconds[1] / size
+    row[name] = {'seconds': seconds, 'ratio': None}
+    if exact:
+      ratios = turns.ratio_quartiles(found.turns, exact.turns)
+      row[name]['ratio'] = [x / repeats * exact.method.repeats for x in ratios]
     row[name]['rounds'] = len(found.turns)
     row[name]['compile_seconds'] = round(found.method.compile_s, 2)
   return row
@@ -256,10 +235,9 @@ def time_cases(args: argparse.Namespace) -> Iterator[Case]:
       real[grad_MN.shape] = f'gradient: {path.stem} {layer}/{kind}', grad_MN
   slowness: dict[str, float] = {}
 
-  def take(shape: tuple[int, int], rank: int, clock: harness.Clock) -> Row:
+  def take(shape: tuple[int, int], rank: int, clock: Clock) -> Row:
     name, grad_MN = real.get(shape) or (SYNTHETIC, synthetic(*shape))
-    row = time_row(grad_MN, rank, args.rounds, slowness, clock)
-    return {'matrix': name, **row}
+    return {'matrix': name, **time_row(grad_MN, rank, slowness, clock)}
 
   shares = sorted(SHARES)
   for shape, share in sorted(

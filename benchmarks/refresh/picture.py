@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import cases
+from benchmarks.common import cases, plots
 from benchmarks.common.cases import Row
 from benchmarks.refresh.tables import (
   FITS,
@@ -26,27 +26,22 @@ def draw(found: cases.Record) -> Figure:
   for (size, _), rows in groups(cases.rows(found, 'energy')).items():
     if size != SYNTHETIC:
       by_size.setdefault(size, []).extend(rows)
-  figure = Figure(figsize=(5 * (1 + len(by_size)), 4.5), layout='constrained')
-  first, *others = figure.subplots(1, 1 + len(by_size), squeeze=False)[0]
-  _times(first, cases.rows(found, 'time'))
-  for axes, (size, rows) in zip(others, by_size.items(), strict=True):
+  number = 1 + len(by_size)
+  figure, all_axes = plots.panels(number, (5 * number, 4.5))
+  _times(all_axes[0], cases.rows(found, 'time'))
+  for axes, (size, rows) in zip(all_axes[1:], by_size.items(), strict=True):
     _energies(axes, size, rows)
-  for axes in (first, *others):
+  for axes in all_axes:
     axes.grid(color='0.9')
     axes.set_axisbelow(True)
     axes.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(frameon=False, fontsize=8)
+    plots.legend(axes, frameon=False, fontsize=8)
   return figure
 
 
 def _times(axes: Axes, rows: list[Row]) -> None:
   """Medians with quartiles at a quarter of the short axis."""
-  rows = [
-    row
-    for row in rows
-    if 'absent' not in row and row['rank'] == row['shape'][1] // 4
-  ]
+  rows = [row for row in rows if row['rank'] == row['shape'][1] // 4]
   for name in FITS:
     for is_square, line in ((False, 'o-'), (True, 's:')):
       found = sorted(
@@ -78,16 +73,12 @@ def _energies(axes: Axes, size: str, rows: list[Row]) -> None:
   best = np.array([row['best'] for row in rows])
   low, middle, high = np.quantile(best, (0.25, 0.5, 0.75), axis=0)
   axes.fill_between(ranks, low, high, color='0.9')
-  axes.plot(
-    ranks, middle, color='k', lw=2.5, alpha=0.4, label='best (quartiles)'
-  )
+  thick = {'color': 'k', 'lw': 2.5, 'alpha': 0.4}
+  axes.plot(ranks, middle, **thick, label='best (quartiles)')
   for number, way in enumerate(WAYS):
     energy = np.array([row['energy'][number] for row in rows])
     medians = np.median(best * energy, axis=0)
     axes.plot(ranks, medians, 'o-', ms=3, lw=1, color=COLORS[way], label=way)
   axes.set(xscale='log', xticks=ranks, xticklabels=ranks, xlabel='rank')
-  axes.set(
-    ylabel='share of the energy captured',
-    ylim=(0, 1.02),
-    title=f'gradients of LLaMA-{size}',
-  )
+  axes.set(ylabel='share of the energy captured', ylim=(0, 1.02))
+  axes.set(title=f'gradients of LLaMA-{size}')

@@ -1,17 +1,13 @@
 """The training runs of `benchmarks.refresh`: for gradients, and for the loss.
 
-A small LLaMA of `train_lm.py`, with its data, its step and its evaluation, is
-trained to save the gradients that a refresh would see, or to see what the way
-of refreshing does to the loss. Models have a vocabulary of 4096, of a tokenizer
-that is trained on the text: the head for a larger one would take most of the
-time.
+They are those of `train_lm.py`, but for a vocabulary of 4096: the head for a
+larger one would take most of the time.
 
 Shape suffixes in this file:
   L, I, O  layers, and a kernel's input and output axes
   M, N     the axes of a gradient, N <= M
 """
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -35,8 +31,10 @@ KINDS = {
   **{name: ('attn', f'{name}_proj') for name in ('q', 'k', 'v', 'o')},
   **{name: ('mlp', f'{name}_proj') for name in ('gate', 'up', 'down')},
 }
-SEQ_LEN = 128
-SCALE, RANK, GAP = 0.25, 32, 50  # Of the runs for the loss.
+SEQ_LEN, BATCH_SIZE, RATE = 128, 8, 5e-3
+# Of the runs for the loss.
+SCALE, RANK, GAP = 0.25, 32, 50
+STEPS, EVAL_BATCHES = 150, 40
 NEVER = 10**6  # Steps between refreshes where there is only the first one.
 LAST = 20  # Steps over which a training loss is averaged.
 
@@ -61,46 +59,30 @@ def variants(hidden_size: int) -> dict[str, dict[str, Any]]:
   }
 
 
-def loss_optimizer(
-  variant: dict[str, Any], learning_rate: float
-) -> config.OptimConfig:
+def loss_optimizer(variant: dict[str, Any]) -> config.OptimConfig:
   """`gradnormlorp` with one way of refreshing."""
+  fixed = {'name': 'gradnormlorp', 'rank': RANK, 'learning_rate': RATE}
   options = {'scale': SCALE, 'update_proj_gap': GAP, **variant}
-  return config.OptimConfig(
-    name='gradnormlorp', rank=RANK, learning_rate=learning_rate, **options
-  )
+  return config.OptimConfig(**fixed, **options)
 
 
-def settings(
-  args: argparse.Namespace, size: str, tokenizer: str, **options: Any
-) -> config.TrainConfig:
-  """A run of `train_lm.py` on the text of the command line."""
-  vocab = {'vocab_size': 4096} if tokenizer == 'bpe' else {}
-  return config.TrainConfig(
-    batch_size=args.batch_size,
-    model=llama.preset(size, max_seq_len=SEQ_LEN, **vocab),
-    data=config.DataConfig(
-      source=args.source, tokenizer=tokenizer, seq_len=SEQ_LEN
-    ),
-    **options,
-  )
+def _prepare(size: str, source: str, **options: Any) -> recipe.Prepared:
+  """A run on a text, with a tokenizer that is trained on it."""
+  text = {'source': source, 'tokenizer': 'bpe', 'seq_len': SEQ_LEN}
+  data, batch = config.DataConfig(**text), {'batch_size': BATCH_SIZE}
+  model = llama.preset(size, max_seq_len=SEQ_LEN, vocab_size=4096)
+  run = config.TrainConfig(model=model, data=data, **batch, **options)
+  return recipe.prepare(run)
 
 
 def train(
   run: loop.Run,
   clock: harness.Clock,
-  before_step: Callable[[int, Any, Any], None],
+  before_step: Callable[[int, Any, Any], None] = lambda *_: None,
 ) -> tuple[Any, list[float]]:
-  """Takes all steps, or those that there is time for.
+  """Takes the steps that there is time for: trained parameters, and losses.
 
-  Args:
-    run: The run; its batches are closed in the end.
-    clock: Ends the run early.
-    before_step: Called with a step's number, parameters and batch before it is
-      taken.
-
-  Returns:
-    The trained parameters and the losses of the steps taken.
+  `before_step` is called with a step's number, parameters and batch.
   """
 
   def select(state: Any, batch: Any) -> Any:
@@ -122,14 +104,13 @@ def train(
   return state.params, losses
 
 
-def kernel_gradients(
+def _kernel_gradients(
   prepared: recipe.Prepared,
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """A function from parameters and a batch to the gradients of kernels.
 
   They are those of the mean loss, of a first, a middle and the last layer: by
-  ``layer/kind`` ``[M, N]``, float32, turned so that the shorter axis is the
-  last one.
+  ``layer/kind`` ``[M, N]``, float32, the shorter axis last.
   """
   depth = prepared.config.model.num_layers
   layers = sorted({0, depth // 2, depth - 1})
@@ -154,33 +135,22 @@ def kernel_gradients(
 
 
 def save_row(
-  args: argparse.Namespace, size: str, gap: int, clock: harness.Clock
+  size: str, gap: int, source: str, path: pathlib.Path, clock: harness.Clock
 ) -> Row:
   """Trains a size with `galore` and keeps its gradients."""
-  optim = config.OptimConfig(
-    name='galore',
-    rank=llama.preset(size).hidden_size // 4,
-    update_proj_gap=gap,
-    learning_rate=args.learning_rate,
-  )
-  options = {'steps': 3 * gap + 1, 'optim': optim}
-  prepared = recipe.prepare(settings(args, size, args.tokenizer, **options))
-  return save_gradients(prepared, gap, args.gradients / f'{size}.npz', clock)
+  rank = llama.preset(size).hidden_size // 4
+  options = {'rank': rank, 'update_proj_gap': gap, 'learning_rate': RATE}
+  optim = config.OptimConfig(name='galore', **options)
+  prepared = _prepare(size, source, steps=3 * gap + 1, optim=optim)
+  return save_gradients(prepared, gap, path, clock)
 
 
 def save_gradients(
   prepared: recipe.Prepared, gap: int, path: pathlib.Path, clock: harness.Clock
 ) -> Row:
-  """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`.
-
-  A run whose time is over ends early.
-
-  Returns:
-    Which steps were kept, and their losses.
-  """
+  """Trains, and keeps the gradients of steps 1, gap + 1, ... in `path`."""
   config = prepared.config
-  gradients = kernel_gradients(prepared)
-  kept: dict[int, dict[str, np.ndarray]] = {}
+  gradients, kept = _kernel_gradients(prepared), {}
 
   def keep(number: int, params: Any, batch: Any) -> None:
     if (number - 1) % gap == 0:
@@ -211,22 +181,17 @@ def read_gradients(path: pathlib.Path) -> Gradients:
   return found
 
 
-def loss_row(
-  args: argparse.Namespace, seed: int, variant: dict[str, Any]
-) -> Row:
-  """Trains the first size with one way of refreshing."""
-  options = {
-    **{'steps': args.steps, 'eval_batches': args.eval_batches, 'seed': seed},
-    'optim': loss_optimizer(variant, args.learning_rate),
-  }
-  return trained(recipe.prepare(settings(args, args.size[0], 'bpe', **options)))
+def loss_row(size: str, source: str, seed: int, variant: dict[str, Any]) -> Row:
+  """Trains with one way of refreshing."""
+  options = {'steps': STEPS, 'eval_batches': EVAL_BATCHES, 'seed': seed}
+  optim = loss_optimizer(variant)
+  return trained(_prepare(size, source, optim=optim, **options))
 
 
 def trained(prepared: recipe.Prepared) -> Row:
   """Trains a run to its end and evaluates it."""
   run = recipe.make_run(prepared, prepared.config)
-  clock = harness.Clock(math.inf)
-  params, losses = train(run, clock, lambda *_: None)
+  params, losses = train(run, harness.Clock(math.inf))
   # No weight is frozen.
   return {
     'eval_loss': run.evaluate(params, {})['loss'],

@@ -1,10 +1,17 @@
 """The tables of `benchmarks.refresh`, from its JSON file."""
 
+import functools
+
 import numpy as np
 
 from benchmarks.common import cases
 from benchmarks.common.cases import Row
-from benchmarks.common.tables import markdown, median_in_quartiles, number
+from benchmarks.common.tables import (
+  markdown,
+  median_in_quartiles,
+  number,
+  of_columns,
+)
 
 FITS = ('exact', 'eigh', 'power', 'dct', 'random')
 WARM = 'power warm'
@@ -35,9 +42,8 @@ def energy_ranks(row: Row) -> list[int]:
   return ranks_of(row['shape'][1], shares)
 
 
-def absent(part: str, found: cases.Record) -> str:
-  """What of a part has no figures, as a list."""
-  rows = cases.rows(found, part)
+def absent(rows: list[Row]) -> str:
+  """What has no figures, fits of a row among them, as a list."""
   fits = [
     {'fit': fit, 'shape': row['shape'], 'rank': row['rank'], **row[fit]}
     for row in rows
@@ -47,31 +53,31 @@ def absent(part: str, found: cases.Record) -> str:
   return cases.absent([*rows, *fits])
 
 
-def _seconds(value: float) -> str:
-  if value >= 1:
-    return f'{value:.1f} s'
-  if value >= 1e-3:
-    return f'{1e3 * value:.3g} ms'
-  return f'{1e6 * value:.3g} us'
-
-
 def time_table(rows: list[Row]) -> str:
   """A line per matrix and rank: times, ratios with quartiles, compilation."""
-  lines = []
-  for row in rows:
-    if 'absent' in row:
-      continue
-    cells = []
-    for name in FITS:
-      fit = row[name]
-      cells.append('-' if 'absent' in fit else _seconds(fit['seconds'][1]))
-      if name != 'exact' and fit.get('ratio'):
-        cells[-1] += f': {median_in_quartiles(fit["ratio"], ".2g")}'
-    compiled = [number(row[n].get('compile_seconds'), '.1f') for n in FITS]
-    names = ['{} x {}'.format(*row['shape']), str(row['rank']), row['matrix']]
-    lines.append([*names, *cells, ' / '.join(compiled)])
-  heads = ['shape', 'rank', 'matrix', *FITS, 'compilation, s']
-  return markdown(heads, lines)
+
+  def cell(name: str, row: Row) -> str:
+    fit = row[name]
+    if 'absent' in fit:
+      return '-'
+    value = fit['seconds'][1]
+    shown = f'{1e6 * value:.3g} us'
+    if value >= 1e-3:
+      shown = f'{1e3 * value:.3g} ms' if value < 1 else f'{value:.1f} s'
+    if name != 'exact' and fit['ratio']:
+      shown += f': {median_in_quartiles(fit["ratio"], ".2g")}'
+    return shown
+
+  columns = {
+    'shape': lambda row: '{} x {}'.format(*row['shape']),
+    'rank': lambda row: str(row['rank']),
+    'matrix': lambda row: row['matrix'],
+    **{name: functools.partial(cell, name) for name in FITS},
+    'compilation, s': lambda row: ' / '.join(
+      number(row[name].get('compile_seconds'), '.1f') for name in FITS
+    ),
+  }
+  return of_columns(columns, rows)
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -82,8 +88,6 @@ def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
   """
   found: dict[tuple[str, str], list[Row]] = {}
   for row in rows:
-    if 'absent' in row:
-      continue
     if row['size'] == SYNTHETIC or row['energy'][WAYS.index(WARM)]:
       shape = '{} x {}'.format(*row['shape'])
       found.setdefault((row['size'], shape), []).append(row)
@@ -96,37 +100,39 @@ def energy_table(rows: list[Row]) -> str:
   In a cell: energy relative to the best (the lowest of all matrices in
   brackets), then the overlap with the exact subspace.
   """
+
+  def cell(group: list[Row], way: int, at: int, place: int) -> str:
+    if not group[0]['energy'][way]:
+      return '-'
+    energies = [row['energy'][way][at] for row in group]
+    shared = np.median([row['overlap'][way][place] for row in group])
+    return f'{np.median(energies):.3f} [{min(energies):.3f}], {shared:.2f}'
+
   lines = []
   for (size, shape), group in groups(rows).items():
     for place, rank in enumerate(ranks_of(group[0]['shape'][1], SHARES)):
       at = energy_ranks(group[0]).index(rank)
       best = np.median([row['best'][at] for row in group])
-      cells = [size, shape, str(len(group)), str(rank), f'{best:.3f}']
-      for way in range(len(WAYS)):
-        if not group[0]['energy'][way]:
-          cells.append('-')
-          continue
-        energies = [row['energy'][way][at] for row in group]
-        shared = np.median([row['overlap'][way][place] for row in group])
-        middle, lowest = np.median(energies), min(energies)
-        cells.append(f'{middle:.3f} [{lowest:.3f}], {shared:.2f}')
-      lines.append(cells)
+      cells = [cell(group, way, at, place) for way in range(len(WAYS))]
+      names = [size, shape, str(len(group)), str(rank), f'{best:.3f}']
+      lines.append([*names, *cells])
   heads = ['size', 'shape', 'gradients', 'rank', 'best energy', *WAYS]
   return markdown(heads, lines)
 
 
 def loss_table(rows: list[Row]) -> str:
-  """A line per way: the loss of each seed, and the mean less that of exact."""
-  losses = {(row['way'], row['seed']): row.get('eval_loss') for row in rows}
-  ways, seeds = (dict.fromkeys(names) for names in zip(*losses, strict=True))
+  """A line per way: the loss of each seed, and each less that of exact."""
+  losses = {(row['way'], row['seed']): row['eval_loss'] for row in rows}
+  ways = dict.fromkeys(way for way, _ in losses)
+  seeds = sorted({seed for _, seed in losses})
   lines = []
   for way in ways:
     apart = [
       f'{losses[way, seed] - losses["exact", seed]:+.4f}'
       for seed in seeds
-      if way != 'exact' and losses[way, seed] and losses['exact', seed]
+      if way != 'exact' and {(way, seed), ('exact', seed)} <= set(losses)
     ]
-    cells = [number(losses[way, seed], '.4f') for seed in seeds]
+    cells = [number(losses.get((way, seed)), '.4f') for seed in seeds]
     lines.append([way, *cells, ', '.join(apart) or '-'])
   heads = ['basis', *(f'seed {seed}' for seed in seeds), 'less exact']
   return markdown(heads, lines)

@@ -1,34 +1,24 @@
 """How the cost grows: with the parameters, with the rank, with the devices.
 
-  python -m benchmarks.scaling                      # all parts, as below
-  python -m benchmarks.scaling time --minutes 3     # on a quiet machine
-  python -m benchmarks.scaling state devices plan   # these time nothing
+  python -m benchmarks.scaling                   # all parts, each a process
+  python -m benchmarks.scaling time --minutes 3  # one, on a quiet machine
 
-Each part is a process of its own and replaces its own rows in the JSON file.
-The models are LLaMAs of the published presets, 9m to 7b; the rank is a quarter
-of the width unless a row says otherwise; `8 bits` means moments and bases.
+state    bytes of optimizer states of all presets, and of 7b at several ranks
+time     seconds of optimizer steps (float32) by size and by rank, and of whole
+         training steps; methods take turns, sizes do not
+devices  compiled steps of a small LLaMA on meshes of 1 to 8 forced CPU devices
+plan     the same of 1b and 7b on described H100s: with the extra `cuda`, no GPU
 
-state     Bytes of the optimizer state from shapes: of every preset, and of 7b
-          at several ranks.
-time      Seconds of the optimizer step on all weights of a model, float32,
-          bases refreshed in turn over 200 steps, by size and by rank; and of
-          the whole training step on 4 x 128 tokens. Methods take turns; sizes
-          do not: a machine that slows down bends the curve, not the ratio.
-devices   Compiled steps of a small LLaMA on meshes of 1 to 8 forced CPU
-          devices; nothing runs.
-plan      The same of 1b and 7b on 1, 8 and 64 described H100s, by XLA's own
-          compiler for GPUs. It needs the extra `cuda` and no GPU.
+The rank is a quarter of the width unless a row says otherwise; `8 bits` means
+moments and bases. A part replaces its own rows in the JSON file. Columns:
 
-What the columns mean:
-  exponent     b of cost = a * parameters^b over all sizes (how far the worst
-               one lies off it); behind it that of the two largest alone
-  of AdamW     median ratio to AdamW's turn in the same round, [quartiles]
-  on a device  bytes of the compiled step on one device: arguments, outputs and
-               temporaries, less what outputs share with arguments
-  sent         bytes of the arrays that are summed, gathered or scattered in a
-               step, on one device, times the turns of the loops around them
-  refreshes    those in loops of unknown length or in conditionals, one turn of
-               each: what refitting bases adds. In most steps no loop turns
+exponent     b of cost = a * parameters^b (how far the worst size lies off it);
+             behind it that of the two largest alone
+of AdamW     median ratio to AdamW's turn in the same round, [quartiles]
+on a device  arguments, outputs and temporaries of the step on one device
+sent         bytes summed, gathered or scattered in a step, on one device
+refreshes    those in loops of unknown length or in conditionals, one turn of
+             each: what refitting bases adds. In most steps no loop turns
 """
 
 import argparse
@@ -43,7 +33,6 @@ from typing import Any
 
 # After `harness`, which sets what must be set before it.
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -100,12 +89,9 @@ CPU_OPTIONS = {'xla_backend_optimization_level': 0}
 GPU_OPTIONS = {'xla_gpu_autotune_level': 0}
 
 
-def optimizer(method: str, rank: int) -> optax.GradientTransformation:
-  """A row's optimizer."""
-  return methods.build(
-    *METHODS[method],
-    **{'learning_rate': RATE, 'rank': rank, 'update_proj_gap': GAP},
-  )
+def _optimizer(method: str, rank: int) -> optax.GradientTransformation:
+  options = {'learning_rate': RATE, 'rank': rank, 'update_proj_gap': GAP}
+  return methods.build(*METHODS[method], **options)
 
 
 def quarter(size: str) -> int:
@@ -116,12 +102,11 @@ def quarter(size: str) -> int:
 # State.
 
 
-def state_row(size: str, method: str, rank: int) -> Row:
-  """Bytes of an optimizer's state; nothing is allocated."""
+def _state_row(size: str, method: str, rank: int) -> Row:
   shapes = state_bytes.shapes_of(size)
   return {
     'parameters': state_bytes.count_parameters(shapes),
-    'bytes': state_bytes.count(optimizer(method, rank), shapes),
+    'bytes': state_bytes.count(_optimizer(method, rank), shapes),
   }
 
 
@@ -133,31 +118,30 @@ def state_cases() -> Iterator[Case]:
   for (against, name, rank), method in itertools.product(settings, METHODS):
     if against == 'parameters' or method != 'adamw':
       key = {'size': name, 'rank': rank, 'method': method}
-      take = functools.partial(state_row, **key)
+      take = functools.partial(_state_row, **key)
       yield Case({'against': against, **key}, take)
 
 
 # Time.
 
 
-def random_arrays(shapes: Any, seed: int, scale: float) -> Any:
-  """Normal float32 arrays of these shapes."""
-  draw = np.random.default_rng(seed).standard_normal
-  return jax.tree.map(
-    lambda leaf: jnp.asarray(scale * draw(leaf.shape, np.float32)), shapes
-  )
-
-
-def optimizer_steps(size: str) -> Callable[[Row], cases.Compiled]:
+def _optimizer_steps(size: str) -> Callable[[Row], turns.Method]:
   """Makes updates of all weights of a preset, which all optimizers share."""
-  shapes = state_bytes.shapes_of(size)
-  weights = random_arrays(shapes, 0, 0.02)
-  gradients = random_arrays(shapes, 1, 1e-3)
 
-  def make(key: Row) -> cases.Compiled:
-    tx = optimizer(key['method'], key['rank'])
+  def random(seed: int, scale: float) -> Any:
+    draw = np.random.default_rng(seed).standard_normal
+    shapes = state_bytes.shapes_of(size)
+    return jax.tree.map(
+      lambda leaf: jax.device_put(scale * draw(leaf.shape, np.float32)), shapes
+    )
+
+  weights, gradients = random(0, np.float32(0.02)), random(1, np.float32(1e-3))
+
+  def make(key: Row) -> turns.Method:
+    tx = _optimizer(key['method'], key['rank'])
     state = jax.jit(tx.init)(weights)
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
       updates, state = tx.update(gradients, state, weights)
       return optax.apply_updates(weights, updates), state
@@ -167,28 +151,18 @@ def optimizer_steps(size: str) -> Callable[[Row], cases.Compiled]:
       weights, state = compiled(weights, state, gradients)
       return weights, state
 
-    jitted = jax.jit(update, donate_argnums=(0, 1))
-    return cases.Compiled(key, jitted.lower(weights, state, gradients), take)
+    return programs.Repeated(update.lower(weights, state, gradients), take)
 
   return make
 
 
-def training_steps(size: str) -> Callable[[Row], cases.Compiled]:
+def _training_steps(size: str) -> Callable[[Row], turns.Method]:
   """Makes whole training steps of a preset on random tokens."""
-  batch_size, seq_len = TOKENS
   model = llama.preset(size)
-  tokens = np.random.default_rng(0).integers(
-    *(0, model.vocab_size, (batch_size, seq_len + 1)), dtype=np.int32
-  )
-  batch = {
-    'inputs': jnp.asarray(tokens[:, :-1]),
-    'targets': jnp.asarray(tokens[:, 1:]),
-    'weights': jnp.ones(TOKENS),
-  }
+  batch = jax.device_put(programs.random_batch(model.vocab_size, *TOKENS))
 
-  def make(key: Row) -> cases.Compiled:
-    run = run_of(model, key, batch_size=batch_size, seq_len=seq_len)
-    planned = recipe.plan(run, jax.devices()[:1])
+  def make(key: Row) -> turns.Method:
+    planned = recipe.plan(_run_of(model, key, TOKENS), jax.devices()[:1])
     state, frozen = programs.start(planned)
 
     def take(compiled: jax.stages.Compiled) -> Any:
@@ -196,12 +170,12 @@ def training_steps(size: str) -> Callable[[Row], cases.Compiled]:
       state, found = compiled(state, batch, frozen)
       return state, found
 
-    return cases.Compiled(key, programs.lower(planned), take)
+    return programs.Repeated(programs.lower(planned), take)
 
   return make
 
 
-STEP_MAKERS = {'optimizer': optimizer_steps, 'training': training_steps}
+STEP_MAKERS = {'optimizer': _optimizer_steps, 'training': _training_steps}
 
 
 def race(
@@ -212,12 +186,28 @@ def race(
   make, racers, failed = STEP_MAKERS[what](size), [], []
   for key in keys:
     try:
-      racers.append(turns.Racer(key['method'], make(key)))
+      racers.append((key, turns.Racer(key['method'], make(key))))
     except Exception as error:  # Whatever it is, the others race.
       failed.append({**key, 'absent': turns.reason(error)})
-  cases.race(racers, ROUNDS, TURN, clock)
-  rows = scaling_tables.timed_rows(racers)
-  return [{**row, 'parameters': parameters} for row in rows] + failed
+  least, most = ROUNDS
+  entered = [racer for _, racer in racers]
+  turns.rounds(entered, most, TURN, least=least, clock=clock)
+  adamw = next((racer for racer in entered if racer.name == 'adamw'), None)
+  return [
+    {**key, 'parameters': parameters, **timed(racer, adamw)}
+    for key, racer in racers
+  ] + failed
+
+
+def timed(racer: turns.Racer, adamw: turns.Racer | None) -> Row:
+  """What its turns came to, beside AdamW's where that raced."""
+  low, median, high = turns.quartiles(racer.turns)
+  ratio = adamw and turns.ratio_quartiles(racer.turns, adamw.turns)
+  return {
+    **{'median_s': median, 'quartiles_s': [low, high], 'of_adamw': ratio},
+    **{'first_s': racer.first_s, 'compile_s': racer.method.compile_s},
+    'steps': racer.count - turns.APART,
+  }
 
 
 def time_cases() -> Iterator[Case]:
@@ -226,52 +216,49 @@ def time_cases() -> Iterator[Case]:
   The largest size comes last: it takes as long as all others.
   """
 
-  def case(what: str, size: str, pairs: Any, against: str) -> Case:
-    keys = [{'method': method, 'rank': rank} for method, rank in pairs]
-    key = {'step': what, 'against': against, 'size': size}
-    return Case(key, functools.partial(race, what, size, keys), clock='share')
-
-  def by_size(what: str, size: str, names: Any) -> Case:
-    pairs = [(name, quarter(size)) for name in names]
-    return case(what, size, pairs, 'parameters')
+  def by_size(what: str, sizes: Any, names: Any) -> Iterator[Any]:
+    for size in sizes:
+      pairs = [(name, quarter(size)) for name in names]
+      yield what, 'parameters', size, pairs
 
   *sizes, largest = TIMED
   ranked, ranks = TIMED_RANKED
-  yield from (by_size('optimizer', size, METHODS) for size in sizes)
-  for size in TRAINED:
-    yield by_size('training', size, ('adamw', 'gradnormlorp'))
-  pairs = itertools.product(('galore', 'gradnormlorp'), ranks)
-  yield case('optimizer', ranked, [('adamw', 0), *pairs], 'rank')
-  yield by_size('optimizer', largest, METHODS)
+  by_rank = itertools.product(('galore', 'gradnormlorp'), ranks)
+  for step, against, size, pairs in (
+    *by_size('optimizer', sizes, METHODS),
+    *by_size('training', TRAINED, ('adamw', 'gradnormlorp')),
+    ('optimizer', 'rank', ranked, [('adamw', 0), *by_rank]),
+    *by_size('optimizer', [largest], METHODS),
+  ):
+    keys = [{'method': method, 'rank': rank} for method, rank in pairs]
+    take = functools.partial(race, step, size, keys)
+    yield Case({'step': step, 'against': against, 'size': size}, take, 'share')
 
 
 # Devices.
 
 
-def run_of(model: llama.LlamaConfig, key: Row, **options: int) -> Any:
+def _run_of(
+  model: llama.LlamaConfig, key: Row, batch: tuple[int, int], **options: Any
+) -> config.TrainConfig:
   """A training run: a row's method, rank, mesh and step."""
-  alias, method_options = METHODS[key['method']]
+  alias, kind = METHODS[key['method']]
+  kind = {**kind, 'rank': None if alias == 'adamw' else key['rank']}
+  kind |= {'learning_rate': RATE, 'clip_global_norm': None}
+  batch_size, seq_len = batch
   return config.TrainConfig(
-    steps=1000,
-    model=model,
-    data=config.DataConfig(seq_len=options.pop('seq_len')),
-    optim=config.OptimConfig(
-      name=alias,
-      rank=None if alias == 'adamw' else key['rank'],
-      learning_rate=RATE,
-      clip_global_norm=None,
-      **method_options,
-    ),
+    **{'steps': 1000, 'model': model, 'batch_size': batch_size, **options},
+    data=config.DataConfig(seq_len=seq_len),
+    optim=config.OptimConfig(name=alias, **kind),
     step=config.StepConfig(**STEPS.get(key.get('step', ''), {})),
     mesh=config.MeshConfig(data=key.get('data', 1), fsdp=key.get('fsdp', 1)),
-    **options,
   )
 
 
-def compiled_row(planned: recipe.Planned, options: Row) -> Row:
+def _compiled_row(planned: recipe.Planned, options: Row) -> Row:
   """What a compiled step takes on a device, and sends."""
-  compiled = programs.lower(planned).compile(compiler_options=options)
-  found = compiled.memory_analysis()
+  compiled, _ = programs.compiled(lambda: programs.lower(planned), options)
+  held = programs.memory(compiled)
   kinds: dict[str, int] = {}
   refresh_bytes = 0
   for sent in collectives(compiled.as_text()):
@@ -283,11 +270,8 @@ def compiled_row(planned: recipe.Planned, options: Row) -> Row:
   params = jax.tree.leaves(planned.program.abstract_state.params)
   return {
     'parameter_bytes': sum(p.size * p.dtype.itemsize for p in params),
-    'device_bytes': found.argument_size_in_bytes
-    + found.output_size_in_bytes
-    + found.temp_size_in_bytes
-    - found.alias_size_in_bytes,
-    'temporary_bytes': found.temp_size_in_bytes,
+    'device_bytes': held['total'],
+    'temporary_bytes': held['temporaries'],
     'bytes_per_step': sum(kinds.values()),
     'bytes_by_kind': kinds,
     'refresh_bytes': refresh_bytes,
@@ -299,24 +283,22 @@ def device_row(key: Row) -> Row:
   count = key['data'] * key['fsdp']
   if count > len(jax.devices()):
     raise methods.AbsentError(f'{len(jax.devices())} devices, not {count}')
-  run = run_of(SMALL, key, batch_size=16, seq_len=128, micro_batches=2)
-  return compiled_row(recipe.plan(run, jax.devices()[:count]), CPU_OPTIONS)
+  run = _run_of(SMALL, key, (16, 128), micro_batches=2)
+  return _compiled_row(recipe.plan(run, jax.devices()[:count]), CPU_OPTIONS)
 
 
-def planned_row(key: Row) -> Row:
+def _planned_row(key: Row) -> Row:
   """A preset on described GPUs, as many sequences on each of them."""
   if not accelerators.compiler_is_installed():
     raise methods.AbsentError("XLA's GPU compiler, of the extra cuda, is not")
   count = key['data'] * key['fsdp']
-  model = llama.preset(
-    key['size'],
-    **{'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16', 'remat': True},
-  )
-  run = run_of(model, key, batch_size=16 * count, seq_len=256)
+  dtypes = {'param_dtype': 'bfloat16', 'compute_dtype': 'bfloat16'}
+  model = llama.preset(key['size'], **dtypes, remat=True)
+  run = _run_of(model, key, (16 * count, 256))
   devices = accelerators.described_devices(
     accelerators.ACCELERATORS[GPU], count, -(-count // GPUS_PER_MACHINE)
   )
-  return compiled_row(recipe.plan(run, devices), GPU_OPTIONS)
+  return _compiled_row(recipe.plan(run, devices), GPU_OPTIONS)
 
 
 def device_cases() -> Iterator[Case]:
@@ -338,7 +320,7 @@ def plan_cases() -> Iterator[Case]:
   for (size, method, step), (data, fsdp) in itertools.product(kinds, MESHES):
     key = {'size': size, 'method': method, 'step': step}
     key |= {'rank': quarter(size), 'data': data, 'fsdp': fsdp}
-    yield Case(key, functools.partial(planned_row, key))
+    yield Case(key, functools.partial(_planned_row, key))
 
 
 # All parts.
@@ -364,19 +346,17 @@ def plots() -> None:
   save(picture.draw(cases.load(RESULTS)), PLOT)
 
 
-def in_this_process(part: str, args: argparse.Namespace) -> None:
+def _in_this_process(part: str, args: argparse.Namespace) -> None:
   """Measures one part, and writes file, plot and tables."""
   if part == 'devices':
     jax.config.update('jax_num_cpu_devices', max(DEVICES))
   if part != 'time':  # The others compile, on any machine's CPUs.
     args.device = 'cpu'
   clock = harness.start(args)
-  found = cases.measure(
-    part, CASES[part](), args.output, clock, resume=args.resume
-  )
+  found = cases.measure(part, CASES[part](), args.output, clock)
   for name, table in scaling_tables.tables(part, found).items():
     sys.stdout.write(f'{name[0].upper()}{name[1:]}:\n\n{table}\n')
-  sys.stdout.write(cases.absent(cases.rows(found, part)))
+  sys.stdout.write(cases.absent(found[part]['rows']))
   save(picture.draw(found), args.plot)
 
 
@@ -385,19 +365,13 @@ def main() -> None:
   parser = harness.parser(__doc__)
   cases.add_parts(parser, CASES)
   harness.add_arguments(parser, RESULTS, minutes=15, plot=PLOT)
-  parser.add_argument(
-    '--resume',
-    action='store_true',
-    help='keep the rows that the JSON file has, and measure the others; those '
-    'kept name their commit',
-  )
   args = parser.parse_args()
   if args.report:
     report.report('scaling.measure')
     return
   parts = args.names or list(CASES)
   if len(parts) == 1:
-    in_this_process(parts[0], args)
+    _in_this_process(parts[0], args)
     return
   clock = harness.Clock(args.minutes)
   for done, part in enumerate(parts):
@@ -405,7 +379,6 @@ def main() -> None:
     command = [sys.executable, '-m', 'benchmarks.scaling', part]
     for name in ('device', 'output', 'plot'):
       command += [f'--{name}', str(getattr(args, name))]
-    command += ['--resume'] * args.resume
     subprocess.run([*command, '--minutes', str(minutes)], check=True)
 
 

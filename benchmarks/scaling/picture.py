@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import cases
+from benchmarks.common import cases, plots
 from benchmarks.common.cases import Row
 from benchmarks.scaling.tables import chosen, fit_method, unique
 
@@ -12,20 +12,20 @@ MARKERS = '*PXDvh^<>dp8'
 
 def draw(found: cases.Record) -> Figure:
   """State, time and communication, of the parts that there are."""
-  rows = {
-    part: [row for row in cases.rows(found, part) if 'absent' not in row]
-    for part in ('state', 'time', 'devices', 'plan')
-  }
-  figure = Figure(figsize=(17, 4.5), layout='constrained')
-  state, seconds, sent = figure.subplots(1, 3)
-  by_size = chosen(rows['state'], against='parameters')
-  _curves(state, by_size, 'bytes', 1e9, 'optimizer state, GB')
-  timed = chosen(rows['time'], against='parameters')
-  label = 'seconds (o optimizer step, s whole step)'
+  figure, (state, seconds, sent) = plots.panels(3, (17, 4.5))
+  by_size = chosen(cases.rows(found, 'state'), against='parameters')
+  _curves(state, by_size, 'bytes', 'o-', named=True, scale=1e-9)
+  state.set(ylabel='optimizer state, GB')
+  timed = chosen(cases.rows(found, 'time'), against='parameters')
   for step, style in (('optimizer', 'o-'), ('training', 's--')):
-    part = chosen(timed, step=step)
-    _curves(seconds, part, 'median_s', 1, label, style, step == 'optimizer')
-  _communication(sent, rows['devices'], rows['plan'])
+    rows = chosen(timed, step=step)
+    _curves(seconds, rows, 'median_s', style, named=step == 'optimizer')
+  seconds.set(ylabel='seconds (o optimizer step, s whole step)')
+  for axes in (state, seconds):
+    axes.set(xlabel='parameters', xscale='log', yscale='log')
+    if not plots.legend(axes, title='exponent', fontsize='small'):
+      axes.set_title('not measured yet')
+  _communication(sent, cases.rows(found, 'devices'), cases.rows(found, 'plan'))
   return figure
 
 
@@ -33,30 +33,24 @@ def _curves(
   axes: Axes,
   rows: list[Row],
   cost: str,
-  scale: float,
-  label: str,
-  style: str = 'o-',
-  names: bool = True,
+  style: str,
+  *,
+  named: bool,
+  scale: float = 1,
 ) -> None:
   """A cost against the parameters, one curve for each method."""
   for i, method in enumerate(unique(rows, 'method')):
     part = sorted(chosen(rows, method=method), key=lambda r: r['parameters'])
     power = fit_method(rows, method, cost)
     shown = f'{method}: {power.exponent:.2f}' if power else method
-    axes.loglog(
+    axes.plot(
       [row['parameters'] for row in part],
-      [row[cost] / scale for row in part],
+      [row[cost] * scale for row in part],
       style,
-      color=f'C{i}',
       # Where curves coincide, the ones below can be seen.
-      linewidth=4 - i,
-      label=shown if names else None,
+      **{'color': f'C{i}', 'linewidth': 4 - i},
+      label=shown if named else None,
     )
-  axes.set(xlabel='parameters', ylabel=label)
-  if axes.get_legend_handles_labels()[0]:
-    axes.legend(title='exponent', fontsize='small')
-  elif names:
-    axes.set_title('not measured yet')
 
 
 def _sent(rows: list[Row]) -> tuple[list[int], list[float]]:
@@ -93,10 +87,8 @@ def _communication(axes: Axes, small: list[Row], planned: list[Row]) -> None:
         **{'ha': 'right', 'va': 'center', 'fontsize': 'xx-small'},
       )
   axes.set_xscale('log', base=2)
-  axes.set(
-    xlabel='devices',
-    ylabel='sent per device and step, in bytes of the parameters',
-  )
-  if axes.get_legend_handles_labels()[0]:
-    # Beside the plot: there is no corner without a point.
-    axes.legend(fontsize='x-small', loc='upper left', bbox_to_anchor=(1, 1))
+  unit = 'in bytes of the parameters'
+  axes.set(xlabel='devices', ylabel=f'sent per device and step, {unit}')
+  # Beside the plot: there is no corner without a point.
+  beside = {'loc': 'upper left', 'bbox_to_anchor': (1, 1)}
+  plots.legend(axes, fontsize='x-small', **beside)

@@ -1,18 +1,13 @@
 """Counts the optimizer-state bytes of LLaMA-7B, from shapes alone.
 
-Nothing is allocated: `jax.eval_shape` runs each optimizer's init on the shapes
-of the weights (bfloat16), and every array of the state counts with its bytes.
-The yardstick is Adam with both moments of all parameters in bfloat16: 4 bytes a
-parameter, 26.95 GB (1 GB is 10^9 bytes).
-
   python -m benchmarks.state_bytes
-  python -m benchmarks.state_bytes --methods gradnormlorp galore
 
-takes some minutes. A cell of the table has the bytes and what they save of the
-yardstick. An option that a method lacks is left out of its rows, and settings
-that it refuses are listed with the reason. In bold: 8-bit GradNormLoRP where it
-saves at least the 89.5 % that its paper claims (the abstract names no baseline,
-so this is the same number, not a repetition of the claim).
+takes some minutes and allocates nothing. A cell of the table has the bytes
+(1 GB is 10^9) and what they save of Adam's with both moments of all parameters
+in bfloat16: 4 bytes a parameter, 26.95 GB. Settings that a method refuses are
+listed with the reason. In bold: 8-bit GradNormLoRP where it saves at least the
+89.5 % that its paper claims (the abstract names no baseline, so this is the
+same number, not a repetition of the claim).
 """
 
 import functools
@@ -21,7 +16,7 @@ import math
 import pathlib
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,7 +30,7 @@ from gnlorp_jax.optim import inspect
 
 RESULTS = pathlib.Path('benchmarks/results/state_bytes.json')
 PAGE = pathlib.Path('docs/results/scaling.md')
-PART = 'settings'
+PART, MODEL = 'settings', '7b'
 PAPER_SAVING = 0.895  # arXiv 2412.19616, abstract.
 RANKS = (256, 512, 1024)
 REASON = 60  # Letters of why a setting is refused.
@@ -74,36 +69,15 @@ def baseline(shapes: Any) -> int:
   return 4 * count_parameters(shapes)
 
 
-def settings(alias: str) -> Iterator[cases.Row]:
-  """All combinations of the options that `alias` has, but for the rank.
-
-  Yields:
-    Settings with the keys embeddings, side, moment_bits and basis_bits; None
-    where the alias has no such option.
-  """
-  known = methods.options_of(alias)
-  choices = {
-    'embeddings': tuple(LABELS) if 'kernel_axes' in known else ('full',),
-    **{k: v if k in known else (None,) for k, v in OPTIONS.items()},
-  }
-  for values in itertools.product(*choices.values()):
-    yield dict(zip(choices, values, strict=True))
-
-
 def row(alias: str, setting: cases.Row, shapes: Any) -> cases.Row:
-  """The bytes of one method in one setting, by rank.
-
-  Raises:
-    AbsentError: If the method refuses the setting.
-  """
+  """The bytes of one method in one setting, by rank; raises AbsentError."""
   variant = {k: setting[k] for k in OPTIONS if setting[k] is not None}
   labels = LABELS[setting['embeddings']]
+  common = {'learning_rate': 1.0, 'param_labels': labels}
   found = {}
   for rank in RANKS if 'rank' in methods.options_of(alias) else (None,):
-    common = {'learning_rate': 1.0, 'param_labels': labels}
-    common |= {'rank': rank} if rank else {}
     try:
-      tx = methods.build(alias, variant, **common)
+      tx = methods.build(alias, variant, rank=rank, **common)
       found[str(rank or OWN)] = count(tx, shapes)
     except (methods.AbsentError, ValueError) as error:
       reason = str(error.__cause__ or error)
@@ -112,10 +86,15 @@ def row(alias: str, setting: cases.Row, shapes: Any) -> cases.Row:
   return {'bytes': found}
 
 
-def all_cases(aliases: list[str], shapes: Any) -> Iterator[cases.Case]:
-  """Every setting of every method."""
+def all_cases(aliases: Iterable[str], shapes: Any) -> Iterator[cases.Case]:
+  """Every setting of every method; None where it has no such option."""
   for alias in aliases:
-    for setting in settings(alias):
+    known = methods.options_of(alias)
+    choices = {k: v if k in known else (None,) for k, v in OPTIONS.items()}
+    embeddings = tuple(LABELS) if 'kernel_axes' in known else ('full',)
+    choices = {'embeddings': embeddings, **choices}
+    for values in itertools.product(*choices.values()):
+      setting = dict(zip(choices, values, strict=True))
       take = functools.partial(row, alias, setting, shapes)
       yield cases.Case({'method': alias, **setting}, take)
 
@@ -123,38 +102,31 @@ def all_cases(aliases: list[str], shapes: Any) -> Iterator[cases.Case]:
 def table(rows: list[cases.Row], baseline_bytes: int) -> str:
   """The rows as a Markdown table, ranks side by side."""
 
-  def cell(known: cases.Row, rank: str) -> str:
+  def size(known: cases.Row, rank: str) -> str:
     if rank not in known['bytes']:
       return ''
     saving = 1 - known['bytes'][rank] / baseline_bytes
-    reaches_paper = (
-      known['method'] == 'gradnormlorp'
-      and known['moment_bits'] == 8
-      and saving >= PAPER_SAVING
-    )
+    kind = known['method'], known['moment_bits']
+    reaches_paper = kind == ('gradnormlorp', 8) and saving >= PAPER_SAVING
     bold = '**' * reaches_paper
     return f'{bold}{known["bytes"][rank] / 1e9:.2f} GB, {saving:.1%}{bold}'
 
-  keys = ('method', 'embeddings', *OPTIONS)
   ranks = (*map(str, RANKS), OWN)
-  return markdown(
-    ['method', 'embedding, head', 'side', 'moment bits', 'basis bits']
-    + [f'rank {rank}' for rank in ranks],
-    [
-      ['-' if known[key] is None else str(known[key]) for key in keys]
-      + [cell(known, rank) for rank in ranks]
-      for known in rows
-      if 'absent' not in known
-    ],
-  )
+  heads = ['method', 'embedding, head', 'side', 'moment bits', 'basis bits']
+  lines = []
+  for known in rows:
+    if 'absent' not in known:
+      values = [known[key] for key in ('method', 'embeddings', *OPTIONS)]
+      names = ['-' if value is None else str(value) for value in values]
+      lines.append([*names, *(size(known, rank) for rank in ranks)])
+  return markdown([*heads, *(f'rank {rank}' for rank in ranks)], lines)
 
 
-def is_default(known: cases.Row) -> bool:
+def _is_default(known: cases.Row) -> bool:
   """Whether a row of another method is on the page."""
   bits = known['moment_bits'], known['basis_bits'] or 32
-  return known['side'] != 'both' and bits == DEFAULTS.get(
-    known['method'], (8, 32)
-  )
+  wanted = DEFAULTS.get(known['method'], (8, 32))
+  return known['side'] != 'both' and bits == wanted
 
 
 def tables() -> dict[str, str]:
@@ -162,7 +134,7 @@ def tables() -> dict[str, str]:
   part = cases.load(RESULTS)[PART]
   full = [known for known in part['rows'] if known['embeddings'] == 'full']
   ours = [known for known in full if known['method'] == 'gradnormlorp']
-  others = [k for k in full if k not in ours and is_default(k)]
+  others = [k for k in full if k not in ours and _is_default(k)]
   return {
     'state of 7b, settings': table(ours, part['baseline_bytes']),
     'state of 7b, methods': table(others, part['baseline_bytes']),
@@ -173,20 +145,16 @@ def main() -> None:
   """Counts, and writes the JSON file and the table."""
   parser = harness.parser(__doc__)
   harness.add_arguments(parser, RESULTS, has_device=False)
-  names = list(methods.ALIASES)
-  parser.add_argument('--methods', nargs='+', choices=names, default=names)
-  parser.add_argument('--model', choices=llama.PRESETS, default='7b')
   args = parser.parse_args()
   if args.report:
     report.report('scaling.state_bytes')
     return
   jax.config.update('jax_platforms', 'cpu')
-  shapes = shapes_of(args.model)
+  shapes = shapes_of(MODEL)
   found = cases.measure(
-    *(PART, all_cases(args.methods, shapes), args.output),
+    *(PART, all_cases(methods.ALIASES, shapes), args.output),
     harness.Clock(math.inf),
-    model=args.model,
-    baseline_bytes=baseline(shapes),
+    **{'model': MODEL, 'baseline_bytes': baseline(shapes)},
   )
   rows = found[PART]['rows']
   sys.stdout.write(table(rows, baseline(shapes)) + '\n' + cases.absent(rows))

@@ -5,34 +5,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import cases, turns
+from benchmarks.common import cases
 from benchmarks.common.cases import Row
-from benchmarks.common.tables import MB, markdown, median_in_quartiles, number
-
-SENT = ('device_bytes', 'temporary_bytes', 'bytes_per_step', 'refresh_bytes')
+from benchmarks.common.tables import (
+  MB,
+  markdown,
+  median_in_quartiles,
+  number,
+  of_columns,
+)
 
 
 class Fit(NamedTuple):
-  """A power law through some costs.
+  """A power law through some costs, by least squares of the logarithms."""
 
-  Attributes:
-    exponent: b of ``cost = a * size^b``, by least squares of the logarithms.
-    deviation: Largest distance of a cost from it, as a share of the fit.
-    last: The same exponent through the two largest sizes alone.
-  """
-
-  exponent: float
-  deviation: float
-  last: float
+  exponent: float  # b of ``cost = a * size^b``.
+  deviation: float  # Largest distance of a cost from it, as a share of the fit.
+  last: float  # The same exponent through the two largest sizes alone.
 
 
 def fit(sizes: list[float], costs: list[float]) -> Fit | None:
-  """Fits a power law; None where there are fewer than two sizes.
-
-  Args:
-    sizes: In any order.
-    costs: Positive, of the same length.
-  """
+  """Fits a power law to positive costs; None with fewer than two sizes."""
   if len(set(sizes)) < 2:
     return None
   order = np.argsort(sizes)
@@ -45,7 +38,7 @@ def fit(sizes: list[float], costs: list[float]) -> Fit | None:
 
 def fit_method(rows: list[Row], method: str, cost: str) -> Fit | None:
   """A fit of a method's cost against the parameters."""
-  known = [row for row in chosen(rows, method=method) if cost in row]
+  known = chosen(rows, method=method)
   return fit([row['parameters'] for row in known], [row[cost] for row in known])
 
 
@@ -59,26 +52,6 @@ def chosen(rows: list[Row], **values: Any) -> list[Row]:
   return [
     row for row in rows if all(row.get(k) == v for k, v in values.items())
   ]
-
-
-def timed_rows(racers: list[turns.Racer]) -> list[Row]:
-  """What steps that took turns came to, each beside AdamW where it raced."""
-  adamw = [racer.turns for racer in racers if racer.name == 'adamw']
-  rows = []
-  for racer in racers:
-    medians = turns.medians(racer.turns)
-    low, median, high = np.quantile(medians, (0.25, 0.5, 0.75)).tolist()
-    ratios = [turns.ratio_quartiles(racer.turns, other) for other in adamw]
-    rows.append(
-      {
-        **racer.method.key,
-        **{'median_s': median, 'quartiles_s': [low, high]},
-        'of_adamw': ratios[0] if ratios else None,
-        **{'first_s': racer.first_s, 'compile_s': racer.method.compile_s},
-        'steps': sum(len(turn.seconds) for turn in racer.turns),
-      }
-    )
-  return rows
 
 
 def sizes(found: cases.Record) -> dict[str, int]:
@@ -96,23 +69,21 @@ def sizes(found: cases.Record) -> dict[str, int]:
 
 def tables(part: str, found: cases.Record) -> dict[str, str]:
   """A part's tables as Markdown, by what they are of."""
-  rows = [row for row in cases.rows(found, part) if 'absent' not in row]
+  rows = cases.rows(found, part)
   if part in ('devices', 'plan'):
     return {part: _device_table(rows)}
-  cost, cell = {
-    'state': ('bytes', lambda row: number(row['bytes'], '.1f', MB)),
-    'time': ('median_s', _time),
+  cost, cell, unit = {
+    'state': ('bytes', lambda row: number(row['bytes'], '.1f', MB), 'MB'),
+    'time': ('median_s', _time, 'ms; of AdamW'),
   }[part]
-  unit = 'MB' if part == 'state' else 'ms; of AdamW'
   shown = {}
   # There is one state, but there are several steps.
   for step in unique(rows, 'step') or [None]:
     what = f'{step} step' if step else 'optimizer state'
-    of_step = chosen(rows, step=step)
-    by_size = chosen(of_step, against='parameters')
-    by_rank = chosen(of_step, against='rank')
+    by_size = chosen(rows, step=step, against='parameters')
     if by_size:
       shown[f'{what}, {unit}'] = _grid(by_size, 'size', cost, cell)
+    by_rank = chosen(rows, step=step, against='rank')
     if by_rank:
       name = f'{what} of {by_rank[0]["size"]} by rank, {unit}'
       shown[name] = _grid(by_rank, 'rank', cost, cell)
@@ -124,23 +95,22 @@ def _grid(
 ) -> str:
   """Methods side by side, one line for each size or rank."""
   across = unique(rows, 'method')
-  lines = []
+  heads, lines = [down, *across], []
   for value in unique(rows, down):
-    line = chosen(rows, **{down: value})
-    name = str(value)
-    if down == 'size':
-      name += f', {line[0]["parameters"] / 1e6:.1f}'
-    cells = {row['method']: cell(row) for row in line}
-    lines.append([name, *(cells.get(method, '-') for method in across)])
-  if down == 'rank':
-    return markdown([down, *across], lines)
-  found = [fit_method(rows, method, cost) for method in across]
-  exponents = [
-    f'{f.exponent:.2f} (to {f.deviation:.0%}); {f.last:.2f}' if f else '-'
-    for f in found
-  ]
-  lines.append(['exponent', *exponents])
-  return markdown(['model, 10^6 parameters', *across], lines)
+    cells = {row['method']: cell(row) for row in chosen(rows, **{down: value})}
+    lines.append([str(value), *(cells.get(method, '-') for method in across)])
+  if down == 'size':
+    heads[0] = 'model, 10^6 parameters'
+    parameters = {row['size']: row['parameters'] for row in rows}
+    for line in lines:
+      line[0] += f', {parameters[line[0]] / 1e6:.1f}'
+    fits = [fit_method(rows, method, cost) for method in across]
+    exponents = [
+      f'{f.exponent:.2f} (to {f.deviation:.0%}); {f.last:.2f}' if f else '-'
+      for f in fits
+    ]
+    lines.append(['exponent', *exponents])
+  return markdown(heads, lines)
 
 
 def _time(row: Row) -> str:
@@ -151,15 +121,23 @@ def _time(row: Row) -> str:
 
 
 def _device_table(rows: list[Row]) -> str:
-  names = ['method', 'step', 'data', 'fsdp']
-  if any('size' in row for row in rows):
-    names.insert(0, 'size')
-  lines = []
-  for row in rows:
-    figures = [number(row[key], '.1f', MB) for key in SENT]
-    of_parameters = f'{row["bytes_per_step"] / row["parameter_bytes"]:.2f}'
-    figures.insert(3, of_parameters)
-    lines.append([*(str(row[name]) for name in names), *figures])
-  heads = ['model' if name == 'size' else name for name in names]
-  heads += ['on a device, MB', 'temporaries, MB', 'sent, MB']
-  return markdown([*heads, 'of the parameters', 'refreshes, MB'], lines)
+  def megabytes(key: str) -> Callable[[Row], str]:
+    return lambda row: number(row[key], '.1f', MB)
+
+  columns: dict[str, Callable[[Row], str]] = {
+    'model': lambda row: row['size'],
+    'method': lambda row: row['method'],
+    'step': lambda row: row['step'],
+    'data': lambda row: str(row['data']),
+    'fsdp': lambda row: str(row['fsdp']),
+    'on a device, MB': megabytes('device_bytes'),
+    'temporaries, MB': megabytes('temporary_bytes'),
+    'sent, MB': megabytes('bytes_per_step'),
+    'of the parameters': lambda row: (
+      f'{row["bytes_per_step"] / row["parameter_bytes"]:.2f}'
+    ),
+    'refreshes, MB': megabytes('refresh_bytes'),
+  }
+  if not any('size' in row for row in rows):
+    del columns['model']
+  return of_columns(columns, rows)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.common import cases, harness, methods, record, turns
+from benchmarks.common import cases, harness, methods, programs, record, turns
 from benchmarks.scaling import measure as scaling
 from benchmarks.scaling import picture, plan_7b, state_bytes, tables
 from gnlorp_jax.models import llama
@@ -77,18 +77,21 @@ class Racer:
 
   def __init__(self, name, seconds):
     self.name, self.method, self.first_s = name, self, 1.0
-    self.key, self.compile_s = {'method': name}, 2.0
+    self.compile_s, self.count = 2.0, turns.APART + sum(map(len, seconds))
     self.turns = [turns.Turn(np.array(part), None) for part in seconds]
 
 
 def test_medians_and_ratios_of_known_times():
   ours = Racer('galore', [[3.0, 3.0, 9.0], [4.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
   adamw = Racer('adamw', [[1.0] * 3, [2.0] * 3, [1.0] * 3])
-  first, second = tables.timed_rows([ours, adamw])
+  first, second = (
+    {'method': racer.name, **scaling.timed(racer, adamw)}
+    for racer in (ours, adamw)
+  )
   assert first['median_s'] == 3.0 and first['quartiles_s'] == [2.5, 3.5]
   assert first['of_adamw'] == [2.0, 2.0, 2.5]  # Of 3, 2, 2.
   assert first['steps'] == 9 and second['median_s'] == 1.0
-  assert tables.timed_rows([ours])[0]['of_adamw'] is None
+  assert scaling.timed(ours, None)['of_adamw'] is None
   # In a table, beside a size four times as large that takes as much longer.
   known = [
     {**row, 'step': 'optimizer', 'size': 'small', 'parameters': 1e6, 'rank': 8}
@@ -151,33 +154,17 @@ def test_state_bytes_against_parameters_and_rank(tmp_path):
   assert len(names) == len(rows) - 3
   assert names[f'state: size=tiny, method=adamw, rank={R}: bytes'] == adamw
 
-  # An interrupted part goes on, and no time is no row.
-  kept = [{**row, 'commit': 'earlier'} for row in rows[:-1]]
-  late = {**{k: rows[-1][k] for k in ('size', 'rank')}, 'absent': cases.LATE}
-  record.write(path, {'state': {'commit': 'a', 'rows': [*kept, late]}})
-  found = cases.measure(
-    *('state', scaling.state_cases(), path, harness.Clock(0)), resume=True
-  )
-  assert found['state']['rows'][:-1] == kept
-  assert found['state']['rows'][-1]['absent'] == 'left out: out of time'
-  found = cases.measure(
-    *('state', scaling.state_cases(), path, FOREVER), resume=True
-  )
-  assert found['state']['rows'] == [*kept, rows[-1]]
 
-
-def test_rows_kept_name_the_commit_of_their_part(tmp_path):
+def test_a_part_replaces_its_own_rows_alone(tmp_path):
   path = tmp_path / 'out.json'
-  rows = [{'a': 1, 'bytes': 2}, {'a': 2, 'bytes': 3, 'commit': 'older'}]
-  record.write(path, {'x': {'commit': 'old', 'rows': rows}, 'y': {'rows': []}})
-  chosen = [cases.Case({'a': a}, lambda: {'bytes': 1 / 3}) for a in (1, 2, 3)]
-  found = cases.measure('x', chosen, path, FOREVER, resume=True, model='m')
+  record.write(path, {'x': {'rows': [{'a': 0}]}, 'y': {'rows': []}})
+  chosen = [cases.Case({'a': a}, lambda: {'bytes': 1 / 3}) for a in (1, 2)]
+  found = cases.measure('x', chosen, path, FOREVER, model='m')
   assert found['y'] == {'rows': []} and found['x']['model'] == 'm'
   assert found['x']['cores'] == harness.cores()
   assert found['x']['rows'] == [
-    {'a': 1, 'bytes': 2, 'commit': 'old'},
-    {'a': 2, 'bytes': 3, 'commit': 'older'},
-    {'a': 3, 'bytes': 0.333333},
+    {'a': 1, 'bytes': 0.333333},
+    {'a': 2, 'bytes': 0.333333},
   ]
   assert record.read(path) == found
 
@@ -285,7 +272,7 @@ def test_times_are_beside_adamw(tiny, tmp_path, monkeypatch):
     def make(key):
       if key['method'] == 'galore':
         raise RuntimeError('RESOURCE_EXHAUSTED: out of memory\nand more')
-      return cases.Compiled(key, program, lambda compiled: compiled(1.0))
+      return programs.Repeated(program, lambda compiled: compiled(1.0))
 
     return make
 
