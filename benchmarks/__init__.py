@@ -4,7 +4,12 @@
 recorded figures, `report` writes these into the pages of docs/results.
 """
 
+import os
 import pathlib
+
+# As in train_lm.py, and before jax is imported: OpenBLAS's threads would fight
+# with those of XLA. PyTorch has a LAPACK of its own and keeps all its threads.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 # `python -m benchmarks.plan_7b` runs benchmarks/scaling/plan_7b.py: a command
 # needs no name of a folder.

@@ -5,6 +5,7 @@ that fails, or that there is no time for, is a row with the reason: ``absent``.
 """
 
 import argparse
+import itertools
 import pathlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,8 @@ def measure(
   cases: Iterable[Case],
   output: pathlib.Path,
   clock: harness.Clock,
+  *,
+  resume: bool = False,
   **header: Any,
 ) -> Record:
   """Measures a part of a record, and leaves the other parts.
@@ -68,17 +71,28 @@ def measure(
     cases: By their worth: the last ones are left out first.
     output: File of the record, written after every case.
     clock: The time; a case that has begun is finished.
+    resume: Whether rows with figures that the file has are kept, each with its
+      commit.
     **header: What the part is measured with, beside the environment.
 
   Returns:
     The record.
   """
   found, cases = load(output), list(cases)
-  done: list[Row] = []
-  found[part] = {**harness.environment(), **header, 'rows': done}
+  known = [
+    {**row, 'commit': row.get('commit') or found[part]['commit']}
+    for row in rows(found, part)
+    if resume
+  ]
+  made = [
+    [row for row in known if case.key.items() <= row.items()] for case in cases
+  ]
+  header = {**harness.environment(), **header}
   for number, case in enumerate(cases):
-    new = _take(part, case, clock, len(cases) - number)
-    done += [{**case.key, **row} for row in new]
+    if not made[number]:
+      new = _take(part, case, clock, len(cases) - number)
+      made[number] = [{**case.key, **row} for row in new]
+    found[part] = {**header, 'rows': list(itertools.chain(*made))}
     record.write(output, found)
   return found
 

@@ -18,10 +18,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-# As in train_lm.py: OpenBLAS's threads would fight with those of XLA. PyTorch
-# has a LAPACK of its own and keeps all its threads.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 import jax
 
 from benchmarks.common import record

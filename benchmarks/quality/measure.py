@@ -34,11 +34,6 @@ Seed 0 chose the rate and counts among the seeds. Differences within the
 deviations order nothing.
 """
 
-import os
-
-# As in train_lm.py: OpenBLAS's threads would fight with those of XLA.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 import argparse
 import contextlib
 import dataclasses

@@ -353,7 +353,9 @@ def _in_this_process(part: str, args: argparse.Namespace) -> None:
   if part != 'time':  # The others compile, on any machine's CPUs.
     args.device = 'cpu'
   clock = harness.start(args)
-  found = cases.measure(part, CASES[part](), args.output, clock)
+  found = cases.measure(
+    part, CASES[part](), args.output, clock, resume=args.resume
+  )
   for name, table in scaling_tables.tables(part, found).items():
     sys.stdout.write(f'{name[0].upper()}{name[1:]}:\n\n{table}\n')
   sys.stdout.write(cases.absent(found[part]['rows']))
@@ -365,6 +367,12 @@ def main() -> None:
   parser = harness.parser(__doc__)
   cases.add_parts(parser, CASES)
   harness.add_arguments(parser, RESULTS, minutes=15, plot=PLOT)
+  parser.add_argument(
+    '--resume',
+    action='store_true',
+    help='keep the rows that the JSON file has, each with its commit, and '
+    'measure the others',
+  )
   args = parser.parse_args()
   if args.report:
     report.report('scaling.measure')
@@ -379,6 +387,7 @@ def main() -> None:
     command = [sys.executable, '-m', 'benchmarks.scaling', part]
     for name in ('device', 'output', 'plot'):
       command += [f'--{name}', str(getattr(args, name))]
+    command += ['--resume'] * args.resume
     subprocess.run([*command, '--minutes', str(minutes)], check=True)
 
 

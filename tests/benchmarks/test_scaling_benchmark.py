@@ -169,6 +169,19 @@ def test_a_part_replaces_its_own_rows_alone(tmp_path):
   assert record.read(path) == found
 
 
+def test_resumed_part_keeps_its_rows_and_their_commit(tmp_path):
+  path = tmp_path / 'out.json'
+  rows = [{'a': 1, 'bytes': 7}, {'a': 2, 'absent': 'left out'}]
+  record.write(path, {'x': {'commit': 'before', 'rows': rows}})
+  chosen = [cases.Case({'a': a}, lambda: {'bytes': 9}) for a in (1, 2)]
+  found = cases.measure('x', chosen, path, FOREVER, resume=True)
+  assert found['x']['rows'] == [
+    {'a': 1, 'bytes': 7, 'commit': 'before'},
+    {'a': 2, 'bytes': 9},
+  ]
+  assert found['x']['commit'] == record.commit()
+
+
 SHAPES = jax.eval_shape(
   lambda: {
     'embed': {'embedding': jnp.zeros((40, 16), jnp.bfloat16)},
