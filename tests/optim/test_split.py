@@ -32,7 +32,6 @@ HALVES = {
     lazy_refresh=optim.LazyRefresh(threshold=-1.0, queue=1),
     **RANK,
   ),
-  'projfactor': functools.partial(optim.projfactor, granularity=2, **RANK),
   'vlorp': functools.partial(optim.vlorp, granularity=2, **RANK),
 }
 every_half = pytest.mark.parametrize('name', HALVES)
