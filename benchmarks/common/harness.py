@@ -113,6 +113,17 @@ def start(args: argparse.Namespace) -> 'Clock':
   return Clock(args.minutes)
 
 
+def positive(text: str) -> int:
+  """The type of an option that counts something.
+
+  Raises:
+    argparse.ArgumentTypeError: If it is less than 1.
+  """
+  if (number := int(text)) < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+  return number
+
+
 class Clock:
   """The time that a benchmark has left.
 
