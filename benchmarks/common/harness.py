@@ -113,6 +113,25 @@ def start(args: argparse.Namespace) -> 'Clock':
   return Clock(args.minutes)
 
 
+def add_methods(
+  parser: argparse.ArgumentParser,
+  names: Iterable[str],
+  default: Iterable[str],
+  turn: int,
+) -> None:
+  """Adds --methods, patterns of names for `select`, and how they take turns.
+
+  These are --gap, steps between two refreshes, and --turn, the most steps in a
+  row of a method, which is `turn` by default.
+  """
+  add = parser.add_argument
+  known = 'names or patterns as of a shell, quoted, of: ' + ', '.join(names)
+  add('--methods', nargs='+', default=default, metavar='NAME', help=known)
+  add('--gap', type=positive, default=200, help='steps between two refreshes')
+  turns = 'most steps in a row of a method'
+  add('--turn', type=positive, default=turn, help=turns)
+
+
 def positive(text: str) -> int:
   """The type of an option that counts something.
 

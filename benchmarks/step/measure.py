@@ -75,7 +75,6 @@ DEFAULT = (
   *('floor-layers', 'galore-torch-8bit'),
 )
 REFERENCES = ('floor', 'galore-torch', 'optax-galore', 'torch-adamw')
-OURS = (*methods.OURS, 'gradnormlorp-guard')
 SHARES = 6  # A case may take this part of the time that is left.
 
 
@@ -157,7 +156,7 @@ def ratios(record: Row) -> dict[str, tuple[float, float, float]]:
   found = {}
   for entry in record['cases']:
     for row in entry['rows']:
-      if row['method'] in OURS:
+      if row['method'] in methods.OURS:
         for other, (low, median, high) in row.get('per', {}).items():
           name = f'step {case_of(entry)}: {other} / {row["method"]}'
           found[name] = (1 / high, 1 / median, 1 / low)
@@ -214,16 +213,12 @@ def plot(cases: list[Row], path: pathlib.Path) -> None:
   """Draws each method's time in that of the floor."""
   panels = []
   for entry in cases:
-    rows = [row for row in entry['rows'] if 'floor' in row.get('per', {})]
-    if rows:
-      panels.append(
-        Bars(
-          str(case_of(entry)),
-          'time per step, floor = 1 (quartiles)',
-          {row['method']: row['per']['floor'] for row in rows},
-          {r['method']: 'C0' if r['method'] in OURS else 'C7' for r in rows},
-        )
-      )
+    timed = [row for row in entry['rows'] if 'floor' in row.get('per', {})]
+    quartiles = {row['method']: row['per']['floor'] for row in timed}
+    colors = {n: 'C0' if n in methods.OURS else 'C7' for n in quartiles}
+    title, label = str(case_of(entry)), 'time per step, floor = 1 (quartiles)'
+    if timed:
+      panels.append(Bars(title, label, quartiles, colors))
   bars(panels, path)
 
 
@@ -236,15 +231,12 @@ def parse() -> argparse.Namespace:
   """The command line; `methods` are names, `shapes` are known."""
   parser = harness.parser(__doc__)
   harness.add_arguments(parser, RESULTS, minutes=12, plot=PLOT)
+  harness.add_methods(parser, METHODS, DEFAULT, turn=20)
   add, count = parser.add_argument, harness.positive
   add('--shapes', nargs='+', default=SHAPES, help='matrices INxOUT and models')
   add('--dtypes', nargs='+', choices=DTYPES, default=DTYPES, help='of weights')
   ranks = 'of the matrices; models have that of the protocol'
   add('--ranks', type=count, nargs='+', default=[128, 512, 32], help=ranks)
-  names = 'names or patterns as of a shell, quoted, of: ' + ', '.join(METHODS)
-  add('--methods', nargs='+', default=DEFAULT, metavar='NAME', help=names)
-  add('--gap', type=count, default=200, help='steps between two refreshes')
-  add('--turn', type=count, default=20, help='most steps in a row of a method')
   args = parser.parse_args()
   try:
     args.methods = harness.select(args.methods, METHODS)

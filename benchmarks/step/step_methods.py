@@ -27,11 +27,7 @@ MODEL_RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
 
 
 def kernels_of(shape: str) -> dict[str, tuple[int, ...]]:
-  """Shapes of kernels by name, ``[layers, in, out]`` or ``[in, out]``.
-
-  Args:
-    shape: ``INxOUT`` for one matrix, or a model of `llama.PRESETS` for the
-      kernels of its attention and MLP layers.
+  """Shapes of kernels by name: of ``INxOUT``, or of a model's layers.
 
   Raises:
     ValueError: If it names neither.
@@ -257,8 +253,8 @@ def _setting(case: Case) -> peers.Setting:
   return peers.Setting(RATE, case.rank, case.gap)
 
 
-def _ours(data: Data, name: str, guard: bool = False) -> JaxMethod:
-  tx = methods.ours(name, _setting(data.case), skip_nonfinite=guard)
+def _ours(data: Data, name: str) -> JaxMethod:
+  tx = methods.ours(name, _setting(data.case), skip_nonfinite=False)
   return JaxMethod(data, 'stacked', tx)
 
 
@@ -328,7 +324,6 @@ class TorchMethod(peers.TorchMethod):
 METHODS: dict[str, Callable[[Data], Any]] = {
   'floor': partial(_floor, layout='stacked'),
   **{name: partial(_ours, name=name) for name in methods.OURS},
-  'gradnormlorp-guard': partial(_ours, name='gradnormlorp', guard=True),
   'floor-layers': partial(_floor, layout='layers'),
   **{name: partial(_optax, name=name) for name in peers.OPTAX},
   **{name: partial(TorchMethod, name=name) for name in peers.TORCH},

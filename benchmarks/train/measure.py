@@ -40,13 +40,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.common import harness, peers, record, turns
 from benchmarks.common.plots import Bars, bars
-from benchmarks.common.tables import (
-  MB,
-  NOTHING,
-  median_in_quartiles,
-  number,
-  of_columns,
-)
+from benchmarks.common.tables import MB, median_in_quartiles, number, of_columns
 from benchmarks.common.turns import Row
 from benchmarks.train import products
 from benchmarks.train.train_sides import BATCHES, METHODS, RATE, Case
@@ -59,7 +53,6 @@ SMALL, LARGE = (RESULTS.with_name(f'train_{x}.json') for x in ('small', '60m'))
 PAGE = pathlib.Path('docs/results/train.md')
 PLOT = pathlib.Path('docs/results/train.png')
 PEERS = ('galore-torch', 'torch-adamw', 'torch-adamw-fused', 'adamw')
-TURN = 5  # Steps in a row of a method, at most.
 OURS = ('gradnormlorp', 'galore', 'adamw')  # What a regression check sees.
 
 
@@ -104,19 +97,17 @@ def _title(entry: Row) -> str:
   return f'{entry["size"]}, {entry["batch_size"]} x {entry["seq_len"]}'
 
 
-def _ours(found: Row) -> list[tuple[str, Row]]:
+def _ours(found: Row) -> dict[str, Row]:
   """Rows that a regression check compares; only the same with the same."""
-  return [
-    (
+  named = {}
+  for case in found['cases']:
+    title = (
       f'train {case["size"]} {case["dtype"]} {case["batch_size"]} x '
-      f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}: '
-      f'{known["method"]}',
-      known,
+      f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}'
     )
-    for case in found['cases']
-    for known in case['rows']
-    if known['method'] in OURS
-  ]
+    rows = {row['method']: row for row in case['rows']}
+    named |= {f'{title}: {name}': rows[name] for name in OURS if name in rows}
+  return named
 
 
 def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
@@ -127,7 +118,7 @@ def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
   """
   return {
     f'{name} / {peer}': tuple(ratio['quartiles'])
-    for name, known in _ours(found)
+    for name, known in _ours(found).items()
     for peer, ratio in known.get('speed_per', {}).items()
     if peer != known['method']
   }
@@ -137,7 +128,7 @@ def sizes(found: Row) -> dict[str, int]:
   """Bytes that a regression check compares: of state and compiled step."""
   return {
     f'{name}, {key}': known[key]
-    for name, known in _ours(found)
+    for name, known in _ours(found).items()
     for key in ('state_bytes', 'peak_bytes')
     if known.get(key) is not None
   }
@@ -146,7 +137,7 @@ def sizes(found: Row) -> dict[str, int]:
 def _ratio(peer: str, known: Row) -> str:
   found = known['speed_per'].get(peer)
   if found is None or peer == known['method']:
-    return NOTHING
+    return number(None, '')
   low, _, high = found['quartiles']
   return median_in_quartiles((low, found['mean'], high))
 
@@ -187,17 +178,16 @@ def plot(cases: list[Row], path: pathlib.Path) -> None:
   """Speed of each method in that of galore-torch, or of the first method."""
   panels = []
   for entry in cases:
-    rows = {r['method']: r for r in entry['rows'] if 'mean_s' in r}
-    base = next((name for name in (*PEERS, *rows) if name in rows), None)
+    seconds = {r['method']: r['mean_s'] for r in entry['rows'] if 'mean_s' in r}
+    base = next((name for name in (*PEERS, *seconds) if name in seconds), None)
     if base is None:
       continue
-    unit = rows[base]['mean_s']
-    is_theirs = {n: n in peers.TORCH or n.startswith('peft') for n in rows}
+    is_theirs = {n: n in peers.TORCH or n.startswith('peft') for n in seconds}
     panels.append(
       Bars(
         f'LLaMA-{_title(entry)}',
         f'tokens/s, in those of {base} (blue: jax, grey: PyTorch)',
-        {name: (unit / known['mean_s'],) * 3 for name, known in rows.items()},
+        {name: (seconds[base] / s,) * 3 for name, s in seconds.items()},
         {name: 'C7' if theirs else 'C0' for name, theirs in is_theirs.items()},
       )
     )
@@ -222,16 +212,14 @@ def parse() -> tuple[argparse.Namespace, dict[str, Case]]:
   """The command line, of which `methods` are names, and a case per size."""
   parser = harness.parser(__doc__)
   harness.add_arguments(parser, RESULTS, minutes=15, plot=PLOT)
+  harness.add_methods(parser, METHODS, ['*'], turn=5)
   add, count = parser.add_argument, harness.positive
   presets = 'presets, of most worth first: ' + ', '.join(llama.PRESETS)
   add('--sizes', nargs='+', default=['20m'], metavar='SIZE', help=presets)
-  names = 'names or patterns as of a shell, quoted, of: ' + ', '.join(METHODS)
-  add('--methods', nargs='+', default=['*'], metavar='NAME', help=names)
   add('--batch-size', type=count, default=8, help='sequences')
   add('--seq-len', type=count, default=256, help='their tokens')
   dtypes = 'float32', 'bfloat16'
   add('--dtype', choices=dtypes, default='float32', help='of weights, products')
-  add('--gap', type=count, default=200, help='steps between two refreshes')
   chunk = 'tokens whose logits ours has at once (default: %(default)s)'
   add('--loss-chunk', type=count, default=1024, help=chunk)
   args = parser.parse_args()
@@ -256,7 +244,12 @@ def main() -> None:
       **{'size': size, 'parameters': llama.num_params(case.config)},
       **{n: getattr(args, n) for n in ('batch_size', 'seq_len', 'dtype')},
       **{'remat': case.config.remat, 'loss_chunk': args.loss_chunk},
-      **{'turn': TURN, 'rank': case.setting.rank, 'gap': args.gap, 'rows': []},
+      **{
+        'turn': args.turn,
+        'rank': case.setting.rank,
+        'gap': args.gap,
+        'rows': [],
+      },
     }
     found['cases'].append(entry)
 
@@ -275,7 +268,7 @@ def main() -> None:
       lambda name, case=case: METHODS[name](case),
       lambda *known, case=case: row(*known, case),
       *(save, clock.share(len(cases) - index)),
-      **{'steps': args.gap, 'turn': TURN, 'inputs': BATCHES},
+      **{'steps': args.gap, 'turn': args.turn, 'inputs': BATCHES},
     )
   for entry in found['cases']:
     text = f'{entry["left_out"]}\n' if 'left_out' in entry else table(entry)
