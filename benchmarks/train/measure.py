@@ -243,13 +243,9 @@ def main() -> None:
     entry: Row = {
       **{'size': size, 'parameters': llama.num_params(case.config)},
       **{n: getattr(args, n) for n in ('batch_size', 'seq_len', 'dtype')},
-      **{'remat': case.config.remat, 'loss_chunk': args.loss_chunk},
-      **{
-        'turn': args.turn,
-        'rank': case.setting.rank,
-        'gap': args.gap,
-        'rows': [],
-      },
+      **{'remat': case.config.remat, 'rank': case.setting.rank},
+      **{n: getattr(args, n) for n in ('loss_chunk', 'turn', 'gap')},
+      'rows': [],
     }
     found['cases'].append(entry)
 
