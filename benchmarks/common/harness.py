@@ -94,6 +94,36 @@ def start(args: argparse.Namespace) -> 'Clock':
   return Clock(args.minutes)
 
 
+def add_methods(
+  parser: argparse.ArgumentParser,
+  names: Iterable[str],
+  default: Iterable[str],
+  turn: int,
+) -> None:
+  """Adds --methods, patterns of names for `select`, and how they take turns.
+
+  These are --gap, steps between two refreshes, and --turn, the most steps in a
+  row of a method, which is `turn` by default.
+  """
+  add = parser.add_argument
+  known = 'names or patterns as of a shell, quoted, of: ' + ', '.join(names)
+  add('--methods', nargs='+', default=default, metavar='NAME', help=known)
+  add('--gap', type=positive, default=200, help='steps between two refreshes')
+  turns = 'most steps in a row of a method'
+  add('--turn', type=positive, default=turn, help=turns)
+
+
+def positive(text: str) -> int:
+  """The type of an option that counts something.
+
+  Raises:
+    argparse.ArgumentTypeError: If it is less than 1.
+  """
+  if (number := int(text)) < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+  return number
+
+
 class Clock:
   """The time that a benchmark has left: some minutes from now."""
 

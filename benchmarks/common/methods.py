@@ -70,3 +70,16 @@ def build(
     return getattr(optim, alias)(**chosen)
   except ValueError as error:
     raise AbsentError(f'{alias} refuses {variant}: {error}') from error
+
+
+def ours(
+  name: str, setting: tuple[float, int, int], **options: Any
+) -> optax.GradientTransformation:
+  """A row of `OURS` with a learning rate, a rank and a refresh interval.
+
+  Raises:
+    AbsentError: As `build`.
+  """
+  rate, rank, gap = setting
+  options |= {'learning_rate': rate, 'rank': rank, 'update_proj_gap': gap}
+  return build(*OURS[name], **options)

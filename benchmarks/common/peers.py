@@ -9,6 +9,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optax
+import optax.contrib
+
 from benchmarks.common import harness, turns
 from benchmarks.common.methods import AbsentError
 
@@ -96,6 +99,13 @@ TORCH: dict[str, Callable[[list[Any], list[Any], Setting], Any]] = {
 }
 """Name: the optimizer of (projected parameters, the others, setting)."""
 
+OPTAX: dict[str, Callable[[Setting], optax.GradientTransformation]] = {
+  'optax-adamw': lambda given: optax.adamw(given[0], weight_decay=0),
+  'optax-galore': lambda given: optax.contrib.galore(*given, SCALE),
+  'optax-adafactor': lambda given: optax.adafactor(given[0]),
+}
+"""Name: Optax's own optimizer of a setting. GaLore projects no stack."""
+
 
 class TorchMethod(turns.Method):
   """Steps on ``cpu`` or ``cuda``; a subclass sets the optimizer and takes them.
@@ -135,6 +145,27 @@ class TorchMethod(turns.Method):
       if self._taken <= 2:
         most = self.torch.cuda.max_memory_allocated()
         self.peak_bytes = most - self._before + self.held_bytes
+
+
+class TorchTraining(TorchMethod):
+  """Whole training steps with PyTorch; a subclass has the loss of a batch."""
+
+  def __init__(self, platform: str):
+    super().__init__(platform)
+    self.losses: list[float] = []
+
+  def loss_of(self, index: int) -> Any:
+    """The loss of batch `index`, a tensor with a gradient."""
+    raise NotImplementedError
+
+  def take(self, index: int) -> None:
+    """As `TorchMethod`."""
+    loss = self.loss_of(index)
+    loss.backward()
+    self.optimizer.step()
+    self.optimizer.zero_grad()
+    self.losses.append(float(loss.detach()))  # Waits for the device.
+    self.loss = self.losses[0]
 
 
 def torch_state_bytes(optimizer: Any) -> int:

@@ -1,7 +1,7 @@
 """Compiled programs, and steps of the library without their training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,3 +88,31 @@ def random_batch(
     'targets': tokens[:, 1:],
     'weights': np.ones((batch_size, seq_len), np.float32),
   }
+
+
+class Steps(turns.Method):
+  """Training steps on batches that are used in turn; keeps their losses.
+
+  Args:
+    step: Maps state, batch and frozen weights to a state and metrics.
+    start: The state and the frozen weights.
+    batches: What they are trained on.
+  """
+
+  def __init__(
+    self,
+    step: Callable[..., tuple[Any, Any]],
+    start: tuple[Any, Any],
+    batches: Sequence[Any],
+  ):
+    self._step, self._batches = step, batches
+    self._state, self._frozen = start
+    self.losses: list[float] = []
+
+  def step(self, index: int) -> None:
+    """As `turns.Method`."""
+    self._state, metrics = jax.block_until_ready(
+      self._step(self._state, self._batches[index], self._frozen)
+    )
+    self.losses.append(float(metrics['loss']))
+    self.loss = self.losses[0]

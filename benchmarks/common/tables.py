@@ -1,6 +1,6 @@
 """Tables in Markdown, and the numbers in their cells."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 MB = 1e-6  # Of a byte, in numbers of megabytes.
@@ -14,12 +14,11 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def of_columns(
-  columns: dict[str, Callable[[Any], str]], rows: Iterable[Any]
+  rows: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]
 ) -> str:
-  """A Markdown table: its heads, and what makes the cell of a row."""
-  return markdown(
-    list(columns), [[cell(row) for cell in columns.values()] for row in rows]
-  )
+  """A Markdown table of rows; a column has a head and the cell of a row."""
+  lines = ([cell(row) for cell in columns.values()] for row in rows)
+  return markdown(list(columns), lines)
 
 
 def number(value: float | None, form: str, scale: float = 1) -> str:

@@ -191,6 +191,16 @@ def not_timed(rows: Sequence[Row]) -> str:
   return f'\n{text}' if text else ''
 
 
+def known(racer: Racer) -> Row:
+  """What is known of a method before its first turn."""
+  method: Any = racer.method
+  return {
+    'method': racer.name,
+    **{k: getattr(method, k) for k in ('state_bytes', 'peak_bytes')},
+    **{'compile_s': method.compile_s, 'first_step_s': racer.first_s},
+  }
+
+
 def medians(turns: list[Turn]) -> np.ndarray:
   """The median step of each turn, seconds."""
   return np.array([np.median(turn.seconds) for turn in turns])

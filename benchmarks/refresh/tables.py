@@ -77,7 +77,7 @@ def time_table(rows: list[Row]) -> str:
       number(row[name].get('compile_seconds'), '.1f') for name in FITS
     ),
   }
-  return of_columns(columns, rows)
+  return of_columns(rows, columns)
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -140,4 +140,4 @@ def _device_table(rows: list[Row]) -> str:
   }
   if not any('size' in row for row in rows):
     del columns['model']
-  return of_columns(columns, rows)
+  return of_columns(rows, columns)

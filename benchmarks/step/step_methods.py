@@ -1,22 +1,20 @@
 """The weights, gradients and optimizers that `benchmarks.step` times.
 
 This package's optimizers get one stack [layers, in, out] per kernel, as a scan
-over layers leaves it. The peers get one matrix per layer:
-`optax.contrib.galore` would leave a stack unprojected without saying so. (It
-compresses the longer axis of a matrix, the others the shorter; the products are
-as large either way, its moments are smaller.)
+over layers leaves it; the peers one matrix per layer, as Optax's GaLore
+projects no stack. (It compresses the longer axis of a matrix, the others the
+shorter; the products are as large either way, its moments are smaller.)
 """
 
-import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from benchmarks.common import methods, peers, programs, turns
 from gnlorp_jax.models import llama
@@ -29,11 +27,7 @@ MODEL_RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
 
 
 def kernels_of(shape: str) -> dict[str, tuple[int, ...]]:
-  """Shapes of kernels by name, ``[layers, in, out]`` or ``[in, out]``.
-
-  Args:
-    shape: ``INxOUT`` for one matrix, or a model of `llama.PRESETS` for the
-      kernels of its attention and MLP layers.
+  """Shapes of kernels by name: of ``INxOUT``, or of a model's layers.
 
   Raises:
     ValueError: If it names neither.
@@ -48,8 +42,7 @@ def kernels_of(shape: str) -> dict[str, tuple[int, ...]]:
   if not (n_in.isdecimal() and n_out.isdecimal() and int(n_in) * int(n_out)):
     raise ValueError(
       f'No shape {shape!r}: give INxOUT, such as 4096x11008, or one of '
-      + ', '.join(llama.PRESETS)
-      + '.'
+      f'{", ".join(llama.PRESETS)}.'
     )
   return {'matrix': (int(n_in), int(n_out))}
 
@@ -93,18 +86,17 @@ def make_cases(
   cases = []
   for i, j in sorted(places, key=lambda place: (sum(place), place[1])):
     for shape in shapes:
-      rank = ranks[i]
-      if shape in llama.PRESETS:
-        width = llama.PRESETS[shape].hidden_size
-        rank = MODEL_RANKS.get(shape, width // 4)
+      model, rank = llama.PRESETS.get(shape), ranks[i]
+      if model is not None:
+        rank = MODEL_RANKS.get(shape, model.hidden_size // 4)
       cases.append(Case(shape, dtypes[j], rank, gap))
   return list(dict.fromkeys(cases))
 
 
-def stack(shape: tuple[int, ...], seed: int) -> np.ndarray:
-  """Multiples of one random matrix of decaying spectrum plus noise.
+def _stack(shape: tuple[int, ...], seed: int) -> np.ndarray:
+  """Multiples of a random matrix of decaying spectrum plus noise, float32.
 
-  They are float32 ``[layers, in, out]``, ``[1, in, out]`` for one matrix.
+  They are ``[layers, in, out]``, ``[1, in, out]`` for one matrix.
   """
   random = np.random.default_rng(seed)
   n_in, n_out = shape[-2:]
@@ -127,10 +119,9 @@ def memory_limit() -> float:
 class Data:
   """Weights and gradients in the layout of each framework, made when asked.
 
-  The weights of a layout are one mutable set: jitted steps donate them, so each
-  method puts back what it received updated. One layer's matrix is drawn, the
-  other layers have multiples of it. Of large cases there is one set of
-  gradients instead of `turns.GRADIENTS`.
+  The weights of a layout are one set: jitted steps donate them, so each method
+  puts back what it received updated. Large cases have one set of gradients
+  instead of `turns.GRADIENTS`.
 
   Args:
     case: What is optimized.
@@ -175,26 +166,23 @@ class Data:
   def _arrange(self, seed: int, layout: str) -> Any:
     shapes, dtype = self.case.kernels, self.case.dtype
     stacks = {
-      name: stack(x, seed + i) for i, (name, x) in enumerate(shapes.items())
+      name: _stack(x, seed + i) for i, (name, x) in enumerate(shapes.items())
     }
     if layout == 'stacked':
-      return {
-        name: {'kernel': jnp.array(x.reshape(shapes[name]), dtype)}
-        for name, x in stacks.items()
+      named = {name: x.reshape(shapes[name]) for name, x in stacks.items()}
+    else:
+      named = {
+        f'{name}_{i}': matrix
+        for name, matrices in stacks.items()
+        for i, matrix in enumerate(matrices)
       }
-    matrices = {
-      f'{name}_{i}': matrix
-      for name, x in stacks.items()
-      for i, matrix in enumerate(x)
-    }
-    if layout == 'layers':
-      return {n: {'kernel': jnp.array(x, dtype)} for n, x in matrices.items()}
+    if layout != 'torch':
+      return {n: {'kernel': jnp.array(x, dtype)} for n, x in named.items()}
     torch = peers.module('torch')  # Its weights are [out, in].
+    like = {'device': self.platform, 'dtype': getattr(torch, dtype)}
     return [
-      torch.from_numpy(np.ascontiguousarray(matrix.T)).to(
-        self.platform, getattr(torch, dtype)
-      )
-      for matrix in matrices.values()
+      torch.from_numpy(np.ascontiguousarray(matrix.T)).to(**like)
+      for matrix in named.values()
     ]
 
 
@@ -211,39 +199,37 @@ def _at_intervals(steps: int, gap: int) -> float:
 
 
 class JaxMethod(turns.Method):
-  """A jitted step on weights of a layout.
+  """The jitted step of an Optax optimizer on weights of a layout.
 
-  Args:
-    data: Weights and gradients.
-    layout: Theirs.
-    init: The state for weights.
-    step: Maps weights, state and gradients to new weights and state.
-    gap: Its refresh interval, for one whose state does not count refreshes.
+  `gap` is the refresh interval of one whose state does not count refreshes.
   """
 
   def __init__(
     self,
     data: Data,
     layout: str,
-    init: Callable[[Any], Any],
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    tx: optax.GradientTransformation,
     gap: int | None = None,
   ):
     self._data, self._layout, self._gap = data, layout, gap
     data.load(layout)
     self._gradients = data.gradients[layout]
     weights = data.weights[layout]
-    state = jax.eval_shape(init, weights)
+    state = jax.eval_shape(tx.init, weights)
+
+    def step(weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+      updates, state = tx.update(gradients, state, weights)
+      return optax.apply_updates(weights, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
     self._step, self.compile_s = programs.compiled(
-      lambda: jax.jit(step, donate_argnums=(0, 1)).lower(
-        weights, state, self._gradients[0]
-      )
+      lambda: jitted.lower(weights, state, self._gradients[0])
     )
     memory = programs.memory(self._step)
     self.peak_bytes = memory['total']
     self.state_bytes = inspect.tree_bytes(state)
     data.reserve(self.state_bytes, memory['total'] - memory['arguments'])
-    self._state = jax.jit(init)(weights)
+    self._state = jax.jit(tx.init)(weights)
 
   def step(self, index: int) -> None:
     """As `turns.Method`."""
@@ -263,77 +249,51 @@ class JaxMethod(turns.Method):
     return float(_recorded(self._state))
 
 
-def transformation(
-  data: Data,
-  layout: str,
-  tx: optax.GradientTransformation,
-  gap: int | None = None,
-) -> JaxMethod:
-  """The step of an Optax optimizer; the arguments are those of `JaxMethod`."""
-
-  def step(weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-    updates, state = tx.update(gradients, state, weights)
-    return optax.apply_updates(weights, updates), state
-
-  return JaxMethod(data, layout, tx.init, step, gap)
+def _setting(case: Case) -> peers.Setting:
+  return peers.Setting(RATE, case.rank, case.gap)
 
 
-def ours(data: Data, name: str, guard: bool = False) -> JaxMethod:
-  """An optimizer of this package, with the case's rank and interval."""
-  tx = methods.build(
-    *methods.OURS[name],
-    learning_rate=RATE,
-    rank=data.case.rank,
-    update_proj_gap=data.case.gap,
-    skip_nonfinite=guard,
-  )
-  return transformation(data, 'stacked', tx)
+def _ours(data: Data, name: str) -> JaxMethod:
+  tx = methods.ours(name, _setting(data.case), skip_nonfinite=False)
+  return JaxMethod(data, 'stacked', tx)
 
 
-def optax_galore(data: Data) -> JaxMethod:
-  """GaLore as Optax has it, with Adam inside."""
-  rank, gap = data.case.rank, data.case.gap
-  tx = optax.contrib.galore(RATE, rank, gap, peers.SCALE)
-  return transformation(data, 'layers', tx, gap)
+def _optax(data: Data, name: str) -> JaxMethod:
+  gap = data.case.gap if name == 'optax-galore' else None
+  tx = peers.OPTAX[name](_setting(data.case))
+  return JaxMethod(data, 'layers', tx, gap)
 
 
-def floor(data: Data, layout: str) -> JaxMethod:
+def _floor(data: Data, layout: str) -> JaxMethod:
   """The products and the one pass that projecting costs at the least."""
   rank = data.case.rank
   if layout == 'layers' and 'matrix' in data.case.kernels:
     raise methods.AbsentError('one matrix is no stack: see floor')
 
-  def init(weights: Any) -> Any:
-    def basis(w: jax.Array) -> jax.Array:
-      *stack, n_in, n_out = w.shape
-      n = min(n_in, n_out)
-      shape = (*stack, n, min(rank, n))
-      return jax.random.normal(jax.random.key(0), shape) / n**0.5
+  def basis(w: jax.Array) -> jax.Array:
+    *stack, n_in, n_out = w.shape
+    n = min(n_in, n_out)
+    shape = (*stack, n, min(rank, n))
+    return jax.random.normal(jax.random.key(0), shape) / n**0.5
 
-    return jax.tree.map(basis, weights)
-
-  def leaf(w_IO: jax.Array, basis_NR: jax.Array, grad_IO: jax.Array) -> Any:
-    if w_IO.shape[-2] <= w_IO.shape[-1]:
+  def leaf(grad_IO: jax.Array, basis_NR: jax.Array) -> jax.Array:
+    if grad_IO.shape[-2] <= grad_IO.shape[-1]:
       low_RO = jnp.einsum('...io,...ir->...ro', grad_IO, basis_NR)
       update_IO = jnp.einsum('...ro,...ir->...io', low_RO, basis_NR)
     else:
       low_IR = jnp.einsum('...io,...or->...ir', grad_IO, basis_NR)
       update_IO = jnp.einsum('...ir,...or->...io', low_IR, basis_NR)
-    return (w_IO - RATE * (update_IO + grad_IO)).astype(w_IO.dtype)
+    return -RATE * (update_IO + grad_IO)
 
-  def step(weights: Any, bases: Any, gradients: Any) -> tuple[Any, Any]:
-    return jax.tree.map(leaf, weights, bases, gradients), bases
-
-  return JaxMethod(data, layout, init, step)
+  tx = optax.GradientTransformation(
+    lambda weights: jax.tree.map(basis, weights),
+    lambda grads, bases, _: (jax.tree.map(leaf, grads, bases), bases),
+  )
+  return JaxMethod(data, layout, tx)
 
 
 class TorchMethod(peers.TorchMethod):
-  """A PyTorch optimizer on one parameter per layer.
-
-  Args:
-    data: Weights and gradients.
-    name: Key of `peers.TORCH`.
-  """
+  """An optimizer of `peers.TORCH` on one parameter per layer."""
 
   def __init__(self, data: Data, name: str):
     peers.torch_on(data.platform)
@@ -342,8 +302,7 @@ class TorchMethod(peers.TorchMethod):
     case, parameter = data.case, self.torch.nn.Parameter
     self._gap, self._gradients = case.gap, data.gradients['torch']
     self._params = [parameter(w) for w in data.weights['torch']]
-    setting = peers.Setting(RATE, case.rank, case.gap)
-    self.optimizer = peers.TORCH[name](self._params, [], setting)
+    self.optimizer = peers.TORCH[name](self._params, [], _setting(case))
     self.held_bytes = 2 * case.weight_bytes  # Weights and gradients.
     # States come with the first step: at most two moments of all weights, and
     # what the decomposition of a matrix in float32 takes.
@@ -363,19 +322,10 @@ class TorchMethod(peers.TorchMethod):
 
 
 METHODS: dict[str, Callable[[Data], Any]] = {
-  'floor': functools.partial(floor, layout='stacked'),
-  **{name: functools.partial(ours, name=name) for name in methods.OURS},
-  'gradnormlorp-guard': functools.partial(
-    ours, name='gradnormlorp', guard=True
-  ),
-  'floor-layers': functools.partial(floor, layout='layers'),
-  'optax-galore': optax_galore,
-  'optax-adamw': lambda data: transformation(
-    data, 'layers', optax.adamw(RATE, weight_decay=0)
-  ),
-  'optax-adafactor': lambda data: transformation(
-    data, 'layers', optax.adafactor(RATE)
-  ),
-  **{name: functools.partial(TorchMethod, name=name) for name in peers.TORCH},
+  'floor': partial(_floor, layout='stacked'),
+  **{name: partial(_ours, name=name) for name in methods.OURS},
+  'floor-layers': partial(_floor, layout='layers'),
+  **{name: partial(_optax, name=name) for name in peers.OPTAX},
+  **{name: partial(TorchMethod, name=name) for name in peers.TORCH},
 }
 """Name: what builds the method from weights and gradients."""

@@ -2,24 +2,16 @@
 
   python -m benchmarks.finetune_step --data.source glue/ --model mini \
     --tokenizer roberta-base/
-  python -m benchmarks.finetune_step
 
-Both sides take whole training steps of full fine-tuning, float32, AdamW
-without decay: forward, backward, update. They start from the same weights and
-see the same examples in the same batches, in turns of a few steps whose order
-alternates, so that a machine that slows down slows both. PyTorch has its usual
-dynamic padding, to the longest row of a batch; ours pads to one of a few
-lengths, and both count examples per second. Each length is compiled before, and
-that time is given by itself. Without `--data.source` the task is the generated
-one.
+Both sides take whole steps of full fine-tuning in float32, AdamW without decay,
+on the same batches in turns. PyTorch pads to the longest row of a batch, ours
+to one of a few lengths, and both count examples per second; each length is
+compiled before. Without `--data.source` the task is the generated one. Dropout
+0.1 is how RoBERTa is fine-tuned; with 0 the two compute the same.
 
-  ratio     ours to PyTorch's examples per second: median over the turns, in
-            brackets its quartiles; above 1 ours is faster
-  loss      largest difference of the two losses in the first steps, with
-            dropout 0: the two compute the same
-
-Rows with dropout 0.1 are how RoBERTa is fine-tuned; there the losses differ, as
-the random numbers do.
+  ratio    ours to PyTorch's examples per second: median over the turns, in
+           brackets its quartiles; above 1 ours is faster
+  losses   largest difference of the two losses in the first steps
 """
 
 import os
@@ -33,14 +25,14 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks import report
-from benchmarks.common import harness, peers, record, turns
-from benchmarks.common.tables import markdown, median_in_quartiles
+from benchmarks.common import harness, peers, programs, record, turns
+from benchmarks.common.tables import median_in_quartiles, number, of_columns
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue import recipe, tasks
 from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
@@ -49,45 +41,38 @@ from gnlorp_jax.training import loop, sharding
 RESULTS = pathlib.Path('benchmarks/results/finetune_step.json')
 PAGE = pathlib.Path('docs/results/train.md')
 LEARNING_RATE = 1e-4
+BATCH_SIZE, MAX_LENGTH = 16, 128  # Examples of a step, their tokens.
+DROPOUTS = (0.0, 0.1)  # Of the rows.
 Row = dict[str, Any]
 
 
-def settings_of(args: argparse.Namespace, dropout: float) -> GlueConfig:
+def _settings(args: argparse.Namespace, dropout: float) -> GlueConfig:
   """The fine-tuning that is timed."""
-  named = {} if args.source is None else {'task': args.task}
+  named = {'task': 'mrpc', 'max_length': MAX_LENGTH} if args.source else {}
   return GlueConfig(
     **named,
     method='full',
     init_from=args.model,
     tokenizer=args.tokenizer,
     optim=dataclasses.replace(GlueConfig().optim, learning_rate=LEARNING_RATE),
-    batch_size=args.batch_size,
-    max_length=args.max_length if args.source else None,
+    batch_size=BATCH_SIZE,
     epochs=10**6,  # The learning rate hardly falls: PyTorch's is constant.
     dropout=dropout,
     data=TaskDataConfig(source=args.source),
   )
 
 
-class Ours(turns.Method):
-  """Takes steps of `train_glue.py`, each of its batches once."""
+def _ours(run: loop.Run, batches: list[Any]) -> programs.Steps:
+  """Steps of `train_glue.py` from the run's start."""
 
-  def __init__(self, run: loop.Run, batches: list[dict[str, np.ndarray]]):
-    self._run, self._batches = run, batches
-    self._state, self._frozen = run.start()
-    self.losses: list[float] = []
+  def step(state: Any, batch: Any, frozen: Any) -> Any:
+    return run.train_step(state, sharding.put_batch(batch, run.mesh), frozen)
 
-  def step(self, index: int) -> None:
-    """As `turns.Method`."""
-    placed = sharding.put_batch(self._batches[index], self._run.mesh)
-    self._state, values = self._run.train_step(
-      self._state, placed, self._frozen
-    )
-    self.losses.append(float(jax.block_until_ready(values)['loss']))
+  return programs.Steps(step, run.start(), batches)
 
 
-class Theirs(peers.TorchMethod):
-  """Takes the same steps with transformers and PyTorch."""
+class _Theirs(peers.TorchTraining):
+  """The same steps with transformers and PyTorch."""
 
   def __init__(
     self, data: tasks.TaskData, params: Any, dropout: float, batches: list[Any]
@@ -97,9 +82,8 @@ class Theirs(peers.TorchMethod):
     classifier = peers.module('transformers').RobertaForSequenceClassification
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, 'hf')
-      roberta.export_classifier(
-        path, data.architecture, params, data.task.labels
-      )
+      labels = data.task.labels
+      roberta.export_classifier(path, data.architecture, params, labels)
       self._model = classifier.from_pretrained(
         path,
         hidden_dropout_prob=dropout,
@@ -110,10 +94,9 @@ class Theirs(peers.TorchMethod):
     self.optimizer = self.torch.optim.AdamW(
       self._model.parameters(), LEARNING_RATE, eps=1e-8, weight_decay=0.0
     )
-    self.losses: list[float] = []
 
-  def take(self, index: int) -> None:
-    """As `peers.TorchMethod`."""
+  def loss_of(self, index: int) -> Any:
+    """As `peers.TorchTraining`."""
     torch, batch = self.torch, self._batches[index]
     longest = (batch['inputs'] != self._pad_id).sum(axis=1).max()
     is_row = batch['weights'] > 0
@@ -121,18 +104,14 @@ class Theirs(peers.TorchMethod):
     labels = torch.from_numpy(batch['labels'][is_row])
     if labels.dtype == torch.int32:
       labels = labels.long()
-    loss = self._model(
+    return self._model(
       input_ids=tokens, attention_mask=tokens != self._pad_id, labels=labels
     ).loss
-    loss.backward()
-    self.optimizer.step()
-    self.optimizer.zero_grad()
-    self.losses.append(float(loss.detach()))
 
 
-def race(args: argparse.Namespace, dropout: float) -> Row:
+def _race(args: argparse.Namespace, dropout: float) -> Row:
   """Both sides on the same batches, turn by turn."""
-  settings = settings_of(args, dropout)
+  settings = _settings(args, dropout)
   (task,) = tasks.find_tasks(settings)
   data = tasks.load_task(settings, task)
   prepared = recipe.prepare(settings, data, 'full')
@@ -144,13 +123,13 @@ def race(args: argparse.Namespace, dropout: float) -> Row:
   lengths = {batch['inputs'].shape[1]: i for i, batch in enumerate(batches)}
   # Ours compiles with a state of its own: both sides then see the same steps.
   started = time.perf_counter()
-  compiling = Ours(run, batches)
+  compiling = _ours(run, batches)
   for index in lengths.values():
     compiling.step(index)
   compile_seconds = time.perf_counter() - started
   sides = {
-    'ours': Ours(run, batches),
-    'pytorch': Theirs(data, params, dropout, batches),
+    'ours': _ours(run, batches),
+    'pytorch': _Theirs(data, params, dropout, batches),
   }
   racers = [turns.Racer(name, side, count) for name, side in sides.items()]
   turns.rounds(racers, args.rounds, args.turn)
@@ -177,22 +156,22 @@ def race(args: argparse.Namespace, dropout: float) -> Row:
   }
 
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+  'task': lambda row: row['task'],
+  'dropout': lambda row: str(row['dropout']),
+  'ours, examples/s': lambda row: f'{row["examples_per_second"]["ours"]:.0f}',
+  'PyTorch': lambda row: f'{row["examples_per_second"]["pytorch"]:.0f}',
+  'ratio': lambda row: median_in_quartiles(row['ratio']),
+  'compilation, s': lambda row: f'{row["compile_seconds"]:.0f}',
+  'losses differ by': lambda row: number(
+    None if row['dropout'] else row['loss_difference'], '.0e'
+  ),
+}
+
+
 def table(rows: list[Row]) -> str:
   """The rows as a Markdown table."""
-  heads = ['task', 'dropout', 'ours, examples/s', 'PyTorch', 'ratio']
-  heads += ['compilation, s', 'losses differ by']
-  return markdown(
-    heads,
-    [
-      [
-        *(row['task'], str(row['dropout'])),
-        *(f'{rate:.0f}' for rate in row['examples_per_second'].values()),
-        *(median_in_quartiles(row['ratio']), f'{row["compile_seconds"]:.0f}'),
-        '-' if row['dropout'] else f'{row["loss_difference"]:.0e}',
-      ]
-      for row in rows
-    ],
-  )
+  return of_columns(rows, COLUMNS)
 
 
 def tables() -> dict[str, str]:
@@ -206,14 +185,10 @@ def main() -> None:
   harness.add_arguments(parser, RESULTS, has_device=False)
   add = parser.add_argument
   add('--data.source', dest='source', help="folder of GLUE's official files")
-  add('--task', default='mrpc', help='task of --data.source')
   add('--model', help='Hugging Face folder or preset (default: a tiny one)')
   add('--tokenizer', help='tokenizer.json, where the model brings none')
-  add('--batch-size', type=int, default=16, help='examples per step')
-  add('--max-length', type=int, default=128, help='tokens of an example')
   add('--rounds', type=int, default=10, help='turns of either side')
   add('--turn', type=int, default=10, help='steps of a turn')
-  add('--dropout', type=float, nargs='+', default=(0.0, 0.1), help='rows')
   args = parser.parse_args()
   if args.report:
     report.report('train.finetune_step')
@@ -222,11 +197,11 @@ def main() -> None:
     parser.error('--data.source needs --model: a folder, or a preset.')
   written: Row = {
     'model': None if args.model is None else pathlib.Path(args.model).name,
-    **{n: getattr(args, n) for n in ('batch_size', 'max_length', 'turn')},
+    **{'batch_size': BATCH_SIZE, 'max_length': MAX_LENGTH, 'turn': args.turn},
     **{**harness.environment(), 'rows': []},
   }
-  for dropout in args.dropout:
-    written['rows'].append(race(args, dropout))
+  for dropout in DROPOUTS:
+    written['rows'].append(_race(args, dropout))
     record.write(args.output, written)
   sys.stdout.write(table(written['rows']))
 

@@ -5,22 +5,17 @@
   python -m benchmarks.gpu_layerwise --tiny             # small, also on a CPU
 
 Every part is a process of its own, takes less than ten minutes, and is written
-to the JSON file while it goes; one that fails leaves its error, and the others
-go on.
+to the JSON file while it goes; one that fails leaves its error.
 
-memory_*  A few steps on random tokens, without memory allocated in advance:
-          the device's peak (`peak_bytes_in_use`) against the compiled step's
-          arguments + outputs + temporaries - aliases. The state is all zeros,
-          because random numbers might take more memory than the step. The goal
-          is a difference of 5 %.
-run_*     At least 50 steps on text, with that share of the card's memory
-          allocated in advance which is 24 or 16 GB (10^9 bytes) or less: a
-          limit that the run cannot pass. Tokens per second (without the first
-          step, which compiles, and without reading data) and the losses.
+memory_*  A few steps on random tokens, from a state of zeros: the device's peak
+          against the compiled step's arguments + outputs + temporaries -
+          aliases. The goal is a difference of 5 %.
+run_*     At least 50 steps on text within 24 or 16 GB (10^9 bytes), the share
+          of the card's memory that is allocated in advance. Tokens per second,
+          without the first step and reading data, and the losses.
 """
 
 import argparse
-import dataclasses
 import datetime
 import itertools
 import os
@@ -28,7 +23,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -56,42 +52,34 @@ LIMITS = {'run_7b_24gb': 24 * 10**9, 'run_7b_16gb': 16 * 10**9}
 Row = dict[str, Any]
 
 
-def settings(part: str, text: str, tiny: bool) -> config.TrainConfig:
+def _settings(part: str, text: str, tiny: bool) -> config.TrainConfig:
   """The configuration of a part, with 16 x 256 tokens in a layer-wise step."""
   run = config.load(f'configs/{CONFIGS[part]}.py')
-  run = dataclasses.replace(
+  run = replace(
     run,
-    batch_size=16,
-    micro_batches=1,
-    steps=1000,
+    **{'batch_size': 16, 'micro_batches': 1, 'steps': 1000},
     loss_chunk_tokens=2048,
-    data=dataclasses.replace(run.data, source=text, mode='packed'),
-    step=dataclasses.replace(run.step, mode='layerwise'),
+    data=replace(run.data, source=text, mode='packed'),
+    step=replace(run.step, mode='layerwise'),
   )
   if not tiny:
     return run
-  return dataclasses.replace(
+  model = {'vocab_size': 512, 'hidden_size': 64, 'intermediate_size': 192}
+  return replace(
     run,
     batch_size=4,
-    model=dataclasses.replace(
-      run.model,
-      **{'vocab_size': 512, 'hidden_size': 64, 'intermediate_size': 192},
-      **{'num_layers': 2, 'num_heads': 2},
-    ),
-    data=dataclasses.replace(run.data, seq_len=32),
-    optim=dataclasses.replace(run.optim, rank=16),
+    model=replace(run.model, num_layers=2, num_heads=2, **model),
+    data=replace(run.data, seq_len=32),
+    optim=replace(run.optim, rank=16),
   )
 
 
-def peak_bytes() -> int | None:
-  """The most that was ever allocated on the device; None on CPUs."""
-  stats = jax.devices()[0].memory_stats() or {}
-  return stats.get('peak_bytes_in_use')
+def _memory_stats() -> dict[str, int]:
+  """What the device tells of its memory; CPUs tell nothing."""
+  return jax.devices()[0].memory_stats() or {}
 
 
-def prepared(
-  run: config.TrainConfig, on_text: bool
-) -> tuple[recipe.Planned, Iterator[Any], Callable[[], Any]]:
+def _prepared(run: config.TrainConfig, on_text: bool) -> tuple[Any, Any, Any]:
   """The program of a run, its batches, and what makes state and constants."""
   if on_text:
     found = recipe.prepare(run)
@@ -102,6 +90,7 @@ def prepared(
   batches = itertools.repeat(programs.random_batch(*sizes))
   program = planned.program
 
+  # Random numbers might take more memory than the step.
   def zeros() -> Any:
     return jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
@@ -111,30 +100,21 @@ def prepared(
   return planned, batches, zeros
 
 
-def measure(
+def _measure(
   run: config.TrainConfig,
   on_text: bool,
   seconds: float,
   save: Callable[[Row], None],
 ) -> None:
-  """Takes steps.
-
-  Args:
-    run: The run.
-    on_text: Whether it takes at least `STEPS` on text, and more while there is
-      time; otherwise it takes a few on random tokens.
-    seconds: The time, from now.
-    save: Gets what is known by now.
-  """
+  """Takes steps on text, as many as fit, or a few on random tokens."""
   begin = time.perf_counter()
-  planned, batches, make = prepared(run, on_text)
+  planned, batches, make = _prepared(run, on_text)
   compiled, compile_s = programs.compiled(lambda: programs.lower(planned))
   state, frozen = jax.block_until_ready(make())
   memory, step_s, losses = programs.memory(compiled), [], []
   row: Row = {
-    'compile_s': compile_s,
-    'compiled': memory,
-    'peak_after_initialisation': peak_bytes(),
+    **{'compile_s': compile_s, 'compiled': memory},
+    'peak_after_initialisation': _memory_stats().get('peak_bytes_in_use'),
     **{'step_s': step_s, 'losses': losses},
   }
 
@@ -155,7 +135,7 @@ def measure(
   ):
     losses.append(float(metrics['loss']))
     row['skipped_steps'] = int(metrics['skipped_steps'])
-    row['peak'] = peak_bytes()
+    row['peak'] = _memory_stats().get('peak_bytes_in_use')
     if later := step_s[1:]:
       tokens = run.batch_size * run.data.seq_len * len(later)
       row['tokens_per_second'] = tokens / sum(later)
@@ -167,7 +147,7 @@ def measure(
   save(row)
 
 
-def card_bytes() -> int | None:
+def _card_bytes() -> int | None:
   """The first GPU's whole memory, as its driver tells; None without one."""
   command = ['nvidia-smi', '--query-gpu=memory.total']
   command += ['--format=csv,noheader,nounits']
@@ -178,69 +158,63 @@ def card_bytes() -> int | None:
   return int(told.stdout.split()[0]) * 2**20
 
 
-def run_part(args: argparse.Namespace, part: str) -> None:
+def _run_part(args: argparse.Namespace, part: str) -> None:
   """One part, in this process, of which nothing has used a device."""
   row: Row = {'part': part}
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  card = card_bytes()
+  card = _card_bytes()
   if part in LIMITS and card is not None:
     row['memory_fraction'] = round(min(LIMITS[part] / card, 0.95), 4)
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'
     os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] = str(row['memory_fraction'])
-  device = jax.devices()[0]
   row |= {
-    'device': device.device_kind,
-    'jax': jax.__version__,
-    'limit_bytes': (device.memory_stats() or {}).get('bytes_limit'),
+    **{'device': jax.devices()[0].device_kind, 'jax': jax.__version__},
+    'limit_bytes': _memory_stats().get('bytes_limit'),
     'commit': record.commit(),
     'date': datetime.date.today().isoformat(),
   }
 
   def save(found: Row) -> None:
     row.update(found)
-    write(args, part, row)
+    _write(args, part, row)
 
   try:
-    run = settings(part, args.text, args.tiny)
+    run = _settings(part, args.text, args.tiny)
     seconds = 0 if args.tiny else SECONDS - 90
-    measure(run, part.startswith('run'), seconds, save)
+    _measure(run, part.startswith('run'), seconds, save)
   except Exception as error:
     save({'error': f'{type(error).__name__}: {error}'[:2000]})
     raise
   finally:
-    sys.stdout.write(summary(row))
+    sys.stdout.write(_summary(row))
 
 
-def parts_of(args: argparse.Namespace) -> dict[str, Row]:
-  """What the file holds by now."""
-  return record.read(args.output)['parts'] if args.output.exists() else {}
-
-
-def write(args: argparse.Namespace, part: str, row: Row) -> None:
+def _write(args: argparse.Namespace, part: str, row: Row) -> None:
   """Writes a part beside the others that are there."""
-  parts = parts_of(args) | {part: row}
-  record.write(args.output, {'tiny': args.tiny, 'parts': parts})
+  parts = record.read(args.output)['parts'] if args.output.exists() else {}
+  record.write(args.output, {'tiny': args.tiny, 'parts': {**parts, part: row}})
 
 
-def in_process(args: argparse.Namespace, part: str) -> bool:
+def _in_process(args: argparse.Namespace, part: str) -> bool:
   """Whether a part succeeds in a process of its own."""
   command = [
     *(sys.executable, '-m', 'benchmarks.gpu_layerwise', '--part', part),
     *('--text', args.text, '--output', str(args.output)),
     *['--tiny'] * args.tiny,
   ]
-  write(args, part, {'part': part})
+  _write(args, part, {'part': part})
   try:
     code = subprocess.run(command, timeout=SECONDS, check=False).returncode
     why = f'The process ended with code {code}.'
   except subprocess.TimeoutExpired:
     code, why = 1, f'Not done after {SECONDS} s.'
   if code:
-    write(args, part, {'error': why, **parts_of(args)[part]})
+    known = record.read(args.output)['parts'][part]
+    _write(args, part, {'error': why, **known})
   return not code
 
 
-def summary(row: Row) -> str:
+def _summary(row: Row) -> str:
   """A part in a line."""
   words = [row['part']]
   if 'compiled' in row:
@@ -268,8 +242,8 @@ def main() -> None:
   add('--output', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args()
   if len(args.part) == 1:
-    run_part(args, *args.part)
-  elif not all([in_process(args, part) for part in args.part]):
+    _run_part(args, *args.part)
+  elif not all([_in_process(args, part) for part in args.part]):
     raise SystemExit(1)
 
 

@@ -4,13 +4,10 @@
   python -m benchmarks.train --device gpu --dtype bfloat16 --sizes 60m 130m 350m
 
 Each size of LLaMA is trained by this package and by transformers' PyTorch model
-with the optimizers of other packages: same architecture, same batches, forward,
-backward and update. Up to 100M parameters both start from the same weights. All
-take turns of a few steps in one process, in another order each round, so that a
-machine that slows down slows them all. Low-rank methods refresh their bases
-every --gap steps; a size is done when every method has made that many counted
-steps, or when its share of --minutes is used up (`interval` then is below 1,
-and what refreshes cost is counted in part or not at all).
+with the optimizers of other packages: same architecture, same batches, and up
+to 100M parameters the same weights. All take turns of a few steps, until every
+method has made as many counted steps as lie between two refreshes (--gap), or
+the size's share of --minutes is used up.
 
   tokens/s    of the mean counted step, refreshes included
   / PEER      the same as a ratio to that peer's: above 1 ours is faster. In
@@ -18,31 +15,24 @@ and what refreshes cost is counted in part or not at all).
   interval    counted steps, in refresh intervals
   worst       the slowest step, in medians of its turn
   state       bytes of the optimizer's state
-  peak        this package: what the compiled step has at most, state included.
-              PyTorch: what it had allocated at most in its first two steps, on
-              a GPU; on a CPU it does not tell
+  peak        what the compiled step has at most, state included; for PyTorch
+              what it had allocated in two steps, on a GPU
   compile     tracing and compiling, seconds
-  MFU         model FLOPs (6 per weight and token, and attention) over the dense
-              bfloat16 peak of the GPU, where that is known and all weights are
-              trained
+  MFU         model FLOPs over the dense bfloat16 peak of the GPU, where that is
+              known and all weights are trained
 
-`products` are the bare matrix products of a float32 step (forward, and both
-gradients of every kernel and of the head, in the form that the step has),
-timed by themselves in turns with XLA and with PyTorch on a CPU: what either's
-step cannot go below with these products.
-
-What is not alike: ours clips nothing but computes the global norms that it
-reports and leaves out steps that are not finite; PyTorch runs eagerly, without
-`torch.compile`, and has all logits at once where ours has --loss-chunk tokens'.
-In bfloat16 our moments are float32 and PyTorch's bfloat16. On a GPU both
-multiply float32 matrices in TF32. Nobody decays weights. PEFT's LoRA and DoRA
-train their adapters alone, which is less work; the others train all weights.
+What is not alike: ours computes the norms that it reports and leaves out steps
+that are not finite; PyTorch runs eagerly, and has all logits at once where ours
+has --loss-chunk tokens'. In bfloat16 our moments are float32 and PyTorch's
+bfloat16. PEFT's LoRA and DoRA train their adapters alone, which is less work.
+On a CPU the bare products of a float32 step are timed as well, see products.py.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -50,7 +40,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.common import harness, peers, record, turns
 from benchmarks.common.plots import Bars, bars
-from benchmarks.common.tables import MB, markdown, number
+from benchmarks.common.tables import MB, median_in_quartiles, number, of_columns
 from benchmarks.common.turns import Row
 from benchmarks.train import products
 from benchmarks.train.train_sides import BATCHES, METHODS, RATE, Case
@@ -66,7 +56,7 @@ PEERS = ('galore-torch', 'torch-adamw', 'torch-adamw-fused', 'adamw')
 OURS = ('gradnormlorp', 'galore', 'adamw')  # What a regression check sees.
 
 
-def speed_per(racer: turns.Racer, other: turns.Racer) -> Row:
+def _speed_per(racer: turns.Racer, other: turns.Racer) -> Row:
   """A method's speed in that of another one, in the rounds both have made."""
   common = min(len(racer.turns), len(other.turns))
   seconds, others = (
@@ -81,15 +71,7 @@ def speed_per(racer: turns.Racer, other: turns.Racer) -> Row:
 
 def row(racer: turns.Racer, racers: list[turns.Racer], case: Case) -> Row:
   """What is known of a method by now, with ratios to the peers."""
-  side: Any = racer.method
-  known = {
-    'method': racer.name,
-    'state_bytes': side.state_bytes,
-    'peak_bytes': side.peak_bytes,
-    'compile_s': side.compile_s,
-    'first_step_s': racer.first_s,
-    'loss': side.loss,
-  }
+  known = turns.known(racer) | {'loss': racer.method.loss}
   if not racer.turns:
     return known
   seconds = np.concatenate([turn.seconds for turn in racer.turns])
@@ -101,14 +83,12 @@ def row(racer: turns.Racer, racers: list[turns.Racer], case: Case) -> Row:
   timed = {other.name: other for other in racers if other.turns}
   return known | {
     'tokens_per_second': case.tokens / mean,
-    'mean_s': mean,
-    'median_s': float(np.median(seconds)),
+    **{'mean_s': mean, 'median_s': float(np.median(seconds))},
     'worst_per_median': float(np.concatenate(relative).max()),
-    'steps': len(seconds),
-    'intervals': len(seconds) / case.setting.gap,
+    **{'steps': len(seconds), 'intervals': len(seconds) / case.setting.gap},
     'mfu': None if peak is None or partial else flops / mean / peak,
     'speed_per': {
-      name: speed_per(racer, timed[name]) for name in PEERS if name in timed
+      name: _speed_per(racer, timed[name]) for name in PEERS if name in timed
     },
   }
 
@@ -117,19 +97,17 @@ def _title(entry: Row) -> str:
   return f'{entry["size"]}, {entry["batch_size"]} x {entry["seq_len"]}'
 
 
-def _ours(found: Row) -> list[tuple[str, Row]]:
+def _ours(found: Row) -> dict[str, Row]:
   """Rows that a regression check compares; only the same with the same."""
-  return [
-    (
+  named = {}
+  for case in found['cases']:
+    title = (
       f'train {case["size"]} {case["dtype"]} {case["batch_size"]} x '
-      f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}: '
-      f'{known["method"]}',
-      known,
+      f'{case["seq_len"]}, T={case["gap"]}, chunk {case["loss_chunk"]}'
     )
-    for case in found['cases']
-    for known in case['rows']
-    if known['method'] in OURS
-  ]
+    rows = {row['method']: row for row in case['rows']}
+    named |= {f'{title}: {name}': rows[name] for name in OURS if name in rows}
+  return named
 
 
 def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
@@ -140,7 +118,7 @@ def ratios(found: Row) -> dict[str, tuple[float, float, float]]:
   """
   return {
     f'{name} / {peer}': tuple(ratio['quartiles'])
-    for name, known in _ours(found)
+    for name, known in _ours(found).items()
     for peer, ratio in known.get('speed_per', {}).items()
     if peer != known['method']
   }
@@ -150,44 +128,40 @@ def sizes(found: Row) -> dict[str, int]:
   """Bytes that a regression check compares: of state and compiled step."""
   return {
     f'{name}, {key}': known[key]
-    for name, known in _ours(found)
+    for name, known in _ours(found).items()
     for key in ('state_bytes', 'peak_bytes')
     if known.get(key) is not None
   }
 
 
+def _ratio(peer: str, known: Row) -> str:
+  found = known['speed_per'].get(peer)
+  if found is None or peer == known['method']:
+    return number(None, '')
+  low, _, high = found['quartiles']
+  return median_in_quartiles((low, found['mean'], high))
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+  'method': lambda known: known['method'],
+  'tokens/s': lambda known: f'{known["tokens_per_second"]:.0f}',
+  **{f'/ {peer}': functools.partial(_ratio, peer) for peer in PEERS},
+  'interval': lambda known: f'{known["intervals"]:.2f}',
+  'worst': lambda known: f'{known["worst_per_median"]:.2f}',
+  'state, MB': lambda known: number(known['state_bytes'], '.1f', MB),
+  'peak, MB': lambda known: number(known['peak_bytes'], '.0f', MB),
+  'compile, s': lambda known: number(known['compile_s'], '.1f'),
+  'MFU': lambda known: number(known['mfu'], '.1%'),
+}
+
+
 def table(entry: Row) -> str:
   """The rows of a size as a Markdown table, and its products below."""
-  heads = ['method', 'tokens/s', *(f'/ {peer}' for peer in PEERS)]
-  heads += ['interval', 'worst', 'state, MB', 'peak, MB', 'compile, s', 'MFU']
-
-  def ratio(known: Row, peer: str) -> str:
-    found = known['speed_per'].get(peer)
-    if found is None or peer == known['method']:
-      return '-'
-    low, _, high = found['quartiles']
-    return f'{found["mean"]:.2f} [{low:.2f}, {high:.2f}]'
-
-  lines = [
-    [
-      known['method'],
-      f'{known["tokens_per_second"]:.0f}',
-      *(ratio(known, peer) for peer in PEERS),
-      f'{known["intervals"]:.2f}',
-      f'{known["worst_per_median"]:.2f}',
-      number(known['state_bytes'], '.1f', MB),
-      number(known['peak_bytes'], '.0f', MB),
-      number(known['compile_s'], '.1f'),
-      number(known['mfu'], '.1%'),
-    ]
-    for known in entry['rows']
-    if 'mean_s' in known
-  ]
-  text = markdown(heads, lines) + turns.not_timed(entry['rows'])
-  totals = {'xla': 'XLA', 'torch': 'PyTorch'}
+  timed = [known for known in entry['rows'] if 'mean_s' in known]
+  text = of_columns(timed, COLUMNS) + turns.not_timed(entry['rows'])
   bare = [
     f'{name} {total["seconds"]:.3f} s per step ({total["gflops"]:.0f} GFLOP/s)'
-    for key, name in totals.items()
+    for key, name in (('xla', 'XLA'), ('torch', 'PyTorch'))
     if (total := entry.get('products', {}).get(key))
   ]
   return text + (f'\nBare products: {", ".join(bare)}.\n' if bare else '')
@@ -204,17 +178,16 @@ def plot(cases: list[Row], path: pathlib.Path) -> None:
   """Speed of each method in that of galore-torch, or of the first method."""
   panels = []
   for entry in cases:
-    rows = {r['method']: r for r in entry['rows'] if 'mean_s' in r}
-    base = next((name for name in (*PEERS, *rows) if name in rows), None)
+    seconds = {r['method']: r['mean_s'] for r in entry['rows'] if 'mean_s' in r}
+    base = next((name for name in (*PEERS, *seconds) if name in seconds), None)
     if base is None:
       continue
-    unit = rows[base]['mean_s']
-    is_theirs = {n: n in peers.TORCH or n.startswith('peft') for n in rows}
+    is_theirs = {n: n in peers.TORCH or n.startswith('peft') for n in seconds}
     panels.append(
       Bars(
         f'LLaMA-{_title(entry)}',
         f'tokens/s, in those of {base} (blue: jax, grey: PyTorch)',
-        {name: (unit / known['mean_s'],) * 3 for name, known in rows.items()},
+        {name: (seconds[base] / s,) * 3 for name, s in seconds.items()},
         {name: 'C7' if theirs else 'C0' for name, theirs in is_theirs.items()},
       )
     )
@@ -226,24 +199,11 @@ def plots() -> None:
   plot(record.read(SMALL)['cases'], PAGE.with_name('train_small.png'))
 
 
-def make_case(size: str, args: argparse.Namespace) -> Case:
-  """The case of a size; the rank defaults to a quarter of the width."""
-  config = llama.preset(
-    size,
-    param_dtype=args.dtype,
-    compute_dtype=args.dtype,
-    remat=args.remat,
-    **({} if args.vocab is None else {'vocab_size': args.vocab}),
-  )
-  rank = config.hidden_size // 4 if args.rank is None else args.rank
-  if rank > config.hidden_size:
-    raise ValueError(
-      f'--rank {rank} must be at most the width of {size}, '
-      f'{config.hidden_size}.'
-    )
+def _case(size: str, args: argparse.Namespace) -> Case:
+  config = llama.preset(size, param_dtype=args.dtype, compute_dtype=args.dtype)
   return Case(
     *(config, args.batch_size, args.seq_len),
-    peers.Setting(RATE, rank, args.gap),
+    peers.Setting(RATE, config.hidden_size // 4, args.gap),
     *(args.loss_chunk, args.device),
   )
 
@@ -252,40 +212,20 @@ def parse() -> tuple[argparse.Namespace, dict[str, Case]]:
   """The command line, of which `methods` are names, and a case per size."""
   parser = harness.parser(__doc__)
   harness.add_arguments(parser, RESULTS, minutes=15, plot=PLOT)
-  add = parser.add_argument
+  harness.add_methods(parser, METHODS, ['*'], turn=5)
+  add, count = parser.add_argument, harness.positive
   presets = 'presets, of most worth first: ' + ', '.join(llama.PRESETS)
   add('--sizes', nargs='+', default=['20m'], metavar='SIZE', help=presets)
-  names = 'names or patterns as of a shell, quoted, of: ' + ', '.join(METHODS)
-  add('--methods', nargs='+', default=['*'], metavar='NAME', help=names)
-  add('--batch-size', type=int, default=8, help='sequences')
-  add('--seq-len', type=int, default=256, help='their tokens')
+  add('--batch-size', type=count, default=8, help='sequences')
+  add('--seq-len', type=count, default=256, help='their tokens')
   dtypes = 'float32', 'bfloat16'
   add('--dtype', choices=dtypes, default='float32', help='of weights, products')
-  add('--rank', type=int, help='(default: a quarter of the width)')
-  add('--gap', type=int, default=200, help='steps between two refreshes')
-  add('--vocab', type=int, help="vocabulary (default: the preset's)")
-  add('--remat', action='store_true', help='compute blocks twice, both sides')
-  chunk = (
-    'tokens whose logits ours has at once; hundreds are faster on a CPU, '
-    'thousands on a GPU (default: as train_lm.py, %(default)s)'
-  )
-  add('--loss-chunk', type=int, default=1024, help=chunk)
-  add('--turn', type=int, default=5, help='most steps in a row of a method')
-  add(
-    '--products',
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help='time the bare matrix products as well',
-  )
+  chunk = 'tokens whose logits ours has at once (default: %(default)s)'
+  add('--loss-chunk', type=count, default=1024, help=chunk)
   args = parser.parse_args()
   try:
-    for name in ('batch_size', 'seq_len', 'rank', 'gap', 'turn', 'loss_chunk'):
-      value = getattr(args, name)
-      if value is not None and value < 1:
-        option = name.replace('_', '-')
-        raise ValueError(f'--{option} {value} must be at least 1.')
     args.methods = harness.select(args.methods, METHODS)
-    return args, {size: make_case(size, args) for size in args.sizes}
+    return args, {size: _case(size, args) for size in args.sizes}
   except ValueError as error:
     parser.error(str(error))
 
@@ -301,12 +241,10 @@ def main() -> None:
   for index, (size, case) in enumerate(cases.items()):
     harness.progress(f'LLaMA-{size}')
     entry: Row = {
-      'size': size,
-      'parameters': llama.num_params(case.config),
+      **{'size': size, 'parameters': llama.num_params(case.config)},
       **{n: getattr(args, n) for n in ('batch_size', 'seq_len', 'dtype')},
-      **{n: getattr(args, n) for n in ('remat', 'loss_chunk', 'turn')},
-      'rank': case.setting.rank,
-      'gap': case.setting.gap,
+      **{'remat': case.config.remat, 'rank': case.setting.rank},
+      **{n: getattr(args, n) for n in ('loss_chunk', 'turn', 'gap')},
       'rows': [],
     }
     found['cases'].append(entry)
@@ -319,7 +257,7 @@ def main() -> None:
       entry['left_out'] = 'no time was left'
       save([])
       continue
-    if (args.device, args.dtype) == ('cpu', 'float32') and args.products:
+    if (args.device, args.dtype) == ('cpu', 'float32'):
       entry['products'] = products.measure(case.config, case.tokens)
     turns.race(
       args.methods,

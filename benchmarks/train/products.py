@@ -23,13 +23,8 @@ def measure(
 ) -> dict[str, Any]:
   """Seconds and GFLOP/s of a step's bare products in float32, on a CPU.
 
-  Args:
-    config: The model.
-    tokens: Of a step.
-    rounds: How often each is timed; the fastest counts.
-
-  Returns:
-    Those of XLA, of PyTorch if it is installed, and of each product.
+  They are those of XLA, of PyTorch if it is installed, and of each product; of
+  `rounds` the fastest counts.
   """
   c, sizes = config, collections.Counter[tuple[int, int]]()
   sizes[c.hidden_size, c.hidden_size] += 2 * c.num_layers

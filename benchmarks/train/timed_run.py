@@ -1,9 +1,8 @@
 """Pre-trains for a given number of minutes and records how it went.
 
 A short run measures the time of a step; a second one takes as many steps as fit
-into the time, with the learning-rate schedule fitted to them. The record holds
-tokens per second, model FLOP utilisation and peak device memory (both on GPUs),
-and the loss curve.
+into the time. The record holds tokens per second, model FLOP utilisation and
+peak device memory (both on GPUs), and the loss curve.
 
   python -m benchmarks.timed_run --minutes 8 --name llama_60m -- \
     --config configs/llama_60m.py --data.source 'wikipedia_en/*train*' \
@@ -27,24 +26,24 @@ from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.training import metrics
 
 MEASURED_STEPS = 30
+RESULTS = pathlib.Path('benchmarks/results')
 RUNS = pathlib.Path('runs/timed_run')
 
 
-def train(folder: pathlib.Path, steps: int, options: list[str]) -> float:
+def _train(folder: pathlib.Path, steps: int, options: list[str]) -> float:
   """One run of train_lm.py; returns its seconds, start-up included."""
   shutil.rmtree(folder, ignore_errors=True)
-  log_every = max(steps // record.POINTS, 1)
   command = [
     *(sys.executable, 'train_lm.py', *options, '--run-dir', str(folder)),
-    *('--steps', str(steps), '--log-every', str(log_every)),
-    *('--checkpoint-every', str(steps)),
+    *('--log-every', str(max(steps // record.POINTS, 1))),
+    *('--steps', str(steps), '--checkpoint-every', str(steps)),
   ]
   start = time.time()
   subprocess.run(command, check=True)
   return time.time() - start
 
 
-def outcome(folder: pathlib.Path) -> dict[str, Any]:
+def _outcome(folder: pathlib.Path) -> dict[str, Any]:
   """The summary of a run with its loss curves, and the tokens of a step."""
   rows = metrics.read_metrics(folder / 'metrics.jsonl')
   curves = {
@@ -63,7 +62,6 @@ def main() -> None:
   add = parser.add_argument
   add('--minutes', type=float, default=8, help='time for both runs together')
   add('--name', required=True, help='name of the record')
-  add('--output', type=pathlib.Path, default=pathlib.Path('benchmarks/results'))
   add('options', nargs='*', help='options of train_lm.py, after --')
   args = parser.parse_args()
   probe, folder = RUNS / f'{args.name}-probe', RUNS / args.name
@@ -71,8 +69,8 @@ def main() -> None:
   settings = config.parse(args.options, '')
   model = parameters.architecture(settings.init_from, settings.model)
   data.load(settings, model)
-  used = train(probe, MEASURED_STEPS, args.options)
-  known = outcome(probe)
+  used = _train(probe, MEASURED_STEPS, args.options)
+  known = _outcome(probe)
   step = known['tokens_per_step'] / known['median_tokens_per_second']
   # What the probe took beyond its steps (start, compilation, evaluations,
   # export), the second run takes again; a tenth is kept in reserve.
@@ -80,9 +78,9 @@ def main() -> None:
   left = 0.9 * (args.minutes * 60 - used) - overhead
   steps = max(int(left / step), MEASURED_STEPS)
   harness.progress(f'{step:.3f} s per step: {steps} steps.')
-  seconds = used + train(folder, steps, args.options)
-  path = args.output / f'{args.name}.json'
-  found = {'name': args.name, 'seconds': round(seconds), **outcome(folder)}
+  seconds = used + _train(folder, steps, args.options)
+  path = RESULTS / f'{args.name}.json'
+  found = {'name': args.name, 'seconds': round(seconds), **_outcome(folder)}
   record.write(path, found)
   shutil.copy(folder / 'loss.png', path.with_suffix('.png'))
   harness.progress(f'Wrote {path}.')

@@ -1,19 +1,18 @@
 """What takes the training steps that `benchmarks.train` times.
 
-`Ours` is this package's model and step, with its optimizers or Optax's;
-`Theirs` is transformers' PyTorch LLaMA with the optimizers of `peers`. Both are
-built from a `Case`.
+This package's model and step, with its optimizers or Optax's, and transformers'
+PyTorch LLaMA with the optimizers of `peers`. Both are built from a `Case`.
 
 Shape suffixes in this file:
   B, T, D  batch, position in the sequence, width of the residual stream
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 # PyTorch and jax share a GPU: jax must not take most of it beforehand.
@@ -23,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from benchmarks.common import harness, methods, peers, programs, turns
 from gnlorp_jax.models import hf, llama
@@ -52,14 +50,14 @@ class Case:
     """Tokens of a step."""
     return self.batch_size * self.seq_len
 
-  @functools.cached_property
+  @cached_property
   def batches(self) -> list[dict[str, np.ndarray]]:
     """As `programs.random_batch`."""
     sizes = self.config.vocab_size, self.batch_size, self.seq_len
     return [programs.random_batch(*sizes, seed) for seed in range(BATCHES)]
 
 
-class Ours(turns.Method):
+class _Ours(programs.Steps):
   """Steps of this package, or of an optimizer of Optax on its model."""
 
   def __init__(self, case: Case, tx: optax.GradientTransformation):
@@ -68,56 +66,43 @@ class Ours(turns.Method):
     def loss_fn(params: Any, batch: dict[str, jax.Array]) -> Any:
       x_BTD = model.hidden(params, batch['inputs'])
       return losses.chunked_cross_entropy(
-        functools.partial(model.logits, params),
+        partial(model.logits, params),
         *(x_BTD, batch['targets'], batch['weights']),
         chunk_tokens=case.loss_chunk,
       )
 
-    self._batches = jax.tree.map(jnp.asarray, case.batches)
+    batches = jax.tree.map(jnp.asarray, case.batches)
     params = model.init(jax.random.key(0))
     opt_state = jax.jit(tx.init)(params)
     self.state_bytes = inspect.tree_bytes(opt_state)
     zero = jnp.zeros((), jnp.int32)
-    self._state = TrainState(zero, jnp.copy(zero), params, opt_state)
-    train_step = step.make_train_step(loss_fn, tx)
-    self._step, self.compile_s = programs.compiled(
-      lambda: jax.jit(train_step, donate_argnums=0).lower(
-        self._state, self._batches[0]
-      )
+    state = TrainState(zero, jnp.copy(zero), params, opt_state)
+    jitted = jax.jit(step.make_train_step(loss_fn, tx), donate_argnums=0)
+    compiled, self.compile_s = programs.compiled(
+      lambda: jitted.lower(state, batches[0])
     )
-    self.peak_bytes = programs.memory(self._step)['total']
-
-  def step(self, index: int) -> None:
-    """As `turns.Method`."""
-    self._state, values = self._step(self._state, self._batches[index])
-    loss = float(jax.block_until_ready(values)['loss'])
-    self.loss = loss if self.loss is None else self.loss
+    self.peak_bytes = programs.memory(compiled)['total']
+    super().__init__(lambda *known: compiled(*known[:2]), (state, ()), batches)
 
 
-class Theirs(peers.TorchMethod):
-  """Steps of transformers' PyTorch LLaMA with an optimizer for PyTorch.
+class _Theirs(peers.TorchTraining):
+  """Steps of transformers' PyTorch LLaMA with an optimizer of `peers.TORCH`.
 
-  Args:
-    case: What is trained.
-    name: Key of `peers.TORCH`.
-    adapters: Options of PEFT's LoRA, whose weights then are trained alone.
+  `adapters` are options of PEFT's LoRA, whose weights then are trained alone.
   """
 
-  def __init__(
-    self, case: Case, name: str, adapters: dict[str, Any] | None = None
-  ):
+  def __init__(self, case: Case, name: str, **adapters: Any):
     super().__init__(harness.PLATFORMS[case.device])
     model = _torch_model(case).to(self.platform)
-    if adapters is not None:
+    if adapters:
       peft = peers.module('peft')
-      targets = [f'{x}_proj' for x in ('q', 'k', 'v', 'o')]
-      targets += [f'{x}_proj' for x in ('gate', 'up', 'down')]
-      rank = case.setting.rank
-      model = peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, target_modules=targets, **adapters)
+      targets = [*'qkvo', 'gate', 'up', 'down']
+      lora = peft.LoraConfig(
+        r=case.setting.rank,
+        target_modules=[f'{target}_proj' for target in targets],
+        **adapters,
       )
-    if case.config.remat:
-      model.gradient_checkpointing_enable()
+      model = peft.get_peft_model(model, lora)
     model.train()
     low, full = [], []
     for weight_name, weight in model.named_parameters():
@@ -134,22 +119,17 @@ class Theirs(peers.TorchMethod):
       for batch in case.batches
     ]
 
-  def take(self, index: int) -> None:
-    """As `peers.TorchMethod`."""
+  def loss_of(self, index: int) -> Any:
+    """As `peers.TorchTraining`."""
     inputs, targets = self._batches[index]
     logits = self._model(input_ids=inputs, use_cache=False).logits
-    loss = self.torch.nn.functional.cross_entropy(
+    return self.torch.nn.functional.cross_entropy(
       logits.float().flatten(0, 1), targets.flatten()
     )
-    loss.backward()
-    self.optimizer.step()
-    self.optimizer.zero_grad()
-    value = float(loss.detach())  # Waits for the device.
-    self.loss = value if self.loss is None else self.loss
 
 
 def _torch_model(case: Case) -> Any:
-  """Transformers' model, with the weights that `Ours` starts from."""
+  """Transformers' model, with the weights that `_Ours` starts from."""
   torch, transformers = peers.module('torch'), peers.module('transformers')
   dtype = getattr(torch, case.config.param_dtype)
   described = llama.config_to_hf(case.config)
@@ -184,60 +164,44 @@ def _unstacked(
   )
 
 
-def _optax_galore(setting: peers.Setting) -> optax.GradientTransformation:
-  def labels(tree: Any) -> Any:
-    return {
-      key: jax.tree.map(
-        lambda x, key=key: 'low' if key == 'layers' and x.ndim == 2 else 'full',
-        node,
-      )
-      for key, node in tree.items()
-    }
-
-  rate, rank, gap = setting
-  low = optax.contrib.galore(rate, rank, gap, peers.SCALE)
-  transforms = {'low': low, 'full': optax.adamw(rate, weight_decay=0)}
-  return _unstacked(optax.partition(transforms, labels))
-
-
-def _ours(name: str) -> Callable[[Case], Ours]:
-  def make(case: Case) -> Ours:
-    tx = methods.build(
-      *methods.OURS[name],
-      learning_rate=case.setting.learning_rate,
-      rank=case.setting.rank,
-      update_proj_gap=case.setting.gap,
-      skip_nonfinite=False,  # The training step has a guard of its own.
+def _low_or_full(tree: Any) -> Any:
+  """Whether GaLore projects a weight: the matrices of layers."""
+  return {
+    key: jax.tree.map(
+      lambda x, key=key: 'low' if key == 'layers' and x.ndim == 2 else 'full',
+      node,
     )
-    return Ours(case, tx)
-
-  return make
-
-
-def _theirs(name: str, **adapters: Any) -> Callable[[Case], Theirs]:
-  return lambda case: Theirs(case, name, adapters or None)
+    for key, node in tree.items()
+  }
 
 
-METHODS: dict[str, Callable[[Case], Ours | Theirs]] = {
-  'gradnormlorp': _ours('gradnormlorp'),
-  'galore-torch': _theirs('galore-torch'),
-  'adamw': _ours('adamw'),
-  'torch-adamw': _theirs('torch-adamw'),
+def _ours(case: Case, name: str) -> _Ours:
+  # The training step has a guard of its own.
+  return _Ours(case, methods.ours(name, case.setting, skip_nonfinite=False))
+
+
+def _optax(case: Case, name: str) -> _Ours:
+  tx = peers.OPTAX[name](case.setting)
+  if name == 'optax-galore':
+    full = peers.OPTAX['optax-adamw'](case.setting)
+    parts = {'low': tx, 'full': full}
+    tx = _unstacked(optax.partition(parts, _low_or_full))
+  return _Ours(case, tx)
+
+
+_NAMES = (
+  *('gradnormlorp', 'galore-torch', 'adamw', 'torch-adamw', 'galore'),
+  *('gradnormlorp-8bit', 'apollo', 'fira', 'torch-adamw-fused'),
+  *('bitsandbytes-adamw8bit', 'galore-torch-8bit', 'apollo-torch'),
+)
+
+METHODS: dict[str, Callable[[Case], turns.Method]] = {
   **{
-    name: _ours(name)
-    for name in ('galore', 'gradnormlorp-8bit', 'apollo', 'fira')
+    name: partial(_Theirs if name in peers.TORCH else _ours, name=name)
+    for name in _NAMES
   },
-  **{
-    name: _theirs(name)
-    for name in (
-      *('torch-adamw-fused', 'bitsandbytes-adamw8bit', 'galore-torch-8bit'),
-      'apollo-torch',
-    )
-  },
-  'optax-adamw': lambda case: Ours(case, optax.adamw(RATE, weight_decay=0)),
-  'optax-galore': lambda case: Ours(case, _optax_galore(case.setting)),
-  'optax-adafactor': lambda case: Ours(case, optax.adafactor(RATE)),
-  'peft-lora': _theirs('torch-adamw', use_dora=False),
-  'peft-dora': _theirs('torch-adamw', use_dora=True),
+  **{name: partial(_optax, name=name) for name in peers.OPTAX},
+  'peft-lora': partial(_Theirs, name='torch-adamw', use_dora=False),
+  'peft-dora': partial(_Theirs, name='torch-adamw', use_dora=True),
 }
-"""Of a size, in the order of their worth."""
+"""What makes a method of a case, in the order of their worth."""

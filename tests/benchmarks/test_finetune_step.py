@@ -14,8 +14,9 @@ def test_fine_tuning_beside_pytorch_computes_the_same(
   pytest.importorskip('torch')
   monkeypatch.setattr(harness, 'cores', lambda: 1)  # Of PyTorch's threads.
   output = tmp_path / 'speed.json'
-  arguments = ['--rounds', '2', '--turn', '2', '--dropout', '0.0']
-  arguments += ['--batch-size', '4']
+  monkeypatch.setattr(finetune_step, 'DROPOUTS', (0.0,))
+  monkeypatch.setattr(finetune_step, 'BATCH_SIZE', 4)
+  arguments = ['--rounds', '2', '--turn', '2']
   monkeypatch.setattr(
     'sys.argv', ['finetune_step', *arguments, '--output', str(output)]
   )

@@ -288,4 +288,5 @@ def test_the_command_writes_file_tables_and_picture(
   monkeypatch.setattr('sys.argv', ['step', '--gap', '0'])
   with pytest.raises(SystemExit):
     step.main()
-  assert '--gap must be at least 1, got 0.' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert error.endswith('argument --gap: must be at least 1, got 0\n')

@@ -156,8 +156,8 @@ def test_table_picture_and_what_a_check_compares(tmp_path):
 @pytest.mark.parametrize(
   'options, reason',
   [
-    (['--turn', '0'], '--turn 0 must be at least 1.'),
-    (['--rank', '500'], '--rank 500 must be at most the width of 20m, 256.'),
+    (['--gap', '0'], 'argument --gap: must be at least 1, got 0'),
+    (['--sizes', '21m'], "Unknown model '21m'; expected one of"),
     (['--minutes', 'nan'], '--minutes nan must be finite, 0 or more.'),
     (['--methods', 'gallore'], "No method is called 'gallore'; there are"),
   ],
@@ -232,11 +232,12 @@ def test_main_writes_after_every_round_and_names_what_is_left_out(
     'sys.argv',
     [
       *('train', '--sizes', '9m', '20m', '--methods', 'adamw'),
-      *('--batch-size', '1', '--seq-len', '8', '--vocab', '64'),
-      *('--gap', '4', '--turn', '2', '--minutes', '1', '--no-products'),
+      *('--batch-size', '1', '--seq-len', '8', '--gap', '4', '--minutes', '1'),
       *('--output', str(output), '--plot', str(tmp_path / 'train.png')),
     ],
   )
+  totals = {'xla': {'seconds': 0.5, 'gflops': 20.0}}
+  monkeypatch.setattr(products, 'measure', lambda *_: totals)
   side = racer_of('adamw').method
   monkeypatch.setitem(train.METHODS, 'adamw', lambda case: side)
   monkeypatch.setattr(
