@@ -7,6 +7,7 @@ another and a collective never completes, unless the thread pools are set wide
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -96,16 +97,21 @@ def quick_to_compile(request):
   jax.config.update('jax_disable_most_optimizations', ON_CPU and not fast)
 
 
-@pytest.fixture
-def one_torch_thread(monkeypatch):
+@pytest.fixture(scope='module')
+def one_torch_thread():
   """PyTorch's threads wait for each other; a busy machine makes them crawl."""
-  torch = pytest.importorskip('torch')
   from benchmarks.common import harness
 
-  threads = torch.get_num_threads()
-  monkeypatch.setattr(harness, 'cores', lambda: 1)
-  yield
-  torch.set_num_threads(threads)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(harness, 'cores', lambda: 1)
+    if importlib.util.find_spec('torch') is None:
+      yield
+      return
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

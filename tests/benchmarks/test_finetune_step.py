@@ -4,15 +4,13 @@ import json
 
 import pytest
 
-from benchmarks.common import harness
 from benchmarks.train import finetune_step
 
 
 def test_fine_tuning_beside_pytorch_computes_the_same(
-  tmp_path, monkeypatch, capsys
+  tmp_path, monkeypatch, capsys, one_torch_thread
 ):
   pytest.importorskip('torch')
-  monkeypatch.setattr(harness, 'cores', lambda: 1)  # Of PyTorch's threads.
   output = tmp_path / 'speed.json'
   monkeypatch.setattr(finetune_step, 'DROPOUTS', (0.0,))
   monkeypatch.setattr(finetune_step, 'BATCH_SIZE', 4)

@@ -52,10 +52,8 @@ def run(folder, *names, case=CASE, before=()):
 
 
 @pytest.fixture(scope='module')
-def rows(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(harness, 'cores', lambda: 1)  # Of PyTorch's threads.
-    return run(tmp_path_factory.mktemp('step'), *JAX, *TORCH)
+def rows(tmp_path_factory, one_torch_thread):
+  return run(tmp_path_factory.mktemp('step'), *JAX, *TORCH)
 
 
 def test_rows_hold_times_and_ratios(rows):
