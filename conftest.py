@@ -54,13 +54,18 @@ SHARED = ROOT.parent / 'shared'
 DURATIONS = ROOT / '.ci' / 'durations.json'
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Lets several processes begin with the files that take longest.
+  """Marks what is slow, and begins with the files that take longest.
 
-  Those that take seconds then fill the gaps: all processes end together.
+  Several processes end together if the short files come last and fill gaps.
   """
-  if 'PYTEST_XDIST_WORKER' in os.environ and DURATIONS.exists():
-    seconds = json.loads(DURATIONS.read_text())
+  recorded = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+  slow, seconds = recorded.get('slow tests', {}), recorded.get('files', {})
+  for item in items:
+    if item.nodeid in slow:
+      item.add_marker('slow')
+  if 'PYTEST_XDIST_WORKER' in os.environ:
     items.sort(
       key=lambda item: -seconds.get(item.path.relative_to(ROOT).as_posix(), 0)
     )

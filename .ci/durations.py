@@ -1,8 +1,9 @@
-"""Sums up what the tests of each file took: durations.py REPORT.xml FILE.json.
+"""Sums up what tests took: durations.py REPORT.xml FILE.json.
 
-The report is the one of pytest's --junitxml. The file has whole seconds by
-file, the longest first. It is committed, so that growth is seen; and it tells
-the root conftest.py in which order several processes do best.
+The report is the one of pytest's --junitxml. The file, which is committed, has
+whole seconds by file, so that growth is seen, and seconds by test of those that
+took longer than `SLOW`. The root conftest.py reads it: several processes begin
+with the longest files, and the tests it names are slow.
 """
 
 import collections
@@ -11,17 +12,26 @@ import pathlib
 import sys
 import xml.etree.ElementTree as ElementTree
 
+SLOW = 0.5  # Seconds.
+
 
 def main() -> None:
   """Reads the report and writes the file."""
   report, file = map(pathlib.Path, sys.argv[1:])
-  seconds: dict[str, float] = collections.defaultdict(float)
+  files: dict[str, float] = collections.defaultdict(float)
+  tests: dict[str, float] = {}
   for case in ElementTree.parse(report).iter('testcase'):
     path = case.get('classname', '').replace('.', '/') + '.py'
-    seconds[path] += float(case.get('time', 0))
-  longest_first = sorted(seconds.items(), key=lambda item: (-item[1], item[0]))
-  rounded = {path: round(value) for path, value in longest_first}
-  file.write_text(json.dumps(rounded, indent=1) + '\n')
+    seconds = float(case.get('time', 0))
+    files[path] += seconds
+    if seconds > SLOW:
+      tests[f'{path}::{case.get("name")}'] = round(seconds, 1)
+  longest_first = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+  found = {
+    'files': {path: round(seconds) for path, seconds in longest_first},
+    'slow tests': dict(sorted(tests.items())),
+  }
+  file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__':
