@@ -12,7 +12,7 @@ import pathlib
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 # `python -m benchmarks.plan_7b` runs benchmarks/scaling/plan_7b.py: a command
-# needs no name of a folder.
+# needs no name of a folder. Names of commands are unique among the folders.
 __path__ += [
   str(pathlib.Path(__file__).with_name(name))
   for name in ('step', 'train', 'refresh', 'quality', 'scaling')

@@ -74,7 +74,7 @@ declare -A small=(
   [train]="--sizes 9m --batch-size 2 --seq-len 64 --gap 4 $methods"
   [layerwise]='--part memory_130m --tiny'
   [step]='--shapes 64x96 --ranks 8 --dtypes float32 --methods floor gradnormlorp'
-  [refresh]='time --rounds 2'
+  [refresh]='time'
 )
 report=()
 

@@ -1,7 +1,8 @@
 """Writes the recorded figures into the pages of docs/results.
 
   python -m benchmarks.report               # all of them
-  python -m benchmarks.report step.measure  # some
+  python -m benchmarks.report step          # those of a folder
+  python -m benchmarks.report step.measure  # that of python -m benchmarks.step
 
 Nothing is measured: the tables between the marks of a page, and the pictures
 beside it, are made again from benchmarks/results. Every benchmark does the same
@@ -51,10 +52,13 @@ def report(name: str) -> None:
 def main() -> None:
   """Reports what is named on the command line, or everything."""
   parser = harness.parser(__doc__)
-  cases.add_parts(parser, BENCHMARKS, 'record')
-  for name in parser.parse_args().names or BENCHMARKS:
-    harness.progress(f'Reporting {name}')
-    report(name)
+  folders = dict.fromkeys(name.partition('.')[0] for name in BENCHMARKS)
+  cases.add_parts(parser, (*folders, *BENCHMARKS), 'record')
+  asked = parser.parse_args().names or BENCHMARKS
+  for name in BENCHMARKS:
+    if name in asked or name.partition('.')[0] in asked:
+      harness.progress(f'Reporting {name}')
+      report(name)
 
 
 if __name__ == '__main__':

@@ -32,8 +32,12 @@ BUSY = 0.25  # Load per core above which figures are in doubt.
 
 def parser(doc: str) -> argparse.ArgumentParser:
   """A command line whose help is the text at the top of a file, as it is."""
+  path = pathlib.Path(sys.argv[0])
+  name = path.parent.name if path.stem == '__main__' else path.stem
   return argparse.ArgumentParser(
-    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog=f'python -m benchmarks.{name}',
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
 
 
@@ -58,7 +62,10 @@ def add_arguments(
     rest = 'what no longer fits is left out and named (default: %(default)s)'
     time_help = f'time for everything; {rest}'
     add('--minutes', type=float, default=minutes, help=time_help)
-  file = 'JSON file, written after every row (default: %(default)s)'
+  file = (
+    'JSON file, written after every row; the default is the record of this '
+    'benchmark, whose figures are replaced (default: %(default)s)'
+  )
   add('--output', type=pathlib.Path, default=output, help=file)
   if plot is not None:
     add('--plot', type=pathlib.Path, default=plot, help='picture')

@@ -1,4 +1,4 @@
-"""Pre-trains one LLaMA with several optimizers, tuned, over several seeds.
+r"""Pre-trains one LLaMA with several optimizers, tuned, over several seeds.
 
 Every optimizer takes equal steps on equal data with the training step,
 schedule and clipping of `train_lm.py`, in one process: text is tokenised once,

@@ -128,8 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     found = cases.measure(
       *(part, PARTS[part](args), args.output, share), options=options(args)
     )
-  for part, table in refresh_tables.tables(found).items():
-    sys.stdout.write(f'{table}\n{refresh_tables.absent(found[part]["rows"])}')
+  tables = refresh_tables.tables(found)
+  for part in found:
+    sys.stdout.write(f'{tables[part]}\n' if part in tables else '')
+    sys.stdout.write(refresh_tables.absent(found[part]['rows']))
   save(picture.draw(found), args.plot)
 
 

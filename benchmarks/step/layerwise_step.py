@@ -272,8 +272,9 @@ def main() -> None:
   add('what', choices=COLUMNS)
   output = RESULTS / 'layerwise_{what}.json'
   harness.add_arguments(parser, output, has_device=False)
-  add('--methods', nargs='+', help='rows of the table (default: all)')
-  add('--settings', nargs='+', help='of them (default: all)')
+  for option, known in (('methods', METHODS), ('settings', SETTINGS)):
+    names = '; '.join(f'{what}: {", ".join(known[what])}' for what in known)
+    add(f'--{option}', nargs='+', help=f'(default: all) {names}')
   add('--rounds', type=int, default=5, help='turns of every step')
   add('--turn', type=int, default=3, help='steps of a turn')
   args = parser.parse_args()
@@ -281,9 +282,11 @@ def main() -> None:
     report.report('step.layerwise_step')
     return
   methods, settings = METHODS[args.what], SETTINGS[args.what]
-  for name in args.methods or ():
-    if name not in methods:
-      parser.error(f'No method {name!r}; there are {list(methods)}.')
+  try:
+    args.methods = harness.select(args.methods or methods, methods)
+    args.settings = harness.select(args.settings or settings, settings)
+  except ValueError as error:
+    parser.error(str(error))
   output = pathlib.Path(str(args.output).format(what=args.what))
   is_timed = args.what == 'time'
   written: Row = {
@@ -291,8 +294,8 @@ def main() -> None:
     **(SIZES if is_timed else {}),
     **{**harness.environment(), 'rows': []},
   }
-  for setting in args.settings or settings:
-    for method in args.methods or methods:
+  for setting in args.settings:
+    for method in args.methods:
       needs_all = methods[method].get('name') in WHOLE_GRADIENT
       if is_timed:
         written['rows'] += _race(method, setting, args.rounds, args.turn)

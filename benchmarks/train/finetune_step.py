@@ -1,4 +1,4 @@
-"""Fine-tuning speed beside transformers' PyTorch: same model, batches, task.
+r"""Fine-tuning speed beside transformers' PyTorch: same model, batches, task.
 
   python -m benchmarks.finetune_step --data.source glue/ --model mini \
     --tokenizer roberta-base/

@@ -1,4 +1,4 @@
-"""Pre-trains for a given number of minutes and records how it went.
+r"""Pre-trains for a given number of minutes and records how it went.
 
 A short run measures the time of a step; a second one takes as many steps as fit
 into the time. The record holds tokens per second, model FLOP utilisation and
