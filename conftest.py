@@ -6,6 +6,7 @@ another and a collective never completes, unless the thread pools are set wide
 (NPROC) and BLAS is kept to one thread.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -143,8 +144,8 @@ def compiled_once(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-@pytest.fixture
-def logging_as_before():
+@contextlib.contextmanager
+def restored_logging():
   """Takes back what `main` does to the loggers of the whole process."""
   root = logging.getLogger()
   before = root.level, list(root.handlers)
@@ -155,3 +156,17 @@ def logging_as_before():
   root.handlers[:] = before[1]
   for logger, level in zip(chatty, levels, strict=True):
     logger.setLevel(level)
+
+
+@pytest.fixture
+def logging_as_before():
+  """Of tests that run `main`."""
+  with restored_logging():
+    yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def logging_is_forgotten():
+  """Of fixtures that run `main` once for a module."""
+  with restored_logging():
+    yield
