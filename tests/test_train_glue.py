@@ -35,7 +35,10 @@ LORA = [*OPTIONS, '--method', 'lora', '--optim.learning-rate', '0.001']
 RUN = 'demo/lora/lr0.001_seed0'
 
 
-pytestmark = pytest.mark.usefixtures('compiled_once', 'logging_as_before')
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures('compiled_once', 'logging_as_before'),
+]
 
 
 @pytest.fixture(scope='module')

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.train import finetune_step
 
 
+@pytest.mark.slow
 def test_fine_tuning_beside_pytorch_computes_the_same(
   tmp_path, monkeypatch, capsys, one_torch_thread
 ):

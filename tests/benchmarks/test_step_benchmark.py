@@ -56,6 +56,7 @@ def rows(tmp_path_factory, one_torch_thread):
   return run(tmp_path_factory.mktemp('step'), *JAX, *TORCH)
 
 
+@pytest.mark.slow
 def test_rows_hold_times_and_ratios(rows):
   assert list(rows) == [*JAX, *TORCH]
   timed = [row for row in rows.values() if 'absent' not in row]
@@ -78,6 +79,7 @@ def test_rows_hold_times_and_ratios(rows):
   assert rows['gradnormlorp']['refreshing_steps'] > 1 / 10  # They take turns.
 
 
+@pytest.mark.slow
 def test_states_have_the_bytes_that_are_counted_by_hand(rows):
   for name in JAX:
     # Weights, gradients and state are arguments of the step.
@@ -94,6 +96,7 @@ def test_states_have_the_bytes_that_are_counted_by_hand(rows):
   assert rows['floor-layers']['state_bytes'] == 4 * BASES
 
 
+@pytest.mark.slow
 def test_states_of_pytorch(rows):
   pytest.importorskip('galore_torch')
   # And one float32 count for each matrix.

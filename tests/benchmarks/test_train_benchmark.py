@@ -45,6 +45,7 @@ def rows(one_torch_thread):
   return {row['method']: row for row in found}
 
 
+@pytest.mark.slow
 def test_rows_of_this_package(rows):
   for name in ('adamw', 'gradnormlorp', 'optax-galore'):
     known = rows[name]
@@ -67,6 +68,7 @@ def test_rows_of_this_package(rows):
   assert 0 <= rows['optax-galore']['state_bytes'] - known <= counts
 
 
+@pytest.mark.slow
 def test_pytorch_computes_the_same(rows):
   pytest.importorskip('galore_torch')
   losses = [row['loss'] for row in rows.values()]
