@@ -14,6 +14,8 @@ import logging
 import os
 import pathlib
 
+JAX_VERSION = tuple(map(int, importlib.metadata.version('jax').split('.')[:2]))
+
 os.environ['NPROC'] = '16'
 os.environ['OPENBLAS_NUM_THREADS'] = '1'
 os.environ['JAX_PLATFORMS'] = os.environ.get('JAX_PLATFORMS', 'cpu')
@@ -26,11 +28,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_cpu_parallel_codegen_split_count=1',
     # and XLA's older code generator takes a third of the time of the newer one,
     # which is the only one from jax 0.11 on. Fusions are the same.
-    *(
-      ['--xla_cpu_use_fusion_emitters=false']
-      if importlib.metadata.version('jax') < '0.11'
-      else []
-    ),
+    *(['--xla_cpu_use_fusion_emitters=false'] if JAX_VERSION < (0, 11) else []),
   ]
 )
 os.environ['HF_HUB_OFFLINE'] = '1'
