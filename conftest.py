@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 
 JAX_VERSION = tuple(map(int, importlib.metadata.version('jax').split('.')[:2]))
 
@@ -168,3 +169,25 @@ def logging_is_forgotten():
   """Of fixtures that run `main` once for a module."""
   with restored_logging():
     yield
+
+
+@pytest.fixture
+def stopped_by_a_signal(monkeypatch):
+  """Runs ``main(args)`` until a signal comes, when a step's row is written."""
+  from gnlorp_jax.training import metrics
+
+  write = metrics.MetricsWriter.write
+
+  def run(main, args, number):
+    def stopping(self, step, values):
+      if step == number and 'train/loss' in values:
+        os.kill(os.getpid(), signal.SIGTERM)
+      write(self, step, values)
+
+    with monkeypatch.context() as patched:
+      patched.setattr(metrics.MetricsWriter, 'write', stopping)
+      with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+  return run

@@ -169,9 +169,7 @@ def model_folder(text):
   return str(folder)
 
 
-def run_main(scene, args):
-  module = {'train_glue': train_glue, 'train_lm': train_lm}[scene.script]
-  module.main(args)
+MAINS = {'train_glue': train_glue.main, 'train_lm': train_lm.main}
 
 
 def run_killed(scene, args, environment):
@@ -187,22 +185,6 @@ def run_killed(scene, args, environment):
     text=True,
     timeout=600,
   )
-
-
-def run_stopped(scene, args, number, patch):
-  """Runs a scene in this process until a signal comes at a step."""
-  write = metrics.MetricsWriter.write
-
-  def stopping(self, step, values):
-    if step == number and 'train/loss' in values:
-      os.kill(os.getpid(), signal.SIGTERM)
-    write(self, step, values)
-
-  with patch.context() as patched:
-    patched.setattr(metrics.MetricsWriter, 'write', stopping)
-    with pytest.raises(SystemExit) as stop:
-      run_main(scene, args)
-  assert stop.value.code == 128 + signal.SIGTERM
 
 
 def built(scene, args) -> program.Program:
@@ -233,15 +215,16 @@ def state_of(folder, like):
 
 @pytest.mark.parametrize('name', SCENES)
 def test_killed_and_stopped_run_ends_as_the_whole_one(
-  name, text, model_folder, tmp_path, compiled_once, monkeypatch, capsys
+  name, text, model_folder, tmp_path, compiled_once, stopped_by_a_signal, capsys
 ):
   scene = SCENES[name]
+  main = MAINS[scene.script]
   words = [model_folder if w == 'FOLDER' else w for w in scene.words]
   if scene.script == 'train_lm':
     words += ['--data.source', str(text)]
     words += ['--data.cache-dir', str(text.parent / 'cache')]
   whole, found = tmp_path / 'whole', tmp_path / 'found'
-  run_main(scene, [*words, '--run-dir', str(whole)])
+  main([*words, '--run-dir', str(whole)])
   args = [*words, '--run-dir', str(found)]
   last, number = found / scene.runs[-1], scene.killed
 
@@ -254,11 +237,11 @@ def test_killed_and_stopped_run_ends_as_the_whole_one(
   assert '2' in held and not held & {'6', '8'}
 
   capsys.readouterr()
-  run_stopped(scene, args, 7, monkeypatch)
+  stopped_by_a_signal(main, args, 7)
   said = ' '.join(''.join(capsys.readouterr()).split())
   assert 'Resuming ' in said and f'SIGTERM: saved step 7 of {STEPS}' in said
   assert 'The same command continues.' in said
-  run_main(scene, args)
+  main(args)
 
   like = built(scene, args).abstract_state
   for run in scene.runs:
@@ -278,7 +261,7 @@ def test_killed_and_stopped_run_ends_as_the_whole_one(
 
   # A finished run is not repeated.
   before = (last / 'metrics.jsonl').read_bytes()
-  run_main(scene, args)
+  main(args)
   assert (last / 'metrics.jsonl').read_bytes() == before
   for result in last.glob('result.json'):
     assert json.loads(result.read_text())['last']['step'] == STEPS

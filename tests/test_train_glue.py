@@ -5,9 +5,7 @@ must end as it did, bit for bit; test_resume.py kills a search over seeds.
 """
 
 import json
-import os
 import pathlib
-import signal
 
 import jax
 import numpy as np
@@ -160,20 +158,11 @@ def test_other_settings_in_the_same_run_directory_are_refused(
 
 
 @pytest.mark.parametrize('number', [4, 6, 9])
-def test_stopped_run_goes_on_at_its_batch(whole, tmp_path, monkeypatch, number):
-  write = metrics.MetricsWriter.write
-
-  def stopping(self, step, values):
-    if step == number and 'train/loss' in values:
-      os.kill(os.getpid(), signal.SIGTERM)
-    write(self, step, values)
-
+def test_stopped_run_goes_on_at_its_batch(
+  whole, tmp_path, stopped_by_a_signal, number
+):
   args = [*LORA, '--run-dir', str(tmp_path)]
-  with monkeypatch.context() as patched:
-    patched.setattr(metrics.MetricsWriter, 'write', stopping)
-    with pytest.raises(SystemExit) as stop:
-      train_glue.main(args)
-  assert stop.value.code == 128 + signal.SIGTERM
+  stopped_by_a_signal(train_glue.main, args, number)
   # A signal after the last step lets the run finish, and stops there.
   assert (tmp_path / RUN / 'result.json').is_file() == (number == 9)
   train_glue.main(args)
