@@ -8,11 +8,8 @@ import functools
 import pathlib
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
-
-from gnlorp_jax.compose.settings import OptimizerName
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'gnlorp_jax'
@@ -27,7 +24,7 @@ def tree_of(path):
 
 
 def name_of(path):
-  """The module of a file, such as ``gnlorp_jax.optim.adam``."""
+  """The module of a file, such as ``gnlorp_jax.optim.parts.adam``."""
   parts = path.relative_to(ROOT).with_suffix('').parts
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
@@ -81,28 +78,8 @@ def test_folder_imports_nothing_of_the_others(folder):
   assert not foreign(folder)
 
 
-# Rule 2. The package is one folder still; its modules belong to these rooms.
+# Rule 2. Which rooms of `optim` each may import, beside itself.
 
-ROOMS = {
-  'parts': (
-    *('adafactor', 'checks', 'hyperparams', 'kernel_axes', 'labels'),
-    *('nonfinite', 'norm_growth', 'split', 'weight_norm'),
-  ),
-  'projections': (),  # The folder of that name.
-  'quantized': (
-    *('quantization', 'quantized_state', 'quantized_weights'),
-    'stochastic_rounding',
-  ),
-  'subspace': (
-    # What Adam's moments do when their subspace changes makes `adam` one.
-    *('adam', 'error_feedback', 'low_rank', 'quantized_basis', 'refresh'),
-    'subspace',
-  ),
-  # And every module that is named like an optimizer.
-  'methods': ('assemble', 'released'),
-  'inspect': ('inspect',),
-}
-# Which rooms each may import, beside itself.
 BELOW = {
   'parts': (),
   'projections': ('parts',),
@@ -113,46 +90,17 @@ BELOW = {
 }
 
 
-def optim_modules():
-  """Modules of `optim` by their names there; the face of it is in no room."""
-  return {
-    name.removeprefix('gnlorp_jax.optim.'): name
-    for name in FILES
-    if inside(name, 'optim') and name != 'gnlorp_jax.optim'
-  }
+def test_every_module_of_optim_has_a_room():
+  names = {name for name in FILES if inside(name, 'optim')}
+  # Faces: they import all that is public.
+  names -= {'gnlorp_jax.optim', 'gnlorp_jax.optim.labels'}
+  assert {name.split('.')[2] for name in names} == set(BELOW)
 
 
-def rooms():
-  """The modules in each room."""
-  found = {room: set(modules) for room, modules in ROOMS.items()}
-  for module in optim_modules():
-    if module.split('.')[0] == 'projections':
-      found['projections'].add(module)
-    if module in get_args(OptimizerName):
-      found['methods'].add(module)
-  return found
-
-
-def test_every_module_of_optim_has_one_room():
-  housed = [module for modules in rooms().values() for module in modules]
-  assert sorted(housed) == sorted(optim_modules())
-
-
-@pytest.mark.parametrize('room', ROOMS)
+@pytest.mark.parametrize('room', BELOW)
 def test_room_of_optim_imports_those_below_it(room):
-  room_of = {
-    f'gnlorp_jax.optim.{module}': name
-    for name, modules in rooms().items()
-    for module in modules
-  }
-  wrong = {
-    (module, imported)
-    for module in rooms()[room]
-    for imported in imported_by(f'gnlorp_jax.optim.{module}')
-    # The face imports all of them.
-    if room_of.get(imported, 'face') not in (room, *BELOW[room])
-  }
-  assert not wrong
+  allowed = [f'optim.{name}' for name in BELOW[room]]
+  assert not foreign(f'optim.{room}', *allowed)
 
 
 # Rule 3.

@@ -36,7 +36,7 @@ from gnlorp_jax import optim
 from gnlorp_jax.compose import parameters as composed
 from gnlorp_jax.compose.settings import StepConfig
 from gnlorp_jax.models import llama
-from gnlorp_jax.optim.quantized_weights import (
+from gnlorp_jax.optim.quantized.weights import (
   dequantize_weights,
   quantize_weights,
   requantize_weights,

@@ -21,9 +21,10 @@ from flax import traverse_util
 
 from gnlorp_jax import optim
 from gnlorp_jax.models import adapters
-from gnlorp_jax.optim.quantization import (
+from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,
+  quantize,
   quantize_onto,
 )
 
@@ -59,9 +60,7 @@ def keeper(
   if weight_bits is None:
     return lambda path, array: array
   codec = optim.quantized_weights.CODEC
-  nearest = jax.jit(
-    functools.partial(optim.quantization.quantize, codec=codec, matrix_axes=2)
-  )
+  nearest = jax.jit(functools.partial(quantize, codec=codec, matrix_axes=2))
   onto = jax.jit(functools.partial(quantize_onto, codec=codec))
   grid = _read_grid(pathlib.Path(folder) / GRID_FILE)
 

@@ -17,7 +17,7 @@ import optax
 
 from gnlorp_jax import optim
 from gnlorp_jax.compose.settings import OptimConfig
-from gnlorp_jax.optim.hyperparams import inject_hyperparams
+from gnlorp_jax.optim.parts.hyperparams import inject_hyperparams
 
 _logger = logging.getLogger(__name__)
 

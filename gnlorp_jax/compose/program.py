@@ -17,6 +17,7 @@ from gnlorp_jax.compose.settings import (
 )
 from gnlorp_jax.models import adapters, layers
 from gnlorp_jax.models.interface import Model
+from gnlorp_jax.optim.parts.labels import path_name
 from gnlorp_jax.training import forward, layerwise, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
 from gnlorp_jax.training.monitor import Instruments
@@ -314,7 +315,7 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   frozen = jax.eval_shape(held.decode_exact, held.frozen)
   return rows + [
     optim.inspect.ReportRow(
-      name=optim.labels.path_name(path),
+      name=path_name(path),
       shape=leaf.shape,
       label='frozen',
       rank=None,

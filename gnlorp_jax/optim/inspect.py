@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnlorp_jax.optim import labels
-from gnlorp_jax.optim.ldadam import LDAdamState
-from gnlorp_jax.optim.low_rank import LowRankState
-from gnlorp_jax.optim.nonfinite import SkipNonfiniteState
+from gnlorp_jax.optim.methods.ldadam import LDAdamState
+from gnlorp_jax.optim.parts import labels
+from gnlorp_jax.optim.parts.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.projections.base import Basis
-from gnlorp_jax.optim.subspace import Subspace
+from gnlorp_jax.optim.subspace.low_rank import LowRankState
+from gnlorp_jax.optim.subspace.sides import Subspace
 
 # Fields of optimizer states, and what a person calls them.
 _COMPONENTS = {

@@ -16,7 +16,7 @@ from gnlorp_jax import optim
 from gnlorp_jax.compose import optimizer, settings
 from gnlorp_jax.compose.settings import OptimConfig
 from gnlorp_jax.models import llama
-from gnlorp_jax.optim.split import SplitTransformation
+from gnlorp_jax.optim.parts.split import SplitTransformation
 
 
 def rates(steps, **options):

@@ -23,7 +23,7 @@ from gnlorp_jax.optim import (
   projections,
   stochastic_rounding,
 )
-from gnlorp_jax.optim.quantization import QuantizedArray, dequantize
+from gnlorp_jax.optim.quantized.arrays import QuantizedArray, dequantize
 from gnlorp_jax.training import sharding
 from gnlorp_jax.training.checkpoint import Checkpointer
 

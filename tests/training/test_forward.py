@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax.optim.quantized_weights import (
+from gnlorp_jax.optim.quantized.weights import (
   dequantize_weights,
   quantize_weights,
 )

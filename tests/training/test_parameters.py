@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax.optim.quantized_weights import quantize_weights
+from gnlorp_jax.optim.quantized.weights import quantize_weights
 from gnlorp_jax.training import parameters
 
 TRAINED = {'layers': {'up': {'lora_a': 1, 'lora_b': 2}}, 'head': {'bias': 3}}

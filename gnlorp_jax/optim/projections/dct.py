@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.checks import check_choice, check_static
+from gnlorp_jax.optim.parts.checks import check_choice, check_static
 from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.optim.projections.base import Projection
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.checks import check_choice
+from gnlorp_jax.optim.parts.checks import check_choice
 from gnlorp_jax.optim.projections.base import Projection
 
 Solver = Literal['power', 'eigh', 'exact']

@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnlorp_jax.optim import projections
-from gnlorp_jax.optim.galore import galore
 from gnlorp_jax.optim.inspect import report, state_bytes, subspace_stats
-from gnlorp_jax.optim.low_rank import with_low_rank_projection
+from gnlorp_jax.optim.methods.galore import galore
 from gnlorp_jax.optim.projections.random import RandomBasis
-from gnlorp_jax.optim.refresh import LazyRefresh
+from gnlorp_jax.optim.subspace.lazy import LazyRefresh
+from gnlorp_jax.optim.subspace.low_rank import with_low_rank_projection
 
 DISTRIBUTIONS = ('normal', 'rademacher')
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from gnlorp_jax import optim
-from gnlorp_jax.optim.quantized_weights import dequantize_weights
+from gnlorp_jax.optim.quantized.weights import dequantize_weights
 from gnlorp_jax.training import objectives, parameters, sharding, state
 
 VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 64, 32, 48, 3, 8, 8

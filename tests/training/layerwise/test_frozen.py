@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax import optim
-from gnlorp_jax.optim.quantized_weights import quantize_weights
+from gnlorp_jax.optim.quantized.weights import quantize_weights
 from gnlorp_jax.training import (
   layerwise,
   objectives,

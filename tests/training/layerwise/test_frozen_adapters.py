@@ -15,7 +15,7 @@ import pytest
 
 from gnlorp_jax import optim
 from gnlorp_jax.models import adapters, llama
-from gnlorp_jax.optim.quantized_weights import quantize_weights
+from gnlorp_jax.optim.quantized.weights import quantize_weights
 from gnlorp_jax.training import (
   forward,
   layerwise,

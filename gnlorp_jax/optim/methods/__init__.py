@@ -1,0 +1,1 @@
+"""Complete optimizers: one file each, whose name is its config name."""

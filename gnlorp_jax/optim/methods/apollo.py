@@ -1,0 +1,236 @@
+"""APOLLO: the raw gradient, scaled as Adam scales a random projection of it.
+
+Shape suffixes in this file:
+  MN    a gradient's last two axes, turned so that the basis lives on N
+  R     rank of the subspace
+Leading axes `[*]` stack matrices; each has norms of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim.methods.assemble import assemble
+from gnlorp_jax.optim.methods.fira import channel_ratios, length_ratio
+from gnlorp_jax.optim.parts.adam import (
+  DecayOrder,
+  scale_by_adam,
+  scale_by_bias_correction,
+)
+from gnlorp_jax.optim.parts.checks import check_choice, check_interval
+from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
+from gnlorp_jax.optim.parts.labels import ParamLabels
+from gnlorp_jax.optim.parts.norm_growth import limiter
+from gnlorp_jax.optim.projections import Projection
+from gnlorp_jax.optim.subspace.low_rank import (
+  Recovery,
+  with_low_rank_projection,
+)
+from gnlorp_jax.optim.subspace.sides import Side
+
+Granularity = Literal['channel', 'tensor']
+
+
+def apollo_recovery(
+  scale: float = 1.0,
+  granularity: Granularity = 'channel',
+  scale_front: bool = False,
+  norm_growth_limit: float | None = 1.01,
+) -> Recovery:
+  r"""The gradient times the ratio of the lengths of direction and coordinates.
+
+  With coordinates R of the gradient G, Adam's direction N of them, and rows i
+  of the axis M that is not compressed,
+
+  .. math:: U_i = \sqrt{\alpha} \, \frac{|N_i|}{|R_i| + 10^{-8}} \, G_i
+
+  or, per ``tensor``, with the norms of the whole matrices. Only lengths leave
+  the subspace, so any basis that keeps them serves, and nothing is expanded.
+
+  Args:
+    scale: :math:`\alpha`, at least 0. A random projection to rank r leaves
+      ratios smaller by about the root of n / r, which it can make up for.
+    granularity: ``channel`` for a ratio per row, ``tensor`` for one per matrix.
+    scale_front: Whether the factor stands before `limit_norm_growth`, or
+      behind.
+    norm_growth_limit: Most that the norm of U may grow by in a step, at least
+      1; None lets it grow.
+
+  Returns:
+    The recovery; its state is the last norm of U, float32 ``[*]``.
+
+  Raises:
+    ValueError: If `granularity` is unknown, or a number out of its interval.
+  """
+  check_interval('scale', scale, 0, float('inf'))
+  check_choice('granularity', granularity, get_args(Granularity))
+  limit = limiter(norm_growth_limit)
+  factor = scale**0.5
+
+  def apply(
+    grad_MN: jax.Array,
+    low_MR: jax.Array,
+    direction_MR: jax.Array,
+    back: Callable[[jax.Array], jax.Array],
+    state: Any,
+  ) -> tuple[jax.Array, Any]:
+    del back
+    if granularity == 'channel':
+      ratio = channel_ratios(grad_MN, direction_MR, low_MR)
+    else:
+      ratio = length_ratio(direction_MR, low_MR, (-2, -1))
+    update_MN = ratio * grad_MN.astype(jnp.float32)
+    if scale_front:
+      return limit.apply(factor * update_MN, state)
+    update_MN, state = limit.apply(update_MN, state)
+    return factor * update_MN, state
+
+  return Recovery(limit.init, apply)
+
+
+def scale_by_apollo(
+  rank: int = 128,
+  update_proj_gap: int = 200,
+  scale: float = 1.0,
+  *,
+  granularity: Granularity = 'channel',
+  scale_front: bool = False,
+  norm_growth_limit: float | None = 1.01,
+  projection: str | Projection = 'random',
+  side: Side = 'short',
+  spread_refreshes: bool = True,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+) -> optax.GradientTransformationExtraArgs:
+  """APOLLO's direction for kernels, of full rank with moments of low rank.
+
+  The arguments are those of `apollo`; learning rate and decay follow in
+  `descend`.
+
+  Returns:
+    A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
+
+  Raises:
+    ValueError: As `with_low_rank_projection`, `scale_by_adam` and
+      `apollo_recovery`.
+  """
+  return optax.chain(
+    with_low_rank_projection(
+      scale_by_adam(b1, b2, eps, bias_correction=False),
+      rank,
+      update_proj_gap,
+      projection=projection,
+      side=side,
+      spread_refreshes=spread_refreshes,
+      recovery=apollo_recovery(
+        scale, granularity, scale_front, norm_growth_limit
+      ),
+    ),
+    # Behind the recovery: public code limits the norm before the correction.
+    scale_by_bias_correction(b1, b2),
+  )
+
+
+def apollo(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: int = 128,
+  update_proj_gap: int = 200,
+  scale: float = 1.0,
+  *,
+  granularity: Granularity = 'channel',
+  scale_front: bool = False,
+  norm_growth_limit: float | None = 1.01,
+  projection: str | Projection = 'random',
+  side: Side = 'short',
+  spread_refreshes: bool = True,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  weight_decay: float = 0.0,
+  decay_order: DecayOrder = 'after',
+  weight_norm: bool = False,
+  moment_bits: int = 32,
+  param_labels: ParamLabels | None = None,
+  kernel_axes: KernelAxes = (),
+  skip_nonfinite: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """APOLLO: gradients scaled channel by channel, without any SVD.
+
+  Adam runs on a random projection of the gradient and only tells how long each
+  channel of the update should be; its direction is the raw gradient's.
+
+  Args:
+    learning_rate: A number or an Optax schedule.
+    rank: As in `gradnormlorp`.
+    update_proj_gap: As in `gradnormlorp`; a refresh draws a new projection.
+    scale: Its square root multiplies the update of projected kernels, >= 0.
+    granularity: ``channel`` scales each channel of the longer axis by itself,
+      ``tensor`` each matrix.
+    scale_front: Whether the root of `scale` stands before the limiter, or
+      behind.
+    norm_growth_limit: Factor by which the norm of a matrix's update may grow in
+      a step, at least 1; None lets it grow.
+    projection: As in `gradnormlorp`; ``svd`` takes GaLore's subspace.
+    side: As in `gradnormlorp`, but not ``both``.
+    spread_refreshes: As in `gradnormlorp`.
+    b1: As in `gradnormlorp`.
+    b2: As in `gradnormlorp`.
+    eps: As in `gradnormlorp`; the bias corrections do not touch it (``hf``).
+    weight_decay: Decoupled decay of all weights, at least 0.
+    decay_order: ``after`` or ``before``, see `descend`.
+    weight_norm: As in `galore`.
+    moment_bits: As in `gradnormlorp`.
+    param_labels: As in `gradnormlorp`.
+    kernel_axes: As in `gradnormlorp`.
+    skip_nonfinite: As in `gradnormlorp`.
+
+  Returns:
+    A complete optimizer; its updates are float32.
+
+  Raises:
+    ValueError: As `gradnormlorp`; also if `granularity` is unknown, if `scale`
+      is below 0, `norm_growth_limit` below 1, or `side` is ``both``.
+
+  Examples:
+    >>> tx = apollo(1e-2, rank=4)
+    >>> state = tx.init({'dense': {'kernel': jnp.ones((16, 8))}})
+
+  References:
+    Zhu et al., `APOLLO`, 2024, arXiv:2412.05270, algorithm 1.
+
+  Note:
+    The limiter looks at a ratio of norms, from which a constant factor cancels:
+    `scale_front` moves nothing but the 1e-8 added to the last norm, so it shows
+    only where norms are that small. The public code draws all projections anew
+    in one step (``spread_refreshes=False``), from seeds that count the
+    parameters; the numbers drawn here are other ones.
+  """
+  return assemble(
+    scale_by_apollo(
+      rank,
+      update_proj_gap,
+      scale,
+      granularity=granularity,
+      scale_front=scale_front,
+      norm_growth_limit=norm_growth_limit,
+      projection=projection,
+      side=side,
+      spread_refreshes=spread_refreshes,
+      b1=b1,
+      b2=b2,
+      eps=eps,
+    ),
+    scale_by_adam(b1, b2, eps, eps_mode='hf'),
+    learning_rate,
+    weight_decay=weight_decay,
+    decay_order=decay_order,
+    weight_norm=weight_norm,
+    moment_bits=moment_bits,
+    param_labels=param_labels,
+    kernel_axes=kernel_axes,
+    skip_nonfinite=skip_nonfinite,
+  )

@@ -1,0 +1,442 @@
+"""LDAdam: Adam in a subspace that turns a little at every step.
+
+Shape suffixes in this file:
+  IO    a kernel's input and output axes, the last two of its array
+  MN    the same two axes, turned so that the basis lives on N
+  R     rank of the subspace
+Leading axes stack matrices, each with a subspace of its own.
+"""
+
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim.methods.assemble import assemble
+from gnlorp_jax.optim.parts.adam import DecayOrder, scale_by_adam
+from gnlorp_jax.optim.parts.checks import (
+  check_choice,
+  check_int,
+  check_interval,
+)
+from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
+from gnlorp_jax.optim.parts.labels import ParamLabels, path_name
+from gnlorp_jax.optim.projections.svd import (
+  cholesky_qr,
+  orthonormalise,
+  project,
+  project_back,
+  random_basis,
+  unit_columns,
+)
+from gnlorp_jax.optim.subspace.error_feedback import (
+  check_error_bits,
+  decode_error,
+  encode_error,
+  zero_errors,
+)
+from gnlorp_jax.optim.subspace.low_rank import effective_rank, turned_shape
+from gnlorp_jax.optim.subspace.moments import (
+  rotate_moments,
+)
+from gnlorp_jax.optim.subspace.sides import (
+  Side,
+  Subspace,
+  compressed_axes,
+  toward,
+)
+
+# Iterations that fit a first basis, whose start is random; later ones start
+# from the last basis and need one.
+_FIRST_ITERATIONS = 8
+# Entries of Q^T Q - 1 from which on a factorisation counts as failed; a good
+# one stays below 1e-5.
+_ORTHONORMAL = 1e-3
+
+
+def _turn(old_NR: jax.Array, new_NR: jax.Array) -> jax.Array:
+  """Old basis vectors in new coordinates, ``Q_old^T Q_new``."""
+  # In TF32, some accelerators' default, the products would not be orthogonal.
+  return jnp.matmul(old_NR.mT, new_NR, precision=jax.lax.Precision.HIGHEST)
+
+
+def _orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
+  """The factor Q of a QR factorisation, completed where the rank is too low.
+
+  Columns of full rank are factorised as they are. `old` joins in only where
+  that fails, because it turns the subspace by about a thousandth.
+  """
+  basis_NR = orthonormalise(wanted_NR, old_NR, fill=0.0)
+  gram_RR = _turn(basis_NR, basis_NR)
+  eye_RR = jnp.broadcast_to(jnp.eye(gram_RR.shape[-1]), gram_RR.shape)
+  error_RR = jnp.abs(gram_RR - eye_RR)
+  good = jnp.max(error_RR, axis=(-2, -1)) < _ORTHONORMAL  # False for a NaN.
+  return jax.lax.cond(
+    jnp.all(good),
+    lambda: basis_NR,
+    lambda: jnp.where(
+      good[..., None, None], basis_NR, orthonormalise(wanted_NR, old_NR)
+    ),
+  )
+
+
+def _turn_basis(
+  grad_MN: jax.Array, mean_MR: jax.Array, basis_NR: jax.Array, rho: float
+) -> jax.Array:
+  r"""One block power iteration ``orth(b^T (b Q))`` on a blend `b`.
+
+  .. math:: b = \rho \, \hat m Q^T + (1 - \rho) G
+
+  b itself is never formed. Orthonormalising ``b Q`` in between changes the
+  factor R alone, and halves the digits lost to small singular values.
+  """
+  blend_MR = rho * mean_MR + (1 - rho) * (grad_MN @ basis_NR)
+  left_MR = cholesky_qr(unit_columns(blend_MR), shifted=True)
+  momentum_NR = basis_NR @ (mean_MR.mT @ left_MR)
+  wanted_NR = rho * momentum_NR + (1 - rho) * (grad_MN.mT @ left_MR)
+  new_NR = _orthonormalise(wanted_NR, basis_NR)
+  usable = jnp.any(wanted_NR != 0, axis=(-2, -1), keepdims=True) & jnp.all(
+    jnp.isfinite(new_NR), axis=(-2, -1), keepdims=True
+  )
+  return jnp.where(usable, new_NR, basis_NR)
+
+
+def _square(x: jax.Array) -> jax.Array:
+  """Squared norm of each matrix of a stack."""
+  return jnp.sum(x * x, axis=(-2, -1))
+
+
+def _refit(
+  grad_IO: jax.Array,
+  mean_MR: jax.Array,
+  old: Subspace,
+  rho: float,
+) -> tuple[Subspace, jax.Array]:
+  """The next subspace of each matrix, and the gradient's coordinates in it.
+
+  A matrix whose gradients were zero until now has no moments either, and still
+  waits for its first basis.
+  """
+  ((axis, old_NR),) = old.basis.items()
+  largest = jnp.max(jnp.abs(grad_IO), axis=(-2, -1))
+  zero = largest == 0
+  unset = old.refresh_count == 0
+
+  def turn(i: jax.Array, basis_NR: jax.Array) -> jax.Array:
+    # Turned in here: a loop would be handed a turned copy.
+    new_NR = _turn_basis(toward(grad_IO, axis), mean_MR, basis_NR, rho)
+    return jnp.where((i == 0) | unset[..., None, None], new_NR, basis_NR)
+
+  rounds = jnp.where(jnp.any(unset & ~zero), _FIRST_ITERATIONS, 1)
+  basis_NR = jax.lax.fori_loop(0, rounds, turn, old_NR)
+  low_MR = project(toward(grad_IO, axis), basis_NR)
+  # Scaled, so that no square under- or overflows.
+  scale = jnp.where(zero, 1, largest)[..., None, None]
+  energy = _square(low_MR / scale) / jnp.where(
+    zero, 1, _square(grad_IO / scale)
+  )
+  overlap = _square(_turn(old_NR, basis_NR)) / basis_NR.shape[-1]
+  fitted = jnp.isfinite(energy) & ~(zero & unset)
+  subspace = old._replace(
+    basis={axis: basis_NR},
+    refresh_count=old.refresh_count + fitted,
+    overlap=jnp.where(fitted, overlap, old.overlap),
+    energy=jnp.where(fitted, energy, old.energy),
+  )
+  return subspace, low_MR
+
+
+class LDAdamState(NamedTuple):
+  """State of `scale_by_ldadam`."""
+
+  # int32 [], updates so far; optax's name for it is also a tuple's method.
+  count: jax.Array  # type: ignore[assignment]
+  subspace: optax.Params  # a Subspace for each parameter
+  mu: optax.Updates  # float32 [*, m, r], in the subspace
+  nu: optax.Updates  # float32 [*, m, r]
+  # What the subspaces left out so far: float32 [*, in, out], or a
+  # QuantizedArray of [*, out, in]; None without error feedback.
+  error: Any
+
+
+class _Leaf(NamedTuple):
+  """What a step makes of one parameter before Adam."""
+
+  subspace: Subspace
+  low: jax.Array  # float32 [*, m, r], coordinates of gradient and error
+  mu: jax.Array  # the moments, moved to the new basis
+  nu: jax.Array
+  error: Any
+
+
+def scale_by_ldadam(
+  rank: int = 16,
+  *,
+  rho: float = 0.908,
+  error_bits: int | None = 32,
+  side: Side = 'short',
+  b1: float = 0.908,
+  b2: float = 0.99,
+  eps: float = 1e-8,
+) -> optax.GradientTransformation:
+  r"""LDAdam's direction for kernels.
+
+  For each matrix, with :math:`A = G + e` the gradient and the error kept so
+  far, Q the last basis and m the first moment in it (in the layout where the
+  basis acts on the columns),
+
+  .. math::
+    b &= \rho \, \hat m Q^T + (1 - \rho) A \\
+    Q' &= \mathrm{orth}(b^T (b Q)), \qquad g = A Q', \qquad m' = m Q^T Q' \\
+    e &\leftarrow A - g Q'^T
+      + \tfrac{\beta_1}{1 - \beta_1} (m Q^T - m' Q'^T)
+
+  Then both moments move to the new basis, see `adam.rotate_moments`, and Adam
+  takes its step with g there. Gradients of rank below `rank` and zero gradients
+  are safe: what they leave open of a basis stays as it was. A gradient that is
+  not finite spoils moments and error; wrap the optimizer in `skip_nonfinite`,
+  as `ldadam` does.
+
+  Args:
+    rank: Rank of the subspaces, at least 1; clipped to a matrix's shorter axis,
+      with a warning in the log.
+    rho: Weight of the momentum in the blend, in [0, 1).
+    error_bits: 32, 8 or 4 bits for every element of the error, see
+      `encode_error`; None keeps none, e = 0.
+    side: Axis that is compressed: ``short``, ``long``, ``in`` or ``out``. A
+      square kernel is compressed on ``out`` by ``short`` and ``long``.
+    b1: Decay of the first moment, in [0, 1).
+    b2: Decay of the second moment, in [0, 1).
+    eps: Added to the root of the second moment, at least 0.
+
+  Returns:
+    A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
+
+  Raises:
+    ValueError: If an argument is out of its interval or unknown; at `init`, if
+      a leaf has fewer than two axes.
+
+  Examples:
+    >>> tx = scale_by_ldadam(rank=2)
+    >>> state = tx.init({'kernel': jnp.ones((12, 8, 4))})
+    >>> state.mu['kernel'].shape, state.error['kernel'].shape
+    ((12, 8, 2), (12, 8, 4))
+
+  References:
+    Robert et al., `LDAdam`, 2024, arXiv:2410.16103, algorithm 1.
+
+  Note:
+    The published code keeps the error in the gradient buffer, to which the next
+    backward pass adds, so that clipping and logged norms see gradient plus
+    error. Here it is part of the state, they see the gradient alone, and
+    it may be quantised. Published code fits the first basis by an SVD; here
+    power iterations do it, from a random start. It raises where `rank` exceeds
+    the shorter axis. Its rule for square matrices, the left side of PyTorch's
+    (out, in), is the default here too: ``out``, where `galore` has ``in``.
+  """
+  check_int('rank', rank)
+  check_interval('rho', rho, 0, 1)
+  check_choice('side', side, get_args(Side))
+  if side == 'both':
+    raise ValueError(
+      "side='both' is not defined for LDAdam, whose moments keep one axis "
+      "whole: use 'short', 'long', 'in' or 'out'."
+    )
+  check_error_bits(error_bits)
+  adam = scale_by_adam(b1, b2, eps)
+  rotate = rotate_moments(b1, b2)
+
+  def init_subspace(path: Any, param: jax.Array) -> Subspace:
+    clipped = effective_rank(rank, path_name(path), param.shape)
+    axis = _compressed_axis(param.shape, side)
+    # Arrays of their own: one shared buffer could not be donated twice.
+    stack = param.shape[:-2]
+    return Subspace(
+      basis={axis: random_basis(turned_shape(param.shape, axis), clipped)},
+      refresh_count=jnp.zeros(stack, jnp.int32),
+      overlap=jnp.zeros(stack, jnp.float32),
+      energy=jnp.zeros(stack, jnp.float32),
+    )
+
+  def init_fn(params: optax.Params) -> LDAdamState:
+    subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
+
+    def zero_low(param: jax.Array, subspace: Subspace) -> jax.Array:
+      ((axis, basis_NR),) = subspace.basis.items()
+      *stack, m, _ = turned_shape(param.shape, axis)
+      return jnp.zeros((*stack, m, basis_NR.shape[-1]), jnp.float32)
+
+    return LDAdamState(
+      count=jnp.zeros([], jnp.int32),
+      subspace=subspace,
+      mu=jax.tree.map(zero_low, params, subspace),
+      nu=jax.tree.map(zero_low, params, subspace),
+      error=zero_errors(params, error_bits),
+    )
+
+  def follow(
+    count: jax.Array,
+    grad_IO: jax.Array,
+    old: Subspace,
+    mu_MR: jax.Array,
+    nu_MR: jax.Array,
+    error: Any,
+  ) -> _Leaf:
+    ((axis, old_NR),) = old.basis.items()
+    grad_IO = grad_IO.astype(jnp.float32)
+    if error_bits is not None:
+      grad_IO = grad_IO + decode_error(error)
+    # Before the first step the moments are zero, whatever divides them.
+    mean_MR = mu_MR / (1 - b1 ** jnp.maximum(count, 1))
+    subspace, low_MR = _refit(grad_IO, mean_MR, old, rho)
+    new_NR = subspace.basis[axis]
+    turn_RR = _turn(old_NR, new_NR)
+    counts = jnp.broadcast_to(count, mu_MR.shape[:-2])
+    moved = rotate(
+      optax.ScaleByAdamState(counts, mu_MR, nu_MR),
+      lambda x_MR, power: x_MR @ turn_RR**power,
+    )
+    if error_bits is not None:
+      # All steps to come give b1 / (1 - b1) of the momentum at hand; what of
+      # it the turn loses is owed.
+      owed = b1 / (1 - b1)
+      # One product for both bases: each would fill an array of full size.
+      error_MN = project_back(
+        jnp.concatenate([owed * mu_MR, -(low_MR + owed * moved.mu)], -1),
+        jnp.concatenate([old_NR, new_NR], -1),
+      )
+      error = encode_error(grad_IO + toward(error_MN, axis), error_bits)
+    return _Leaf(subspace, low_MR, moved.mu, moved.nu, error)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: LDAdamState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, LDAdamState]:
+    del params
+    treedef: Any = jax.tree.structure(updates)
+    grads = jax.tree.leaves(updates)
+    errors = [None] * len(grads)
+    if error_bits is not None:
+      errors = treedef.flatten_up_to(state.error)
+    leaves = [
+      follow(state.count, *leaf)
+      for leaf in zip(
+        grads,
+        *map(treedef.flatten_up_to, (state.subspace, state.mu, state.nu)),
+        errors,
+        strict=True,
+      )
+    ]
+    subspace, low, mu, nu, error = (
+      treedef.unflatten([getattr(leaf, field) for leaf in leaves])
+      for field in _Leaf._fields
+    )
+    direction, moments = adam.update(
+      low, optax.ScaleByAdamState(state.count, mu, nu)
+    )
+
+    def expand(direction_MR: jax.Array, subspace: Subspace) -> jax.Array:
+      ((axis, basis_NR),) = subspace.basis.items()
+      return toward(project_back(direction_MR, basis_NR), axis)
+
+    return jax.tree.map(expand, direction, subspace), LDAdamState(
+      count=moments.count,
+      subspace=subspace,
+      mu=moments.mu,
+      nu=moments.nu,
+      error=error if error_bits else None,
+    )
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _compressed_axis(shape: tuple[int, ...], side: Side) -> str:
+  """`compressed_axes`, but for square matrices LDAdam's own rule."""
+  if shape[-2] == shape[-1] and side in ('short', 'long'):
+    return 'out'
+  (axis,) = compressed_axes(shape, side)
+  return axis
+
+
+def ldadam(
+  learning_rate: optax.ScalarOrSchedule = 1e-3,
+  rank: int = 16,
+  *,
+  rho: float = 0.908,
+  error_bits: int | None = 32,
+  side: Side = 'short',
+  b1: float = 0.908,
+  b2: float = 0.99,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  decay_order: DecayOrder = 'before',
+  weight_norm: bool = False,
+  moment_bits: int = 32,
+  param_labels: ParamLabels | None = None,
+  kernel_axes: KernelAxes = (),
+  skip_nonfinite: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """LDAdam: Adam in a subspace that turns a little at every step.
+
+  The subspace follows gradient and momentum by one block power iteration per
+  step, the moments move along, and what the subspace leaves out of a gradient
+  is added to the next one.
+
+  Args:
+    learning_rate: A number or an Optax schedule.
+    rank: Rank of the subspaces, at least 1, a Python int.
+    rho: As in `scale_by_ldadam`.
+    error_bits: As in `scale_by_ldadam`. In float32 the error takes as much
+      memory as the gradients.
+    side: As in `scale_by_ldadam`.
+    b1: As in `gradnormlorp`.
+    b2: As in `gradnormlorp`.
+    eps: As in `gradnormlorp`.
+    weight_decay: As in `gradnormlorp`.
+    decay_order: As in `galore`.
+    weight_norm: As in `galore`.
+    moment_bits: As in `gradnormlorp`.
+    param_labels: As in `gradnormlorp`.
+    kernel_axes: As in `gradnormlorp`.
+    skip_nonfinite: As in `gradnormlorp`.
+
+  Returns:
+    A complete optimizer; its updates are float32.
+
+  Raises:
+    ValueError: As `scale_by_ldadam` and `gradnormlorp`.
+
+  Examples:
+    >>> tx = ldadam(1e-3, rank=4)
+    >>> state = tx.init({'dense': {'kernel': jnp.ones((16, 8))}})
+
+  References:
+    Robert et al., `LDAdam`, 2024, arXiv:2410.16103.
+
+  Note:
+    See `scale_by_ldadam` for what differs from the published code: the error is
+    part of the state, so that clipping before this optimizer acts on the plain
+    gradient.
+  """
+  return assemble(
+    scale_by_ldadam(
+      rank,
+      rho=rho,
+      error_bits=error_bits,
+      side=side,
+      b1=b1,
+      b2=b2,
+      eps=eps,
+    ),
+    scale_by_adam(b1, b2, eps),
+    learning_rate,
+    weight_decay=weight_decay,
+    decay_order=decay_order,
+    weight_norm=weight_norm,
+    moment_bits=moment_bits,
+    param_labels=param_labels,
+    kernel_axes=kernel_axes,
+    skip_nonfinite=skip_nonfinite,
+  )

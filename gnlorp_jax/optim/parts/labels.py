@@ -1,0 +1,186 @@
+"""Which parameter gets which treatment, by name and shape.
+
+Three labels exist: ``low_rank`` (weight-normalised, projected), ``full`` (plain
+Adam, full moments) and ``frozen`` (no update, no state).
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import optax
+
+LABELS = ('low_rank', 'full', 'frozen')
+
+# Kernels that stay full-rank by default. Their gradients are sparse over rows
+# (embeddings) or over classes (heads), and published runs do not project them.
+_FULL_RANK_NAMES = re.compile(
+  r'(?<![^/])(\w*embed\w*|lm_head|head|logits|classifier|score|pooler'
+  r'|\w*norm\w*|vocab)(?![^/])',
+  re.IGNORECASE,
+)
+
+# Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
+# under these names; a scan may stack [layers, d, d] under the same ones.
+_ATTENTION_NAMES = re.compile(r'(^|/)(query|key|value|out)/kernel$')
+
+Rules = Sequence[tuple[str, str]]
+ParamLabels = Rules | Callable[[optax.Params], Any] | Any
+
+
+class Assignment(NamedTuple):
+  """A parameter's label and why it has it."""
+
+  label: str
+  reason: str
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A key path as text: ``layers/attn/q_proj/kernel``."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
+  """Label of a parameter that no rule speaks about.
+
+  Kernels of dense layers, stacked or not, are projected; everything that is no
+  kernel, and kernels of embeddings, heads and norms, is not. Neither is a
+  kernel that may be a stack of matrices or one matrix with several axes in or
+  out, as those of convolutions and of attention with heads.
+  """
+  # Flax's boxed parameters end in `/value`.
+  if not re.search(r'(^|/)kernel(/value)?$', name):
+    return Assignment('full', "default: its name does not end in 'kernel'")
+  if len(shape) < 2:
+    return Assignment('full', f'default: {len(shape)} axis, no matrix')
+  if len(shape) > 3 or (len(shape) == 3 and _ATTENTION_NAMES.search(name)):
+    return Assignment(
+      'full',
+      f'default: {len(shape)} axes may be a stack of matrices or one with '
+      'several axes in or out; label it, and give kernel_axes for the latter',
+    )
+  special = _FULL_RANK_NAMES.search(name)
+  if special:
+    return Assignment('full', f'default: {special.group()!r} in its name')
+  return Assignment('low_rank', 'default: a kernel')
+
+
+def rule_assignment(name: str, rules: Rules) -> Assignment | None:
+  """The first rule whose regex occurs in `name`, or None."""
+  for pattern, label in rules:
+    if re.search(pattern, name):
+      return Assignment(label, f'rule {pattern!r}')
+  return None
+
+
+def assign(
+  params: optax.Params,
+  param_labels: ParamLabels | None = None,
+  *,
+  is_part: bool = False,
+) -> Any:
+  """Label and reason of every parameter.
+
+  Args:
+    params: Parameters, or their shapes.
+    param_labels: None for the defaults (`default_assignment`); ordered rules
+      ``(regex, label)`` over the ``/``-joined path, the first regex found in it
+      decides; or what `optax.partition` takes: a tree of labels or a function
+      from parameters to one.
+    is_part: Whether `params` may be a part of all parameters, about which some
+      rules decide nothing.
+
+  Returns:
+    A tree of `Assignment`, shaped like `params`.
+
+  Raises:
+    ValueError: If a label is unknown, a parameter has no rule, or a rule
+      decides about no parameter.
+
+  Examples:
+    >>> params = {'dense': {'kernel': jnp.ones((4, 2)), 'bias': jnp.ones(2)}}
+    >>> assign(params)['dense']['kernel'].label
+    'low_rank'
+    >>> assign(params, [('bias', 'frozen'), ('.*', 'full')])['dense']['bias']
+    Assignment(label='frozen', reason="rule 'bias'")
+  """
+  paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+  if not paths:  # optax.tree.map_params asks with an empty tree.
+    return params
+  names = [path_name(path) for path, _ in paths]
+  if param_labels is None:
+    found = [
+      default_assignment(name, leaf.shape)
+      for name, (_, leaf) in zip(names, paths, strict=True)
+    ]
+  elif _is_rules(param_labels):
+    found = _assign_by_rules(names, param_labels, is_part)
+  else:
+    tree = param_labels(params) if callable(param_labels) else param_labels
+    # The tree may be a prefix: one label for a whole sub-tree.
+    full = jax.tree.map(
+      lambda label, sub: jax.tree.map(lambda _: label, sub), tree, params
+    )
+    found = [
+      Assignment(label, 'given by param_labels')
+      for label in jax.tree.leaves(full)
+    ]
+  for name, assignment in zip(names, found, strict=True):
+    if assignment.label not in LABELS:
+      raise ValueError(
+        f'Unknown label {assignment.label!r} for parameter {name!r}; expected '
+        f'one of {LABELS}.'
+      )
+  return jax.tree.unflatten(treedef, found)
+
+
+def labels(
+  param_labels: ParamLabels | None = None, *, is_part: bool = False
+) -> Callable[[optax.Params], Any]:
+  """`assign` as the function from parameters to labels of `optax.partition`."""
+
+  def label_fn(params: optax.Params) -> Any:
+    return jax.tree.map(
+      lambda assignment: assignment.label,
+      assign(params, param_labels, is_part=is_part),
+      is_leaf=lambda x: isinstance(x, Assignment),
+    )
+
+  return label_fn
+
+
+def _is_rules(param_labels: ParamLabels) -> TypeGuard[Rules]:
+  return isinstance(param_labels, list | tuple) and all(
+    isinstance(rule, list | tuple)
+    and len(rule) == 2
+    and all(isinstance(part, str) for part in rule)
+    for rule in param_labels
+  )
+
+
+def _assign_by_rules(
+  names: list[str], rules: Rules, is_part: bool
+) -> list[Assignment]:
+  """Applies rules strictly: each parameter matched, each rule used.
+
+  In a part of the parameters a rule may have no use.
+  """
+  found = [rule_assignment(name, rules) for name in names]
+  missed = [name for name, a in zip(names, found, strict=True) if a is None]
+  if missed:
+    raise ValueError(
+      f'No label rule matches the parameters {missed}. Rules: {list(rules)}. '
+      "Add one for them, or ('.*', 'full') as the last rule."
+    )
+  used = {assignment.reason for assignment in found if assignment}
+  for pattern, label in rules:
+    if f'rule {pattern!r}' not in used and not is_part:
+      near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+      raise ValueError(
+        f'The label rule {(pattern, label)!r} decides about no parameter: no '
+        'path contains it, or earlier rules took all that do. Remove it, move '
+        f'it up, or correct its regex. Similar paths: {near or names[:3]}.'
+      )
+  return [assignment for assignment in found if assignment]

@@ -1,0 +1,1 @@
+"""Arrays in few bits: codes, moments, weights, stochastic rounding."""

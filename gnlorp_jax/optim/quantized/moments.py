@@ -1,0 +1,204 @@
+"""Keeps the moments of any optimizer in 8 or 4 bits between its steps."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
+from gnlorp_jax.optim.quantized.arrays import (
+  QuantizedArray,
+  dequantize,
+  quantize,
+  requantize,
+)
+from gnlorp_jax.optim.quantized.codecs import Codec, dynamic, linear
+
+# Codecs of the fields of optimizer states that hold moments, by bits.
+_CODECS: dict[int, dict[str, Codec]] = {
+  8: {
+    'mu': dynamic(8, signed=True),
+    'nu': dynamic(8, signed=False, floor=True),
+    'trace': dynamic(8, signed=True),
+  },
+  # A dynamic or linear code with a zero would make the step explode for nu.
+  4: {
+    'mu': dynamic(4, signed=True, block=128),
+    'nu': linear(4, block=128),
+    'trace': dynamic(4, signed=True, block=128),
+  },
+}
+
+# What Flax calls its vectors. The shape cannot tell a stack of them, [layers,
+# d], from a matrix.
+_VECTORS = re.compile(r'^(scale|bias)$')
+
+# Compiled, so that `init` outside jit is not dozens of programs per shape.
+_quantize = jax.jit(quantize, static_argnames='codec')
+_dequantize = jax.jit(dequantize)
+_requantize = jax.jit(requantize)
+
+
+def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
+  """The codec of the moment field that a key path passes, if any.
+
+  The outermost counts: what follows may be the path of a parameter. Bases and
+  error buffers belong to others. Those of vectors have none.
+  """
+  if any(_VECTORS.match(str(getattr(key, 'key', ''))) for key in path):
+    return None
+  for key in path:
+    name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
+    if name in ('subspace', 'recovery', 'error'):
+      return None
+    if name in codecs:
+      return codecs[name]
+  return None
+
+
+def encode_moments(
+  state: optax.OptState, codecs: dict[str, Codec], min_size: int
+) -> optax.OptState:
+  """Quantises the moments of a state; everything else stays as it is."""
+
+  def encode(path: tuple[Any, ...], leaf: Any) -> Any:
+    codec = _codec_at(path, codecs)
+    if codec is None or getattr(leaf, 'dtype', None) != jnp.float32:
+      return leaf
+    if leaf.ndim == 0 or math.prod(leaf.shape[-2:]) < min_size:
+      return leaf
+    return _quantize(leaf, codec)
+
+  return jax.tree_util.tree_map_with_path(encode, state)
+
+
+def decode_moments(
+  state: optax.OptState, codecs: dict[str, Codec]
+) -> optax.OptState:
+  """The state with quantised moments as float32."""
+
+  def decode(path: tuple[Any, ...], node: Any) -> Any:
+    # Bases and error buffers may be quantised too; their owners decode them.
+    if isinstance(node, QuantizedArray) and _codec_at(path, codecs):
+      return _dequantize(node)
+    return node
+
+  return jax.tree_util.tree_map_with_path(
+    decode, state, is_leaf=lambda node: isinstance(node, QuantizedArray)
+  )
+
+
+def quantize_moments(
+  inner: optax.GradientTransformation, bits: int, min_size: int = 4096
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the moments of `inner` in 8 or 4 bits between its steps.
+
+  They are decoded before a step and encoded after it; the step itself uses the
+  new moments before they are encoded. Moments are the float32 arrays below a
+  field ``mu``, ``nu`` or ``trace`` of a state, however deep inside `inner`.
+
+  In 8 bits all take `codecs.dynamic` codes in blocks of 256. In 4 bits,
+  in blocks of 128, ``mu`` and ``trace`` do, and ``nu`` takes
+  `codecs.linear`.
+
+  Args:
+    inner: Any transformation.
+    bits: 8, 4 or 32; 32 leaves `inner` as it is.
+    min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
+      ones stay float32, and those of parameters named ``scale`` or ``bias``. A
+      stack of vectors ``[layers, d]`` of another name is taken for a matrix.
+
+  Returns:
+    The wrapped transformation; each quantised moment of its state is a
+    `arrays.QuantizedArray`.
+
+  Raises:
+    ValueError: If `bits` is something else.
+
+  Examples:
+    >>> tx = quantize_moments(optax.scale_by_adam(), bits=8)
+    >>> state = tx.init({'kernel': jnp.ones((3, 64, 64)), 'bias': jnp.ones(64)})
+    >>> state.mu['kernel'].codes.shape, state.mu['kernel'].scale.shape
+    ((3, 64, 64), (3, 16))
+    >>> state.mu['bias'].dtype
+    dtype('float32')
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization`, 2021,
+    arXiv:2110.02861; Li et al., `Memory Efficient Optimizers with 4-bit
+    States`, 2023, arXiv:2309.01507.
+
+  Note:
+    bitsandbytes resets the two moments of an element whose gradient is not
+    finite; wrap the optimizer in `skip_nonfinite` instead. The 4-bit paper
+    scales second moments by rows and columns, here blocks of 128 do.
+
+    In bitsandbytes' code a second moment below 1.6e-7 of its block's largest
+    becomes 0, and should the next gradient of that element be as small, its
+    step is up to ``mu / eps``. Here it takes the first positive value; all
+    others keep bitsandbytes' codes.
+  """
+  if bits not in (32, *_CODECS):
+    raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')
+  inner_tx = optax.with_extra_args_support(inner)
+  if bits == 32:
+    return inner_tx
+  codecs = _CODECS[bits]
+
+  def init_fn(params: optax.Params) -> optax.OptState:
+    # Behind the barrier: XLA would spend seconds on folding constant moments.
+    state = inner_tx.init(params)
+    state = jax.lax.optimization_barrier(state)  # type: ignore[no-untyped-call]
+    return encode_moments(state, codecs, min_size)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = inner_tx.update(
+      updates, decode_moments(state, codecs), params, **extra_args
+    )
+    return updates, encode_moments(state, codecs, min_size)
+
+  if not isinstance(inner, SplitTransformation):
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  halves = inner
+
+  def project_fn(
+    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+  ) -> tuple[Any, optax.OptState]:
+    decoded = decode_moments(state, codecs)
+    small, new = halves.project_fn(grads, decoded, params, look)
+
+    def encode(old: Any, same: Any, node: Any) -> Any:
+      if node is same:
+        return old
+      # Bases may be quantised too, and are encoded already.
+      is_moment = isinstance(old, QuantizedArray) and isinstance(
+        node, jax.Array
+      )
+      return _requantize(node, old) if is_moment else node
+
+    encoded = jax.tree.map(
+      encode,
+      state,
+      decoded,
+      new,
+      is_leaf=lambda node: isinstance(node, QuantizedArray),
+    )
+    return small, encoded
+
+  def apply_fn(
+    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = halves.apply(
+      small, decode_moments(state, codecs), params, **extra_args
+    )
+    return updates, encode_moments(state, codecs, min_size)
+
+  return split(init_fn, project_fn, apply_fn, update_fn)

@@ -1,0 +1,1 @@
+"""Optimizers inside a low-rank subspace of the gradients."""

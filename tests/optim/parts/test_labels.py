@@ -1,0 +1,117 @@
+"""Labels: defaults, strict rules, and their errors."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gnlorp_jax.optim.parts.labels import assign, default_assignment, labels
+
+PARAMS = {
+  'embed': {'embedding': jnp.zeros((10, 4))},
+  'layers': {
+    'attn': {'q_proj': {'kernel': jnp.zeros((2, 4, 4))}},
+    'norm': {'scale': jnp.zeros((2, 4))},
+  },
+  'lm_head': {'kernel': jnp.zeros((4, 10))},
+  'dense': {'kernel': jnp.zeros((4, 6)), 'bias': jnp.zeros(6)},
+}
+
+
+def label_of(path, param_labels=None, params=PARAMS):
+  tree = labels(param_labels)(params)
+  for key in path.split('/'):
+    tree = tree[key]
+  return tree
+
+
+@pytest.mark.parametrize(
+  ('path', 'label'),
+  [
+    ('embed/embedding', 'full'),
+    ('layers/attn/q_proj/kernel', 'low_rank'),
+    ('layers/norm/scale', 'full'),
+    ('lm_head/kernel', 'full'),
+    ('dense/kernel', 'low_rank'),
+    ('dense/bias', 'full'),
+  ],
+)
+def test_default_projects_kernels_but_not_heads(path, label):
+  assert label_of(path) == label
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'label'),
+  [
+    ('MultiHeadAttention_0/q_proj/kernel', (2, 4, 4), 'low_rank'),
+    ('head/kernel', (4, 4), 'full'),
+    ('word_embeddings/kernel', (4, 4), 'full'),
+    ('LayerNorm_0/kernel', (4, 4), 'full'),
+    ('dense/kernel/value', (4, 4), 'low_rank'),  # A boxed parameter.
+    ('attn/query/kernel', (4, 2, 2), 'full'),  # Heads, or a stack?
+    ('conv/kernel', (3, 3, 4, 8), 'full'),
+    ('kernel', (4, 4), 'low_rank'),
+  ],
+)
+def test_default_reads_whole_names_and_shapes(name, shape, label):
+  assert default_assignment(name, shape).label == label
+
+
+def test_default_gives_reasons():
+  found = assign(PARAMS)
+  assert found['lm_head']['kernel'].reason == ("default: 'lm_head' in its name")
+  assert found['dense']['bias'].reason == (
+    "default: its name does not end in 'kernel'"
+  )
+  vector = assign({'kernel': jnp.zeros(3)})['kernel']
+  assert vector == ('full', 'default: 1 axis, no matrix')
+
+
+def test_first_matching_rule_decides():
+  rules = [('attn', 'frozen'), ('kernel', 'low_rank'), ('.*', 'full')]
+  assert label_of('layers/attn/q_proj/kernel', rules) == 'frozen'
+  assert label_of('lm_head/kernel', rules) == 'low_rank'
+  assert label_of('dense/bias', rules) == 'full'
+  assert assign(PARAMS, rules)['dense']['bias'].reason == "rule '.*'"
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    lambda params: jax.tree.map(lambda _: 'full', params),
+    {'embed': 'full', 'layers': 'full', 'lm_head': 'full', 'dense': 'full'},
+  ],
+)
+def test_functions_and_prefix_trees_of_labels_work(given):
+  assert label_of('layers/attn/q_proj/kernel', given) == 'full'
+
+
+@pytest.mark.parametrize(
+  ('rules', 'text'),
+  [
+    (
+      [('kernel', 'low_rank'), ('embed|scale', 'full')],
+      "No label rule matches the parameters ['dense/bias']. Rules: "
+      "[('kernel', 'low_rank'), ('embed|scale', 'full')]. Add one for them, or "
+      "('.*', 'full') as the last rule.",
+    ),
+    (
+      [('atn', 'low_rank'), ('.*', 'full')],
+      "The label rule ('atn', 'low_rank') decides about no parameter: no path "
+      'contains it, or earlier rules took all that do. Remove it, move it up, '
+      'or correct its regex. Similar paths: ',
+    ),
+    (
+      [('.*', 'full'), ('attn', 'low_rank')],
+      "The label rule ('attn', 'low_rank') decides about no parameter",
+    ),
+    (
+      [('.*', 'lowrank')],
+      "Unknown label 'lowrank' for parameter 'dense/bias'; expected one of "
+      "('low_rank', 'full', 'frozen').",
+    ),
+  ],
+)
+def test_rules_that_do_not_fit_are_errors(rules, text):
+  with pytest.raises(ValueError) as error:
+    assign(PARAMS, rules)
+  assert str(error.value).startswith(text)
