@@ -183,9 +183,14 @@ def _builder(
   options = _arguments(config, inspect.signature(alias).parameters)
 
   def build(learning_rate: optax.ScalarOrSchedule) -> Any:
-    # The training step leaves out bad steps itself.
+    # The training step leaves out bad steps itself, and rounds the sum of
+    # parameter and update once.
     tx = alias(
-      learning_rate, param_labels=rules, skip_nonfinite=False, **options
+      learning_rate,
+      param_labels=rules,
+      skip_nonfinite=False,
+      update_dtype=jnp.float32,
+      **options,
     )
     if config.stochastic_rounding:
       tx = optim.split.chain(tx, optim.stochastic_rounding())
@@ -208,6 +213,9 @@ def _arguments(config: OptimConfig, accepted: Any) -> dict[str, Any]:
       options['lazy_refresh'] = optim.LazyRefresh(
         similarity=config.lazy_refresh
       )
+  # The bits of a method are those of embeddings too.
+  bits = config.moment_bits or accepted['moment_bits'].default
+  options['moment_bits'] = (('.*', bits),)
   if config.error_bits == 0:
     options['error_bits'] = None
   if config.solver is not None:

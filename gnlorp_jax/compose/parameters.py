@@ -19,7 +19,8 @@ from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.interface import Model
-from gnlorp_jax.optim.parts.labels import Assignment, assign, path_name
+from gnlorp_jax.optim.parts.labels import Assignment, assign
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import parameters, sharding
 
 Params = dict[str, Any]

@@ -17,7 +17,7 @@ from gnlorp_jax.compose.settings import (
 )
 from gnlorp_jax.models import adapters, layers
 from gnlorp_jax.models.interface import Model
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import forward, layerwise, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
 from gnlorp_jax.training.monitor import Instruments

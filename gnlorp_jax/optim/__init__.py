@@ -22,7 +22,11 @@ from gnlorp_jax.optim.methods.vlorp import vlorp
 from gnlorp_jax.optim.parts import split
 from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
 from gnlorp_jax.optim.parts.adam import descend, scale_by_adam
-from gnlorp_jax.optim.parts.kernel_axes import with_kernel_axes
+from gnlorp_jax.optim.parts.decay_mask import spare_norms_and_biases
+from gnlorp_jax.optim.parts.kernel_axes import (
+  WeightDimensionNumbers,
+  with_kernel_axes,
+)
 from gnlorp_jax.optim.parts.nonfinite import skip_nonfinite
 from gnlorp_jax.optim.parts.norm_growth import initial_norm, limit_norm_growth
 from gnlorp_jax.optim.parts.weight_norm import with_weight_norm
@@ -42,6 +46,7 @@ __all__ = [
   'LowRankState',
   'Projection',
   'Recovery',
+  'WeightDimensionNumbers',
   'adamw',
   'apollo',
   'apollo_mini',
@@ -69,6 +74,7 @@ __all__ = [
   'scale_by_fira',
   'scale_by_ldadam',
   'skip_nonfinite',
+  'spare_norms_and_biases',
   'split',
   'stochastic_rounding',
   'vlorp',

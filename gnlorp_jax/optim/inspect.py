@@ -4,6 +4,7 @@ Everything is read from the state itself, so it works for any optimizer that
 contains the parts of this package, inside a user's own `optax.chain` too.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,10 +15,27 @@ import optax
 
 from gnlorp_jax.optim.methods.ldadam import LDAdamState
 from gnlorp_jax.optim.parts import labels
+from gnlorp_jax.optim.parts.boundary import axes_by_rules
+from gnlorp_jax.optim.parts.kernel_axes import (
+  DimensionNumbers,
+  KernelAxes,
+  MatrixAxes,
+)
 from gnlorp_jax.optim.parts.nonfinite import SkipNonfiniteState
+from gnlorp_jax.optim.parts.plain import (
+  arrays,
+  content,
+  is_box,
+  keys_and_children,
+  path_name,
+  plain,
+)
+from gnlorp_jax.optim.parts.state_axes import Owned, owned
 from gnlorp_jax.optim.projections.base import Basis
 from gnlorp_jax.optim.subspace.low_rank import LowRankState
 from gnlorp_jax.optim.subspace.sides import Subspace
+
+_logger = logging.getLogger(__name__)
 
 # Fields of optimizer states, and what a person calls them.
 _COMPONENTS = {
@@ -29,6 +47,11 @@ _COMPONENTS = {
 
 def _bytes(leaf: Any) -> int:
   return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _contents(state: optax.OptState) -> optax.OptState:
+  """A state without the boxes that its arrays may lie in."""
+  return jax.tree.map(content, state, is_leaf=is_box)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -47,7 +70,7 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
     ``other`` (counts, statistics).
   """
   total = {'moments': 0, 'bases': 0, 'errors': 0, 'other': 0}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(_contents(opt_state)):
     fields = [getattr(key, 'name', None) for key in path]
     component = next(
       (_COMPONENTS[f] for f in fields if f in _COMPONENTS), 'other'
@@ -58,7 +81,7 @@ def state_bytes(opt_state: optax.OptState) -> dict[str, int]:
 
 def _states_of(opt_state: optax.OptState, *kind: type) -> Iterator[Any]:
   for node in jax.tree.leaves(
-    opt_state, is_leaf=lambda node: isinstance(node, kind)
+    _contents(opt_state), is_leaf=lambda node: isinstance(node, kind)
   ):
     if isinstance(node, kind):
       yield node
@@ -128,7 +151,7 @@ def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
     for path, subspace in jax.tree_util.tree_leaves_with_path(
       state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
     ):
-      yield labels.path_name(path), subspace
+      yield path_name(path), subspace
 
 
 def _rank(basis: Basis) -> int:
@@ -157,52 +180,61 @@ def report(
   params: optax.Params,
   tx: optax.GradientTransformation,
   param_labels: labels.ParamLabels | None = None,
+  *,
+  kernel_axes: KernelAxes = (),
+  weight_dimension_numbers: DimensionNumbers | None = None,
 ) -> list[ReportRow]:
   """Dry run: what `tx` would do with every parameter, and why.
 
-  Nothing is allocated: only shapes are computed.
+  Nothing is allocated: only shapes are computed. Projected parameters whose
+  state is larger than AdamW's would be are logged as a warning.
 
   Args:
     params: Parameters, or their shapes.
-    tx: An alias of this package, or a chain that holds one.
+    tx: An alias of this package, or a chain or partition that holds one.
     param_labels: The labels `tx` was built with.
+    kernel_axes: The same of its rules about axes.
+    weight_dimension_numbers: The same of its dimension numbers.
 
   Returns:
-    One row per parameter, in the order of the tree. `format_report` makes a
-    table of them.
+    One row per parameter, in the order of the plain tree. `format_report` makes
+    a table of them. The label of a parameter that another optimizer of a
+    partition has is ``other``.
 
   Raises:
     ValueError: As `labels.assign`, and if the labels are seen not to be those
       of `tx`.
   """
-  shapes = jax.eval_shape(lambda p: p, params)
-  opt_state = jax.eval_shape(tx.init, shapes)
-  held: dict[str, list[Any]] = {}
+  shapes = jax.eval_shape(lambda p: arrays(plain(p)), params)
+  opt_state = _contents(jax.eval_shape(tx.init, shapes))
   paths = jax.tree_util.tree_leaves_with_path(shapes)
-  keys = {path: labels.path_name(path) for path, _ in paths}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-    owner = _owner(path, keys)
-    if owner is not None:
-      held.setdefault(owner, []).append(leaf)
-  subspaces = dict(_subspaces(opt_state))
-  assigned = jax.tree.leaves(
-    labels.assign(shapes, param_labels),
-    is_leaf=lambda x: isinstance(x, labels.Assignment),
+  held: list[list[Owned]] = [[] for _ in paths]
+  for array in owned(opt_state, shapes):
+    if array.owner is not None:
+      held[array.owner].append(array)
+  treatments = [_treatment(found) for found in held]
+  others = _has_other_optimizers(opt_state)
+  assigned = _assigned(
+    shapes, treatments, param_labels, weight_dimension_numbers, others
   )
+  subspaces = dict(_subspaces(opt_state))
+  axes = axes_by_rules(kernel_axes, weight_dimension_numbers)(shapes)
   rows = []
-  for (path, leaf), assignment in zip(paths, assigned, strict=True):
-    name = keys[path]
-    owned = held.get(name, [])
+  for (path, leaf), found, (label, reason), matrix in zip(
+    paths, held, assigned, axes, strict=True
+  ):
+    name = path_name(path)
     bases = subspaces[name].basis if name in subspaces else {}
-    label = assignment.label
-    if (bases and label != 'low_rank') or bool(owned) == (label == 'frozen'):
+    wrong = (bases and label != 'low_rank') or bool(found) == (
+      label == 'frozen'
+    )
+    if wrong and label != 'other':
       raise ValueError(
         f'param_labels call {name!r} {label!r}, but tx treats it otherwise. '
         'Give report() the param_labels that tx was built with.'
       )
     rank = min(map(_rank, bases.values()), default=None)
-    reason = assignment.reason
-    if rank is not None and rank >= min(leaf.shape[-2:]):
+    if rank is not None and rank >= min(_matrix_shape(leaf, matrix)[-2:]):
       reason += '; rank fills the shorter axis: nothing is compressed there'
     rows.append(
       ReportRow(
@@ -211,23 +243,89 @@ def report(
         label=label,
         rank=rank,
         side='+'.join(bases),
-        state_bytes=tree_bytes(owned),
+        state_bytes=tree_bytes([array.leaf for array in found]),
         adamw_bytes=8 * math.prod(leaf.shape),
         reason=reason,
       )
     )
+  _warn_of_large_states(rows)
   return rows
 
 
-def _owner(path: tuple[Any, ...], keys: dict[Any, str]) -> str | None:
-  """The parameter whose path stands inside the path of a state leaf."""
-  best = None
-  for key, name in keys.items():
-    n = len(key)
-    if any(path[i : i + n] == key for i in range(len(path) - n + 1)):
-      if best is None or n > best[0]:
-        best = (n, name)
-  return best[1] if best else None
+def _treatment(found: list[Owned]) -> str | None:
+  """The label under which an alias holds arrays; ``other`` if none does."""
+  if not found:
+    return None
+  fields = {field for array in found for field in array.outer}
+  return next((one for one in ('low_rank', 'full') if one in fields), 'other')
+
+
+def _has_other_optimizers(opt_state: optax.OptState) -> bool:
+  """Whether a partition has parts that are none of this package's labels."""
+  return any(
+    not set(state.inner_states) <= set(labels.LABELS)
+    for state in _partitions(opt_state)
+  )
+
+
+def _partitions(node: Any) -> Iterator[Any]:
+  """All states of partitions, those within others too."""
+  if isinstance(node, optax.PartitionState):
+    yield node
+  for _, child in keys_and_children(node) or ():
+    yield from _partitions(child)
+
+
+def _assigned(
+  shapes: optax.Params,
+  treatments: list[str | None],
+  param_labels: labels.ParamLabels | None,
+  weight_dimension_numbers: DimensionNumbers | None,
+  others: bool,
+) -> list[labels.Assignment]:
+  """Label and reason of every parameter, in the order of the leaves."""
+  is_other = [
+    treatment == 'other' or (others and treatment is None)
+    for treatment in treatments
+  ]
+  structure: Any = jax.tree.structure(shapes)
+  seen = structure.unflatten(
+    optax.MaskedNode() if other else leaf
+    for other, leaf in zip(is_other, jax.tree.leaves(shapes), strict=True)
+  )
+  found = labels.assign(
+    seen,
+    param_labels,
+    weight_dimension_numbers=weight_dimension_numbers,
+    is_part=any(is_other),
+  )
+  reasons = iter(
+    jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, labels.Assignment))
+  )
+  elsewhere = labels.Assignment(
+    'other', 'another part of the partition, or frozen'
+  )
+  return [elsewhere if other else next(reasons) for other in is_other]
+
+
+def _matrix_shape(leaf: Any, axes: MatrixAxes | None) -> tuple[int, ...]:
+  return leaf.shape if axes is None else axes.shape(leaf.shape)
+
+
+def _warn_of_large_states(rows: list[ReportRow]) -> None:
+  large = [
+    f'{row.name!r} {list(row.shape)}'
+    for row in rows
+    if row.label == 'low_rank' and row.state_bytes > row.adamw_bytes
+  ]
+  if large:
+    _logger.warning(
+      'The low-rank states of %s are larger than those of AdamW would be: rank '
+      'is too high for these shapes, or they are not the stacks of matrices '
+      "[*, in, out] they are taken for. Label them 'full', or give kernel_axes "
+      'or weight_dimension_numbers.',
+      ', '.join(large),
+    )
 
 
 def format_report(rows: list[ReportRow]) -> str:
@@ -251,8 +349,9 @@ def format_report(rows: list[ReportRow]) -> str:
   total = sum(row.state_bytes for row in rows)
   adamw = sum(row.adamw_bytes for row in rows)
   more_or_less = 'less' if total <= adamw else 'more'
-  saved = f'{abs(1 - total / adamw):.1%} {more_or_less} than AdamW'
-  saved = saved if adamw else ''
+  saved = ''
+  if adamw:
+    saved = f'{abs(1 - total / adamw):.1%} {more_or_less} than AdamW'
   sums = (format_bytes(total), format_bytes(adamw), saved)
   cells.append(('total', '', '', '', '', *sums))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -17,7 +17,7 @@ from gnlorp_jax.compose.settings import (
   StepConfig,
 )
 from gnlorp_jax.models import hf, llama, roberta
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from gnlorp_jax.training import sharding

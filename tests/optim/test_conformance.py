@@ -446,14 +446,16 @@ def test_buffers_are_distinct_and_overwritten(name):
 
 
 @every_variant
-def test_bfloat16_parameters_have_float32_updates_and_states(name):
+def test_bfloat16_parameters_have_float32_states_and_updates_of_choice(name):
   tx, state, _ = compiled(name)
   params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
   # The arguments are for other links of a user's chain.
   update = functools.partial(tx.update, value=1.0, nobody_knows=2)
   updates, after = jax.eval_shape(update, params, state, params)
   assert jax.tree.structure(updates) == jax.tree.structure(params)
-  del updates['frozen']
+  assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype('bfloat16')}
+  unrounded = build(name, update_dtype=jnp.float32).update
+  updates, _ = jax.eval_shape(unrounded, params, state, params)
   assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype('float32')}
   assert types(jax.eval_shape(tx.init, params)) == types(state)
   assert types(after) == types(state)

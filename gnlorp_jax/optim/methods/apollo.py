@@ -7,7 +7,7 @@ Leading axes `[*]` stack matrices; each has norms of its own.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,20 @@ import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.fira import channel_ratios, length_ratio
-from gnlorp_jax.optim.parts.adam import (
-  DecayOrder,
-  scale_by_adam,
-  scale_by_bias_correction,
+from gnlorp_jax.optim.methods.options import (
+  AdamOptions,
+  SubspaceOptions,
+  WeightNormOptions,
+  pick,
+  with_options,
 )
+from gnlorp_jax.optim.parts.adam import scale_by_adam, scale_by_bias_correction
 from gnlorp_jax.optim.parts.checks import check_choice, check_interval
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels
 from gnlorp_jax.optim.parts.norm_growth import limiter
-from gnlorp_jax.optim.projections import Projection
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
   with_low_rank_projection,
 )
-from gnlorp_jax.optim.subspace.sides import Side
 
 Granularity = Literal['channel', 'tensor']
 
@@ -91,6 +90,15 @@ def apollo_recovery(
   return Recovery(limit.init, apply)
 
 
+class ApolloSubspace(AdamOptions, SubspaceOptions, total=False):
+  """The shared keywords of `scale_by_apollo`."""
+
+
+class ApolloOptions(ApolloSubspace, WeightNormOptions, total=False):
+  """The shared keywords of `apollo`."""
+
+
+@with_options(eps=1e-6, projection='random')
 def scale_by_apollo(
   rank: int = 128,
   update_proj_gap: int = 200,
@@ -99,17 +107,27 @@ def scale_by_apollo(
   granularity: Granularity = 'channel',
   scale_front: bool = False,
   norm_growth_limit: float | None = 1.01,
-  projection: str | Projection = 'random',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
+  **options: Unpack[ApolloSubspace],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO's direction for kernels, of full rank with moments of low rank.
 
-  The arguments are those of `apollo`; learning rate and decay follow in
-  `descend`.
+  Learning rate and decay follow in `descend`.
+
+  Args:
+    update_proj_gap: Steps between two refreshes of a projection, at least 1; a
+      refresh draws a new one.
+    scale: Its square root multiplies the update of projected kernels, >= 0.
+    granularity: ``channel`` scales each channel of the longer axis by itself,
+      ``tensor`` each matrix.
+    scale_front: Whether the root of `scale` stands before the limiter, or
+      behind.
+    norm_growth_limit: Factor by which the norm of a matrix's update may grow in
+      a step, at least 1; None lets it grow.
+    projection: Name of a module of `projections` (``random``, ``svd``,
+      ``dct``), or a `Projection`; ``svd`` takes GaLore's subspace.
+    side: ``short``, ``long``, ``in`` or ``out``, see `compressed_axes`.
+    eps: Added to the root of the second moments, at least 0; the bias
+      corrections do not touch it (``hf``).
 
   Returns:
     A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
@@ -118,23 +136,25 @@ def scale_by_apollo(
     ValueError: As `with_low_rank_projection`, `scale_by_adam` and
       `apollo_recovery`.
   """
+  adam = pick(options, AdamOptions)
   return optax.chain(
     with_low_rank_projection(
-      scale_by_adam(b1, b2, eps, bias_correction=False),
+      scale_by_adam(**adam, bias_correction=False),
       rank,
       update_proj_gap,
-      projection=projection,
-      side=side,
-      spread_refreshes=spread_refreshes,
       recovery=apollo_recovery(
         scale, granularity, scale_front, norm_growth_limit
       ),
+      **pick(options, SubspaceOptions),
     ),
     # Behind the recovery: public code limits the norm before the correction.
-    scale_by_bias_correction(b1, b2),
+    scale_by_bias_correction(adam['b1'], adam['b2']),
   )
 
 
+@with_options(
+  scale_by_apollo, eps=1e-6, projection='random', decay_order='after'
+)
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,
@@ -144,52 +164,15 @@ def apollo(
   granularity: Granularity = 'channel',
   scale_front: bool = False,
   norm_growth_limit: float | None = 1.01,
-  projection: str | Projection = 'random',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'after',
-  weight_norm: bool = False,
-  moment_bits: int = 32,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[ApolloOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO: gradients scaled channel by channel, without any SVD.
 
   Adam runs on a random projection of the gradient and only tells how long each
   channel of the update should be; its direction is the raw gradient's.
 
-  Args:
-    learning_rate: A number or an Optax schedule.
-    rank: As in `gradnormlorp`.
-    update_proj_gap: As in `gradnormlorp`; a refresh draws a new projection.
-    scale: Its square root multiplies the update of projected kernels, >= 0.
-    granularity: ``channel`` scales each channel of the longer axis by itself,
-      ``tensor`` each matrix.
-    scale_front: Whether the root of `scale` stands before the limiter, or
-      behind.
-    norm_growth_limit: Factor by which the norm of a matrix's update may grow in
-      a step, at least 1; None lets it grow.
-    projection: As in `gradnormlorp`; ``svd`` takes GaLore's subspace.
-    side: As in `gradnormlorp`, but not ``both``.
-    spread_refreshes: As in `gradnormlorp`.
-    b1: As in `gradnormlorp`.
-    b2: As in `gradnormlorp`.
-    eps: As in `gradnormlorp`; the bias corrections do not touch it (``hf``).
-    weight_decay: Decoupled decay of all weights, at least 0.
-    decay_order: ``after`` or ``before``, see `descend`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
-
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `gradnormlorp`; also if `granularity` is unknown, if `scale`
@@ -217,20 +200,9 @@ def apollo(
       granularity=granularity,
       scale_front=scale_front,
       norm_growth_limit=norm_growth_limit,
-      projection=projection,
-      side=side,
-      spread_refreshes=spread_refreshes,
-      b1=b1,
-      b2=b2,
-      eps=eps,
+      **pick(options, ApolloSubspace),
     ),
-    scale_by_adam(b1, b2, eps, eps_mode='hf'),
+    scale_by_adam(**pick(options, AdamOptions), eps_mode='hf'),
     learning_rate,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
+    **pick(options, WeightNormOptions),
   )

@@ -1,10 +1,11 @@
 """From the directions of a method to a complete optimizer.
 
 What all aliases have in common stands here: labels, weight normalisation,
-learning rate and decay, quantised moments, and the guard against gradients that
-are not finite.
+learning rate and decay, quantised moments, the guard against gradients that are
+not finite, and whatever trees and meshes users have.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,23 @@ import optax
 
 from gnlorp_jax.optim.parts import nonfinite
 from gnlorp_jax.optim.parts.adam import DecayOrder, descend
-from gnlorp_jax.optim.parts.checks import check_interval, check_static
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes, with_kernel_axes
-from gnlorp_jax.optim.parts.labels import ParamLabels, labels
+from gnlorp_jax.optim.parts.boundary import axes_by_rules, for_any_tree
+from gnlorp_jax.optim.parts.checks import check_interval
+from gnlorp_jax.optim.parts.kernel_axes import (
+  DimensionNumbers,
+  KernelAxes,
+  with_kernel_axes,
+)
+from gnlorp_jax.optim.parts.labels import EMBEDDINGS, ParamLabels, labels
+from gnlorp_jax.optim.parts.plain import plain
 from gnlorp_jax.optim.parts.split import chain, partition
+from gnlorp_jax.optim.parts.update_dtype import with_update_dtype
 from gnlorp_jax.optim.parts.weight_norm import NormState, with_weight_norm
-from gnlorp_jax.optim.quantized.moments import quantize_moments
+from gnlorp_jax.optim.quantized.moments import (
+  MomentBits,
+  check_moment_bits,
+  quantize_moments,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,13 +42,16 @@ def assemble(
   learning_rate: optax.ScalarOrSchedule,
   *,
   weight_decay: float = 0.0,
+  weight_decay_mask: Any = None,
   decay_order: DecayOrder = 'before',
   weight_norm: bool = False,
   norm_state: NormState = 'synced',
-  moment_bits: int = 32,
+  moment_bits: MomentBits = 32,
   param_labels: ParamLabels | None = None,
   kernel_axes: KernelAxes = (),
+  weight_dimension_numbers: DimensionNumbers | None = None,
   skip_nonfinite: bool = True,
+  update_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Makes an optimizer of two directions, that of kernels and that of the rest.
 
@@ -46,51 +61,84 @@ def assemble(
     full: Direction of the parameters labelled ``full`` and, under weight
       normalisation, of the magnitudes.
     learning_rate: A number or an Optax schedule.
-    weight_decay: Decoupled decay of all weights, at least 0.
+    weight_decay: Decoupled decay of the weights, at least 0.
+    weight_decay_mask: Which parameters decay, see `options.ShellOptions`.
     decay_order: ``before`` or ``after`` the step, see `descend`.
     weight_norm: Whether kernels move as magnitude times direction, see
       `with_weight_norm`; their decay then acts on the magnitude.
     norm_state: ``synced`` or ``tracked``, see `with_weight_norm`.
-    moment_bits: 32, 8 or 4 bits for every element of the moments, see
-      `quantize_moments`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
+    moment_bits: Bits of the moments, see `options.ShellOptions`.
+    param_labels: Which parameter is ``low_rank``, ``full`` or ``frozen``, see
+      `labels.assign`.
+    kernel_axes: Rules about the axes of kernels, see `with_kernel_axes`.
+    weight_dimension_numbers: The same as dimension numbers.
+    skip_nonfinite: Whether to guard against gradients that are not finite.
+    update_dtype: Dtype of the updates, see `with_update_dtype`.
 
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: If an argument is out of its interval or unknown; at `init`, if
       the labels do not fit the parameters.
   """
-  check_static('moment_bits', moment_bits)
-  if moment_bits not in (32, 8, 4):
-    raise ValueError(f'moment_bits must be 32, 8 or 4, got {moment_bits!r}.')
+  check_moment_bits(moment_bits)
   check_interval('weight_decay', weight_decay, 0, float('inf'))
-  step = descend(learning_rate, weight_decay, decay_order=decay_order)
-  init_labels = labels(param_labels)
+  mask = weight_decay_mask
+  mask = mask if mask is None or callable(mask) else plain(mask)
+  step = descend(
+    learning_rate, weight_decay, decay_order=decay_order, mask=mask
+  )
+  find_labels = functools.partial(
+    labels, param_labels, weight_dimension_numbers=weight_dimension_numbers
+  )
+  init_labels = find_labels()
   if low_rank is None:
-    low_rank = full
+    low_rank = optax.chain(full, step)
   else:
     init_labels = _warn_without_kernels(init_labels)
-  full = optax.chain(full, step)
-  if weight_norm:
-    # W = g v / |v| does not depend on the length of v: only g decays.
-    direction = chain(low_rank, descend(learning_rate))
-    low_rank = with_weight_norm(direction, full, norm_state=norm_state)
-  else:
-    low_rank = chain(low_rank, step)
+    low_rank = with_kernel_axes(
+      _of_kernels(low_rank, full, step, learning_rate, weight_norm, norm_state),
+      kernel_axes,
+      weight_dimension_numbers,
+    )
   transforms = {
-    'low_rank': with_kernel_axes(low_rank, kernel_axes),
-    'full': full,
+    'low_rank': low_rank,
+    'full': optax.chain(full, step),
     'frozen': optax.set_to_zero(),
   }
-  tx = quantize_moments(
-    partition(transforms, init_labels, labels(param_labels, is_part=True)),
-    moment_bits,
+  tx = partition(transforms, init_labels, find_labels(is_part=True))
+  tx = quantize_moments(tx, _bits_by_name(moment_bits))
+  tx = with_update_dtype(tx, update_dtype)
+  if skip_nonfinite:
+    tx = nonfinite.skip_nonfinite(tx)
+  return for_any_tree(tx, axes_by_rules(kernel_axes, weight_dimension_numbers))
+
+
+def _of_kernels(
+  direction: optax.GradientTransformation,
+  full: optax.GradientTransformation,
+  step: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_norm: bool,
+  norm_state: NormState,
+) -> optax.GradientTransformation:
+  """The optimizer of kernels: whole, or of their magnitudes and directions."""
+  if not weight_norm:
+    return chain(direction, step)
+  # W = g v / |v| does not depend on the length of v: only g decays.
+  return with_weight_norm(
+    chain(direction, descend(learning_rate)),
+    optax.chain(full, step),
+    norm_state=norm_state,
   )
-  return nonfinite.skip_nonfinite(tx) if skip_nonfinite else tx
+
+
+def _bits_by_name(bits: MomentBits) -> MomentBits:
+  """Bits of all moments as rules, by which those of embeddings stay float32."""
+  if bits == 32 or not isinstance(bits, int):
+    return bits
+  return [(EMBEDDINGS, 32), ('.*', bits)]
 
 
 def _warn_without_kernels(

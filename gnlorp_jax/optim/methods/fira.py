@@ -7,28 +7,27 @@ Leading axes `[*]` stack matrices; each has norms of its own.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.parts.adam import (
-  DecayOrder,
-  scale_by_adam,
-  scale_by_bias_correction,
+from gnlorp_jax.optim.methods.options import (
+  AdamOptions,
+  SubspaceOptions,
+  WeightNormOptions,
+  pick,
+  with_options,
 )
+from gnlorp_jax.optim.parts.adam import scale_by_adam, scale_by_bias_correction
 from gnlorp_jax.optim.parts.checks import check_choice
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels
 from gnlorp_jax.optim.parts.norm_growth import limiter
-from gnlorp_jax.optim.projections import Projection
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
   with_low_rank_projection,
 )
-from gnlorp_jax.optim.subspace.sides import Side
 
 ScalePlacement = Literal['unscaled', 'scaled']
 
@@ -123,6 +122,15 @@ def fira_recovery(
   return Recovery(limit.init, apply)
 
 
+class FiraSubspace(AdamOptions, SubspaceOptions, total=False):
+  """The shared keywords of `scale_by_fira`."""
+
+
+class FiraOptions(FiraSubspace, WeightNormOptions, total=False):
+  """The shared keywords of `fira`."""
+
+
+@with_options(eps=1e-6)
 def scale_by_fira(
   rank: int = 128,
   update_proj_gap: int = 200,
@@ -130,17 +138,20 @@ def scale_by_fira(
   *,
   scale_placement: ScalePlacement = 'unscaled',
   norm_growth_limit: float | None = 1.01,
-  projection: str | Projection = 'svd',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
+  **options: Unpack[FiraSubspace],
 ) -> optax.GradientTransformationExtraArgs:
   """Fira's direction for kernels, of full rank with moments of low rank.
 
-  The arguments are those of `fira`; learning rate and decay follow in
-  `descend`.
+  Learning rate and decay follow in `descend`.
+
+  Args:
+    scale_placement: ``scaled`` multiplies the rest of the gradient by `scale`
+      too; ``unscaled`` does not, see `fira_recovery`.
+    norm_growth_limit: Factor by which the norm of that rest may grow in a step,
+      at least 1; None lets it grow.
+    side: ``short``, ``long``, ``in`` or ``out``, see `compressed_axes`.
+    eps: Added to the root of the second moments, at least 0; the bias
+      corrections do not touch it (``hf``).
 
   Returns:
     A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
@@ -149,21 +160,21 @@ def scale_by_fira(
     ValueError: As `with_low_rank_projection`, `scale_by_adam` and
       `fira_recovery`.
   """
+  adam = pick(options, AdamOptions)
   return optax.chain(
     with_low_rank_projection(
-      scale_by_adam(b1, b2, eps, bias_correction=False),
+      scale_by_adam(**adam, bias_correction=False),
       rank,
       update_proj_gap,
-      projection=projection,
-      side=side,
-      spread_refreshes=spread_refreshes,
       recovery=fira_recovery(scale, scale_placement, norm_growth_limit),
+      **pick(options, SubspaceOptions),
     ),
     # Behind the recovery: public code limits the norm before the correction.
-    scale_by_bias_correction(b1, b2),
+    scale_by_bias_correction(adam['b1'], adam['b2']),
   )
 
 
+@with_options(scale_by_fira, eps=1e-6, decay_order='after')
 def fira(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,
@@ -172,19 +183,7 @@ def fira(
   *,
   scale_placement: ScalePlacement = 'unscaled',
   norm_growth_limit: float | None = 1.01,
-  projection: str | Projection = 'svd',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'after',
-  weight_norm: bool = False,
-  moment_bits: int = 32,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[FiraOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """Fira: full-rank updates with the moments of GaLore.
 
@@ -192,31 +191,8 @@ def fira(
   by channel, as Adam scales the part inside; a limiter on the growth of its
   norm keeps it from spiking.
 
-  Args:
-    learning_rate: A number or an Optax schedule.
-    rank: As in `gradnormlorp`.
-    update_proj_gap: As in `gradnormlorp`.
-    scale: Multiplies the expanded update of projected kernels.
-    scale_placement: ``scaled`` multiplies the rest of the gradient by `scale`
-      too; ``unscaled`` does not, see `fira_recovery`.
-    norm_growth_limit: Factor by which the norm of that rest may grow in a step,
-      at least 1; None lets it grow.
-    projection: As in `gradnormlorp`.
-    side: As in `gradnormlorp`, but not ``both``.
-    spread_refreshes: As in `gradnormlorp`.
-    b1: As in `gradnormlorp`.
-    b2: As in `gradnormlorp`.
-    eps: As in `gradnormlorp`; the bias corrections do not touch it (``hf``).
-    weight_decay: Decoupled decay of all weights, at least 0.
-    decay_order: ``after`` or ``before``, see `descend`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
-
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `gradnormlorp`; also if `scale_placement` is unknown, if
@@ -243,20 +219,9 @@ def fira(
       scale,
       scale_placement=scale_placement,
       norm_growth_limit=norm_growth_limit,
-      projection=projection,
-      side=side,
-      spread_refreshes=spread_refreshes,
-      b1=b1,
-      b2=b2,
-      eps=eps,
+      **pick(options, FiraSubspace),
     ),
-    scale_by_adam(b1, b2, eps, eps_mode='hf'),
+    scale_by_adam(**pick(options, AdamOptions), eps_mode='hf'),
     learning_rate,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
+    **pick(options, WeightNormOptions),
   )

@@ -1,71 +1,49 @@
 """GaLore with Adafactor in the subspace."""
 
 import functools
+from typing import Unpack
 
 import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
-from gnlorp_jax.optim.parts.adam import DecayOrder
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels
-from gnlorp_jax.optim.projections import Projection
-from gnlorp_jax.optim.subspace.lazy import (
-  LazyRefresh,
+from gnlorp_jax.optim.methods.options import (
+  RefreshOptions,
+  WeightNormOptions,
+  pick,
+  with_options,
 )
+from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
 from gnlorp_jax.optim.subspace.low_rank import with_low_rank_projection
-from gnlorp_jax.optim.subspace.sides import Side
 
 
+class GaloreAdafactorOptions(RefreshOptions, WeightNormOptions, total=False):
+  """The shared keywords of `galore_adafactor`."""
+
+
+@with_options()
 def galore_adafactor(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,
   update_proj_gap: int = 200,
   scale: float = 0.25,
   *,
-  projection: str | Projection = 'svd',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  basis_bits: int = 32,
-  lazy_refresh: LazyRefresh | None = None,
   b1: float | None = None,
   decay_rate: float = 0.8,
   eps: float = 1e-30,
   clip_threshold: float = 1.0,
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'before',
-  weight_norm: bool = False,
-  moment_bits: int = 32,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[GaloreAdafactorOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with Adafactor: second moments of one number per row and column.
 
   Args:
-    learning_rate: A number or an Optax schedule.
-    rank: As in `gradnormlorp`.
-    update_proj_gap: As in `gradnormlorp`.
-    scale: Multiplies the expanded update of projected kernels.
-    projection: As in `gradnormlorp`.
-    side: As in `gradnormlorp`.
-    spread_refreshes: As in `gradnormlorp`.
-    basis_bits: As in `gradnormlorp`.
-    lazy_refresh: As in `gradnormlorp`.
     b1: Decay of a first moment, in [0, 1); None keeps none.
-    decay_rate: As in `scale_by_adafactor`.
-    eps: As in `scale_by_adafactor`.
-    clip_threshold: As in `scale_by_adafactor`.
-    weight_decay: Decoupled decay of all weights, at least 0.
-    decay_order: ``before`` or ``after``, see `descend`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
+    decay_rate: How fast the second moments forget, positive; at step t their
+      new share is t to the minus that.
+    eps: Added to the squared gradient, positive.
+    clip_threshold: Largest root mean square of a matrix's direction, positive.
 
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `gradnormlorp` and `scale_by_adafactor`.
@@ -92,19 +70,9 @@ def galore_adafactor(
       rank,
       update_proj_gap,
       scale,
-      projection=projection,
-      side=side,
-      spread_refreshes=spread_refreshes,
-      basis_bits=basis_bits,
-      lazy_refresh=lazy_refresh,
+      **pick(options, RefreshOptions),
     ),
     adafactor(),
     learning_rate,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
+    **pick(options, WeightNormOptions),
   )

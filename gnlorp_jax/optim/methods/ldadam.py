@@ -7,21 +7,26 @@ Shape suffixes in this file:
 Leading axes stack matrices, each with a subspace of its own.
 """
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.parts.adam import DecayOrder, scale_by_adam
+from gnlorp_jax.optim.methods.options import (
+  AdamOptions,
+  WeightNormOptions,
+  pick,
+  with_options,
+)
+from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import (
   check_choice,
   check_int,
   check_interval,
 )
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels, path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.projections.svd import (
   cholesky_qr,
   orthonormalise,
@@ -360,6 +365,11 @@ def _compressed_axis(shape: tuple[int, ...], side: Side) -> str:
   return axis
 
 
+class LDAdamOptions(AdamOptions, WeightNormOptions, total=False):
+  """The shared keywords of `ldadam`."""
+
+
+@with_options(b1=0.908, b2=0.99)
 def ldadam(
   learning_rate: optax.ScalarOrSchedule = 1e-3,
   rank: int = 16,
@@ -367,16 +377,7 @@ def ldadam(
   rho: float = 0.908,
   error_bits: int | None = 32,
   side: Side = 'short',
-  b1: float = 0.908,
-  b2: float = 0.99,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'before',
-  weight_norm: bool = False,
-  moment_bits: int = 32,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[LDAdamOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """LDAdam: Adam in a subspace that turns a little at every step.
 
@@ -385,25 +386,15 @@ def ldadam(
   is added to the next one.
 
   Args:
-    learning_rate: A number or an Optax schedule.
-    rank: Rank of the subspaces, at least 1, a Python int.
-    rho: As in `scale_by_ldadam`.
-    error_bits: As in `scale_by_ldadam`. In float32 the error takes as much
-      memory as the gradients.
-    side: As in `scale_by_ldadam`.
-    b1: As in `gradnormlorp`.
-    b2: As in `gradnormlorp`.
-    eps: As in `gradnormlorp`.
-    weight_decay: As in `gradnormlorp`.
-    decay_order: As in `galore`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
+    rho: Weight of the momentum in the blend that the subspace follows, in
+      [0, 1).
+    error_bits: 32, 8 or 4 bits for every element of what the subspaces left
+      out, which is added to the next gradient; None forgets it. In float32 it
+      takes as much memory as the gradients.
+    side: ``short``, ``long``, ``in`` or ``out``, see `scale_by_ldadam`.
 
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `scale_by_ldadam` and `gradnormlorp`.
@@ -420,23 +411,10 @@ def ldadam(
     part of the state, so that clipping before this optimizer acts on the plain
     gradient.
   """
+  adam = pick(options, AdamOptions)
   return assemble(
-    scale_by_ldadam(
-      rank,
-      rho=rho,
-      error_bits=error_bits,
-      side=side,
-      b1=b1,
-      b2=b2,
-      eps=eps,
-    ),
-    scale_by_adam(b1, b2, eps),
+    scale_by_ldadam(rank, rho=rho, error_bits=error_bits, side=side, **adam),
+    scale_by_adam(**adam),
     learning_rate,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
+    **pick(options, WeightNormOptions),
   )

@@ -5,7 +5,7 @@ Shape suffixes in this file:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,15 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.parts.adam import (
-  DecayOrder,
-  scale_by_adam,
-  scale_by_bias_correction,
+from gnlorp_jax.optim.methods.options import (
+  AdamOptions,
+  WeightNormOptions,
+  pick,
+  with_options,
 )
+from gnlorp_jax.optim.methods.vlorp import vlorp
+from gnlorp_jax.optim.parts.adam import scale_by_adam, scale_by_bias_correction
 from gnlorp_jax.optim.parts.checks import check_interval
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels
 from gnlorp_jax.optim.projections.random import Distribution
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
@@ -131,43 +132,11 @@ def scale_by_first_moment(b1: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def scale_by_projfactor(
-  rank: int = 1,
-  update_proj_gap: int = 30,
-  scale: float = 1.0,
-  *,
-  granularity: float = 64,
-  distribution: Distribution = 'normal',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-) -> optax.GradientTransformationExtraArgs:
-  """ProjFactor's direction for kernels; the arguments are `projfactor`'s.
-
-  Returns:
-    A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
-
-  Raises:
-    ValueError: As `with_low_rank_projection` and `projections.random`, or if a
-      number is out of its interval.
-  """
-  direction = with_low_rank_projection(
-    scale_by_first_moment(b1),
-    rank,
-    update_proj_gap,
-    scale,
-    projection=projections.get(
-      'random', granularity=granularity, distribution=distribution
-    ),
-    side=side,
-    spread_refreshes=spread_refreshes,
-    recovery=factored_recovery(b2, eps),
-  )
-  return optax.chain(direction, scale_by_bias_correction(b1, b2))
+class ProjfactorOptions(AdamOptions, WeightNormOptions, total=False):
+  """The shared keywords of `projfactor`."""
 
 
+@with_options(vlorp, eps=1e-6, decay_order='after')
 def projfactor(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 1,
@@ -178,16 +147,7 @@ def projfactor(
   distribution: Distribution = 'normal',
   side: Side = 'short',
   spread_refreshes: bool = True,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'after',
-  weight_norm: bool = False,
-  moment_bits: int = 32,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[ProjfactorOptions],
 ) -> optax.GradientTransformationExtraArgs:
   r"""ProjFactor: a projected first moment, a factored full-size second one.
 
@@ -196,28 +156,13 @@ def projfactor(
   random matrix lasts, and the second one kept as row and column sums.
 
   Args:
-    learning_rate: A number or an Optax schedule.
-    rank: As in `vlorp`.
-    update_proj_gap: As in `vlorp`.
     scale: Multiplies the update of projected kernels.
-    granularity: As in `vlorp`.
-    distribution: As in `vlorp`.
     side: ``short``, ``long``, ``in`` or ``out``, as in `gradnormlorp`.
-    spread_refreshes: As in `gradnormlorp`.
-    b1: As in `gradnormlorp`.
-    b2: As in `gradnormlorp`.
     eps: Added to the root of the second moment, before the bias correction for
       kernels (``hf``) and after it for other parameters, as published.
-    weight_decay: Decoupled decay of all weights, at least 0.
-    decay_order: ``after`` or ``before``, see `descend`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`; row and column sums stay float32.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
 
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `vlorp`, and if `side` is ``both``.
@@ -237,26 +182,22 @@ def projfactor(
     that are not projected decay in the order of the kernels; there as in
     ``torch.optim.AdamW``, before the step.
   """
-  return assemble(
-    scale_by_projfactor(
-      rank,
-      update_proj_gap,
-      scale,
-      granularity=granularity,
-      distribution=distribution,
-      side=side,
-      spread_refreshes=spread_refreshes,
-      b1=b1,
-      b2=b2,
-      eps=eps,
+  b1, b2, eps = options['b1'], options['b2'], options['eps']
+  direction = with_low_rank_projection(
+    scale_by_first_moment(b1),
+    rank,
+    update_proj_gap,
+    scale,
+    projection=projections.get(
+      'random', granularity=granularity, distribution=distribution
     ),
-    scale_by_adam(b1, b2, eps, eps_mode='standard'),
+    side=side,
+    spread_refreshes=spread_refreshes,
+    recovery=factored_recovery(b2, eps),
+  )
+  return assemble(
+    optax.chain(direction, scale_by_bias_correction(b1, b2)),
+    scale_by_adam(b1, b2, eps),
     learning_rate,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
+    **pick(options, WeightNormOptions),
   )

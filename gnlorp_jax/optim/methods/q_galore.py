@@ -1,47 +1,26 @@
 """Q-GaLore: GaLore with few bits and with refreshes only where needed."""
 
+from typing import Unpack
+
 import optax
 
-from gnlorp_jax.optim.methods.galore import galore
-from gnlorp_jax.optim.parts.adam import (
-  DecayOrder,
-  EpsMode,
-)
-from gnlorp_jax.optim.parts.kernel_axes import KernelAxes
-from gnlorp_jax.optim.parts.labels import ParamLabels
-from gnlorp_jax.optim.projections import Projection
-from gnlorp_jax.optim.subspace.lazy import (
-  LazyRefresh,
-)
-from gnlorp_jax.optim.subspace.moments import (
-  MomentsOnRefresh,
-)
-from gnlorp_jax.optim.subspace.sides import Side
+from gnlorp_jax.optim.methods.galore import GaloreOptions, galore
+from gnlorp_jax.optim.methods.options import with_options
+from gnlorp_jax.optim.subspace.lazy import LazyRefresh
 
 
+@with_options(
+  basis_bits=4,
+  lazy_refresh=LazyRefresh(),
+  moment_bits=8,
+  decay_order='after',
+)
 def q_galore(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,
   update_proj_gap: int = 200,
   scale: float = 0.25,
-  *,
-  projection: str | Projection = 'svd',
-  side: Side = 'short',
-  spread_refreshes: bool = True,
-  basis_bits: int = 4,
-  lazy_refresh: LazyRefresh | None = LazyRefresh(),  # noqa: B008 (immutable)
-  moments_on_refresh: MomentsOnRefresh = 'keep',
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  eps_mode: EpsMode = 'standard',
-  weight_decay: float = 0.0,
-  decay_order: DecayOrder = 'after',
-  weight_norm: bool = False,
-  moment_bits: int = 8,
-  param_labels: ParamLabels | None = None,
-  kernel_axes: KernelAxes = (),
-  skip_nonfinite: bool = True,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """Q-GaLore's optimizer: 8-bit moments, 4-bit bases, lazy refreshes.
 
@@ -49,30 +28,10 @@ def q_galore(
   refreshes each layer was spared.
 
   Args:
-    learning_rate: A number or an Optax schedule.
-    rank: As in `gradnormlorp`.
     update_proj_gap: Steps between two refreshes of a basis at first, >= 1.
-    scale: Multiplies the expanded update of projected kernels.
-    projection: As in `gradnormlorp`.
-    side: As in `gradnormlorp`.
-    spread_refreshes: As in `gradnormlorp`.
-    basis_bits: As in `gradnormlorp`.
-    lazy_refresh: As in `gradnormlorp`.
-    moments_on_refresh: As in `gradnormlorp`.
-    b1: As in `gradnormlorp`.
-    b2: As in `gradnormlorp`.
-    eps: As in `gradnormlorp`.
-    eps_mode: As in `gradnormlorp`.
-    weight_decay: Decoupled decay of all weights, at least 0.
-    decay_order: ``before`` or ``after``, see `descend`.
-    weight_norm: As in `galore`.
-    moment_bits: As in `gradnormlorp`.
-    param_labels: As in `gradnormlorp`.
-    kernel_axes: As in `gradnormlorp`.
-    skip_nonfinite: As in `gradnormlorp`.
 
   Returns:
-    A complete optimizer; its updates are float32.
+    A complete optimizer.
 
   Raises:
     ValueError: As `gradnormlorp`.
@@ -90,26 +49,4 @@ def q_galore(
     the first singular vectors with their signs:
     ``LazyRefresh(similarity='cosine')``.
   """
-  return galore(
-    learning_rate,
-    rank,
-    update_proj_gap,
-    scale,
-    projection=projection,
-    side=side,
-    spread_refreshes=spread_refreshes,
-    basis_bits=basis_bits,
-    lazy_refresh=lazy_refresh,
-    moments_on_refresh=moments_on_refresh,
-    b1=b1,
-    b2=b2,
-    eps=eps,
-    eps_mode=eps_mode,
-    weight_decay=weight_decay,
-    decay_order=decay_order,
-    weight_norm=weight_norm,
-    moment_bits=moment_bits,
-    param_labels=param_labels,
-    kernel_axes=kernel_axes,
-    skip_nonfinite=skip_nonfinite,
-  )
+  return galore(learning_rate, rank, update_proj_gap, scale, **options)

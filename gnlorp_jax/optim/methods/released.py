@@ -21,7 +21,8 @@ import optax
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.parts.adam import EpsMode, descend, scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_params
-from gnlorp_jax.optim.parts.labels import ParamLabels, labels, path_name
+from gnlorp_jax.optim.parts.labels import ParamLabels, labels
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.projections import Projection
 from gnlorp_jax.optim.subspace.low_rank import with_low_rank_projection
 from gnlorp_jax.optim.subspace.sides import Side

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.parts.checks import check_interval
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 
 # Flax's boxed parameters end in `/value`.
 MATRIX_NAMES = r'(kernel|embedding)(/value)?$'

@@ -5,7 +5,7 @@ stands relative to the bias correction, and whether decoupled weight decay acts
 before or after the step. Both are arguments here, and nowhere else.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,7 @@ def descend(
   weight_decay: float = 0.0,
   *,
   decay_order: DecayOrder = 'before',
+  mask: Any = None,
 ) -> optax.GradientTransformation:
   r"""Turns a direction into a step: learning rate and decoupled weight decay.
 
@@ -179,6 +180,8 @@ def descend(
     learning_rate: :math:`\eta`, a number or an Optax schedule.
     weight_decay: :math:`\lambda`, at least 0.
     decay_order: ``before`` or ``after``.
+    mask: Which parameters decay, a tree of booleans or a function from the
+      parameters to one; None for all.
 
   Returns:
     The closing link of a chain; with decay its `update` needs `params`.
@@ -192,10 +195,10 @@ def descend(
   if isinstance(weight_decay, int | float) and weight_decay == 0:
     return step
   if decay_order == 'before':
-    return optax.chain(optax.add_decayed_weights(weight_decay), step)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), step)
   # (1 - eta lambda)(w + u) - w = u - eta (lambda (w + u)): the step itself is
   # added to the weight before the decay looks at it.
-  shrink = optax.chain(optax.add_decayed_weights(weight_decay), step)
+  shrink = optax.chain(optax.add_decayed_weights(weight_decay, mask), step)
 
   def init_fn(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
     return step.init(params), shrink.init(params)

@@ -12,15 +12,24 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import optax
 
+from gnlorp_jax.optim.parts.kernel_axes import (
+  DimensionNumbers,
+  dimension_numbers,
+)
+from gnlorp_jax.optim.parts.plain import path_name, plain
+
 LABELS = ('low_rank', 'full', 'frozen')
 
 # Kernels that stay full-rank by default. Their gradients are sparse over rows
 # (embeddings) or over classes (heads), and published runs do not project them.
 _FULL_RANK_NAMES = re.compile(
   r'(?<![^/])(\w*embed\w*|lm_head|head|logits|classifier|score|pooler'
-  r'|\w*norm\w*|vocab)(?![^/])',
+  r'|\w*norm\w*|vocab|wte|wpe)(?![^/])',
   re.IGNORECASE,
 )
+
+# Their gradients are sparse over rows: few bits would lose most rows' moments.
+EMBEDDINGS = r'(?i)(?<![^/])(\w*embed\w*|wte|wpe)(?![^/])'
 
 # Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
 # under these names; a scan may stack [layers, d, d] under the same ones.
@@ -37,29 +46,30 @@ class Assignment(NamedTuple):
   reason: str
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-  """A key path as text: ``layers/attn/q_proj/kernel``."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
 def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   """Label of a parameter that no rule speaks about.
 
   Kernels of dense layers, stacked or not, are projected; everything that is no
   kernel, and kernels of embeddings, heads and norms, is not. Neither is a
   kernel that may be a stack of matrices or one matrix with several axes in or
-  out, as those of convolutions and of attention with heads.
+  out, as those of convolutions and of attention with heads. Flax says
+  ``kernel``; the ``weight`` of Equinox and the ``w`` of Haiku are kernels where
+  they have two axes.
   """
-  # Flax's boxed parameters end in `/value`.
-  if not re.search(r'(^|/)kernel(/value)?$', name):
-    return Assignment('full', "default: its name does not end in 'kernel'")
+  last = name.split('/')[-1]
+  if last not in ('kernel', 'weight', 'w'):
+    return Assignment(
+      'full', "default: its name does not end in 'kernel', 'weight' or 'w'"
+    )
   if len(shape) < 2:
     return Assignment('full', f'default: {len(shape)} axis, no matrix')
-  if len(shape) > 3 or (len(shape) == 3 and _ATTENTION_NAMES.search(name)):
+  most = 3 if last == 'kernel' else 2
+  if len(shape) > most or (len(shape) == 3 and _ATTENTION_NAMES.search(name)):
     return Assignment(
       'full',
       f'default: {len(shape)} axes may be a stack of matrices or one with '
-      'several axes in or out; label it, and give kernel_axes for the latter',
+      'several axes in or out; label it, and give kernel_axes or '
+      'weight_dimension_numbers for the latter',
     )
   special = _FULL_RANK_NAMES.search(name)
   if special:
@@ -79,21 +89,25 @@ def assign(
   params: optax.Params,
   param_labels: ParamLabels | None = None,
   *,
+  weight_dimension_numbers: DimensionNumbers | None = None,
   is_part: bool = False,
 ) -> Any:
   """Label and reason of every parameter.
 
   Args:
-    params: Parameters, or their shapes.
+    params: Parameters, or their shapes; seen as a plain tree, see `plain`.
     param_labels: None for the defaults (`default_assignment`); ordered rules
       ``(regex, label)`` over the ``/``-joined path, the first regex found in it
       decides; or what `optax.partition` takes: a tree of labels or a function
       from parameters to one.
+    weight_dimension_numbers: As in `with_kernel_axes`. Where there are any,
+      they take the place of the defaults: None is ``full``, others are
+      ``low_rank``.
     is_part: Whether `params` may be a part of all parameters, about which some
       rules decide nothing.
 
   Returns:
-    A tree of `Assignment`, shaped like `params`.
+    A tree of `Assignment`, shaped like ``plain(params)``.
 
   Raises:
     ValueError: If a label is unknown, a parameter has no rule, or a rule
@@ -106,11 +120,15 @@ def assign(
     >>> assign(params, [('bias', 'frozen'), ('.*', 'full')])['dense']['bias']
     Assignment(label='frozen', reason="rule 'bias'")
   """
+  params = plain(params)
   paths, treedef = jax.tree_util.tree_flatten_with_path(params)
   if not paths:  # optax.tree.map_params asks with an empty tree.
     return params
   names = [path_name(path) for path, _ in paths]
-  if param_labels is None:
+  if param_labels is None and weight_dimension_numbers is not None:
+    numbers = dimension_numbers(params, weight_dimension_numbers)
+    found = [_assign_by_numbers(numbers[name]) for name in names]
+  elif param_labels is None:
     found = [
       default_assignment(name, leaf.shape)
       for name, (_, leaf) in zip(names, paths, strict=True)
@@ -119,6 +137,7 @@ def assign(
     found = _assign_by_rules(names, param_labels, is_part)
   else:
     tree = param_labels(params) if callable(param_labels) else param_labels
+    tree = plain(tree)
     # The tree may be a prefix: one label for a whole sub-tree.
     full = jax.tree.map(
       lambda label, sub: jax.tree.map(lambda _: label, sub), tree, params
@@ -136,15 +155,29 @@ def assign(
   return jax.tree.unflatten(treedef, found)
 
 
+def _assign_by_numbers(numbers: Any) -> Assignment:
+  if numbers is None:
+    return Assignment('full', 'weight_dimension_numbers has None for it')
+  return Assignment('low_rank', f'weight_dimension_numbers: {numbers!r}')
+
+
 def labels(
-  param_labels: ParamLabels | None = None, *, is_part: bool = False
+  param_labels: ParamLabels | None = None,
+  *,
+  weight_dimension_numbers: DimensionNumbers | None = None,
+  is_part: bool = False,
 ) -> Callable[[optax.Params], Any]:
   """`assign` as the function from parameters to labels of `optax.partition`."""
 
   def label_fn(params: optax.Params) -> Any:
     return jax.tree.map(
       lambda assignment: assignment.label,
-      assign(params, param_labels, is_part=is_part),
+      assign(
+        params,
+        param_labels,
+        weight_dimension_numbers=weight_dimension_numbers,
+        is_part=is_part,
+      ),
       is_leaf=lambda x: isinstance(x, Assignment),
     )
 

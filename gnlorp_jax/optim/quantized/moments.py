@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim.parts.checks import check_static
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
@@ -17,8 +20,13 @@ from gnlorp_jax.optim.quantized.arrays import (
 )
 from gnlorp_jax.optim.quantized.codecs import Codec, dynamic, linear
 
+# Bits of all moments, or ordered rules (regex over the path, bits).
+MomentBits = int | Sequence[tuple[str, int]]
+
 # Codecs of the fields of optimizer states that hold moments, by bits.
+_FIELDS = ('mu', 'nu', 'trace')
 _CODECS: dict[int, dict[str, Codec]] = {
+  32: {},
   8: {
     'mu': dynamic(8, signed=True),
     'nu': dynamic(8, signed=False, floor=True),
@@ -42,30 +50,50 @@ _dequantize = jax.jit(dequantize)
 _requantize = jax.jit(requantize)
 
 
-def _codec_at(path: tuple[Any, ...], codecs: dict[str, Codec]) -> Codec | None:
+def _codec_at(path: tuple[Any, ...], bits: MomentBits) -> Codec | None:
   """The codec of the moment field that a key path passes, if any.
 
-  The outermost counts: what follows may be the path of a parameter. Bases and
-  error buffers belong to others. Those of vectors have none.
+  The outermost counts: what follows is the path of a parameter. Bases and error
+  buffers belong to others. Those of vectors have none.
   """
   if any(_VECTORS.match(str(getattr(key, 'key', ''))) for key in path):
     return None
-  for key in path:
+  for index, key in enumerate(path):
     name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
     if name in ('subspace', 'recovery', 'error'):
       return None
-    if name in codecs:
-      return codecs[name]
+    if name in _FIELDS:
+      return _CODECS[_bits_of(path_name(path[index + 1 :]), bits)].get(name)
   return None
 
 
+def _bits_of(name: str, bits: MomentBits) -> int:
+  """The bits of a parameter's moments."""
+  if not isinstance(bits, Sequence):
+    return bits
+  return next((b for pattern, b in bits if re.search(pattern, name)), 32)
+
+
+def check_moment_bits(bits: MomentBits) -> None:
+  """Raises a `ValueError` unless all bits are 32, 8 or 4."""
+  given: list[Any] = [bits]
+  if isinstance(bits, Sequence) and not isinstance(bits, str):
+    given = [rule[1] for rule in bits]
+  for one in given:
+    check_static('moment_bits', one)
+    if one not in _CODECS:
+      raise ValueError(
+        f'moment_bits must be 32, 8 or 4, or rules (regex, bits), got {bits!r}.'
+      )
+
+
 def encode_moments(
-  state: optax.OptState, codecs: dict[str, Codec], min_size: int
+  state: optax.OptState, bits: MomentBits, min_size: int
 ) -> optax.OptState:
   """Quantises the moments of a state; everything else stays as it is."""
 
   def encode(path: tuple[Any, ...], leaf: Any) -> Any:
-    codec = _codec_at(path, codecs)
+    codec = _codec_at(path, bits)
     if codec is None or getattr(leaf, 'dtype', None) != jnp.float32:
       return leaf
     if leaf.ndim == 0 or math.prod(leaf.shape[-2:]) < min_size:
@@ -75,14 +103,12 @@ def encode_moments(
   return jax.tree_util.tree_map_with_path(encode, state)
 
 
-def decode_moments(
-  state: optax.OptState, codecs: dict[str, Codec]
-) -> optax.OptState:
+def decode_moments(state: optax.OptState, bits: MomentBits) -> optax.OptState:
   """The state with quantised moments as float32."""
 
   def decode(path: tuple[Any, ...], node: Any) -> Any:
     # Bases and error buffers may be quantised too; their owners decode them.
-    if isinstance(node, QuantizedArray) and _codec_at(path, codecs):
+    if isinstance(node, QuantizedArray) and _codec_at(path, bits):
       return _dequantize(node)
     return node
 
@@ -92,7 +118,9 @@ def decode_moments(
 
 
 def quantize_moments(
-  inner: optax.GradientTransformation, bits: int, min_size: int = 4096
+  inner: optax.GradientTransformation,
+  bits: MomentBits,
+  min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the moments of `inner` in 8 or 4 bits between its steps.
 
@@ -106,7 +134,9 @@ def quantize_moments(
 
   Args:
     inner: Any transformation.
-    bits: 8, 4 or 32; 32 leaves `inner` as it is.
+    bits: 8, 4 or 32 for all of them; 32 leaves `inner` as it is. Or ordered
+      rules ``(regex, bits)`` over the ``/``-joined paths of the parameters, of
+      which the first regex found decides; without any 32.
     min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
       ones stay float32, and those of parameters named ``scale`` or ``bias``. A
       stack of vectors ``[layers, d]`` of another name is taken for a matrix.
@@ -141,18 +171,16 @@ def quantize_moments(
     step is up to ``mu / eps``. Here it takes the first positive value; all
     others keep bitsandbytes' codes.
   """
-  if bits not in (32, *_CODECS):
-    raise ValueError(f'bits must be 32, 8 or 4, got {bits!r}.')
+  check_moment_bits(bits)
   inner_tx = optax.with_extra_args_support(inner)
   if bits == 32:
     return inner_tx
-  codecs = _CODECS[bits]
 
   def init_fn(params: optax.Params) -> optax.OptState:
     # Behind the barrier: XLA would spend seconds on folding constant moments.
     state = inner_tx.init(params)
     state = jax.lax.optimization_barrier(state)  # type: ignore[no-untyped-call]
-    return encode_moments(state, codecs, min_size)
+    return encode_moments(state, bits, min_size)
 
   def update_fn(
     updates: optax.Updates,
@@ -161,9 +189,9 @@ def quantize_moments(
     **extra_args: Any,
   ) -> tuple[optax.Updates, optax.OptState]:
     updates, state = inner_tx.update(
-      updates, decode_moments(state, codecs), params, **extra_args
+      updates, decode_moments(state, bits), params, **extra_args
     )
-    return updates, encode_moments(state, codecs, min_size)
+    return updates, encode_moments(state, bits, min_size)
 
   if not isinstance(inner, SplitTransformation):
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -172,7 +200,7 @@ def quantize_moments(
   def project_fn(
     grads: optax.Updates, state: optax.OptState, params: Any, look: Look
   ) -> tuple[Any, optax.OptState]:
-    decoded = decode_moments(state, codecs)
+    decoded = decode_moments(state, bits)
     small, new = halves.project_fn(grads, decoded, params, look)
 
     def encode(old: Any, same: Any, node: Any) -> Any:
@@ -197,8 +225,8 @@ def quantize_moments(
     small: Any, state: optax.OptState, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     updates, state = halves.apply(
-      small, decode_moments(state, codecs), params, **extra_args
+      small, decode_moments(state, bits), params, **extra_args
     )
-    return updates, encode_moments(state, codecs, min_size)
+    return updates, encode_moments(state, bits, min_size)
 
   return split(init_fn, project_fn, apply_fn, update_fn)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.parts.checks import check_params
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.random_bits import random_words, threefry
 
 

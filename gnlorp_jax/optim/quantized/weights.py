@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,

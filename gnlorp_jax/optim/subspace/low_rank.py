@@ -22,7 +22,7 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.parts.checks import check_choice, check_int
-from gnlorp_jax.optim.parts.labels import path_name
+from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.split import Look, split
 from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.subspace.error_feedback import (

@@ -46,7 +46,12 @@ def test_default_projects_kernels_but_not_heads(path, label):
     ('head/kernel', (4, 4), 'full'),
     ('word_embeddings/kernel', (4, 4), 'full'),
     ('LayerNorm_0/kernel', (4, 4), 'full'),
-    ('dense/kernel/value', (4, 4), 'low_rank'),  # A boxed parameter.
+    ('linear/weight', (4, 4), 'low_rank'),  # Equinox's.
+    ('conv/weight', (4, 4, 3), 'full'),
+    ('embed/weight', (4, 4), 'full'),
+    ('wte/weight', (4, 4), 'full'),
+    ('linear/w', (4, 4), 'low_rank'),  # Haiku's.
+    ('conv/w', (3, 4, 4), 'full'),
     ('attn/query/kernel', (4, 2, 2), 'full'),  # Heads, or a stack?
     ('conv/kernel', (3, 3, 4, 8), 'full'),
     ('kernel', (4, 4), 'low_rank'),
@@ -60,7 +65,7 @@ def test_default_gives_reasons():
   found = assign(PARAMS)
   assert found['lm_head']['kernel'].reason == ("default: 'lm_head' in its name")
   assert found['dense']['bias'].reason == (
-    "default: its name does not end in 'kernel'"
+    "default: its name does not end in 'kernel', 'weight' or 'w'"
   )
   vector = assign({'kernel': jnp.zeros(3)})['kernel']
   assert vector == ('full', 'default: 1 axis, no matrix')

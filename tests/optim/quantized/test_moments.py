@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from gnlorp_jax.optim import (
+  adamw,
   galore,
   gradnormlorp,
   inspect,
@@ -510,11 +511,55 @@ def test_quantised_momentum_follows_float32():
   )
 
 
-@pytest.mark.parametrize('bits', [16, 0, '8'])
+@pytest.mark.parametrize('bits', [16, 0, [('kernel', 8), ('.*', 5)]])
 def test_other_bits_are_an_error(bits):
   with pytest.raises(ValueError) as error:
     quantize_moments(optax.adam(1e-3), bits)
-  assert str(error.value) == f'bits must be 32, 8 or 4, got {bits!r}.'
+  assert str(error.value) == (
+    f'moment_bits must be 32, 8 or 4, or rules (regex, bits), got {bits!r}.'
+  )
+
+
+def test_rules_say_the_bits_of_each_parameter():
+  params = {
+    'embed': {'embedding': jnp.ones((64, 64))},
+    'up': {'kernel': jnp.ones((64, 64))},
+    'down': {'kernel': jnp.ones((64, 64))},
+  }
+
+  def bits_of(tx):
+    state = jax.eval_shape(tx.init, params)
+    return {
+      name: leaf.codec.bits if is_quantized(leaf) else 32
+      for name, tree in state.mu.items()
+      for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)
+    }
+
+  rules = [('up', 4), ('embed', 8)]
+  tx = quantize_moments(scale_by_adam(), rules)
+  assert bits_of(tx) == {'embed': 8, 'up': 4, 'down': 32}
+  # They decode what they encode.
+  grads = jax.tree.map(lambda p: 0.1 * p, params)
+  updates, state = jax.jit(tx.update)(grads, jax.jit(tx.init)(params))
+  jax.tree.map(lambda u: np.testing.assert_allclose(u, 1, rtol=1e-5), updates)
+  updates, _ = jax.jit(tx.update)(grads, state)
+  jax.tree.map(lambda u: np.testing.assert_allclose(u, 1, rtol=0.05), updates)
+
+
+def test_embeddings_keep_float32_moments_unless_a_rule_says_otherwise():
+  params = {
+    'token_embed': {'embedding': jnp.ones((64, 64))},
+    'head': {'kernel': jnp.ones((64, 64))},
+  }
+
+  def few(bits):
+    state = jax.eval_shape(adamw(1e-3, moment_bits=bits).init, params)
+    paths = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
+    names = [jax.tree_util.keystr(p) for p, x in paths if is_quantized(x)]
+    return [any(part in n for n in names) for part in ('embed', 'head')]
+
+  assert few(8) == [False, True]
+  assert few([('.*', 8)]) == [True, True]
 
 
 def test_small_second_moment_does_not_make_the_step_explode():
@@ -547,4 +592,6 @@ def test_fields_of_parameters_do_not_pass_for_moments():
 def test_bad_moment_bits_of_an_alias_are_named():
   with pytest.raises(ValueError) as error:
     gradnormlorp(1e-3, moment_bits=16)
-  assert str(error.value) == 'moment_bits must be 32, 8 or 4, got 16.'
+  assert str(error.value) == (
+    'moment_bits must be 32, 8 or 4, or rules (regex, bits), got 16.'
+  )

@@ -1,0 +1,296 @@
+"""Where an optimizer meets the trees and the mesh of a user.
+
+Inside, parameters are plain trees of arrays on a mesh that the compiler fills
+in. Outside they may be boxed (Flax's `nn.Partitioned`, the variables of NNX),
+lie in modules and states of any kind, and on a mesh with explicit shardings.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType
+
+from gnlorp_jax.optim.parts.kernel_axes import (
+  DimensionNumbers,
+  KernelAxes,
+  MatrixAxes,
+  dimension_numbers,
+  matrix_axes,
+)
+from gnlorp_jax.optim.parts.plain import (
+  arrays,
+  boxed,
+  content,
+  is_box,
+  path_name,
+  plain,
+  restore,
+)
+from gnlorp_jax.optim.parts.split import SplitTransformation, split
+from gnlorp_jax.optim.parts.state_axes import Named, axis_names
+
+P: Any = jax.sharding.PartitionSpec
+
+# From plain parameters to the matrix that each of them is seen as, if any.
+AxesFn = Callable[[Any], list[MatrixAxes | None]]
+
+
+def for_any_tree(
+  inner: optax.GradientTransformation, axes_fn: AxesFn
+) -> optax.GradientTransformationExtraArgs:
+  """Shows `inner` plain trees, and the caller's trees to the caller.
+
+  * Parameters and gradients lose their boxes and become dictionaries, lists and
+    tuples; updates have the nodes and boxes of the gradients.
+  * Boxes that name axes come back around the arrays of the state, with the
+    names of the axes that an array has in common with its parameter, so that
+    `nn.get_partition_spec` and its kin find shardings for them.
+  * On a mesh with explicit axes, `inner` runs on automatic ones; states are
+    sharded as the same names say.
+
+  Args:
+    inner: The transformation. If it is split, its halves are handed through as
+      they are: they take plain trees on automatic meshes.
+    axes_fn: Which axes of a parameter `inner` takes for inputs and outputs.
+
+  Returns:
+    The wrapped transformation.
+
+  Raises:
+    ValueError: At `init`, if a leaf is no array, or a complex one.
+  """
+  inner_tx = optax.with_extra_args_support(inner)
+
+  def init_fn(params: optax.Params) -> optax.OptState:
+    simple = arrays(plain(params))
+    _check_real(simple)
+    mesh = _explicit_mesh(simple)
+    init = inner_tx.init
+    if mesh is not None:
+      specs = _specs_of_state(init, simple, mesh, axes_fn)
+      init = _on_automatic_mesh(init, mesh, specs)
+    return _box_state(init(simple), params, simple, axes_fn)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    grads = arrays(plain(updates))
+    simple = None if params is None else arrays(plain(params))
+    contents = jax.tree.map(content, state, is_leaf=is_box)
+    update = inner_tx.update
+    mesh = _explicit_mesh(grads)
+    if mesh is not None:
+      like = grads if simple is None else simple
+      specs = jax.tree.map(_spec, (like, contents))
+      update = _update_on_automatic_mesh(update, mesh, specs)
+    new, new_state = update(grads, contents, simple, **extra_args)
+    return restore(new, updates), _boxed_like(state, new_state)
+
+  if isinstance(inner, SplitTransformation):
+    return split(init_fn, inner.project_fn, inner.apply, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def axes_by_rules(
+  kernel_axes: KernelAxes = (),
+  weight_dimension_numbers: DimensionNumbers | None = None,
+) -> AxesFn:
+  """The axes of parameters as `with_kernel_axes` sees them."""
+
+  def axes_fn(params: Any) -> list[MatrixAxes | None]:
+    numbers = None
+    if weight_dimension_numbers is not None:
+      numbers = dimension_numbers(params, weight_dimension_numbers)
+    return [
+      matrix_axes(path_name(path), leaf.shape, kernel_axes, numbers)
+      if len(leaf.shape) > 1
+      else None
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+  return axes_fn
+
+
+def _check_real(params: Any) -> None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+      raise ValueError(
+        f'Parameter {path_name(path)!r} is {leaf.dtype}: moments and subspaces '
+        'are real. Wrap the optimizer in '
+        'optax.contrib.split_real_and_imaginary, which shows it two arrays.'
+      )
+
+
+# Boxes.
+
+
+def _box_names(box: Any) -> tuple[Any, ...] | None:
+  """The names of axes that a box holds; None if it holds none."""
+  names = getattr(box, 'names', None)
+  if hasattr(box, 'get_metadata'):
+    metadata = box.get_metadata()
+    names = metadata.get('optimizer_sharding') or metadata.get('out_sharding')
+  return tuple(names) if isinstance(names, tuple | list) else None
+
+
+def _renamed(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
+  """A box like another one around an array whose axes have other names."""
+  if hasattr(box, 'get_metadata'):
+    new = boxed(box, value)
+    metadata = {**box.get_metadata(), 'out_sharding': names}
+    metadata.pop('optimizer_sharding', None)
+    new.set_metadata(metadata)
+    return new
+  return dataclasses.replace(box, value=value, names=names)
+
+
+def _box_state(
+  state: optax.OptState, params: Any, simple: Any, axes_fn: AxesFn
+) -> optax.OptState:
+  """A state with boxes for arrays of parameters whose boxes name axes."""
+  boxes = jax.tree.leaves(plain(params, is_leaf=is_box), is_leaf=is_box)
+  names = [_box_names(box) for box in boxes]
+  if not any(names):
+    return state
+  found = axis_names(state, simple, _named(simple, names, axes_fn))
+  structure: Any
+  leaves, structure = jax.tree.flatten(state)
+  return structure.unflatten(
+    leaf if entry is None else _renamed(boxes[entry[0]], leaf, entry[1])
+    for leaf, entry in zip(leaves, found, strict=True)
+  )
+
+
+def _named(
+  params: Any, names: list[tuple[Any, ...] | None], axes_fn: AxesFn
+) -> list[Named | None]:
+  """The parameters with names for their axes, as many as they have."""
+
+  def one(
+    leaf: jax.Array, given: tuple[Any, ...] | None, axes: MatrixAxes | None
+  ) -> Named | None:
+    if given is None:
+      return None
+    return Named(leaf.shape, (*given, *(None,) * leaf.ndim)[: leaf.ndim], axes)
+
+  leaves = jax.tree.leaves(params)
+  return list(map(one, leaves, names, axes_fn(params)))
+
+
+def _boxed_like(state: optax.OptState, new: optax.OptState) -> optax.OptState:
+  """A new state in the boxes of the old one."""
+  structure: Any
+  boxes, structure = jax.tree.flatten(state, is_leaf=is_box)
+  values = structure.flatten_up_to(new)
+  return structure.unflatten(map(boxed, boxes, values))
+
+
+# Meshes.
+
+
+def _explicit_mesh(tree: Any) -> Any:
+  """The mesh of arrays whose types say how they are sharded; None if none."""
+  for leaf in jax.tree.leaves(tree):
+    if isinstance(leaf, jax.Array):
+      mesh = jax.typeof(leaf).sharding.mesh
+      if AxisType.Explicit in mesh.axis_types:
+        return mesh
+  return None
+
+
+def _spec(leaf: Any) -> Any:
+  """How an array is sharded by its type, a `PartitionSpec`."""
+  return jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else P()
+
+
+def _specs_of_state(
+  init: Callable[[Any], optax.OptState], params: Any, mesh: Any, axes_fn: AxesFn
+) -> Any:
+  """How a fresh state is to be sharded: as the parameters, axis by axis."""
+  shapes = jax.tree.map(
+    lambda leaf: jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype)),
+    params,
+  )
+  state = jax.eval_shape(init, shapes)
+  names: list[Any] = [tuple(_spec(leaf)) for leaf in jax.tree.leaves(params)]
+  found = axis_names(state, shapes, _named(params, names, axes_fn))
+
+  def spec(leaf: Any, entry: Any) -> Any:
+    if entry is None:
+      return P()
+    return P(
+      *(
+        name if _divides(mesh, name, length) else None
+        for name, length in zip(entry[1], leaf.shape, strict=True)
+      )
+    )
+
+  structure: Any
+  leaves, structure = jax.tree.flatten(state)
+  return structure.unflatten(map(spec, leaves, found))
+
+
+def _divides(mesh: Any, name: Any, length: int) -> bool:
+  """Whether an axis can be divided evenly over axes of the mesh."""
+  names = name if isinstance(name, tuple) else (name,)
+  count = math.prod(mesh.shape[one] for one in names if one is not None)
+  return length % count == 0
+
+
+def _on_automatic_mesh(
+  function: Callable[..., Any], mesh: Any, specs: Any
+) -> Callable[..., Any]:
+  """A function of arrays that runs on automatic axes in place of explicit ones.
+
+  Args:
+    function: Takes and returns trees of arrays.
+    mesh: The abstract mesh of its arguments.
+    specs: How its results are sharded.
+  """
+  explicit = tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Explicit
+  )
+
+  def run(*args: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh):
+      return jax.sharding.auto_axes(
+        function, axes=explicit, out_sharding=specs
+      )(*args)
+
+  return run
+
+
+def _update_on_automatic_mesh(
+  update: Callable[..., Any], mesh: Any, specs: Any
+) -> Callable[..., Any]:
+  """The same for an `update`, whose other arguments may be anything."""
+
+  def run(
+    grads: Any, state: Any, params: Any, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    structure: Any
+    leaves, structure = jax.tree.flatten(extra_args)
+    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+
+    def updated(grads: Any, state: Any, params: Any, given: Any) -> Any:
+      others = iter(given)
+      extra = structure.unflatten(
+        next(others) if array else leaf
+        for array, leaf in zip(is_array, leaves, strict=True)
+      )
+      return update(grads, state, params, **extra)
+
+    given = [x for x, array in zip(leaves, is_array, strict=True) if array]
+    return _on_automatic_mesh(updated, mesh, specs)(grads, state, params, given)
+
+  return run
