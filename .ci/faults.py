@@ -158,7 +158,7 @@ FAULTS = (
     'training/test_objectives.py training/layerwise/test_frozen.py',
   ),
   Fault(
-    *('adapters without their scale', 'models/adapters.py'),
+    *('adapters without their scale', 'models/adapted_layer.py'),
     'low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))',
     'low = keep(matmul(dropped, a_IR.astype(y.dtype)))',
     'models/test_adapters.py',

@@ -1,14 +1,8 @@
 r"""LoRA, DoRA and GradNormLoRP: low-rank changes of frozen kernels.
 
-A kernel :math:`W_0` stays as it is; what trains are the factors A and B of a
-change of rank r and, in two of the three, one magnitude m per output unit. With
-:math:`V = W_0 + s A B` and :math:`s = \alpha / r` the layer computes with
-
-* ``lora``: :math:`W = V`,
-* ``dora``: :math:`W = m V / |V|`, the norm a constant in the backward pass,
-* ``gradnormlorp``: the same W, differentiated through the norm as well.
-
-The arrays stand beside the kernel they adapt, stacked like it:
+A kernel stays as it is; what trains are the factors A and B of its change and,
+in two of the three, one magnitude per output unit: `adapted_layer` has the
+mathematics. The arrays stand beside the kernel they adapt, stacked like it:
 
   layers/attn/q_proj/kernel     [L, in, out]
   layers/attn/q_proj/lora_a     [L, in, r]
@@ -30,94 +24,28 @@ Shape suffixes in this file:
   1O    one value per output unit, [*, 1, out]
 """
 
-import dataclasses
 import difflib
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models.adapted_layer import (
+  NAMES,
+  adapted_output,
+  check_arrays,
+  column_norm,
+  direction,
+  gain,
+)
+from gnlorp_jax.models.adapted_layer import AdapterConfig as AdapterConfig
+from gnlorp_jax.models.adapted_layer import Kind as Kind
 from gnlorp_jax.models.interface import LayerFns, Model, Params
-from gnlorp_jax.models.layers import keep
-
-Kind = Literal['lora', 'dora', 'gradnormlorp']
-
-_NAMES = ('lora_a', 'lora_b', 'magnitude')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-  """What is adapted, and how."""
-
-  kind: Kind
-  """``lora``, ``dora`` or ``gradnormlorp``."""
-  rank: int = 8
-  """Rank of the change of a kernel, at least 1."""
-  alpha: float = 16.0
-  """The change is multiplied by alpha / rank; greater than 0."""
-  dropout: float = 0.0
-  """Share of the adapter's inputs that is dropped in training, in [0, 1)."""
-  rules: tuple[str, ...] = ('layers/(attn|mlp)/.*/kernel',)
-  """Regexes over the ``/``-joined paths of kernels; one that occurs in a path
-  is enough to adapt the kernel."""
-
-  def __post_init__(self):
-    if self.kind not in get_args(Kind):
-      raise ValueError(
-        f'Unknown kind {self.kind!r}; expected one of {get_args(Kind)}.'
-      )
-    if not isinstance(self.rank, int) or self.rank < 1:
-      raise ValueError(f'rank={self.rank!r} must be an integer of at least 1.')
-    if not self.alpha > 0:
-      raise ValueError(f'alpha={self.alpha} must be positive.')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} must be in [0, 1).')
-    if not isinstance(self.rules, tuple) or not self.rules:
-      raise ValueError(
-        f'rules={self.rules!r} must be a tuple of at least one regex, such as '
-        "('attn/.*/kernel',)."
-      )
-    for rule in self.rules:
-      try:
-        re.compile(rule)
-      except re.error as error:
-        raise ValueError(
-          f'The rule {rule!r} is no regex: {error}. Correct it.'
-        ) from error
-
-  @property
-  def scale(self) -> float:
-    """What the product of the factors is multiplied by, alpha / rank."""
-    return self.alpha / self.rank
-
-
-def _direction(
-  config: AdapterConfig, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array
-) -> jax.Array:
-  """The changed kernel ``V = W0 + s A B``, float32."""
-  w_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (w_IO, a_IR, b_RO))
-  product_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
-  return w_IO + config.scale * product_IO
-
-
-def _column_norm(x_IO: jax.Array) -> jax.Array:
-  """Length of each column, ``[*, 1, out]``, float32; its gradient at 0 is 0."""
-  square_1O = jnp.sum(
-    jnp.square(x_IO.astype(jnp.float32)), axis=-2, keepdims=True
-  )
-  is_zero = square_1O == 0
-  return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square_1O)))
-
-
-def _gain(m_1O: jax.Array, norm_1O: jax.Array) -> jax.Array:
-  """What a column of V is multiplied by, ``m / |V|``, or 1 where V is zero."""
-  is_zero = norm_1O == 0
-  return jnp.where(is_zero, 1, m_1O / jnp.where(is_zero, 1, norm_1O))
 
 
 def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
@@ -172,78 +100,8 @@ def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
     )
     flat[f'{layer}lora_b'] = jnp.zeros((*stack, config.rank, n_out))
     if config.kind != 'lora':
-      flat[f'{layer}magnitude'] = _column_norm(kernel)
+      flat[f'{layer}magnitude'] = column_norm(kernel)
   return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def _check_arrays(config: AdapterConfig, where: str, arrays: Params) -> None:
-  """Raises a ValueError unless a layer's arrays are those of `config`."""
-  wanted = set(_NAMES if config.kind != 'lora' else _NAMES[:2])
-  if set(arrays) != wanted:
-    raise ValueError(
-      f'{where!r} has the adapter arrays {sorted(arrays)}, but '
-      f'kind={config.kind!r} has {sorted(wanted)}. Use the configuration that '
-      'they were made with.'
-    )
-  rank = arrays['lora_a'].shape[-1]
-  if rank != config.rank:
-    raise ValueError(
-      f'{where!r} has an adapter of rank {rank}, but rank={config.rank}. Use '
-      'the configuration that it was made with.'
-    )
-
-
-def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
-  """Input with the dropout of a training step on it, or the input itself."""
-  if config.dropout == 0 or not module.has_rng('dropout'):
-    return x
-  share = 1 - config.dropout
-  mask = jax.random.bernoulli(module.make_rng('dropout'), share, x.shape)
-  return jnp.where(mask, x / share, 0)
-
-
-def _adapted_output(
-  config: AdapterConfig, module: nn.Dense, x: jax.Array, y: jax.Array
-) -> jax.Array:
-  """An adapted layer's output, from its input and the output without adapter.
-
-  With c = m / |V| that is ``x W0 + b + d + (c - 1) (x W0 + d)``, where d is the
-  change of the output. Written so, the backward pass needs but one array of the
-  output's size, and a c near 1 keeps its digits in bfloat16.
-  """
-  weights = module.variables['params']
-  arrays = {name: weights[name] for name in _NAMES if name in weights}
-  _check_arrays(config, '/'.join(module.path), arrays)
-  w_IO, a_IR, b_RO = weights['kernel'], arrays['lora_a'], arrays['lora_b']
-  matmul = functools.partial(jnp.matmul, precision=module.precision)
-  x = x.astype(y.dtype)
-  dropped = _drop(config, module, x)
-  low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))
-  change = matmul(low, b_RO.astype(y.dtype))
-  if config.kind == 'lora':
-    return y + change
-
-  # V would be kept for the backward pass, once for every layer of a scan.
-  @jax.checkpoint
-  def norm(w_IO, a_IR, b_RO):
-    return _column_norm(_direction(config, w_IO, a_IR, b_RO))
-
-  norm_1O = keep(norm(w_IO, a_IR, b_RO))
-  if config.kind == 'dora':
-    norm_1O = jax.lax.stop_gradient(norm_1O)
-  gain_O = _gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]
-  if dropped is not x:
-    base = keep(matmul(dropped, w_IO.astype(y.dtype)))
-  elif module.use_bias:
-    base = y - _along_last(weights['bias'].astype(y.dtype), y)
-  else:
-    base = y
-  rest = _along_last((gain_O - 1).astype(y.dtype), y) * (base + change)
-  return y + change + rest
-
-
-def _along_last(x_O: jax.Array, y: jax.Array) -> jax.Array:
-  return x_O.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def adapted(
@@ -300,7 +158,7 @@ def adapted(
         'rules so that they leave it out.'
       )
     (x,) = (*args, *kwargs.values())
-    return _adapted_output(config, module, x, y)
+    return adapted_output(config, module, x, y)
 
   @functools.wraps(fn)
   def run(*args, **kwargs):
@@ -405,20 +263,20 @@ def merge(config: AdapterConfig, params: Params) -> Params:
   def fold(w_IO, arrays):
     if w_IO.ndim > 2:
       return jax.lax.map(lambda args: fold(*args), (w_IO, arrays))
-    v_IO = _direction(config, w_IO, arrays['lora_a'], arrays['lora_b'])
+    v_IO = direction(config, w_IO, arrays['lora_a'], arrays['lora_b'])
     if config.kind != 'lora':
-      v_IO *= _gain(arrays['magnitude'], _column_norm(v_IO))
+      v_IO *= gain(arrays['magnitude'], column_norm(v_IO))
     return v_IO.astype(w_IO.dtype)
 
   layers: dict[tuple[str, ...], Params] = {}
   flat = {}
   for (*layer, name), leaf in traverse_util.flatten_dict(params).items():
-    if name in _NAMES:
+    if name in NAMES:
       layers.setdefault(tuple(layer), {})[name] = leaf
     else:
       flat[*layer, name] = leaf
   for layer, arrays in layers.items():
-    _check_arrays(config, '/'.join(layer), arrays)
+    check_arrays(config, '/'.join(layer), arrays)
     if (*layer, 'kernel') not in flat:
       raise ValueError(
         f'The adapter {"/".join(layer)!r} has no kernel beside it. Combine it '
