@@ -16,6 +16,7 @@ Shape suffixes in this file:
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.models import kernels
 from gnlorp_jax.models.interface import Params
 from gnlorp_jax.models.layers import keep
 
@@ -103,7 +105,13 @@ def gain(m_1O: jax.Array, norm_1O: jax.Array) -> jax.Array:
 
 
 def check_arrays(config: AdapterConfig, where: str, arrays: Params) -> None:
-  """Raises a ValueError unless a layer's arrays are those of `config`."""
+  """Raises a ValueError unless a layer's arrays are those of `config`.
+
+  Args:
+    config: The configuration of the adapters.
+    where: The layer's path, for messages.
+    arrays: The arrays of its adapter, by name.
+  """
   wanted = set(NAMES if config.kind != 'lora' else NAMES[:2])
   if set(arrays) != wanted:
     raise ValueError(
@@ -119,6 +127,36 @@ def check_arrays(config: AdapterConfig, where: str, arrays: Params) -> None:
     )
 
 
+def as_matrices(
+  where: str, kernel: jax.Array, arrays: Params, shape: tuple[int, ...]
+) -> jax.Array:
+  """A kernel as the matrices that its adapter's factors change.
+
+  Args:
+    where: The layer's path, for messages.
+    kernel: The kernel.
+    arrays: The arrays of its adapter, by name.
+    shape: Of the kernel as matrices, ``[*, in, out]``.
+
+  Returns:
+    The kernel in that shape.
+
+  Raises:
+    ValueError: If the factors are not of that shape, or the kernel is not.
+  """
+  *stack, n_in, n_out = shape
+  a_shape, b_shape = arrays['lora_a'].shape, arrays['lora_b'].shape
+  fits = a_shape[:-1] == (*stack, n_in) and b_shape[-1] == n_out
+  fits = fits and b_shape[:-1] == (*stack, a_shape[-1])
+  if not fits or math.prod(shape) != kernel.size:
+    raise ValueError(
+      f'{where!r} has adapter factors of shapes {a_shape} and {b_shape}, which '
+      f'do not fit its kernel of shape {kernel.shape}. Draw them by init from '
+      'this model, and show it the axes of kernels by the argument `call`.'
+    )
+  return kernel.reshape(shape)
+
+
 def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
   """Input with the dropout of a training step on it, or the input itself."""
   if config.dropout == 0 or not module.has_rng('dropout'):
@@ -129,7 +167,10 @@ def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
 
 
 def adapted_output(
-  config: AdapterConfig, module: nn.Dense, x: jax.Array, y: jax.Array
+  config: AdapterConfig,
+  module: nn.Dense | nn.DenseGeneral,
+  x: jax.Array,
+  y: jax.Array,
 ) -> jax.Array:
   """An adapted layer's output, from its input and the output without adapter.
 
@@ -137,17 +178,21 @@ def adapted_output(
   change of the output. Written so, the backward pass needs but one array of the
   output's size, and a c near 1 keeps its digits in bfloat16.
   """
-  weights = module.variables['params']
+  axes, where = kernels.axes_of(module), '/'.join(module.path)
+  weights = nn.unbox(module.variables['params'])
   arrays = {name: weights[name] for name in NAMES if name in weights}
-  check_arrays(config, '/'.join(module.path), arrays)
-  w_IO, a_IR, b_RO = weights['kernel'], arrays['lora_a'], arrays['lora_b']
-  matmul = functools.partial(jnp.matmul, precision=module.precision)
-  x = x.astype(y.dtype)
+  check_arrays(config, where, arrays)
+  shape = kernels.matrix_shape(weights['kernel'].shape, axes)
+  w_IO = as_matrices(where, weights['kernel'], arrays, shape)
+  a_IR, b_RO = arrays['lora_a'], arrays['lora_b']
+  matmul = functools.partial(kernels.multiply, precision=module.precision)
+  x = kernels.merge_input_axes(module, x.astype(y.dtype))
+  y_shape, y = y.shape, y.reshape(*x.shape[:-1], shape[-1])
   dropped = _drop(config, module, x)
   low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))
   change = matmul(low, b_RO.astype(y.dtype))
   if config.kind == 'lora':
-    return y + change
+    return (y + change).reshape(y_shape)
 
   # V would be kept for the backward pass, once for every layer of a scan.
   @jax.checkpoint
@@ -157,16 +202,15 @@ def adapted_output(
   norm_1O = keep(norm(w_IO, a_IR, b_RO))
   if config.kind == 'dora':
     norm_1O = jax.lax.stop_gradient(norm_1O)
-  gain_O = gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]
+  m_1O = arrays['magnitude'].astype(jnp.float32)
+  gain_O = gain(m_1O, norm_1O).squeeze(-2)
   if dropped is not x:
     base = keep(matmul(dropped, w_IO.astype(y.dtype)))
   elif module.use_bias:
-    base = y - _along_last(weights['bias'].astype(y.dtype), y)
+    bias_O = weights['bias'].astype(y.dtype).reshape(gain_O.shape)
+    base = y - kernels.along_outputs(bias_O, y)
   else:
     base = y
-  rest = _along_last((gain_O - 1).astype(y.dtype), y) * (base + change)
-  return y + change + rest
-
-
-def _along_last(x_O: jax.Array, y: jax.Array) -> jax.Array:
-  return x_O.reshape((1,) * (y.ndim - 1) + (-1,))
+  excess = kernels.along_outputs((gain_O - 1).astype(y.dtype), y)
+  rest = excess * (base + change)
+  return (y + change + rest).reshape(y_shape)

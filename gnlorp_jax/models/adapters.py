@@ -10,13 +10,16 @@ mathematics. The arrays stand beside the kernel they adapt, stacked like it:
   layers/attn/q_proj/magnitude  [L, 1, out], absent for lora
 
 so a model's scan slices them with everything else, and any model of Flax's
-`nn.Dense` layers can be adapted without a change to its file:
+`nn.Dense` and `nn.DenseGeneral` layers can be adapted without a change to its
+file. Several input or output axes of a kernel, such as heads, are one axis of
+the factors. With a function ``fn(params, x)`` that calls ``module.apply``:
 
-  config = AdapterConfig(kind='lora')
-  trainable = init(config, params, key)
-  model = adapt(config, model)
-  logits = model.apply(combine(params, trainable), tokens)
+  config = AdapterConfig(kind='lora', rules=('kernel',))
+  trainable = init(config, params, key, lambda params: fn(params, x))
+  y = adapted(config, fn)(combine(params, trainable), x)
   params = merge(config, combine(params, trainable))
+
+`adapt` does that for all functions of a `Model`, whose layers are `nn.Dense`.
 
 Shape suffixes in this file:
   I, O  a kernel's input and output axes
@@ -35,9 +38,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models import kernels
 from gnlorp_jax.models.adapted_layer import (
   NAMES,
   adapted_output,
+  as_matrices,
   check_arrays,
   column_norm,
   direction,
@@ -48,64 +53,94 @@ from gnlorp_jax.models.adapted_layer import Kind as Kind
 from gnlorp_jax.models.interface import LayerFns, Model, Params
 
 
-def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
+def _chosen(config: AdapterConfig, params: Params) -> dict[kernels.Path, Any]:
+  """The kernels that the rules choose, by the paths of their layers.
+
+  Raises:
+    ValueError: If a rule matches no kernel.
+  """
+  found = {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
+    if path.split('/')[-1] == 'kernel' and kernels.array_of(leaf).ndim >= 2
+  }
+  for rule in config.rules:
+    if not any(re.search(rule, path) for path in found):
+      near = difflib.get_close_matches(rule, found, n=3, cutoff=0.3)
+      raise ValueError(
+        f'The adapter rule {rule!r} matches no kernel. Correct its regex. '
+        f'Similar paths: {near or list(found)[:3]}.'
+      )
+  return {
+    tuple(path.split('/')[:-1]): kernel
+    for path, kernel in sorted(found.items())
+    if any(re.search(rule, path) for rule in config.rules)
+  }
+
+
+def init(
+  config: AdapterConfig,
+  params: Params,
+  key: jax.Array,
+  call: Callable[[Params], Any] | None = None,
+) -> Params:
   """Draws the arrays of the adapters.
 
   B is zero, so that an adapted model starts as the model itself.
 
   Args:
     config: What to adapt.
-    params: The model's parameters, kernels ``[*, in, out]`` of any floating
-      dtype. Of those of `lora` only the shapes are read.
+    params: The model's parameters, of any floating dtype, in Flax's boxes or
+      not. Of those of `lora` only the shapes are read.
     key: A random key.
+    call: A function of the parameters alone that applies the model to some
+      input, such as ``lambda params: model.apply({'params': params}, x)``. It
+      is traced to see which axes of the kernels go in and out; nothing is
+      computed. None takes all kernels as ``[*, in, out]``, those of `nn.Dense`,
+      as in a `Model`.
 
   Returns:
-    A nested dict of the adapters' arrays alone, all float32: ``lora_a`` uniform
-    in ±1/sqrt(in), ``lora_b`` zero and ``magnitude`` the length of the kernel's
-    columns.
+    A nested dict of the adapters' arrays alone, all float32: ``lora_a``,
+    ``[*, in, r]``, uniform in ±1/sqrt(in), ``lora_b``, ``[*, r, out]``, zero
+    and ``magnitude``, ``[*, 1, out]``, the length of the kernel's columns.
+    Several input or output axes of a kernel are merged. Beside a kernel in an
+    `nn.Partitioned` they are in one too, with its names of the axes they share.
 
   Raises:
-    ValueError: If a rule matches no kernel.
+    ValueError: If a rule matches no kernel, or `call` applies to one that is
+      matched no `nn.Dense` or `nn.DenseGeneral`.
 
   Note:
     PEFT's draws: Kaiming's uniform distribution with a = sqrt(5), whose bound
     is 1/sqrt(in). As there, the arrays are float32 beside bfloat16 kernels too:
     they are small, and bfloat16 would lose most steps of an optimizer.
   """
-  kernels = {
-    path: leaf
-    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
-    if path.split('/')[-1] == 'kernel' and len(leaf.shape) >= 2
-  }
-  for rule in config.rules:
-    if not any(re.search(rule, path) for path in kernels):
-      near = difflib.get_close_matches(rule, kernels, n=3, cutoff=0.3)
-      raise ValueError(
-        f'The adapter rule {rule!r} matches no kernel. Correct its regex. '
-        f'Similar paths: {near or list(kernels)[:3]}.'
-      )
-  chosen = {
-    path: kernel
-    for path, kernel in sorted(kernels.items())
-    if any(re.search(rule, path) for rule in config.rules)
-  }
+  chosen = _chosen(config, params)
+  if call is None:
+    axes = dict.fromkeys(chosen, kernels.Axes())
+  else:
+    axes = kernels.axes_in(call, params, chosen)
   flat = {}
   keys = jax.random.split(key, len(chosen))
-  for (path, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
-    *stack, n_in, n_out = kernel.shape
-    layer, bound = path.removesuffix('kernel'), n_in**-0.5
-    shape = (*stack, n_in, config.rank)
-    flat[f'{layer}lora_a'] = jax.random.uniform(
-      kernel_key, shape, jnp.float32, -bound, bound
+  for (layer, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
+    array = kernels.array_of(kernel)
+    shape = kernels.matrix_shape(array.shape, axes[layer])
+    (*stack, n_in, n_out), bound = shape, shape[-2] ** -0.5
+    box = functools.partial(kernels.boxed_beside, kernel, axes[layer])
+    a_IR = jax.random.uniform(
+      kernel_key, (*stack, n_in, config.rank), jnp.float32, -bound, bound
     )
-    flat[f'{layer}lora_b'] = jnp.zeros((*stack, config.rank, n_out))
+    flat[*layer, 'lora_a'] = box(a_IR, 'in')
+    b_RO = jnp.zeros((*stack, config.rank, n_out))
+    flat[*layer, 'lora_b'] = box(b_RO, 'out')
     if config.kind != 'lora':
-      flat[f'{layer}magnitude'] = column_norm(kernel)
-  return traverse_util.unflatten_dict(flat, sep='/')
+      norm_1O = column_norm(array.reshape(shape))
+      flat[*layer, 'magnitude'] = box(norm_1O, 'out')
+  return traverse_util.unflatten_dict(flat)
 
 
 def adapted(
-  config: AdapterConfig, fn: Callable[..., Any]
+  config: AdapterConfig, fn: Callable[..., Any], *, is_part: bool = False
 ) -> Callable[..., Any]:
   """Makes a function that applies a Flax module use the adapters it is given.
 
@@ -114,14 +149,19 @@ def adapted(
   Args:
     config: The configuration of the adapters.
     fn: Any function that applies modules of Flax Linen to parameters, such as
-      a model's `apply`; `adapt` wraps all of a model's. Wrap it before
-      `jax.jit` does: a compiled one may have been traced without adapters.
+      a module's `apply`; `adapt` wraps all of a `Model`. Wrap it once, and
+      before `jax.jit` does: what JAX has traced without this wrapper it may not
+      trace again.
+    is_part: Whether `fn` may leave adapters in its arguments unused, as the
+      head of a model does that is given the parameters of all of it.
 
   Returns:
     A function of the same arguments, to be given parameters with adapters in
-    them. It works under `jax.jit` and `jax.grad`, and adapts inside of
-    `nn.scan` and `nn.remat`. When traced it raises a ValueError if an adapter
-    is not of this configuration, or stands in a layer other than `nn.Dense`.
+    them: the first argument of a module's `apply` holds them under ``params``.
+    It works under `jax.jit` and `jax.grad`, and adapts inside of `nn.scan` and
+    `nn.remat`. When traced it raises a ValueError if an adapter is not of this
+    configuration, does not fit its kernel, stands in a layer other than
+    `nn.Dense` and `nn.DenseGeneral`, or is in no layer that `fn` applies.
 
   References:
     Hu et al., `LoRA`, 2021, arXiv:2106.09685, section 4; Liu et al., `DoRA`,
@@ -143,29 +183,50 @@ def adapted(
     `Module.apply`, and a scan must split it, as those of a `Model` do that are
     given a dropout key.
   """
+  # Of all calls: what JAX compiled in the first one is not traced again.
+  used: set[kernels.Path] = set()
 
   def intercept(next_fn, args, kwargs, context):
-    module = context.module
     y = next_fn(*args, **kwargs)
-    if context.method_name != '__call__' or module.scope is None:
+    if not kernels.is_call_with('lora_a', context):
       return y
-    if not module.has_variable('params', 'lora_a'):
-      return y
-    if not isinstance(module, nn.Dense):
-      raise ValueError(
-        f'{"/".join(module.path)!r} has an adapter, but is a '
-        f'{type(module).__name__}: only nn.Dense can be adapted. Change the '
-        'rules so that they leave it out.'
-      )
+    used.add(context.module.path)
     (x,) = (*args, *kwargs.values())
-    return adapted_output(config, module, x, y)
+    return adapted_output(config, context.module, x, y)
 
   @functools.wraps(fn)
   def run(*args, **kwargs):
     with nn.intercept_methods(intercept):
-      return fn(*args, **kwargs)
+      y = fn(*args, **kwargs)
+    if not is_part:
+      _check_used(kernels.adapted_layers((args, kwargs)), used)
+    return y
 
   return run
+
+
+def _check_used(given: set[kernels.Path], used: set[kernels.Path]) -> None:
+  """Raises a ValueError if adapters were given to a function in vain."""
+  unused = sorted(
+    '/'.join(path)
+    for path in given
+    if not any(kernels.is_same(path, other) for other in used)
+  )
+  if unused:
+    raise ValueError(
+      f'The adapters of {unused} are ignored: the function that `adapted` '
+      'wraps applies no layer of Flax Linen there, or JAX traced it before. '
+      'Wrap one that does so by Module.apply, once and before jax.jit does, or '
+      'say is_part=True if others use them.'
+    )
+
+
+def _start(config: AdapterConfig, model: Model) -> Params:
+  """Adapters of a model, if its `apply` can use them; of use for this alone."""
+  key, token_11 = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  return init(
+    config, model.init(key), key, lambda params: model.apply(params, token_11)
+  )
 
 
 def adapt(config: AdapterConfig, model: Model) -> Model:
@@ -179,12 +240,23 @@ def adapt(config: AdapterConfig, model: Model) -> Model:
     The model with `hidden`, `logits`, `apply` and the functions of `layer_fns`
     as of `adapted`; `init` draws the parameters without adapters. A dropout key
     also drops what the adapters read.
+
+  Raises:
+    ValueError: If it is no `Model`, a rule matches none of its kernels, or its
+      `apply` is not of Flax layers that can use the adapters.
   """
-  wrap = functools.partial(adapted, config)
+  if not isinstance(model, Model):
+    raise ValueError(
+      f'adapt takes a gnlorp_jax Model, but got a {type(model).__name__}. Of '
+      'any other model, wrap the function that applies it: '
+      'adapted(config, model.apply).'
+    )
+  jax.eval_shape(lambda: _start(config, model))
+  wrap = functools.partial(adapted, config, is_part=True)
   return model._replace(
     hidden=wrap(model.hidden),
     logits=wrap(model.logits),
-    apply=wrap(model.apply),
+    apply=adapted(config, model.apply),
     layer_fns=LayerFns(*map(wrap, model.layer_fns)),
   )
 
@@ -253,11 +325,12 @@ def merge(config: AdapterConfig, params: Params) -> Params:
     params: Parameters with adapters.
 
   Returns:
-    Parameters without them. Each kernel is computed in float32, one matrix at a
-    time, and rounded once to its dtype.
+    Parameters without them, in the boxes they had. Each kernel is computed in
+    float32, one matrix at a time, and rounded once to its dtype.
 
   Raises:
-    ValueError: If an adapter is not of this configuration or has no kernel.
+    ValueError: If an adapter is not of this configuration, does not fit its
+      kernel or has none.
   """
 
   def fold(w_IO, arrays):
@@ -268,19 +341,27 @@ def merge(config: AdapterConfig, params: Params) -> Params:
       v_IO *= gain(arrays['magnitude'], column_norm(v_IO))
     return v_IO.astype(w_IO.dtype)
 
-  layers: dict[tuple[str, ...], Params] = {}
+  layers: dict[kernels.Path, Params] = {}
   flat = {}
   for (*layer, name), leaf in traverse_util.flatten_dict(params).items():
     if name in NAMES:
-      layers.setdefault(tuple(layer), {})[name] = leaf
+      layers.setdefault(tuple(layer), {})[name] = kernels.array_of(leaf)
     else:
       flat[*layer, name] = leaf
   for layer, arrays in layers.items():
-    check_arrays(config, '/'.join(layer), arrays)
+    where = '/'.join(layer)
+    check_arrays(config, where, arrays)
     if (*layer, 'kernel') not in flat:
       raise ValueError(
-        f'The adapter {"/".join(layer)!r} has no kernel beside it. Combine it '
-        "with the model's parameters first."
+        f'The adapter {where!r} has no kernel beside it. Combine it with the '
+        "model's parameters first."
       )
-    flat[*layer, 'kernel'] = fold(flat[*layer, 'kernel'], arrays)
+    boxed = flat[*layer, 'kernel']
+    kernel, a_IR = kernels.array_of(boxed), arrays['lora_a']
+    # The factors tell which of the kernel's axes they have merged.
+    stack = kernel.shape[: a_IR.ndim - 2]
+    shape = (*stack, a_IR.shape[-2], arrays['lora_b'].shape[-1])
+    w_IO = as_matrices(where, kernel, arrays, shape)
+    merged = fold(w_IO, arrays).reshape(kernel.shape)
+    flat[*layer, 'kernel'] = jax.tree.map(lambda _, new=merged: new, boxed)
   return traverse_util.unflatten_dict(flat)

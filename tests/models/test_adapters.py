@@ -734,12 +734,3 @@ def test_adapter_without_kernel_is_refused():
     "The adapter 'dense' has no kernel beside it. Combine it with the model's "
     'parameters first.'
   )
-
-
-def test_other_layers_are_refused():
-  config = config_of('lora', rules=('kernel',))
-  module = nn.DenseGeneral(5)
-  params = {'kernel': np.ones((7, 5), 'f'), 'bias': np.zeros(5, 'f')}
-  both = adapters.combine(params, init(config, params))
-  with pytest.raises(ValueError, match='but is a DenseGeneral: only nn.Dense'):
-    apply_net(config, module)(both, INPUT)
