@@ -21,7 +21,7 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-COPIED = ('benchmarks', 'configs', 'gnlorp_jax', 'tests')
+COPIED = ('benchmarks', 'configs', 'docs', 'gnlorp_jax', 'tests')
 
 
 class Fault(NamedTuple):
