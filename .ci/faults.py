@@ -21,7 +21,7 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-COPIED = ('benchmarks', 'configs', 'gnlorp_jax', 'tests')
+COPIED = ('benchmarks', 'configs', 'docs', 'gnlorp_jax', 'tests')
 
 
 class Fault(NamedTuple):
@@ -167,7 +167,7 @@ FAULTS = (
     'training/test_objectives.py training/layerwise/test_frozen.py',
   ),
   Fault(
-    *('adapters without their scale', 'models/adapters.py'),
+    *('adapters without their scale', 'models/adapted_layer.py'),
     'low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))',
     'low = keep(matmul(dropped, a_IR.astype(y.dtype)))',
     'models/test_adapters.py',

@@ -1,14 +1,8 @@
 r"""LoRA, DoRA and GradNormLoRP: low-rank changes of frozen kernels.
 
-A kernel :math:`W_0` stays as it is; what trains are the factors A and B of a
-change of rank r and, in two of the three, one magnitude m per output unit. With
-:math:`V = W_0 + s A B` and :math:`s = \alpha / r` the layer computes with
-
-* ``lora``: :math:`W = V`,
-* ``dora``: :math:`W = m V / |V|`, the norm a constant in the backward pass,
-* ``gradnormlorp``: the same W, differentiated through the norm as well.
-
-The arrays stand beside the kernel they adapt, stacked like it:
+A kernel stays as it is; what trains are the factors A and B of its change and,
+in two of the three, one magnitude per output unit: `adapted_layer` has the
+mathematics. The arrays stand beside the kernel they adapt, stacked like it:
 
   layers/attn/q_proj/kernel     [L, in, out]
   layers/attn/q_proj/lora_a     [L, in, r]
@@ -16,13 +10,16 @@ The arrays stand beside the kernel they adapt, stacked like it:
   layers/attn/q_proj/magnitude  [L, 1, out], absent for lora
 
 so a model's scan slices them with everything else, and any model of Flax's
-`nn.Dense` layers can be adapted without a change to its file:
+`nn.Dense` and `nn.DenseGeneral` layers can be adapted without a change to its
+file. Several input or output axes of a kernel, such as heads, are one axis of
+the factors. With a function ``fn(params, x)`` that calls ``module.apply``:
 
-  config = AdapterConfig(kind='lora')
-  trainable = init(config, params, key)
-  model = adapt(config, model)
-  logits = model.apply(combine(params, trainable), tokens)
+  config = AdapterConfig(kind='lora', rules=('kernel',))
+  trainable = init(config, params, key, lambda params: fn(params, x))
+  y = adapted(config, fn)(combine(params, trainable), x)
   params = merge(config, combine(params, trainable))
+
+`adapt` does that for all functions of a `Model`, whose layers are `nn.Dense`.
 
 Shape suffixes in this file:
   I, O  a kernel's input and output axes
@@ -30,224 +27,120 @@ Shape suffixes in this file:
   1O    one value per output unit, [*, 1, out]
 """
 
-import dataclasses
 import difflib
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models import kernels
+from gnlorp_jax.models.adapted_layer import (
+  NAMES,
+  adapted_output,
+  as_matrices,
+  check_arrays,
+  column_norm,
+  direction,
+  gain,
+)
+from gnlorp_jax.models.adapted_layer import AdapterConfig as AdapterConfig
+from gnlorp_jax.models.adapted_layer import Kind as Kind
 from gnlorp_jax.models.interface import LayerFns, Model, Params
-from gnlorp_jax.models.layers import keep
-
-Kind = Literal['lora', 'dora', 'gradnormlorp']
-
-_NAMES = ('lora_a', 'lora_b', 'magnitude')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-  """What is adapted, and how."""
+def _chosen(config: AdapterConfig, params: Params) -> dict[kernels.Path, Any]:
+  """The kernels that the rules choose, by the paths of their layers.
 
-  kind: Kind
-  """``lora``, ``dora`` or ``gradnormlorp``."""
-  rank: int = 8
-  """Rank of the change of a kernel, at least 1."""
-  alpha: float = 16.0
-  """The change is multiplied by alpha / rank; greater than 0."""
-  dropout: float = 0.0
-  """Share of the adapter's inputs that is dropped in training, in [0, 1)."""
-  rules: tuple[str, ...] = ('layers/(attn|mlp)/.*/kernel',)
-  """Regexes over the ``/``-joined paths of kernels; one that occurs in a path
-  is enough to adapt the kernel."""
-
-  def __post_init__(self):
-    if self.kind not in get_args(Kind):
+  Raises:
+    ValueError: If a rule matches no kernel.
+  """
+  found = {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
+    if path.split('/')[-1] == 'kernel' and kernels.array_of(leaf).ndim >= 2
+  }
+  for rule in config.rules:
+    if not any(re.search(rule, path) for path in found):
+      near = difflib.get_close_matches(rule, found, n=3, cutoff=0.3)
       raise ValueError(
-        f'Unknown kind {self.kind!r}; expected one of {get_args(Kind)}.'
+        f'The adapter rule {rule!r} matches no kernel. Correct its regex. '
+        f'Similar paths: {near or list(found)[:3]}.'
       )
-    if not isinstance(self.rank, int) or self.rank < 1:
-      raise ValueError(f'rank={self.rank!r} must be an integer of at least 1.')
-    if not self.alpha > 0:
-      raise ValueError(f'alpha={self.alpha} must be positive.')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} must be in [0, 1).')
-    if not isinstance(self.rules, tuple) or not self.rules:
-      raise ValueError(
-        f'rules={self.rules!r} must be a tuple of at least one regex, such as '
-        "('attn/.*/kernel',)."
-      )
-    for rule in self.rules:
-      try:
-        re.compile(rule)
-      except re.error as error:
-        raise ValueError(
-          f'The rule {rule!r} is no regex: {error}. Correct it.'
-        ) from error
-
-  @property
-  def scale(self) -> float:
-    """What the product of the factors is multiplied by, alpha / rank."""
-    return self.alpha / self.rank
+  return {
+    tuple(path.split('/')[:-1]): kernel
+    for path, kernel in sorted(found.items())
+    if any(re.search(rule, path) for rule in config.rules)
+  }
 
 
-def _direction(
-  config: AdapterConfig, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array
-) -> jax.Array:
-  """The changed kernel ``V = W0 + s A B``, float32."""
-  w_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (w_IO, a_IR, b_RO))
-  product_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
-  return w_IO + config.scale * product_IO
-
-
-def _column_norm(x_IO: jax.Array) -> jax.Array:
-  """Length of each column, ``[*, 1, out]``, float32; its gradient at 0 is 0."""
-  square_1O = jnp.sum(
-    jnp.square(x_IO.astype(jnp.float32)), axis=-2, keepdims=True
-  )
-  is_zero = square_1O == 0
-  return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square_1O)))
-
-
-def _gain(m_1O: jax.Array, norm_1O: jax.Array) -> jax.Array:
-  """What a column of V is multiplied by, ``m / |V|``, or 1 where V is zero."""
-  is_zero = norm_1O == 0
-  return jnp.where(is_zero, 1, m_1O / jnp.where(is_zero, 1, norm_1O))
-
-
-def init(config: AdapterConfig, params: Params, key: jax.Array) -> Params:
+def init(
+  config: AdapterConfig,
+  params: Params,
+  key: jax.Array,
+  call: Callable[[Params], Any] | None = None,
+) -> Params:
   """Draws the arrays of the adapters.
 
   B is zero, so that an adapted model starts as the model itself.
 
   Args:
     config: What to adapt.
-    params: The model's parameters, kernels ``[*, in, out]`` of any floating
-      dtype. Of those of `lora` only the shapes are read.
+    params: The model's parameters, of any floating dtype, in Flax's boxes or
+      not. Of those of `lora` only the shapes are read.
     key: A random key.
+    call: A function of the parameters alone that applies the model to some
+      input, such as ``lambda params: model.apply({'params': params}, x)``. It
+      is traced to see which axes of the kernels go in and out; nothing is
+      computed. None takes all kernels as ``[*, in, out]``, those of `nn.Dense`,
+      as in a `Model`.
 
   Returns:
-    A nested dict of the adapters' arrays alone, all float32: ``lora_a`` uniform
-    in ±1/sqrt(in), ``lora_b`` zero and ``magnitude`` the length of the kernel's
-    columns.
+    A nested dict of the adapters' arrays alone, all float32: ``lora_a``,
+    ``[*, in, r]``, uniform in ±1/sqrt(in), ``lora_b``, ``[*, r, out]``, zero
+    and ``magnitude``, ``[*, 1, out]``, the length of the kernel's columns.
+    Several input or output axes of a kernel are merged. Beside a kernel in an
+    `nn.Partitioned` they are in one too, with its names of the axes they share.
 
   Raises:
-    ValueError: If a rule matches no kernel.
+    ValueError: If a rule matches no kernel, or `call` applies to one that is
+      matched no `nn.Dense` or `nn.DenseGeneral`.
 
   Note:
     PEFT's draws: Kaiming's uniform distribution with a = sqrt(5), whose bound
     is 1/sqrt(in). As there, the arrays are float32 beside bfloat16 kernels too:
     they are small, and bfloat16 would lose most steps of an optimizer.
   """
-  kernels = {
-    path: leaf
-    for path, leaf in traverse_util.flatten_dict(params, sep='/').items()
-    if path.split('/')[-1] == 'kernel' and len(leaf.shape) >= 2
-  }
-  for rule in config.rules:
-    if not any(re.search(rule, path) for path in kernels):
-      near = difflib.get_close_matches(rule, kernels, n=3, cutoff=0.3)
-      raise ValueError(
-        f'The adapter rule {rule!r} matches no kernel. Correct its regex. '
-        f'Similar paths: {near or list(kernels)[:3]}.'
-      )
-  chosen = {
-    path: kernel
-    for path, kernel in sorted(kernels.items())
-    if any(re.search(rule, path) for rule in config.rules)
-  }
+  chosen = _chosen(config, params)
+  if call is None:
+    axes = dict.fromkeys(chosen, kernels.Axes())
+  else:
+    axes = kernels.axes_in(call, params, chosen)
   flat = {}
   keys = jax.random.split(key, len(chosen))
-  for (path, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
-    *stack, n_in, n_out = kernel.shape
-    layer, bound = path.removesuffix('kernel'), n_in**-0.5
-    shape = (*stack, n_in, config.rank)
-    flat[f'{layer}lora_a'] = jax.random.uniform(
-      kernel_key, shape, jnp.float32, -bound, bound
+  for (layer, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
+    array = kernels.array_of(kernel)
+    shape = kernels.matrix_shape(array.shape, axes[layer])
+    (*stack, n_in, n_out), bound = shape, shape[-2] ** -0.5
+    box = functools.partial(kernels.boxed_beside, kernel, axes[layer])
+    a_IR = jax.random.uniform(
+      kernel_key, (*stack, n_in, config.rank), jnp.float32, -bound, bound
     )
-    flat[f'{layer}lora_b'] = jnp.zeros((*stack, config.rank, n_out))
+    flat[*layer, 'lora_a'] = box(a_IR, 'in')
+    b_RO = jnp.zeros((*stack, config.rank, n_out))
+    flat[*layer, 'lora_b'] = box(b_RO, 'out')
     if config.kind != 'lora':
-      flat[f'{layer}magnitude'] = _column_norm(kernel)
-  return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def _check_arrays(config: AdapterConfig, where: str, arrays: Params) -> None:
-  """Raises a ValueError unless a layer's arrays are those of `config`."""
-  wanted = set(_NAMES if config.kind != 'lora' else _NAMES[:2])
-  if set(arrays) != wanted:
-    raise ValueError(
-      f'{where!r} has the adapter arrays {sorted(arrays)}, but '
-      f'kind={config.kind!r} has {sorted(wanted)}. Use the configuration that '
-      'they were made with.'
-    )
-  rank = arrays['lora_a'].shape[-1]
-  if rank != config.rank:
-    raise ValueError(
-      f'{where!r} has an adapter of rank {rank}, but rank={config.rank}. Use '
-      'the configuration that it was made with.'
-    )
-
-
-def _drop(config: AdapterConfig, module: nn.Module, x: jax.Array) -> jax.Array:
-  """Input with the dropout of a training step on it, or the input itself."""
-  if config.dropout == 0 or not module.has_rng('dropout'):
-    return x
-  share = 1 - config.dropout
-  mask = jax.random.bernoulli(module.make_rng('dropout'), share, x.shape)
-  return jnp.where(mask, x / share, 0)
-
-
-def _adapted_output(
-  config: AdapterConfig, module: nn.Dense, x: jax.Array, y: jax.Array
-) -> jax.Array:
-  """An adapted layer's output, from its input and the output without adapter.
-
-  With c = m / |V| that is ``x W0 + b + d + (c - 1) (x W0 + d)``, where d is the
-  change of the output. Written so, the backward pass needs but one array of the
-  output's size, and a c near 1 keeps its digits in bfloat16.
-  """
-  weights = module.variables['params']
-  arrays = {name: weights[name] for name in _NAMES if name in weights}
-  _check_arrays(config, '/'.join(module.path), arrays)
-  w_IO, a_IR, b_RO = weights['kernel'], arrays['lora_a'], arrays['lora_b']
-  matmul = functools.partial(jnp.matmul, precision=module.precision)
-  x = x.astype(y.dtype)
-  dropped = _drop(config, module, x)
-  low = keep(config.scale * matmul(dropped, a_IR.astype(y.dtype)))
-  change = matmul(low, b_RO.astype(y.dtype))
-  if config.kind == 'lora':
-    return y + change
-
-  # V would be kept for the backward pass, once for every layer of a scan.
-  @jax.checkpoint
-  def norm(w_IO, a_IR, b_RO):
-    return _column_norm(_direction(config, w_IO, a_IR, b_RO))
-
-  norm_1O = keep(norm(w_IO, a_IR, b_RO))
-  if config.kind == 'dora':
-    norm_1O = jax.lax.stop_gradient(norm_1O)
-  gain_O = _gain(arrays['magnitude'].astype(jnp.float32), norm_1O)[0]
-  if dropped is not x:
-    base = keep(matmul(dropped, w_IO.astype(y.dtype)))
-  elif module.use_bias:
-    base = y - _along_last(weights['bias'].astype(y.dtype), y)
-  else:
-    base = y
-  rest = _along_last((gain_O - 1).astype(y.dtype), y) * (base + change)
-  return y + change + rest
-
-
-def _along_last(x_O: jax.Array, y: jax.Array) -> jax.Array:
-  return x_O.reshape((1,) * (y.ndim - 1) + (-1,))
+      norm_1O = column_norm(array.reshape(shape))
+      flat[*layer, 'magnitude'] = box(norm_1O, 'out')
+  return traverse_util.unflatten_dict(flat)
 
 
 def adapted(
-  config: AdapterConfig, fn: Callable[..., Any]
+  config: AdapterConfig, fn: Callable[..., Any], *, is_part: bool = False
 ) -> Callable[..., Any]:
   """Makes a function that applies a Flax module use the adapters it is given.
 
@@ -256,14 +149,19 @@ def adapted(
   Args:
     config: The configuration of the adapters.
     fn: Any function that applies modules of Flax Linen to parameters, such as
-      a model's `apply`; `adapt` wraps all of a model's. Wrap it before
-      `jax.jit` does: a compiled one may have been traced without adapters.
+      a module's `apply`; `adapt` wraps all of a `Model`. Wrap it once, and
+      before `jax.jit` does: what JAX has traced without this wrapper it may not
+      trace again.
+    is_part: Whether `fn` may leave adapters in its arguments unused, as the
+      head of a model does that is given the parameters of all of it.
 
   Returns:
     A function of the same arguments, to be given parameters with adapters in
-    them. It works under `jax.jit` and `jax.grad`, and adapts inside of
-    `nn.scan` and `nn.remat`. When traced it raises a ValueError if an adapter
-    is not of this configuration, or stands in a layer other than `nn.Dense`.
+    them: the first argument of a module's `apply` holds them under ``params``.
+    It works under `jax.jit` and `jax.grad`, and adapts inside of `nn.scan` and
+    `nn.remat`. When traced it raises a ValueError if an adapter is not of this
+    configuration, does not fit its kernel, stands in a layer other than
+    `nn.Dense` and `nn.DenseGeneral`, or is in no layer that `fn` applies.
 
   References:
     Hu et al., `LoRA`, 2021, arXiv:2106.09685, section 4; Liu et al., `DoRA`,
@@ -285,29 +183,50 @@ def adapted(
     `Module.apply`, and a scan must split it, as those of a `Model` do that are
     given a dropout key.
   """
+  # Of all calls: what JAX compiled in the first one is not traced again.
+  used: set[kernels.Path] = set()
 
   def intercept(next_fn, args, kwargs, context):
-    module = context.module
     y = next_fn(*args, **kwargs)
-    if context.method_name != '__call__' or module.scope is None:
+    if not kernels.is_call_with('lora_a', context):
       return y
-    if not module.has_variable('params', 'lora_a'):
-      return y
-    if not isinstance(module, nn.Dense):
-      raise ValueError(
-        f'{"/".join(module.path)!r} has an adapter, but is a '
-        f'{type(module).__name__}: only nn.Dense can be adapted. Change the '
-        'rules so that they leave it out.'
-      )
+    used.add(context.module.path)
     (x,) = (*args, *kwargs.values())
-    return _adapted_output(config, module, x, y)
+    return adapted_output(config, context.module, x, y)
 
   @functools.wraps(fn)
   def run(*args, **kwargs):
     with nn.intercept_methods(intercept):
-      return fn(*args, **kwargs)
+      y = fn(*args, **kwargs)
+    if not is_part:
+      _check_used(kernels.adapted_layers((args, kwargs)), used)
+    return y
 
   return run
+
+
+def _check_used(given: set[kernels.Path], used: set[kernels.Path]) -> None:
+  """Raises a ValueError if adapters were given to a function in vain."""
+  unused = sorted(
+    '/'.join(path)
+    for path in given
+    if not any(kernels.is_same(path, other) for other in used)
+  )
+  if unused:
+    raise ValueError(
+      f'The adapters of {unused} are ignored: the function that `adapted` '
+      'wraps applies no layer of Flax Linen there, or JAX traced it before. '
+      'Wrap one that does so by Module.apply, once and before jax.jit does, or '
+      'say is_part=True if others use them.'
+    )
+
+
+def _start(config: AdapterConfig, model: Model) -> Params:
+  """Adapters of a model, if its `apply` can use them; of use for this alone."""
+  key, token_11 = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+  return init(
+    config, model.init(key), key, lambda params: model.apply(params, token_11)
+  )
 
 
 def adapt(config: AdapterConfig, model: Model) -> Model:
@@ -321,12 +240,23 @@ def adapt(config: AdapterConfig, model: Model) -> Model:
     The model with `hidden`, `logits`, `apply` and the functions of `layer_fns`
     as of `adapted`; `init` draws the parameters without adapters. A dropout key
     also drops what the adapters read.
+
+  Raises:
+    ValueError: If it is no `Model`, a rule matches none of its kernels, or its
+      `apply` is not of Flax layers that can use the adapters.
   """
-  wrap = functools.partial(adapted, config)
+  if not isinstance(model, Model):
+    raise ValueError(
+      f'adapt takes a gnlorp_jax Model, but got a {type(model).__name__}. Of '
+      'any other model, wrap the function that applies it: '
+      'adapted(config, model.apply).'
+    )
+  jax.eval_shape(lambda: _start(config, model))
+  wrap = functools.partial(adapted, config, is_part=True)
   return model._replace(
     hidden=wrap(model.hidden),
     logits=wrap(model.logits),
-    apply=wrap(model.apply),
+    apply=adapted(config, model.apply),
     layer_fns=LayerFns(*map(wrap, model.layer_fns)),
   )
 
@@ -395,34 +325,43 @@ def merge(config: AdapterConfig, params: Params) -> Params:
     params: Parameters with adapters.
 
   Returns:
-    Parameters without them. Each kernel is computed in float32, one matrix at a
-    time, and rounded once to its dtype.
+    Parameters without them, in the boxes they had. Each kernel is computed in
+    float32, one matrix at a time, and rounded once to its dtype.
 
   Raises:
-    ValueError: If an adapter is not of this configuration or has no kernel.
+    ValueError: If an adapter is not of this configuration, does not fit its
+      kernel or has none.
   """
 
   def fold(w_IO, arrays):
     if w_IO.ndim > 2:
       return jax.lax.map(lambda args: fold(*args), (w_IO, arrays))
-    v_IO = _direction(config, w_IO, arrays['lora_a'], arrays['lora_b'])
+    v_IO = direction(config, w_IO, arrays['lora_a'], arrays['lora_b'])
     if config.kind != 'lora':
-      v_IO *= _gain(arrays['magnitude'], _column_norm(v_IO))
+      v_IO *= gain(arrays['magnitude'], column_norm(v_IO))
     return v_IO.astype(w_IO.dtype)
 
-  layers: dict[tuple[str, ...], Params] = {}
+  layers: dict[kernels.Path, Params] = {}
   flat = {}
   for (*layer, name), leaf in traverse_util.flatten_dict(params).items():
-    if name in _NAMES:
-      layers.setdefault(tuple(layer), {})[name] = leaf
+    if name in NAMES:
+      layers.setdefault(tuple(layer), {})[name] = kernels.array_of(leaf)
     else:
       flat[*layer, name] = leaf
   for layer, arrays in layers.items():
-    _check_arrays(config, '/'.join(layer), arrays)
+    where = '/'.join(layer)
+    check_arrays(config, where, arrays)
     if (*layer, 'kernel') not in flat:
       raise ValueError(
-        f'The adapter {"/".join(layer)!r} has no kernel beside it. Combine it '
-        "with the model's parameters first."
+        f'The adapter {where!r} has no kernel beside it. Combine it with the '
+        "model's parameters first."
       )
-    flat[*layer, 'kernel'] = fold(flat[*layer, 'kernel'], arrays)
+    boxed = flat[*layer, 'kernel']
+    kernel, a_IR = kernels.array_of(boxed), arrays['lora_a']
+    # The factors tell which of the kernel's axes they have merged.
+    stack = kernel.shape[: a_IR.ndim - 2]
+    shape = (*stack, a_IR.shape[-2], arrays['lora_b'].shape[-1])
+    w_IO = as_matrices(where, kernel, arrays, shape)
+    merged = fold(w_IO, arrays).reshape(kernel.shape)
+    flat[*layer, 'kernel'] = jax.tree.map(lambda _, new=merged: new, boxed)
   return traverse_util.unflatten_dict(flat)

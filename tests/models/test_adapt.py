@@ -86,7 +86,7 @@ def program(call, *key):
 def test_adapting_a_model_equals_wrapping_its_functions(family):
   model, config, adapted, params = build(family, 'dora')
   assert adapted.config == model.config and adapted.init is model.init
-  wrap = functools.partial(adapters.adapted, config)
+  wrap = functools.partial(adapters.adapted, config, is_part=True)
   by_hand = interface.Model(
     config=model.config,
     init=model.init,

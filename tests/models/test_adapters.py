@@ -1,4 +1,6 @@
 import functools
+import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,9 @@ from jax.interpreters import partial_eval
 
 from gnlorp_jax import optim
 from gnlorp_jax.models import adapters, hf, llama
+from tests.models import small_roberta
 
+ROOT = pathlib.Path(__file__).parents[2]
 KINDS = ('lora', 'dora', 'gradnormlorp')
 SMALL = {
   'vocab_size': 40,
@@ -736,10 +740,37 @@ def test_adapter_without_kernel_is_refused():
   )
 
 
-def test_other_layers_are_refused():
-  config = config_of('lora', rules=('kernel',))
-  module = nn.DenseGeneral(5)
-  params = {'kernel': np.ones((7, 5), 'f'), 'bias': np.zeros(5, 'f')}
-  both = adapters.combine(params, init(config, params))
-  with pytest.raises(ValueError, match='but is a DenseGeneral: only nn.Dense'):
-    apply_net(config, module)(both, INPUT)
+# The manual.
+
+
+def test_programs_of_the_manual_run_as_they_stand(tmp_path, monkeypatch):
+  text = (ROOT / 'docs' / 'finetuning.md').read_text()
+  blocks = re.findall('```python\n(.*?)```', text, re.DOTALL)
+  any_model, roberta = {}, {}
+  assert len(blocks) == 2
+  exec(compile(blocks[0], 'finetuning.md', 'exec'), any_model)
+  assert any_model['loss'] < 0.1
+  outputs = (
+    any_model['adapted'](
+      adapters.combine(any_model['frozen'], any_model['trainable']),
+      any_model['x'],
+    ),
+    any_model['apply'](any_model['merged'], any_model['x']),
+  )
+  np.testing.assert_allclose(*outputs, atol=1e-4)
+  # What the text says in words.
+  rules = [('lora_', 'low_rank'), ('.*', 'full')]
+  tx = optim.galore(1e-2, rank=2, side='both', param_labels=rules)
+  jax.eval_shape(tx.init, any_model['trainable'])
+  bare = adapters.adapted(any_model['config'], any_model['net'].apply)
+  both = adapters.combine(any_model['frozen'], any_model['trainable'])
+  np.testing.assert_allclose(
+    bare({'params': both}, any_model['x']), outputs[0], atol=1e-6
+  )
+
+  monkeypatch.chdir(tmp_path)
+  small_roberta.export(
+    'roberta-base', small_roberta.MASKED_LM, *small_roberta.build()
+  )
+  exec(compile(blocks[1], 'finetuning.md', 'exec'), roberta)
+  assert roberta['logits'].shape == (2, 2)

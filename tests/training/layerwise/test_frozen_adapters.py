@@ -83,16 +83,7 @@ def adapter_of(kind, rules=ONE):
 
 def adapted(kind, model, rules=ONE):
   """The model that uses the adapters it is given."""
-  adapt = functools.partial(adapters.adapted, adapter_of(kind, rules))
-  fns = model.layer_fns
-  return model._replace(
-    hidden=adapt(model.hidden),
-    logits=adapt(model.logits),
-    apply=adapt(model.apply),
-    layer_fns=fns._replace(
-      embed=adapt(fns.embed), block=adapt(fns.block), head=adapt(fns.head)
-    ),
-  )
+  return adapters.adapt(adapter_of(kind, rules), model)
 
 
 @functools.cache
