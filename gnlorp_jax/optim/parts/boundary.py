@@ -5,6 +5,7 @@ in. Outside they may be boxed (Flax's `nn.Partitioned`, the variables of NNX),
 lie in modules and states of any kind, and on a mesh with explicit shardings.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -69,12 +70,11 @@ def for_any_tree(
   def init_fn(params: optax.Params) -> optax.OptState:
     simple = arrays(plain(params))
     _check_real(simple)
-    mesh = _explicit_mesh(simple)
-    init = inner_tx.init
-    if mesh is not None:
-      specs = _specs_of_state(init, simple, mesh, axes_fn)
-      init = _on_automatic_mesh(init, mesh, specs)
-    return _box_state(init(simple), params, simple, axes_fn)
+    if _explicit_mesh(simple) is None:
+      state = inner_tx.init(simple)
+    else:
+      state = _init_on_automatic_mesh(inner_tx.init, simple, axes_fn)
+    return _box_state(state, params, simple, axes_fn)
 
   def update_fn(
     updates: optax.Updates,
@@ -90,7 +90,7 @@ def for_any_tree(
     if mesh is not None:
       like = grads if simple is None else simple
       specs = jax.tree.map(_spec, (like, contents))
-      update = _update_on_automatic_mesh(update, mesh, specs)
+      update = _update_on_automatic_mesh(update, specs)
     new, new_state = update(grads, contents, simple, **extra_args)
     return restore(new, updates), _boxed_like(state, new_state)
 
@@ -211,17 +211,28 @@ def _spec(leaf: Any) -> Any:
   return jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else P()
 
 
-def _specs_of_state(
-  init: Callable[[Any], optax.OptState], params: Any, mesh: Any, axes_fn: AxesFn
-) -> Any:
-  """How a fresh state is to be sharded: as the parameters, axis by axis."""
-  shapes = jax.tree.map(
+def _init_on_automatic_mesh(
+  init: Callable[[Any], optax.OptState], params: Any, axes_fn: AxesFn
+) -> optax.OptState:
+  """A fresh state, sharded as the parameters are, axis by axis."""
+  mesh = _explicit_mesh(params)
+  automatic = mesh.update_axis_types(
+    dict.fromkeys(mesh.axis_names, AxisType.Auto)
+  )
+  # States depend on shapes alone. Parameters would bring their shardings along.
+  blank = jax.tree.map(
     lambda leaf: jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype)),
     params,
   )
-  state = jax.eval_shape(init, shapes)
+  with jax.sharding.use_abstract_mesh(automatic):
+    state = jax.eval_shape(init, blank)
+  if jax.sharding.get_abstract_mesh().empty and isinstance(
+    jax.tree.leaves(params)[0], jax.core.Tracer
+  ):
+    # A function jitted outside the mesh, whose devices it does not know.
+    return init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank))
   names: list[Any] = [tuple(_spec(leaf)) for leaf in jax.tree.leaves(params)]
-  found = axis_names(state, shapes, _named(params, names, axes_fn))
+  found = axis_names(state, blank, _named(params, names, axes_fn))
 
   def spec(leaf: Any, entry: Any) -> Any:
     if entry is None:
@@ -235,7 +246,8 @@ def _specs_of_state(
 
   structure: Any
   leaves, structure = jax.tree.flatten(state)
-  return structure.unflatten(map(spec, leaves, found))
+  specs = structure.unflatten(map(spec, leaves, found))
+  return _on_automatic_mesh(init, specs)(params)
 
 
 def _divides(mesh: Any, name: Any, length: int) -> bool:
@@ -246,23 +258,23 @@ def _divides(mesh: Any, name: Any, length: int) -> bool:
 
 
 def _on_automatic_mesh(
-  function: Callable[..., Any], mesh: Any, specs: Any
+  function: Callable[..., Any], specs: Any
 ) -> Callable[..., Any]:
   """A function of arrays that runs on automatic axes in place of explicit ones.
 
   Args:
     function: Takes and returns trees of arrays.
-    mesh: The abstract mesh of its arguments.
     specs: How its results are sharded.
   """
-  explicit = tuple(
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind == AxisType.Explicit
-  )
 
   def run(*args: Any) -> Any:
-    with jax.sharding.use_abstract_mesh(mesh):
+    mesh = _explicit_mesh(args)
+    explicit = tuple(
+      name
+      for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if kind == AxisType.Explicit
+    )
+    with _in_mesh(args, mesh):
       return jax.sharding.auto_axes(
         function, axes=explicit, out_sharding=specs
       )(*args)
@@ -270,8 +282,21 @@ def _on_automatic_mesh(
   return run
 
 
+def _in_mesh(args: Any, mesh: Any) -> contextlib.AbstractContextManager[Any]:
+  """The context of a mesh, where there is none yet."""
+  if not jax.sharding.get_abstract_mesh().empty:
+    return contextlib.nullcontext()
+  for leaf in jax.tree.leaves(args):
+    sharding = getattr(leaf, 'sharding', None)
+    if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
+      sharding.mesh, jax.sharding.Mesh
+    ):
+      return jax.set_mesh(sharding.mesh)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
 def _update_on_automatic_mesh(
-  update: Callable[..., Any], mesh: Any, specs: Any
+  update: Callable[..., Any], specs: Any
 ) -> Callable[..., Any]:
   """The same for an `update`, whose other arguments may be anything."""
 
@@ -291,6 +316,6 @@ def _update_on_automatic_mesh(
       return update(grads, state, params, **extra)
 
     given = [x for x, array in zip(leaves, is_array, strict=True) if array]
-    return _on_automatic_mesh(updated, mesh, specs)(grads, state, params, given)
+    return _on_automatic_mesh(updated, specs)(grads, state, params, given)
 
   return run

@@ -1,0 +1,79 @@
+"""Optimizers and a small tree of parameters for the tests of this folder."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gnlorp_jax import optim
+from gnlorp_jax.optim import methods
+
+LOW_RANK = {'rank': 3, 'update_proj_gap': 2}
+OPTIONS = {
+  'adamw': {},
+  'apollo_mini': {'update_proj_gap': 2},
+  'ldadam': {'rank': 3},
+  'vlorp': {**LOW_RANK, 'granularity': 2},
+  'projfactor': {**LOW_RANK, 'granularity': 2},
+}
+# Two steps are fitted, one follows from a state.
+STEPS = 3
+
+
+def _random(shapes, seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: rng.standard_normal(shape).astype(np.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+SHAPES = {
+  'a': {'bias': (8,), 'kernel': (12, 8)},
+  'b': {'kernel': (8, 8)},
+}
+
+
+@pytest.fixture(scope='session')
+def make():
+  """Makes an alias by its name, with options of its own and more."""
+
+  def build(name, learning_rate=1e-2, **options):
+    given = {**OPTIONS.get(name, LOW_RANK), 'weight_decay': 0.1, **options}
+    return getattr(optim, name)(learning_rate, **given)
+
+  return build
+
+
+@pytest.fixture(scope='session')
+def params():
+  """Two kernels, one of them square, and a bias, on the host."""
+  return _random(SHAPES, 0)
+
+
+@pytest.fixture(scope='session')
+def grads():
+  """Gradients of three steps."""
+  return [_random(SHAPES, 1 + step) for step in range(STEPS)]
+
+
+def pytest_generate_tests(metafunc):
+  """Every test that asks for an `alias` is run for all of them."""
+  if 'alias' in metafunc.fixturenames:
+    metafunc.parametrize('alias', methods.names())
+
+
+@pytest.fixture(scope='module')
+def plain_run(make, params, grads, compiled_once):
+  """What an alias makes of the parameters as plain dictionaries, cached."""
+  del compiled_once
+
+  @functools.cache
+  def run(alias, dtype='float32', mask=None):
+    tx = make(alias)
+    start = jax.tree.map(lambda p: p.astype(dtype), params)
+    return steps(tx, start, grads)
+
+  return run
