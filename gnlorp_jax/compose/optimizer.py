@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import optax
 
 from gnlorp_jax import optim
 from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.hyperparams import inject_hyperparams
 
 _logger = logging.getLogger(__name__)
@@ -26,13 +27,6 @@ LabelRules = tuple[tuple[str, str], ...]
 # The factors of adapters, where an optimizer projects them.
 _FACTORS_LOW_RANK: LabelRules = ((r'/lora_[ab]$', 'low_rank'),)
 _ALL_FULL: LabelRules = (('.*', 'full'),)
-
-# Optimizers that compare a gradient with its image along an axis that is not
-# compressed, or whose moments keep one: `side` cannot be both.
-_WHOLE_AXIS = (
-  *('vlorp', 'projfactor'),
-  *('apollo', 'apollo_mini', 'fira', 'ldadam'),
-)
 
 # Fields of OptimConfig that are no arguments of an optimizer.
 _NOT_ARGUMENTS = {
@@ -48,9 +42,14 @@ _NOT_ARGUMENTS = {
 }
 
 
+def _parameters(config: OptimConfig) -> Mapping[str, inspect.Parameter]:
+  """The arguments of the optimizer."""
+  return inspect.signature(methods.get(config.name)).parameters
+
+
 def accepts(config: OptimConfig, argument: str) -> bool:
   """Whether the optimizer has an argument of that name, such as ``rank``."""
-  return argument in inspect.signature(getattr(optim, config.name)).parameters
+  return argument in _parameters(config)
 
 
 def has_subspaces(config: OptimConfig) -> bool:
@@ -91,15 +90,16 @@ def label_rules(
 def for_adapters(config: OptimConfig) -> OptimConfig:
   """The optimizer as it projects the factors of adapters: on both sides.
 
-  Those of which an axis has to stay whole keep their default side.
+  Those whose ``side`` cannot be ``both``, by its annotation, keep their default
+  side.
 
   References:
     Huang et al., `GradNormLoRP`, 2024, arXiv:2412.19616: the fine-tuning form.
   """
-  can_have_both = has_subspaces(config) and config.name not in _WHOLE_AXIS
-  if config.side is None and can_have_both:
-    return dataclasses.replace(config, side='both')
-  return config
+  if config.side is not None or not has_subspaces(config):
+    return config
+  sides = get_args(_parameters(config)['side'].annotation)
+  return dataclasses.replace(config, side='both' if 'both' in sides else None)
 
 
 def make(
@@ -179,13 +179,13 @@ def _builder(
   config: OptimConfig, rules: LabelRules
 ) -> Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]:
   """Makes the optimizer from a learning rate; says once what has no effect."""
-  alias = getattr(optim, config.name)
-  options = _arguments(config, inspect.signature(alias).parameters)
+  method = methods.get(config.name)
+  options = _arguments(config)
 
   def build(learning_rate: optax.ScalarOrSchedule) -> Any:
     # The training step leaves out bad steps itself, and rounds the sum of
     # parameter and update once.
-    tx = alias(
+    tx = method(
       learning_rate,
       param_labels=rules,
       skip_nonfinite=False,
@@ -199,8 +199,9 @@ def _builder(
   return build
 
 
-def _arguments(config: OptimConfig, accepted: Any) -> dict[str, Any]:
+def _arguments(config: OptimConfig) -> dict[str, Any]:
   """The arguments of an optimizer that a configuration names."""
+  accepted = _parameters(config)
   options = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)

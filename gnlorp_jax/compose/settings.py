@@ -19,22 +19,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from gnlorp_jax.optim import methods
+
 ON_RESUME = 'on_resume'
 
-OptimizerName = Literal[
-  'gradnormlorp',
-  'galore',
-  'q_galore',
-  'galore_adafactor',
-  'dct_adamw',
-  'vlorp',
-  'projfactor',
-  'apollo',
-  'apollo_mini',
-  'fira',
-  'ldadam',
-  'adamw',
-]
+OptimizerName = Literal[methods.names()]
 
 
 def result(default: Any) -> Any:

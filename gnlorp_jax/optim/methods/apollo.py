@@ -17,7 +17,7 @@ from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.fira import channel_ratios, length_ratio
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
-  SubspaceOptions,
+  OneSideOptions,
   WeightNormOptions,
   pick,
   with_options,
@@ -90,7 +90,7 @@ def apollo_recovery(
   return Recovery(limit.init, apply)
 
 
-class ApolloSubspace(AdamOptions, SubspaceOptions, total=False):
+class ApolloSubspace(AdamOptions, OneSideOptions, total=False):
   """The shared keywords of `scale_by_apollo`."""
 
 
@@ -125,7 +125,6 @@ def scale_by_apollo(
       a step, at least 1; None lets it grow.
     projection: Name of a module of `projections` (``random``, ``svd``,
       ``dct``), or a `Projection`; ``svd`` takes GaLore's subspace.
-    side: ``short``, ``long``, ``in`` or ``out``, see `compressed_axes`.
     eps: Added to the root of the second moments, at least 0; the bias
       corrections do not touch it (``hf``).
 
@@ -145,7 +144,7 @@ def scale_by_apollo(
       recovery=apollo_recovery(
         scale, granularity, scale_front, norm_growth_limit
       ),
-      **pick(options, SubspaceOptions),
+      **pick(options, OneSideOptions),
     ),
     # Behind the recovery: public code limits the norm before the correction.
     scale_by_bias_correction(adam['b1'], adam['b2']),

@@ -16,7 +16,7 @@ import optax
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
-  SubspaceOptions,
+  OneSideOptions,
   WeightNormOptions,
   pick,
   with_options,
@@ -122,7 +122,7 @@ def fira_recovery(
   return Recovery(limit.init, apply)
 
 
-class FiraSubspace(AdamOptions, SubspaceOptions, total=False):
+class FiraSubspace(AdamOptions, OneSideOptions, total=False):
   """The shared keywords of `scale_by_fira`."""
 
 
@@ -149,7 +149,6 @@ def scale_by_fira(
       too; ``unscaled`` does not, see `fira_recovery`.
     norm_growth_limit: Factor by which the norm of that rest may grow in a step,
       at least 1; None lets it grow.
-    side: ``short``, ``long``, ``in`` or ``out``, see `compressed_axes`.
     eps: Added to the root of the second moments, at least 0; the bias
       corrections do not touch it (``hf``).
 
@@ -167,7 +166,7 @@ def scale_by_fira(
       rank,
       update_proj_gap,
       recovery=fira_recovery(scale, scale_placement, norm_growth_limit),
-      **pick(options, SubspaceOptions),
+      **pick(options, OneSideOptions),
     ),
     # Behind the recovery: public code limits the norm before the correction.
     scale_by_bias_correction(adam['b1'], adam['b2']),

@@ -16,6 +16,7 @@ import optax
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
+  OneSide,
   WeightNormOptions,
   pick,
   with_options,
@@ -376,7 +377,7 @@ def ldadam(
   *,
   rho: float = 0.908,
   error_bits: int | None = 32,
-  side: Side = 'short',
+  side: OneSide = 'short',
   **options: Unpack[LDAdamOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """LDAdam: Adam in a subspace that turns a little at every step.

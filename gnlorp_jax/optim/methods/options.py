@@ -9,7 +9,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypedDict, TypeVar, cast, get_args
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, cast, get_args
 
 import jax
 
@@ -26,6 +26,10 @@ from gnlorp_jax.optim.subspace.sides import Side
 
 P = ParamSpec('P')
 T = TypeVar('T')
+
+# Of optimizers that compare a gradient with its image along the axis that is
+# not compressed, or whose moments keep that axis.
+OneSide = Literal['short', 'long', 'in', 'out']
 
 
 class AdamOptions(TypedDict, total=False):
@@ -60,26 +64,37 @@ class SubspaceOptions(TypedDict, total=False):
     projection: Name of a module of `projections` (``svd``, ``random``,
       ``dct``), or a `Projection` such as
       ``projections.get('svd', solver='exact')``.
-    side: Axis that is compressed: ``short``, ``long``, ``in``, ``out`` or
-      ``both``, see `compressed_axes`.
     spread_refreshes: Refresh one matrix at a time instead of all in one step.
   """
 
   projection: str | Projection
-  side: Side
   spread_refreshes: bool
 
 
-class RefreshOptions(SubspaceOptions, total=False):
-  """Subspaces in few bits, refreshed where needed.
+class OneSideOptions(SubspaceOptions, total=False):
+  """Subspaces of one axis.
 
   Attributes:
+    side: Axis that is compressed: ``short``, ``long``, ``in`` or ``out``, see
+      `compressed_axes`.
+  """
+
+  side: OneSide
+
+
+class RefreshOptions(SubspaceOptions, total=False):
+  """Subspaces of any axes, in few bits, refreshed where needed.
+
+  Attributes:
+    side: Axis that is compressed: ``short``, ``long``, ``in``, ``out`` or
+      ``both``, see `compressed_axes`.
     basis_bits: 32, 16, 8 or 4 bits for every element of the bases, see
       `quantize_basis`.
     lazy_refresh: Lets a matrix whose subspace rests wait longer for its next
       refresh, see `LazyRefresh`; None refreshes all equally often.
   """
 
+  side: Side
   basis_bits: int
   lazy_refresh: LazyRefresh | None
 
@@ -168,7 +183,7 @@ class _Positional(TypedDict, total=False):
 
 _GROUPS = (
   *(_Positional, AdamOptions, AdamModeOptions, SubspaceOptions),
-  *(RefreshOptions, GaloreSubspace),
+  *(OneSideOptions, RefreshOptions, GaloreSubspace),
   *(ShellOptions, KernelOptions, WeightNormOptions),
 )
 
@@ -275,7 +290,7 @@ def _explained(
   else:
     head, returns, tail = text.partition('  Returns:\n')
     tail = returns + tail
-  texts = _texts_of_groups()
+  texts = _texts_of_groups(signature)
   if like is not None:
     texts |= _arguments(_section(like.__doc__ or '', '  Args:\n'))
   texts |= _arguments(_section(text, '  Args:\n'))
@@ -288,14 +303,16 @@ def _section(text: str, head: str) -> str:
   return text.partition(head)[2].partition('\n\n')[0].rstrip()
 
 
-def _texts_of_groups() -> dict[str, str]:
-  return {
-    name: text
-    for group in _GROUPS
-    for name, text in _arguments(
-      _section(group.__doc__ or '', '  Attributes:\n')
-    ).items()
-  }
+def _texts_of_groups(signature: inspect.Signature) -> dict[str, str]:
+  """What groups say of arguments; of two types, what is said of the same."""
+  texts = {}
+  for group in _GROUPS:
+    found = _arguments(_section(group.__doc__ or '', '  Attributes:\n'))
+    for name in found.keys() & signature.parameters.keys():
+      given = signature.parameters[name].annotation
+      if group.__annotations__.get(name, given) == given:
+        texts[name] = found[name]
+  return texts
 
 
 def _arguments(text: str) -> dict[str, str]:

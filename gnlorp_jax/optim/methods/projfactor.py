@@ -15,6 +15,7 @@ from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
+  OneSide,
   WeightNormOptions,
   pick,
   with_options,
@@ -27,7 +28,6 @@ from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
   with_low_rank_projection,
 )
-from gnlorp_jax.optim.subspace.sides import Side
 
 
 class Factors(NamedTuple):
@@ -145,7 +145,7 @@ def projfactor(
   *,
   granularity: float = 64,
   distribution: Distribution = 'normal',
-  side: Side = 'short',
+  side: OneSide = 'short',
   spread_refreshes: bool = True,
   **options: Unpack[ProjfactorOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,7 +157,6 @@ def projfactor(
 
   Args:
     scale: Multiplies the update of projected kernels.
-    side: ``short``, ``long``, ``in`` or ``out``, as in `gradnormlorp`.
     eps: Added to the root of the second moment, before the bias correction for
       kernels (``hf``) and after it for other parameters, as published.
 

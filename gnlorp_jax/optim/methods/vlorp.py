@@ -8,6 +8,7 @@ from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamModeOptions,
+  OneSide,
   WeightNormOptions,
   pick,
   with_options,
@@ -15,7 +16,6 @@ from gnlorp_jax.optim.methods.options import (
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.projections.random import Distribution
 from gnlorp_jax.optim.subspace.low_rank import with_low_rank_projection
-from gnlorp_jax.optim.subspace.sides import Side
 
 
 class VlorpOptions(AdamModeOptions, WeightNormOptions, total=False):
@@ -31,7 +31,7 @@ def vlorp(
   *,
   granularity: float = 64,
   distribution: Distribution = 'normal',
-  side: Side = 'short',
+  side: OneSide = 'short',
   spread_refreshes: bool = True,
   **options: Unpack[VlorpOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,7 +65,8 @@ def vlorp(
     As published, the moments stay as they are when the random matrix changes.
     The published run takes a granularity of 256, which does not divide the
     width of every model; 64 was nearly as good there. For its reshape and its
-    seeds see `projections.random`.
+    seeds see `projections.random`. A granularity of 1 goes with both sides too:
+    that is `galore` with ``projection='random'`` and ``side='both'``.
   """
   adam = pick(options, AdamModeOptions)
   return assemble(
