@@ -1,7 +1,5 @@
 """Optimizers and a small tree of parameters for the tests of this folder."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from gnlorp_jax import optim
 from gnlorp_jax.optim import methods
 
 LOW_RANK = {'rank': 3, 'update_proj_gap': 2}
+# Beside the defaults; bases are refitted within three steps.
 OPTIONS = {
   'adamw': {},
   'apollo_mini': {'update_proj_gap': 2},
@@ -17,8 +16,6 @@ OPTIONS = {
   'vlorp': {**LOW_RANK, 'granularity': 2},
   'projfactor': {**LOW_RANK, 'granularity': 2},
 }
-# Two steps are fitted, one follows from a state.
-STEPS = 3
 
 
 def _random(shapes, seed):
@@ -54,26 +51,13 @@ def params():
 
 
 @pytest.fixture(scope='session')
-def grads():
-  """Gradients of three steps."""
-  return [_random(SHAPES, 1 + step) for step in range(STEPS)]
+def stacked(params):
+  """Gradients of three steps, stacked."""
+  grads = [_random(SHAPES, 1 + step) for step in range(3)]
+  return jax.tree.map(lambda *steps: np.stack(steps), *grads)
 
 
 def pytest_generate_tests(metafunc):
   """Every test that asks for an `alias` is run for all of them."""
   if 'alias' in metafunc.fixturenames:
     metafunc.parametrize('alias', methods.names())
-
-
-@pytest.fixture(scope='module')
-def plain_run(make, params, grads, compiled_once):
-  """What an alias makes of the parameters as plain dictionaries, cached."""
-  del compiled_once
-
-  @functools.cache
-  def run(alias, dtype='float32', mask=None):
-    tx = make(alias)
-    start = jax.tree.map(lambda p: p.astype(dtype), params)
-    return steps(tx, start, grads)
-
-  return run

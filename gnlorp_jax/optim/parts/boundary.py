@@ -219,12 +219,11 @@ def _init_on_automatic_mesh(
   automatic = mesh.update_axis_types(
     dict.fromkeys(mesh.axis_names, AxisType.Auto)
   )
-  # States depend on shapes alone. Parameters would bring their shardings along.
-  blank = jax.tree.map(
-    lambda leaf: jax.eval_shape(lambda: jnp.zeros(leaf.shape, leaf.dtype)),
-    params,
-  )
   with jax.sharding.use_abstract_mesh(automatic):
+    # States depend on shapes alone. Parameters would bring their shardings.
+    blank = jax.eval_shape(
+      lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+    )
     state = jax.eval_shape(init, blank)
   if jax.sharding.get_abstract_mesh().empty and isinstance(
     jax.tree.leaves(params)[0], jax.core.Tracer

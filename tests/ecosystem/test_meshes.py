@@ -1,0 +1,165 @@
+"""Every optimizer on meshes with automatic and with explicit shardings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnlorp_jax.optim.parts.boundary import axes_by_rules, for_any_tree
+
+# Divided along an axis; along one beside which another has no even share; not
+# at all; and stacked, divided along the outputs.
+SHAPES = {
+  'fsdp': {'kernel': (16, 8), 'bias': (8,)},
+  'replicated': {'kernel': (6, 8)},
+  'stacked': {'kernel': (2, 6, 8)},
+  'uneven': {'kernel': (6, 16)},
+}
+SPECS = {
+  'fsdp': {'kernel': P('fsdp', None), 'bias': P('fsdp')},
+  'replicated': {'kernel': P()},
+  'stacked': {'kernel': P(None, None, 'fsdp')},
+  'uneven': {'kernel': P(None, 'fsdp')},
+}
+
+
+def random(seed, *stack):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: rng.standard_normal((*stack, *shape)).astype(np.float32),
+    SHAPES,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+PARAMS, GRADS = random(0), random(1, 3)
+
+
+def steps_of(tx):
+  """A function from parameters to parameters and state after three steps."""
+
+  def step(carry, grads):
+    params, state = carry
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  def run(params, grads):
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
+
+  return jax.jit(run)
+
+
+@pytest.fixture(scope='module')
+def on_one_device(make):
+  @functools.cache
+  def run(alias):
+    return steps_of(make(alias))(PARAMS, GRADS)
+
+  return run
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda x: x.name)
+def mesh(request):
+  return jax.make_mesh((4,), ('fsdp',), axis_types=(request.param,))
+
+
+def put(mesh, tree, *stack):
+  return jax.tree.map(
+    lambda x, spec: jax.device_put(
+      x, NamedSharding(mesh, P(*(None,) * len(stack), *spec))
+    ),
+    tree,
+    SPECS,
+  )
+
+
+def test_mesh_equals_one_device(alias, mesh, make, on_one_device):
+  with jax.set_mesh(mesh):
+    params, _ = steps_of(make(alias))(put(mesh, PARAMS), put(mesh, GRADS, 3))
+  expected, _ = on_one_device(alias)
+  # A number between two codes may get the other one, and a basis of 4 bits
+  # turns by some hundredths.
+  tolerance = 0.1 if alias == 'q_galore' else 1e-4
+  for found, plain, start in zip(
+    *map(jax.tree.leaves, (params, expected, PARAMS)), strict=True
+  ):
+    moved = np.linalg.norm(plain - start)
+    assert np.linalg.norm(found - plain) < tolerance * moved + 1e-6
+  if AxisType.Explicit in mesh.axis_types:
+    for array, spec in zip(
+      jax.tree.leaves(params), jax.tree.leaves(SPECS), strict=True
+    ):
+      ndim = array.ndim
+      assert (
+        tuple(jax.typeof(array).sharding.spec) == (*spec, *[None] * 9)[:ndim]
+      )
+
+
+def moments_of(state):
+  """Types of the first moments by the parameter's name."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    name = jax.tree_util.keystr(path)
+    if '.mu' in name and 'low_rank' in name:
+      found[name.split("['")[-2].split("'")[0]] = jax.typeof(leaf)
+  return found
+
+
+def test_states_keep_the_axes_that_they_share_with_kernels(make):
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    state = jax.jit(make('galore').init)(put(mesh, PARAMS))
+  shardings = {
+    name: (kind.shape, tuple(kind.sharding.spec))
+    for name, kind in moments_of(state).items()
+  }
+  # The shorter axis is compressed, to rank 3.
+  assert shardings == {
+    'fsdp': ((16, 3), ('fsdp', None)),
+    'replicated': ((8, 3), (None, None)),
+    'stacked': ((2, 8, 3), (None, 'fsdp', None)),
+    'uneven': ((16, 3), ('fsdp', None)),
+  }
+
+
+@pytest.mark.parametrize('init', [jax.jit, lambda init: init])
+def test_a_mesh_need_not_be_set(init, make, on_one_device):
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  tx = make('galore')
+  params = put(mesh, PARAMS)
+  state = init(tx.init)(params)
+  update = jax.jit(tx.update)
+  for number in range(3):
+    grads = put(mesh, jax.tree.map(lambda g, i=number: g[i], GRADS))
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    params,
+    on_one_device('galore')[0],
+  )
+
+
+def test_other_arguments_reach_an_inner_optimizer_on_an_explicit_mesh():
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Explicit,))
+
+  def update(updates, state, params=None, *, value, by):
+    return jax.tree.map(lambda u: by(u, value), updates), state
+
+  tx = for_any_tree(
+    optax.GradientTransformationExtraArgs(lambda params: (), update),
+    axes_by_rules(),
+  )
+  params = put(mesh, PARAMS)
+  with jax.set_mesh(mesh):
+    updates, _ = jax.jit(
+      lambda p, value: tx.update(p, (), p, value=value, by=jnp.multiply)
+    )(params, jnp.float32(3))
+  jax.tree.map(
+    lambda u, p: np.testing.assert_array_equal(u, 3 * p), updates, PARAMS
+  )
