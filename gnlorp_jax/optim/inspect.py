@@ -124,7 +124,7 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
       if subspace.lazy
       else jnp.zeros([]),
     )
-    for name, subspace in _subspaces(opt_state)
+    for name, subspace in subspaces(opt_state).items()
   }
 
 
@@ -140,18 +140,27 @@ def saved_refreshes(opt_state: optax.OptState) -> dict[str, jax.Array]:
   """
   return {
     name: subspace.lazy.saved
-    for name, subspace in _subspaces(opt_state)
+    for name, subspace in subspaces(opt_state).items()
     if subspace.lazy is not None
   }
 
 
-def _subspaces(opt_state: optax.OptState) -> Iterator[tuple[str, Subspace]]:
-  """The subspace of every projected kernel, with the kernel's path."""
-  for state in _states_of(opt_state, LowRankState, LDAdamState):
+def subspaces(opt_state: optax.OptState) -> dict[str, Subspace]:
+  """The subspace of every projected kernel by the kernel's path.
+
+  Args:
+    opt_state: A state that holds `LowRankState`s or `LDAdamState`s.
+
+  Returns:
+    Bases by compressed axis, and what the last refresh found.
+  """
+  return {
+    path_name(path): subspace
+    for state in _states_of(opt_state, LowRankState, LDAdamState)
     for path, subspace in jax.tree_util.tree_leaves_with_path(
       state.subspace, is_leaf=lambda node: isinstance(node, Subspace)
-    ):
-      yield path_name(path), subspace
+    )
+  }
 
 
 def _rank(basis: Basis) -> int:
@@ -217,14 +226,14 @@ def report(
   assigned = _assigned(
     shapes, treatments, param_labels, weight_dimension_numbers, others
   )
-  subspaces = dict(_subspaces(opt_state))
+  projected = subspaces(opt_state)
   axes = axes_by_rules(kernel_axes, weight_dimension_numbers)(shapes)
   rows = []
   for (path, leaf), found, (label, reason), matrix in zip(
     paths, held, assigned, axes, strict=True
   ):
     name = path_name(path)
-    bases = subspaces[name].basis if name in subspaces else {}
+    bases = projected[name].basis if name in projected else {}
     wrong = (bases and label != 'low_rank') or bool(found) == (
       label == 'frozen'
     )

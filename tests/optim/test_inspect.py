@@ -127,3 +127,67 @@ def test_report_knows_the_rank_of_quantised_bases():
   rows = rows_of(q_galore(1e-2, rank=6))
   up = rows['layers/up/kernel']
   assert (up.rank, up.side) == (6, 'in')
+
+
+@pytest.mark.parametrize(
+  'params',
+  [
+    [{'kernel': jnp.ones((8, 8))}, {'kernel': jnp.ones((8, 8))}],
+    {name: {'kernel': jnp.ones((8, 8))} for name in ('full', 'in', 'out')},
+    {
+      'low_rank': {'in': {'kernel': jnp.ones((8, 8))}},
+      'full': jnp.ones(8),
+      'mu': {'basis': {'kernel': jnp.ones((8, 8))}},
+    },
+  ],
+  ids=['list', 'sides', 'labels'],
+)
+@pytest.mark.parametrize('alias', [galore, gradnormlorp])
+def test_states_are_told_apart_whatever_parameters_are_called(alias, params):
+  tx = alias(1e-2, rank=2)
+  rows = inspect.report(params, tx)
+  kernels = [row for row in rows if row.name.endswith('kernel')]
+  assert {(row.label, row.rank, row.side) for row in kernels} == {
+    ('low_rank', 2, 'in')
+  }
+  assert len({row.state_bytes for row in kernels}) == 1
+  state = jax.eval_shape(tx.init, params)
+  counts = inspect.tree_bytes(state) - sum(row.state_bytes for row in rows)
+  assert 0 < counts <= 32
+
+
+def test_a_single_array_is_a_tree_of_parameters_too():
+  (row,) = inspect.report(
+    jnp.ones((8, 4)),
+    galore(1e-2, rank=2, param_labels=[('', 'low_rank')]),
+    [('', 'low_rank')],
+  )
+  assert (row.rank, row.side) == (2, 'out')
+
+
+def test_an_empty_tree_has_an_empty_report():
+  rows = inspect.report({}, galore(1e-2))
+  assert rows == []
+  assert inspect.format_report(rows).splitlines()[-1].split() == [
+    *('total', '0', 'B', '0', 'B'),
+  ]
+
+
+def test_low_rank_states_larger_than_adams_are_a_loud_warning(caplog):
+  # Sixteen matrices of 4 x 4, where one of 16 x 16 was meant.
+  params = {'query': {'kernel': jnp.ones((16, 4, 4))}}
+  rules = [('.*', 'low_rank')]
+  tx = gradnormlorp(1e-2, rank=4, param_labels=rules)
+  with caplog.at_level('WARNING'):
+    inspect.report(params, tx, rules)
+  assert caplog.messages[-1] == (
+    "The low-rank states of 'query/kernel' [16, 4, 4] are larger than those of "
+    'AdamW would be: rank is too high for these shapes, or they are not the '
+    'stacks of matrices [*, in, out] they are taken for. Label them '
+    "'full', or give kernel_axes or weight_dimension_numbers."
+  )
+  caplog.clear()
+  axes = [('query', 1, 2)]
+  tx = gradnormlorp(1e-2, rank=4, param_labels=rules, kernel_axes=axes)
+  inspect.report(params, tx, rules, kernel_axes=axes)
+  assert not caplog.messages
