@@ -90,6 +90,7 @@ def assert_continues(name, restored):
   assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', methods.names())
 def test_flax_restores_every_optimizer(name):
   tx, _, state = halfway(name)
@@ -115,11 +116,13 @@ def from_orbax(tmp_path_factory):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', methods.names())
 def test_orbax_restores_every_optimizer(name, from_orbax):
   assert_continues(name, from_orbax[name])
 
 
+@pytest.mark.slow
 def test_the_states_hold_every_kind_of_record():
   found = [r for name in methods.names() for r in records(halfway(name).state)]
   assert {type(record) for record in found} == set(RECORDS)
