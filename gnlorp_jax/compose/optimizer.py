@@ -37,6 +37,7 @@ _NOT_ARGUMENTS = {
   'final_fraction',
   'solver',
   'stochastic_rounding',
+  'decay_norms_and_biases',
   'clip_global_norm',
   'param_labels',
 }
@@ -217,6 +218,8 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
   # The bits of a method are those of embeddings too.
   bits = config.moment_bits or accepted['moment_bits'].default
   options['moment_bits'] = (('.*', bits),)
+  if not config.decay_norms_and_biases:
+    options['weight_decay_mask'] = optim.spare_norms_and_biases
   if config.error_bits == 0:
     options['error_bits'] = None
   if config.solver is not None:

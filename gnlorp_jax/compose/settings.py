@@ -146,7 +146,9 @@ class OptimConfig:
   eps_mode: Literal['standard', 'hf'] | None = result(None)
   """Where eps stands."""
   weight_decay: float = result(0.0)
-  """Decoupled weight decay of all trained weights."""
+  """Decoupled weight decay."""
+  decay_norms_and_biases: bool = result(True)
+  """Whether norms and biases decay too, or kernels and embeddings alone."""
   clip_global_norm: float | None = result(1.0)
   """Gradients are scaled down to this global norm; None does not clip."""
   param_labels: tuple[tuple[str, str], ...] | None = result(None)

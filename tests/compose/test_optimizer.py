@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from gnlorp_jax import optim
 from gnlorp_jax.compose import optimizer, settings
 from gnlorp_jax.compose.settings import OptimConfig
-from gnlorp_jax.models import llama
+from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.split import SplitTransformation
 
@@ -441,6 +442,55 @@ def test_options_decide_the_state(settings, name, options):
     lambda count: 0.1, 4, param_labels=llama.LABEL_RULES, skip_nonfinite=False
   )
   assert found != jax.eval_shape(plain.init, weights)
+
+
+# Kernels and embeddings; of norms and biases none.
+DECAYING = {
+  'llama': """
+    embed/embedding lm_head/kernel
+    layers/attn/k_proj/kernel layers/attn/o_proj/kernel
+    layers/attn/q_proj/kernel layers/attn/v_proj/kernel
+    layers/mlp/down_proj/kernel layers/mlp/gate_proj/kernel
+    layers/mlp/up_proj/kernel
+  """,
+  'roberta': """
+    classifier/dense/kernel classifier/out/kernel
+    embed/positions/embedding embed/tokens/embedding embed/types/embedding
+    layers/attn/k_proj/kernel layers/attn/o_proj/kernel
+    layers/attn/q_proj/kernel layers/attn/v_proj/kernel
+    layers/mlp/down_proj/kernel layers/mlp/up_proj/kernel
+  """,
+}
+SIZES = {
+  **{'vocab_size': 12, 'hidden_size': 4, 'intermediate_size': 6},
+  **{'num_layers': 2, 'num_heads': 2, 'max_seq_len': 8},
+}
+
+
+@pytest.mark.parametrize('family', DECAYING)
+def test_norms_and_biases_decay_if_asked_for(family):
+  if family == 'llama':
+    model = llama.make(llama.LlamaConfig(**SIZES))
+  else:
+    config = roberta.RobertaConfig(**SIZES)
+    model = roberta.make_classifier(config, 3)
+  weights = jax.tree.map(
+    lambda leaf: np.ones(leaf.shape, leaf.dtype),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  still = jax.tree.map(np.zeros_like, weights)
+  for is_asked in (False, True):
+    config = OptimConfig(
+      name='adamw', weight_decay=0.5, decay_norms_and_biases=is_asked
+    )
+    tx = optimizer.transformation(config, 0.1, (('.*', 'full'),))
+    updates = traverse_util.flatten_dict(
+      one_update(tx, still, weights), sep='/'
+    )
+    found = {name for name, update in updates.items() if np.any(update)}
+    expected = set(updates) if is_asked else set(DECAYING[family].split())
+    assert found == expected
+    assert {round(float(updates[n].max()), 6) for n in found} == {-0.05}
 
 
 def test_stochastic_rounding_closes_the_chain():

@@ -28,7 +28,8 @@ KINDS = {
     'granularity side basis_bits lazy_refresh moments_on_refresh error_bits '
     'weight_norm norm_state moment_bits stochastic_rounding',
     'result': 'learning_rate warmup_fraction final_fraction scale solver b1 b2 '
-    'eps eps_mode weight_decay clip_global_norm param_labels',
+    'eps eps_mode weight_decay decay_norms_and_biases clip_global_norm '
+    'param_labels',
   },
   # Fixed is what decides the arrays, and what they stand for.
   AdapterOptions: {'fixed': 'kind rank alpha rules', 'result': 'dropout'},

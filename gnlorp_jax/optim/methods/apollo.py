@@ -14,21 +14,23 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import channel_ratios, length_ratio
+from gnlorp_jax.optim.methods.fira import (
+  RecoveryOptions,
+  RecoverySubspace,
+  channel_ratios,
+  length_ratio,
+  scale_by_recovered_adam,
+)
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
-  OneSideOptions,
   WeightNormOptions,
   pick,
   with_options,
 )
-from gnlorp_jax.optim.parts.adam import scale_by_adam, scale_by_bias_correction
+from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_choice, check_interval
 from gnlorp_jax.optim.parts.norm_growth import limiter
-from gnlorp_jax.optim.subspace.low_rank import (
-  Recovery,
-  with_low_rank_projection,
-)
+from gnlorp_jax.optim.subspace.low_rank import Recovery
 
 Granularity = Literal['channel', 'tensor']
 
@@ -90,15 +92,7 @@ def apollo_recovery(
   return Recovery(limit.init, apply)
 
 
-class ApolloSubspace(AdamOptions, OneSideOptions, total=False):
-  """The shared keywords of `scale_by_apollo`."""
-
-
-class ApolloOptions(ApolloSubspace, WeightNormOptions, total=False):
-  """The shared keywords of `apollo`."""
-
-
-@with_options(eps=1e-6, projection='random')
+@with_options(scale_by_recovered_adam, eps=1e-6, projection='random')
 def scale_by_apollo(
   rank: int = 128,
   update_proj_gap: int = 200,
@@ -107,7 +101,7 @@ def scale_by_apollo(
   granularity: Granularity = 'channel',
   scale_front: bool = False,
   norm_growth_limit: float | None = 1.01,
-  **options: Unpack[ApolloSubspace],
+  **options: Unpack[RecoverySubspace],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO's direction for kernels, of full rank with moments of low rank.
 
@@ -125,29 +119,18 @@ def scale_by_apollo(
       a step, at least 1; None lets it grow.
     projection: Name of a module of `projections` (``random``, ``svd``,
       ``dct``), or a `Projection`; ``svd`` takes GaLore's subspace.
-    eps: Added to the root of the second moments, at least 0; the bias
-      corrections do not touch it (``hf``).
 
   Returns:
     A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
 
   Raises:
-    ValueError: As `with_low_rank_projection`, `scale_by_adam` and
-      `apollo_recovery`.
+    ValueError: As `scale_by_recovered_adam` and `apollo_recovery`.
   """
-  adam = pick(options, AdamOptions)
-  return optax.chain(
-    with_low_rank_projection(
-      scale_by_adam(**adam, bias_correction=False),
-      rank,
-      update_proj_gap,
-      recovery=apollo_recovery(
-        scale, granularity, scale_front, norm_growth_limit
-      ),
-      **pick(options, OneSideOptions),
-    ),
-    # Behind the recovery: public code limits the norm before the correction.
-    scale_by_bias_correction(adam['b1'], adam['b2']),
+  return scale_by_recovered_adam(
+    rank,
+    update_proj_gap,
+    apollo_recovery(scale, granularity, scale_front, norm_growth_limit),
+    **options,
   )
 
 
@@ -163,7 +146,7 @@ def apollo(
   granularity: Granularity = 'channel',
   scale_front: bool = False,
   norm_growth_limit: float | None = 1.01,
-  **options: Unpack[ApolloOptions],
+  **options: Unpack[RecoveryOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO: gradients scaled channel by channel, without any SVD.
 
@@ -199,7 +182,7 @@ def apollo(
       granularity=granularity,
       scale_front=scale_front,
       norm_growth_limit=norm_growth_limit,
-      **pick(options, ApolloSubspace),
+      **pick(options, RecoverySubspace),
     ),
     scale_by_adam(**pick(options, AdamOptions), eps_mode='hf'),
     learning_rate,

@@ -4,11 +4,8 @@ from typing import Unpack
 
 import optax
 
-from gnlorp_jax.optim.methods.apollo import (
-  ApolloOptions,
-  apollo,
-  scale_by_apollo,
-)
+from gnlorp_jax.optim.methods.apollo import apollo, scale_by_apollo
+from gnlorp_jax.optim.methods.fira import RecoveryOptions
 from gnlorp_jax.optim.methods.options import with_options
 
 
@@ -22,7 +19,7 @@ def apollo_mini(
   *,
   scale_front: bool = True,
   norm_growth_limit: float | None = 1.01,
-  **options: Unpack[ApolloOptions],
+  **options: Unpack[RecoveryOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO-Mini: one ratio per matrix from a projection of rank one.
 

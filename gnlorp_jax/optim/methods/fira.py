@@ -122,15 +122,50 @@ def fira_recovery(
   return Recovery(limit.init, apply)
 
 
-class FiraSubspace(AdamOptions, OneSideOptions, total=False):
-  """The shared keywords of `scale_by_fira`."""
+class RecoverySubspace(AdamOptions, OneSideOptions, total=False):
+  """The shared keywords of `scale_by_recovered_adam`."""
 
 
-class FiraOptions(FiraSubspace, WeightNormOptions, total=False):
-  """The shared keywords of `fira`."""
+class RecoveryOptions(RecoverySubspace, WeightNormOptions, total=False):
+  """The shared keywords of optimizers around it."""
 
 
-@with_options(eps=1e-6)
+@with_options()
+def scale_by_recovered_adam(
+  rank: int,
+  update_proj_gap: int,
+  recovery: Recovery,
+  **options: Unpack[RecoverySubspace],
+) -> optax.GradientTransformationExtraArgs:
+  """Adam in a subspace whose directions become updates of full rank.
+
+  Args:
+    recovery: Makes the update of a gradient, its coordinates, and Adam's
+      direction of these before the bias corrections.
+    eps: Added to the root of the second moments, at least 0; the bias
+      corrections do not touch it (``hf``).
+
+  Returns:
+    A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
+
+  Raises:
+    ValueError: As `with_low_rank_projection` and `scale_by_adam`.
+  """
+  adam = pick(options, AdamOptions)
+  return optax.chain(
+    with_low_rank_projection(
+      scale_by_adam(**adam, bias_correction=False),
+      rank,
+      update_proj_gap,
+      recovery=recovery,
+      **pick(options, OneSideOptions),
+    ),
+    # Behind the recovery: public code limits the norm before the correction.
+    scale_by_bias_correction(adam['b1'], adam['b2']),
+  )
+
+
+@with_options(scale_by_recovered_adam, eps=1e-6)
 def scale_by_fira(
   rank: int = 128,
   update_proj_gap: int = 200,
@@ -138,7 +173,7 @@ def scale_by_fira(
   *,
   scale_placement: ScalePlacement = 'unscaled',
   norm_growth_limit: float | None = 1.01,
-  **options: Unpack[FiraSubspace],
+  **options: Unpack[RecoverySubspace],
 ) -> optax.GradientTransformationExtraArgs:
   """Fira's direction for kernels, of full rank with moments of low rank.
 
@@ -149,27 +184,18 @@ def scale_by_fira(
       too; ``unscaled`` does not, see `fira_recovery`.
     norm_growth_limit: Factor by which the norm of that rest may grow in a step,
       at least 1; None lets it grow.
-    eps: Added to the root of the second moments, at least 0; the bias
-      corrections do not touch it (``hf``).
 
   Returns:
     A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
 
   Raises:
-    ValueError: As `with_low_rank_projection`, `scale_by_adam` and
-      `fira_recovery`.
+    ValueError: As `scale_by_recovered_adam` and `fira_recovery`.
   """
-  adam = pick(options, AdamOptions)
-  return optax.chain(
-    with_low_rank_projection(
-      scale_by_adam(**adam, bias_correction=False),
-      rank,
-      update_proj_gap,
-      recovery=fira_recovery(scale, scale_placement, norm_growth_limit),
-      **pick(options, OneSideOptions),
-    ),
-    # Behind the recovery: public code limits the norm before the correction.
-    scale_by_bias_correction(adam['b1'], adam['b2']),
+  return scale_by_recovered_adam(
+    rank,
+    update_proj_gap,
+    fira_recovery(scale, scale_placement, norm_growth_limit),
+    **options,
   )
 
 
@@ -182,7 +208,7 @@ def fira(
   *,
   scale_placement: ScalePlacement = 'unscaled',
   norm_growth_limit: float | None = 1.01,
-  **options: Unpack[FiraOptions],
+  **options: Unpack[RecoveryOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """Fira: full-rank updates with the moments of GaLore.
 
@@ -218,7 +244,7 @@ def fira(
       scale,
       scale_placement=scale_placement,
       norm_growth_limit=norm_growth_limit,
-      **pick(options, FiraSubspace),
+      **pick(options, RecoverySubspace),
     ),
     scale_by_adam(**pick(options, AdamOptions), eps_mode='hf'),
     learning_rate,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax.optim.parts.checks import check_choice, check_static
+from gnlorp_jax.optim.parts.flax_serialization import FlaxSerializable
 from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.optim.projections.base import Projection
 
@@ -33,7 +34,7 @@ _LARGEST = 46340
   meta_fields=['n'],
 )
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class Columns(FlaxSerializable):
   """A choice of columns of an n x n transform."""
 
   indices_R: jax.Array  # int32 [*, r], ascending

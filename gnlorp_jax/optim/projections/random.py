@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax.optim.parts.checks import check_choice
+from gnlorp_jax.optim.parts.flax_serialization import FlaxSerializable
 from gnlorp_jax.optim.projections.base import Projection
 
 Distribution = Literal['normal', 'rademacher']
@@ -26,7 +27,7 @@ Distribution = Literal['normal', 'rademacher']
   meta_fields=['size', 'rank'],
 )
 @dataclasses.dataclass(frozen=True)
-class RandomBasis:
+class RandomBasis(FlaxSerializable):
   """What a random basis is made from again, wherever it is needed."""
 
   seed: jax.Array  # uint32 [*]

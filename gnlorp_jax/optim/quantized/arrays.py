@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnlorp_jax.optim.parts.flax_serialization import FlaxSerializable
 from gnlorp_jax.optim.parts.random_bits import random_words
 from gnlorp_jax.optim.quantized.codecs import Codec, decode, encode
 
@@ -27,7 +28,7 @@ _TINY = float(np.finfo(np.float32).tiny)
   meta_fields=['codec', 'shape'],
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
+class QuantizedArray(FlaxSerializable):
   """A stack of quantised matrices (or vectors).
 
   Its arrays share the leading axes: the same slice of each is the slice of the

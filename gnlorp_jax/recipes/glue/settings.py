@@ -135,6 +135,7 @@ class GlueConfig(RunConfig):
     schedule='linear',
     warmup_fraction=0.0,
     final_fraction=0.0,
+    decay_norms_and_biases=False,
     clip_global_norm=None,
   )
   """Optimizer and schedule. None takes the method's, or the table's: rank 8, a

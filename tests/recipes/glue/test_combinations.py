@@ -155,6 +155,7 @@ def test_options_of_the_optimizer_reach_the_place_that_makes_it(monkeypatch):
   assert (config.side, config.solver, config.weight_decay) == (
     *('out', 'eigh', 0.1),
   )
+  assert not config.decay_norms_and_biases
   assert (config.clip_global_norm, config.moment_bits) == (0.01, 8)
   # A rate is an argument of the program, its schedule is of a run.
   run = recipe.make_run(prepared, None, 0).run

@@ -24,6 +24,10 @@ LOW_RANK = {'rank': 8, 'update_proj_gap': GAP}
 # Adam divides by the root of the second moment: where that is near zero it
 # turns roundings of a gradient into steps. A large eps does not.
 EPS = {'eps': 1e-3}
+SPARING = {
+  'weight_decay': 0.1,
+  'weight_decay_mask': optim.spare_norms_and_biases,
+}
 FINE = {'rank': 2, 'update_proj_gap': GAP, 'granularity': 2, **EPS}
 # Each with a form of the state that a slice, or a half of a step, must carry
 # along: moments that a refresh rotates or resets, tracked norms, queues of lazy
@@ -41,9 +45,7 @@ TXS = {
     optim.dct_adamw, error_bits=None, **LOW_RANK, **EPS
   ),
   'fira': functools.partial(optim.fira, **LOW_RANK, **EPS),
-  'galore': functools.partial(
-    optim.galore, weight_decay=0.1, **LOW_RANK, **EPS
-  ),
+  'galore': functools.partial(optim.galore, **SPARING, **LOW_RANK, **EPS),
   'galore, frozen': functools.partial(
     optim.galore,
     param_labels=[('down|embed', 'frozen'), ('up', 'low_rank'), ('.*', 'full')],
@@ -62,6 +64,7 @@ TXS = {
     optim.gradnormlorp,
     moments_on_refresh='reset',
     side='both',
+    **SPARING,
     **LOW_RANK,
     **EPS,
   ),
