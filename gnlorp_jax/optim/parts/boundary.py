@@ -189,6 +189,8 @@ def _boxed_like(state: optax.OptState, new: optax.OptState) -> optax.OptState:
   """A new state in the boxes of the old one."""
   structure: Any
   boxes, structure = jax.tree.flatten(state, is_leaf=is_box)
+  if not any(map(is_box, boxes)):
+    return new
   values = structure.flatten_up_to(new)
   return structure.unflatten(map(boxed, boxes, values))
 
