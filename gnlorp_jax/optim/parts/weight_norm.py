@@ -13,7 +13,7 @@ import optax
 
 from gnlorp_jax.optim.parts.checks import check_choice, check_params
 from gnlorp_jax.optim.parts.split import (
-  Look,
+  RefreshContext,
   SplitTransformation,
   as_split,
   split,
@@ -30,7 +30,7 @@ class WeightNormState(NamedTuple):
   magnitude: optax.OptState  # over g, [*, 1, out]
 
 
-class SmallGrads(NamedTuple):
+class ProjectedGrads(NamedTuple):
   """What is left of the gradients of kernels after the first half of a step."""
 
   dg: optax.Updates  # float32 [*, 1, out], of the magnitudes
@@ -185,17 +185,22 @@ def with_weight_norm(
     )
 
   def project_fn(
-    grads: optax.Updates, state: WeightNormState, params: Any, look: Look
-  ) -> tuple[SmallGrads, WeightNormState]:
+    grads: optax.Updates,
+    state: WeightNormState,
+    params: Any,
+    context: RefreshContext,
+  ) -> tuple[ProjectedGrads, WeightNormState]:
     check_params(params)
     _, v, dg, dv = _parts(grads, params, state.v_norm)
-    small, direction_state = direction_tx.project_fn(
-      dv, state.direction, v, look
+    projected, direction_state = direction_tx.project_fn(
+      dv, state.direction, v, context
     )
-    return SmallGrads(dg, small), state._replace(direction=direction_state)
+    return ProjectedGrads(dg, projected), state._replace(
+      direction=direction_state
+    )
 
   def apply_fn(
-    small: SmallGrads,
+    projected: ProjectedGrads,
     state: WeightNormState,
     params: Any,
     **extra_args: Any,
@@ -203,10 +208,10 @@ def with_weight_norm(
     # Any gradient gives the same g and v.
     g, v, _, _ = _parts(params, params, state.v_norm)
     v_step, direction_state = direction_tx.apply(
-      small.dv, state.direction, v, **extra_args
+      projected.dv, state.direction, v, **extra_args
     )
     g_step, magnitude_state = magnitude_tx.update(
-      small.dg, state.magnitude, g, **extra_args
+      projected.dg, state.magnitude, g, **extra_args
     )
     new_v = jax.tree.map(jnp.add, v, v_step)
     new_g = jax.tree.map(jnp.add, g, g_step)
