@@ -58,8 +58,8 @@ FAULTS = (
   ),
   Fault(
     *('first refresh missed', 'optim/subspace/refresh.py'),
-    'return due | (unset & (look.total(nonzero.astype(jnp.int32)) > 0))',
-    'return due',
+    'return due_s | (unset_s & (context.total(nonzero_s) > 0))',
+    'return due_s',
     'optim/subspace/test_refresh.py optim/subspace/test_low_rank.py',
   ),
   Fault(
@@ -77,8 +77,8 @@ FAULTS = (
       'basis of one device, not of the sum over devices',
       'optim/subspace/refresh.py',
     ),
-    'mine_IO = look.total(part(grad_IO))',
-    'mine_IO = part(grad_IO)',
+    'total_IO = context.total(part(grad_sIO))',
+    'total_IO = part(grad_sIO)',
     'optim/parts/test_split.py training/layerwise/test_waiting.py',
   ),
   Fault(

@@ -42,7 +42,6 @@ from gnlorp_jax.optim.subspace.error_feedback import (
   encode_error,
   zero_errors,
 )
-from gnlorp_jax.optim.subspace.low_rank import effective_rank, turned_shape
 from gnlorp_jax.optim.subspace.moments import (
   rotate_moments,
 )
@@ -51,7 +50,9 @@ from gnlorp_jax.optim.subspace.sides import (
   Subspace,
   compressed_axes,
   toward,
+  turned_shape,
 )
+from gnlorp_jax.optim.subspace.start import effective_rank
 
 # Iterations that fit a first basis, whose start is random; later ones start
 # from the last basis and need one.

@@ -18,6 +18,7 @@ from gnlorp_jax.optim.parts.split import (
   as_split,
   split,
 )
+from gnlorp_jax.optim.parts.trees import record_of_trees
 
 NormState = Literal['synced', 'tracked']
 
@@ -104,18 +105,10 @@ def pull_back(
 
 def _parts(
   grads: optax.Updates, params: optax.Params, v_norm: optax.Params | None
-) -> list[optax.Params]:
+) -> Parts:
   """The trees of g, v, dg and dv."""
   rest = () if v_norm is None else (v_norm,)
-  parts = jax.tree.map(pull_back, grads, params, *rest)
-  return [
-    jax.tree.map(
-      lambda p, field=field: getattr(p, field),
-      parts,
-      is_leaf=lambda p: isinstance(p, Parts),
-    )
-    for field in Parts._fields
-  ]
+  return record_of_trees(jax.tree.map(pull_back, grads, params, *rest), Parts)
 
 
 def _change(
@@ -191,11 +184,11 @@ def with_weight_norm(
     context: RefreshContext,
   ) -> tuple[ProjectedGrads, WeightNormState]:
     check_params(params)
-    _, v, dg, dv = _parts(grads, params, state.v_norm)
+    parts = _parts(grads, params, state.v_norm)
     projected, direction_state = direction_tx.project_fn(
-      dv, state.direction, v, context
+      parts.dv_IO, state.direction, parts.v_IO, context
     )
-    return ProjectedGrads(dg, projected), state._replace(
+    return ProjectedGrads(parts.dg_1O, projected), state._replace(
       direction=direction_state
     )
 
