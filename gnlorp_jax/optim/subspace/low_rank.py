@@ -128,7 +128,7 @@ def with_low_rank_projection(
       `quantize_basis`.
     lazy_refresh: Lets the intervals of subspaces at rest grow; None keeps them.
     on_refresh: What a refresh does to the moments of `inner`, such as
-      `adam.rotate_moments`; it needs one `adam.scale_by_adam` with
+      `moments.rotate_moments`; it needs one `adam.scale_by_adam` with
       ``count_per_matrix`` in `inner`. None keeps the moments as they are.
     error_bits: Adds to every gradient what projecting lost of the ones before,
       a full-size buffer of 32, 8 or 4 bits an element; None forgets it.
