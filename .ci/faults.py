@@ -89,8 +89,8 @@ FAULTS = (
   ),
   Fault(
     *('bias correction of the first moment for both', 'optim/parts/adam.py'),
-    'return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b2))',
-    'return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b1))',
+    'return correction(b1), correction(b2)',
+    'return correction(b1), correction(b1)',
     'optim/parts/test_adam.py optim/methods/test_adamw.py',
   ),
   Fault(
@@ -101,8 +101,8 @@ FAULTS = (
   ),
   Fault(
     *('error feedback of the gradient alone', 'optim/methods/ldadam.py'),
-    'grad_IO = grad_IO + decode_error(error)',
-    'grad_IO = grad_IO + 0 * decode_error(error)',
+    'grad_IO = grad_IO + decode_error(old.error)',
+    'grad_IO = grad_IO + 0 * decode_error(old.error)',
     'optim/methods/test_ldadam.py',
   ),
   Fault(

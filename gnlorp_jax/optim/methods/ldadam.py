@@ -156,7 +156,8 @@ def _follow(
   if error_bits is not None:
     grad_IO = grad_IO + decode_error(old.error)
   # Before the first step the moments are zero, whatever divides them.
-  mean_MR = old.mu / (1 - decays.b1 ** jnp.maximum(count, 1))
+  b1 = jnp.asarray(decays.b1, jnp.float32)
+  mean_MR = old.mu / (1 - b1 ** jnp.maximum(count, 1))
   subspace, low_MR = _refit(grad_IO, mean_MR, old.subspace, decays.rho)
   ((axis, old_NR),) = old.subspace.basis.items()
   turn_RR = turn_between(old_NR, subspace.basis[axis])

@@ -97,7 +97,7 @@ def _first_cosine(
   rank: int,
 ) -> jax.Array:
   """Cosine of the first old and the first new basis vector; mean of sides."""
-  first_RN = jnp.eye(rank)[None, :1]
+  first_RN = jnp.eye(rank, dtype=jnp.float32)[None, :1]
   cosines = []
   for axis in new:
     if projection.turn is not None:

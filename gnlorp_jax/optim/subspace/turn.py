@@ -34,8 +34,8 @@ def _orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
   """
   basis_NR = orthonormalise(wanted_NR, old_NR, fill=0.0)
   gram_RR = turn_between(basis_NR, basis_NR)
-  eye_RR = jnp.broadcast_to(jnp.eye(gram_RR.shape[-1]), gram_RR.shape)
-  error_RR = jnp.abs(gram_RR - eye_RR)
+  eye_RR = jnp.eye(gram_RR.shape[-1], dtype=jnp.float32)
+  error_RR = jnp.abs(gram_RR - jnp.broadcast_to(eye_RR, gram_RR.shape))
   good = jnp.max(error_RR, axis=(-2, -1)) < _ORTHONORMAL  # False for a NaN.
   return jax.lax.cond(
     jnp.all(good),
