@@ -541,6 +541,27 @@ def test_zero_and_rank_deficient_gradients_stay_finite(name):
 
 
 @every_variant
+def test_parameters_without_elements_rest(name):
+  tx = build(name)
+  empty = {
+    f'layer_{i}': {'kernel': np.zeros(shape, np.float32)}
+    for i, shape in enumerate(
+      [(0, 8), (8, 0), (0, 0), (0, 4, 8), (2, 0, 8), (2, 8, 0)]
+    )
+  }
+  empty['embed'] = {'embedding': np.zeros((0, 80), np.float32)}
+  empty['frozen'] = {'kernel': np.zeros((0, 4), np.float32)}
+  updates, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(empty)
+  assert types(updates) == types(empty)
+  assert_finite(state)
+  both = {'empty': empty, 'other': UP}
+  state = jax.eval_shape(tx.init, both)
+  updates, after = jax.eval_shape(tx.update, both, state, both)
+  assert types(updates) == types(both)
+  assert types(after) == types(state)
+
+
+@every_variant
 def test_weight_decay_shrinks_and_frozen_parameters_rest(name):
   _, state, step = compiled(name)
   params, state = run(

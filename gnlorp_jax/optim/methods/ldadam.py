@@ -27,6 +27,7 @@ from gnlorp_jax.optim.parts.checks import (
   check_int,
   check_interval,
 )
+from gnlorp_jax.optim.parts.empty import skip_empty
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.trees import record_of_trees
 from gnlorp_jax.optim.projections import svd
@@ -324,7 +325,7 @@ def scale_by_ldadam(
       error=None if error_bits is None else new.error,
     )
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return skip_empty(optax.GradientTransformation(init_fn, update_fn))
 
 
 def _compressed_axis(shape: tuple[int, ...], side: Side) -> str:

@@ -20,6 +20,7 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.parts.checks import check_choice, check_int
+from gnlorp_jax.optim.parts.empty import skip_empty
 from gnlorp_jax.optim.parts.split import (
   RefreshContext,
   SplitTransformation,
@@ -211,11 +212,11 @@ def with_low_rank_projection(
   # Its updates are directions, still in the subspace: three ways lead out.
   inside = split(init_fn, project_fn, direct_fn)
   if recovery is not None:
-    return _with_recovery(inside, recovery, method, scale)
+    return skip_empty(_with_recovery(inside, recovery, method, scale))
   expanded = _expanded(inside, method, scale)
   if error_bits is not None:
-    return _with_error_feedback(expanded, method, error_bits)
-  return expanded
+    return skip_empty(_with_error_feedback(expanded, method, error_bits))
+  return skip_empty(expanded)
 
 
 def _check_recovery(
