@@ -107,7 +107,7 @@ FAULTS = (
   ),
   Fault(
     *('norm growth that is never limited', 'optim/parts/norm_growth.py'),
-    'factor = jnp.where(is_over, bound / norm, 1)',
+    'factor = jnp.where(is_over, new_norm / norm, 1)',
     'factor = jnp.where(is_over, 1, 1)',
     'optim/parts/test_norm_growth.py optim/methods/test_apollo.py',
   ),

@@ -75,20 +75,21 @@ def _refit(
   """The next subspace of each matrix, and the gradient's coordinates in it.
 
   A matrix whose gradients were zero until now has no moments either, and still
-  waits for its first basis.
+  waits for its first basis. To derivatives the subspace is a constant.
   """
   ((axis, old_NR),) = old.basis.items()
-  largest = jnp.max(jnp.abs(grad_IO), axis=(-2, -1))
+  fixed_IO, mean_MR = jax.lax.stop_gradient((grad_IO, mean_MR))
+  largest = jnp.max(jnp.abs(fixed_IO), axis=(-2, -1))
   zero = largest == 0
   unset = old.refresh_count == 0
 
   def turn(i: jax.Array, basis_NR: jax.Array) -> jax.Array:
     # Turned in here: a loop would be handed a turned copy.
-    new_NR = turn_basis(toward(grad_IO, axis), mean_MR, basis_NR, rho)
+    new_NR = turn_basis(toward(fixed_IO, axis), mean_MR, basis_NR, rho)
     return jnp.where((i == 0) | unset[..., None, None], new_NR, basis_NR)
 
   rounds = jnp.where(jnp.any(unset & ~zero), _FIRST_ITERATIONS, 1)
-  basis_NR = jax.lax.fori_loop(0, rounds, turn, old_NR)
+  basis_NR = jax.lax.fori_loop(0, rounds, turn, jax.lax.stop_gradient(old_NR))
   low_MR = project(grad_IO, {axis: basis_NR}, _COLUMNS)
   # Scaled, so that no square under- or overflows.
   scale = jnp.where(zero, 1, largest)[..., None, None]
@@ -103,7 +104,7 @@ def _refit(
     overlap=jnp.where(fitted, overlap, old.overlap),
     energy=jnp.where(fitted, energy, old.energy),
   )
-  return subspace, low_MR
+  return jax.lax.stop_gradient(subspace), low_MR
 
 
 class LDAdamState(NamedTuple):
@@ -256,6 +257,9 @@ def scale_by_ldadam(
     power iterations do it, from a random start. It raises where `rank` exceeds
     the shorter axis. Its rule for square matrices, the left side of PyTorch's
     (out, in), is the default here too: ``out``, where `galore` has ``in``.
+
+    To derivatives through `update` bases are constants, as in
+    `with_low_rank_projection`.
   """
   check_int('rank', rank)
   check_interval('rho', rho, 0, 1)

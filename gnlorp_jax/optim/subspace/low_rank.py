@@ -158,6 +158,10 @@ def with_low_rank_projection(
     GaLore refreshes every matrix in the same step; here that is
     ``spread_refreshes=False``. `optax.contrib.galore` compresses the longer
     axis (``side='long'``) and skips leaves of more than two axes.
+
+    To derivatives through `update`, as meta-learning takes them, bases are
+    constants; gradients, moments and numbers such as a learning rate are not.
+    What Adam makes of a coordinate that was always zero has no derivative.
   """
   check_int('rank', rank)
   check_int('update_proj_gap', update_proj_gap)

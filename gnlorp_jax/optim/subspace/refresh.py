@@ -6,7 +6,9 @@ Shape suffixes in this file:
 Leading axes of a kernel stack matrices; inside they are flattened to one, [s].
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -180,6 +182,23 @@ def _move_moments(
   return _where(stays | (old.refresh_count == 0), moments, moved)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_derivative(
+  function: Callable[[Any, Any], Any], value: Any, x: Any, constants: Any
+) -> Any:
+  """`value`, whose derivative is that of ``function(x, constants)`` in `x`."""
+  return value
+
+
+@_with_derivative.defjvp
+def _with_derivative_jvp(
+  function: Callable[[Any, Any], Any], primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+  value, x, constants = primals
+  _, tangent = jax.jvp(lambda x: function(x, constants), (x,), (tangents[1],))
+  return value, tangent
+
+
 def _find_due(
   grad_sIO: jax.Array,
   subspace: Subspace,
@@ -233,6 +252,11 @@ def refresh_due(
 
   Returns:
     The subspace to use in this step, and the moments in it.
+
+  Note:
+    To derivatives through a step bases are constants: that of a subspace does
+    not exist where singular values meet, and a loop of unknown length has none.
+    Moments keep theirs, and move as they did.
   """
   stack = grad_IO.shape[:-2]
 
@@ -242,8 +266,11 @@ def refresh_due(
   def restore(x: jax.Array) -> jax.Array:
     return x.reshape(*stack, *x.shape[1:])
 
-  grad_sIO, old = jax.tree.map(flatten, (grad_IO, old))
-  due_s, subspace = _find_due(grad_sIO, old.subspace, count, rules.gap, context)
+  grad_IO, old = jax.tree.map(flatten, (grad_IO, old))
+  grad_sIO, before = jax.lax.stop_gradient((grad_IO, old))
+  due_s, subspace = _find_due(
+    grad_sIO, before.subspace, count, rules.gap, context
+  )
   order_s = jnp.argsort(~due_s)  # Stable: those that are due come first.
 
   def refit(k: jax.Array, carry: Refreshed) -> Refreshed:
@@ -253,13 +280,13 @@ def refresh_due(
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
       return jax.lax.dynamic_update_slice_in_dim(x, new, order_s[k], 0)
 
-    before = jax.tree.map(part, carry)
+    one = jax.tree.map(part, carry)
     total_IO = context.total(part(grad_sIO))
-    subspace = _refit_bases(total_IO, before.subspace, count, rules)
-    moments = _move_moments(before.moments, before.subspace, subspace, rules)
+    subspace = _refit_bases(total_IO, one.subspace, count, rules)
+    moments = _move_moments(one.moments, one.subspace, subspace, rules)
     return jax.tree.map(put, carry, Refreshed(subspace, moments))
 
-  carry = Refreshed(subspace, old.moments)
+  carry = Refreshed(subspace, before.moments)
   if due_s.size == 1:
     # XLA would take all that depends on the gradient alone out of the loop,
     # and sum it over devices and scale it at every step.
@@ -268,4 +295,12 @@ def refresh_due(
     )
   else:
     carry = jax.lax.fori_loop(0, jnp.sum(due_s), refit, carry)
+  if rules.on_refresh is not None:
+    moments = _with_derivative(
+      lambda x, bases: _move_moments(x, bases[0], bases[1], rules),
+      carry.moments,
+      old.moments,
+      (before.subspace, carry.subspace),
+    )
+    carry = carry._replace(moments=moments)
   return jax.tree.map(restore, carry)
