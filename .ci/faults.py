@@ -58,8 +58,8 @@ FAULTS = (
   ),
   Fault(
     *('first refresh missed', 'optim/subspace/refresh.py'),
-    'return due | (unset & (look.total(nonzero.astype(jnp.int32)) > 0))',
-    'return due',
+    'return due_s | (unset_s & (context.total(nonzero_s) > 0))',
+    'return due_s',
     'optim/subspace/test_refresh.py optim/subspace/test_low_rank.py',
   ),
   Fault(
@@ -77,8 +77,8 @@ FAULTS = (
       'basis of one device, not of the sum over devices',
       'optim/subspace/refresh.py',
     ),
-    'mine_IO = look.total(part(grad_IO))',
-    'mine_IO = part(grad_IO)',
+    'total_IO = context.total(part(grad_sIO))',
+    'total_IO = part(grad_sIO)',
     'optim/parts/test_split.py training/layerwise/test_waiting.py',
   ),
   Fault(
@@ -89,8 +89,8 @@ FAULTS = (
   ),
   Fault(
     *('bias correction of the first moment for both', 'optim/parts/adam.py'),
-    'return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b2))',
-    'return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b1))',
+    'return correction(b1), correction(b2)',
+    'return correction(b1), correction(b1)',
     'optim/parts/test_adam.py optim/methods/test_adamw.py',
   ),
   Fault(
@@ -101,13 +101,13 @@ FAULTS = (
   ),
   Fault(
     *('error feedback of the gradient alone', 'optim/methods/ldadam.py'),
-    'grad_IO = grad_IO + decode_error(error)',
-    'grad_IO = grad_IO + 0 * decode_error(error)',
+    'grad_IO = grad_IO + decode_error(old.error)',
+    'grad_IO = grad_IO + 0 * decode_error(old.error)',
     'optim/methods/test_ldadam.py',
   ),
   Fault(
     *('norm growth that is never limited', 'optim/parts/norm_growth.py'),
-    'factor = jnp.where(is_over, bound / norm, 1)',
+    'factor = jnp.where(is_over, new_norm / norm, 1)',
     'factor = jnp.where(is_over, 1, 1)',
     'optim/parts/test_norm_growth.py optim/methods/test_apollo.py',
   ),

@@ -462,6 +462,25 @@ def test_bfloat16_parameters_have_float32_states_and_updates_of_choice(name):
 
 
 @every_variant
+def test_x64_changes_neither_types_nor_numbers(name):
+  tx, state, _ = compiled(name)
+  with jax.enable_x64(True):
+    for dtype in (jnp.float64, jnp.bfloat16):
+      params = jax.tree.map(lambda p, d=dtype: p.astype(d), PARAMS)
+      start = jax.eval_shape(tx.init, params)
+      updates, after = jax.eval_shape(tx.update, params, start, params)
+      assert types(updates) == types(params)
+      assert types(start) == types(after) == types(state)
+    first_step = jax.jit(lambda p, g: step_of(tx)(p, tx.init(p), g))
+    lowered = first_step.lower(PARAMS, GRADS[0])
+    # No array on the way either; numbers of Python pass for float64.
+    assert 'xf64>' not in lowered.as_text()
+    result = on_host(lowered.compile()(PARAMS, GRADS[0]))
+  assert types(result) == types((PARAMS, state))
+  assert_same_training(result, trained(name, 1), name)
+
+
+@every_variant
 def test_map_params_is_the_identity(name):
   tx, state, _ = compiled(name)
   again = optax.tree.map_params(tx, lambda x: x, state)
@@ -519,6 +538,27 @@ def test_zero_and_rank_deficient_gradients_stay_finite(name):
     named_leaves(params), jax.tree.leaves(PARAMS), strict=True
   ):
     assert 'frozen' in path or np.abs(p - start).max() > 1e-3, path
+
+
+@every_variant
+def test_parameters_without_elements_rest(name):
+  tx = build(name)
+  empty = {
+    f'layer_{i}': {'kernel': np.zeros(shape, np.float32)}
+    for i, shape in enumerate(
+      [(0, 8), (8, 0), (0, 0), (0, 4, 8), (2, 0, 8), (2, 8, 0)]
+    )
+  }
+  empty['embed'] = {'embedding': np.zeros((0, 80), np.float32)}
+  empty['frozen'] = {'kernel': np.zeros((0, 4), np.float32)}
+  updates, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(empty)
+  assert types(updates) == types(empty)
+  assert_finite(state)
+  both = {'empty': empty, 'other': UP}
+  state = jax.eval_shape(tx.init, both)
+  updates, after = jax.eval_shape(tx.update, both, state, both)
+  assert types(updates) == types(both)
+  assert types(after) == types(state)
 
 
 @every_variant

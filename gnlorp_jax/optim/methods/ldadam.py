@@ -27,85 +27,38 @@ from gnlorp_jax.optim.parts.checks import (
   check_int,
   check_interval,
 )
+from gnlorp_jax.optim.parts.empty import skip_empty
 from gnlorp_jax.optim.parts.plain import path_name
-from gnlorp_jax.optim.projections.svd import (
-  cholesky_qr,
-  orthonormalise,
-  project,
-  project_back,
-  random_basis,
-  unit_columns,
-)
+from gnlorp_jax.optim.parts.trees import record_of_trees
+from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.optim.subspace.error_feedback import (
   check_error_bits,
   decode_error,
   encode_error,
   zero_errors,
 )
-from gnlorp_jax.optim.subspace.low_rank import effective_rank, turned_shape
-from gnlorp_jax.optim.subspace.moments import (
-  rotate_moments,
-)
+from gnlorp_jax.optim.subspace.moments import rotate_moments
 from gnlorp_jax.optim.subspace.sides import (
   Side,
   Subspace,
   compressed_axes,
+  project,
+  project_back,
   toward,
+  turned_shape,
 )
+from gnlorp_jax.optim.subspace.start import (
+  effective_rank,
+  unfitted_subspace,
+  zero_coordinates,
+)
+from gnlorp_jax.optim.subspace.turn import turn_basis, turn_between
 
 # Iterations that fit a first basis, whose start is random; later ones start
 # from the last basis and need one.
 _FIRST_ITERATIONS = 8
-# Entries of Q^T Q - 1 from which on a factorisation counts as failed; a good
-# one stays below 1e-5.
-_ORTHONORMAL = 1e-3
-
-
-def _turn(old_NR: jax.Array, new_NR: jax.Array) -> jax.Array:
-  """Old basis vectors in new coordinates, ``Q_old^T Q_new``."""
-  # In TF32, some accelerators' default, the products would not be orthogonal.
-  return jnp.matmul(old_NR.mT, new_NR, precision=jax.lax.Precision.HIGHEST)
-
-
-def _orthonormalise(wanted_NR: jax.Array, old_NR: jax.Array) -> jax.Array:
-  """The factor Q of a QR factorisation, completed where the rank is too low.
-
-  Columns of full rank are factorised as they are. `old` joins in only where
-  that fails, because it turns the subspace by about a thousandth.
-  """
-  basis_NR = orthonormalise(wanted_NR, old_NR, fill=0.0)
-  gram_RR = _turn(basis_NR, basis_NR)
-  eye_RR = jnp.broadcast_to(jnp.eye(gram_RR.shape[-1]), gram_RR.shape)
-  error_RR = jnp.abs(gram_RR - eye_RR)
-  good = jnp.max(error_RR, axis=(-2, -1)) < _ORTHONORMAL  # False for a NaN.
-  return jax.lax.cond(
-    jnp.all(good),
-    lambda: basis_NR,
-    lambda: jnp.where(
-      good[..., None, None], basis_NR, orthonormalise(wanted_NR, old_NR)
-    ),
-  )
-
-
-def _turn_basis(
-  grad_MN: jax.Array, mean_MR: jax.Array, basis_NR: jax.Array, rho: float
-) -> jax.Array:
-  r"""One block power iteration ``orth(b^T (b Q))`` on a blend `b`.
-
-  .. math:: b = \rho \, \hat m Q^T + (1 - \rho) G
-
-  b itself is never formed. Orthonormalising ``b Q`` in between changes the
-  factor R alone, and halves the digits lost to small singular values.
-  """
-  blend_MR = rho * mean_MR + (1 - rho) * (grad_MN @ basis_NR)
-  left_MR = cholesky_qr(unit_columns(blend_MR), shifted=True)
-  momentum_NR = basis_NR @ (mean_MR.mT @ left_MR)
-  wanted_NR = rho * momentum_NR + (1 - rho) * (grad_MN.mT @ left_MR)
-  new_NR = _orthonormalise(wanted_NR, basis_NR)
-  usable = jnp.any(wanted_NR != 0, axis=(-2, -1), keepdims=True) & jnp.all(
-    jnp.isfinite(new_NR), axis=(-2, -1), keepdims=True
-  )
-  return jnp.where(usable, new_NR, basis_NR)
+# Goes into the subspace and back; the bases are fitted here.
+_COLUMNS = svd.svd()
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -122,27 +75,28 @@ def _refit(
   """The next subspace of each matrix, and the gradient's coordinates in it.
 
   A matrix whose gradients were zero until now has no moments either, and still
-  waits for its first basis.
+  waits for its first basis. To derivatives the subspace is a constant.
   """
   ((axis, old_NR),) = old.basis.items()
-  largest = jnp.max(jnp.abs(grad_IO), axis=(-2, -1))
+  fixed_IO, mean_MR = jax.lax.stop_gradient((grad_IO, mean_MR))
+  largest = jnp.max(jnp.abs(fixed_IO), axis=(-2, -1))
   zero = largest == 0
   unset = old.refresh_count == 0
 
   def turn(i: jax.Array, basis_NR: jax.Array) -> jax.Array:
     # Turned in here: a loop would be handed a turned copy.
-    new_NR = _turn_basis(toward(grad_IO, axis), mean_MR, basis_NR, rho)
+    new_NR = turn_basis(toward(fixed_IO, axis), mean_MR, basis_NR, rho)
     return jnp.where((i == 0) | unset[..., None, None], new_NR, basis_NR)
 
   rounds = jnp.where(jnp.any(unset & ~zero), _FIRST_ITERATIONS, 1)
-  basis_NR = jax.lax.fori_loop(0, rounds, turn, old_NR)
-  low_MR = project(toward(grad_IO, axis), basis_NR)
+  basis_NR = jax.lax.fori_loop(0, rounds, turn, jax.lax.stop_gradient(old_NR))
+  low_MR = project(grad_IO, {axis: basis_NR}, _COLUMNS)
   # Scaled, so that no square under- or overflows.
   scale = jnp.where(zero, 1, largest)[..., None, None]
   energy = _square(low_MR / scale) / jnp.where(
     zero, 1, _square(grad_IO / scale)
   )
-  overlap = _square(_turn(old_NR, basis_NR)) / basis_NR.shape[-1]
+  overlap = _square(turn_between(old_NR, basis_NR)) / basis_NR.shape[-1]
   fitted = jnp.isfinite(energy) & ~(zero & unset)
   subspace = old._replace(
     basis={axis: basis_NR},
@@ -150,7 +104,7 @@ def _refit(
     overlap=jnp.where(fitted, overlap, old.overlap),
     energy=jnp.where(fitted, energy, old.energy),
   )
-  return subspace, low_MR
+  return jax.lax.stop_gradient(subspace), low_MR
 
 
 class LDAdamState(NamedTuple):
@@ -167,13 +121,76 @@ class LDAdamState(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-  """What a step makes of one parameter before Adam."""
+  """What a step knows and changes of one parameter before Adam."""
 
   subspace: Subspace
-  low: jax.Array  # float32 [*, m, r], coordinates of gradient and error
-  mu: jax.Array  # the moments, moved to the new basis
+  mu: jax.Array  # the moments in the basis of the subspace
   nu: jax.Array
   error: Any
+  projected: Any = None  # float32 [*, m, r], gradient and error in this step
+
+
+class _Decays(NamedTuple):
+  """Weights of the past."""
+
+  rho: float  # of the momentum in the blend
+  b1: float
+  b2: float
+
+
+def _follow(
+  grad_IO: jax.Array,
+  old: _Leaf,
+  count: jax.Array,
+  decays: _Decays,
+  error_bits: int | None,
+) -> _Leaf:
+  """Turns the subspace of a parameter and moves its moments along.
+
+  Args:
+    grad_IO: Its gradient, ``[*, in, out]``.
+    old: Its subspace, moments and error after the last step.
+    count: Updates before this one, int32.
+    decays: Weights of the past.
+    error_bits: Bits of the error; None keeps none.
+  """
+  grad_IO = grad_IO.astype(jnp.float32)
+  if error_bits is not None:
+    grad_IO = grad_IO + decode_error(old.error)
+  # Before the first step the moments are zero, whatever divides them.
+  b1 = jnp.asarray(decays.b1, jnp.float32)
+  mean_MR = old.mu / (1 - b1 ** jnp.maximum(count, 1))
+  subspace, low_MR = _refit(grad_IO, mean_MR, old.subspace, decays.rho)
+  ((axis, old_NR),) = old.subspace.basis.items()
+  turn_RR = turn_between(old_NR, subspace.basis[axis])
+  moved = rotate_moments(decays.b1, decays.b2)(
+    optax.ScaleByAdamState(
+      jnp.broadcast_to(count, old.mu.shape[:-2]), old.mu, old.nu
+    ),
+    lambda x_MR, power: x_MR @ turn_RR**power,
+  )
+  new = _Leaf(subspace, moved.mu, moved.nu, None, low_MR)
+  if error_bits is not None:
+    error_IO = _left_out(grad_IO, old, new, decays.b1)
+    new = new._replace(error=encode_error(error_IO, error_bits))
+  return new
+
+
+def _left_out(
+  grad_IO: jax.Array, old: _Leaf, new: _Leaf, b1: float
+) -> jax.Array:
+  """What the new subspace leaves out of gradient and momentum."""
+  ((axis, old_NR),) = old.subspace.basis.items()
+  new_NR = new.subspace.basis[axis]
+  # All steps to come give b1 / (1 - b1) of the momentum at hand; what of it the
+  # turn loses is owed.
+  owed = b1 / (1 - b1)
+  # One product for both bases: each would fill an array of full size.
+  error_MN = svd.project_back(
+    jnp.concatenate([owed * old.mu, -(new.projected + owed * new.mu)], -1),
+    jnp.concatenate([old_NR, new_NR], -1),
+  )
+  return grad_IO + toward(error_MN, axis)
 
 
 def scale_by_ldadam(
@@ -198,7 +215,7 @@ def scale_by_ldadam(
     e &\leftarrow A - g Q'^T
       + \tfrac{\beta_1}{1 - \beta_1} (m Q^T - m' Q'^T)
 
-  Then both moments move to the new basis, see `adam.rotate_moments`, and Adam
+  Then both moments move to the new basis, see `rotate_moments`, and Adam
   takes its step with g there. Gradients of rank below `rank` and zero gradients
   are safe: what they leave open of a basis stays as it was. A gradient that is
   not finite spoils moments and error; wrap the optimizer in `skip_nonfinite`,
@@ -240,6 +257,9 @@ def scale_by_ldadam(
     power iterations do it, from a random start. It raises where `rank` exceeds
     the shorter axis. Its rule for square matrices, the left side of PyTorch's
     (out, in), is the default here too: ``out``, where `galore` has ``in``.
+
+    To derivatives through `update` bases are constants, as in
+    `with_low_rank_projection`.
   """
   check_int('rank', rank)
   check_interval('rho', rho, 0, 1)
@@ -251,69 +271,29 @@ def scale_by_ldadam(
     )
   check_error_bits(error_bits)
   adam = scale_by_adam(b1, b2, eps)
-  rotate = rotate_moments(b1, b2)
+  decays = _Decays(rho, b1, b2)
 
   def init_subspace(path: Any, param: jax.Array) -> Subspace:
     clipped = effective_rank(rank, path_name(path), param.shape)
     axis = _compressed_axis(param.shape, side)
-    # Arrays of their own: one shared buffer could not be donated twice.
-    stack = param.shape[:-2]
-    return Subspace(
-      basis={axis: random_basis(turned_shape(param.shape, axis), clipped)},
-      refresh_count=jnp.zeros(stack, jnp.int32),
-      overlap=jnp.zeros(stack, jnp.float32),
-      energy=jnp.zeros(stack, jnp.float32),
-    )
+    basis_NR = svd.random_basis(turned_shape(param.shape, axis), clipped)
+    return unfitted_subspace({axis: basis_NR}, param.shape[:-2])
 
   def init_fn(params: optax.Params) -> LDAdamState:
     subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
 
-    def zero_low(param: jax.Array, subspace: Subspace) -> jax.Array:
-      ((axis, basis_NR),) = subspace.basis.items()
-      *stack, m, _ = turned_shape(param.shape, axis)
-      return jnp.zeros((*stack, m, basis_NR.shape[-1]), jnp.float32)
+    def zeros() -> optax.Updates:
+      return jax.tree.map(
+        lambda p, s: zero_coordinates(p, s, _COLUMNS), params, subspace
+      )
 
     return LDAdamState(
       count=jnp.zeros([], jnp.int32),
       subspace=subspace,
-      mu=jax.tree.map(zero_low, params, subspace),
-      nu=jax.tree.map(zero_low, params, subspace),
+      mu=zeros(),
+      nu=zeros(),
       error=zero_errors(params, error_bits),
     )
-
-  def follow(
-    count: jax.Array,
-    grad_IO: jax.Array,
-    old: Subspace,
-    mu_MR: jax.Array,
-    nu_MR: jax.Array,
-    error: Any,
-  ) -> _Leaf:
-    ((axis, old_NR),) = old.basis.items()
-    grad_IO = grad_IO.astype(jnp.float32)
-    if error_bits is not None:
-      grad_IO = grad_IO + decode_error(error)
-    # Before the first step the moments are zero, whatever divides them.
-    mean_MR = mu_MR / (1 - b1 ** jnp.maximum(count, 1))
-    subspace, low_MR = _refit(grad_IO, mean_MR, old, rho)
-    new_NR = subspace.basis[axis]
-    turn_RR = _turn(old_NR, new_NR)
-    counts = jnp.broadcast_to(count, mu_MR.shape[:-2])
-    moved = rotate(
-      optax.ScaleByAdamState(counts, mu_MR, nu_MR),
-      lambda x_MR, power: x_MR @ turn_RR**power,
-    )
-    if error_bits is not None:
-      # All steps to come give b1 / (1 - b1) of the momentum at hand; what of
-      # it the turn loses is owed.
-      owed = b1 / (1 - b1)
-      # One product for both bases: each would fill an array of full size.
-      error_MN = project_back(
-        jnp.concatenate([owed * mu_MR, -(low_MR + owed * moved.mu)], -1),
-        jnp.concatenate([old_NR, new_NR], -1),
-      )
-      error = encode_error(grad_IO + toward(error_MN, axis), error_bits)
-    return _Leaf(subspace, low_MR, moved.mu, moved.nu, error)
 
   def update_fn(
     updates: optax.Updates,
@@ -321,41 +301,35 @@ def scale_by_ldadam(
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, LDAdamState]:
     del params
-    treedef: Any = jax.tree.structure(updates)
-    grads = jax.tree.leaves(updates)
-    errors = [None] * len(grads)
-    if error_bits is not None:
-      errors = treedef.flatten_up_to(state.error)
-    leaves = [
-      follow(state.count, *leaf)
-      for leaf in zip(
-        grads,
-        *map(treedef.flatten_up_to, (state.subspace, state.mu, state.nu)),
-        errors,
-        strict=True,
-      )
-    ]
-    subspace, low, mu, nu, error = (
-      treedef.unflatten([getattr(leaf, field) for leaf in leaves])
-      for field in _Leaf._fields
+    errors = state.error
+    if error_bits is None:
+      errors = jax.tree.map(lambda _: None, updates)
+    leaves = jax.tree.map(
+      lambda grad, *old: _follow(
+        grad, _Leaf(*old), state.count, decays, error_bits
+      ),
+      updates,
+      state.subspace,
+      state.mu,
+      state.nu,
+      errors,
     )
+    new = record_of_trees(leaves, _Leaf)
     direction, moments = adam.update(
-      low, optax.ScaleByAdamState(state.count, mu, nu)
+      new.projected, optax.ScaleByAdamState(state.count, new.mu, new.nu)
     )
-
-    def expand(direction_MR: jax.Array, subspace: Subspace) -> jax.Array:
-      ((axis, basis_NR),) = subspace.basis.items()
-      return toward(project_back(direction_MR, basis_NR), axis)
-
-    return jax.tree.map(expand, direction, subspace), LDAdamState(
+    updates = jax.tree.map(
+      lambda d, s: project_back(d, s.basis, _COLUMNS), direction, new.subspace
+    )
+    return updates, LDAdamState(
       count=moments.count,
-      subspace=subspace,
+      subspace=new.subspace,
       mu=moments.mu,
       nu=moments.nu,
-      error=error if error_bits else None,
+      error=None if error_bits is None else new.error,
     )
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return skip_empty(optax.GradientTransformation(init_fn, update_fn))
 
 
 def _compressed_axis(shape: tuple[int, ...], side: Side) -> str:

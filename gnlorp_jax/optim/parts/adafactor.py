@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.parts.checks import check_interval
+from gnlorp_jax.optim.parts.empty import skip_empty
 from gnlorp_jax.optim.parts.plain import path_name
 
 # Flax's boxed parameters end in `/value`.
@@ -180,7 +181,7 @@ def scale_by_adafactor(
       mu = updates = optax.tree.update_moment(updates, state.mu, b1, 1)
     return updates, AdafactorState(count, mu, row, col, nu)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return skip_empty(optax.GradientTransformation(init_fn, update_fn))
 
 
 def _check_positive(name: str, value: Any, usual: float) -> None:

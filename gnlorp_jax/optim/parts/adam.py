@@ -116,9 +116,19 @@ def scale_by_adam(
 def bias_corrections(
   b1: float, b2: float, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The bias corrections c_1 and c_2 after `count` steps, at least one."""
-  # In float32 the difference 1 - b**t keeps four digits of c_2 at first.
-  return -jnp.expm1(count * jnp.log(b1)), -jnp.expm1(count * jnp.log(b2))
+  """The bias corrections c_1 and c_2 after `count` steps, float32.
+
+  Args:
+    b1: Decay of the first moment, in [0, 1).
+    b2: Decay of the second moment, in [0, 1).
+    count: Steps, at least one, int32 of any shape, which is the result's.
+  """
+
+  def correction(decay: jax.typing.ArrayLike) -> jax.Array:
+    # In float32 the difference 1 - b**t keeps four digits of c_2 at first.
+    return -jnp.expm1(count * jnp.log(jnp.asarray(decay, jnp.float32)))
+
+  return correction(b1), correction(b2)
 
 
 class BiasCorrectionState(NamedTuple):

@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
+from gnlorp_jax.optim.parts.split import (
+  RefreshContext,
+  SplitTransformation,
+  split,
+)
 
 
 class HyperparamsState(NamedTuple):
@@ -66,10 +70,13 @@ def inject_hyperparams(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
   def project_fn(
-    grads: optax.Updates, state: HyperparamsState, params: Any, look: Look
+    grads: optax.Updates,
+    state: HyperparamsState,
+    params: Any,
+    context: RefreshContext,
   ) -> tuple[Any, HyperparamsState]:
     tx = make(**state.hyperparams)
-    projected, inner = tx.project_fn(grads, state.inner_state, params, look)
+    projected, inner = tx.project_fn(grads, state.inner_state, params, context)
     return projected, state._replace(inner_state=inner)
 
   def apply_fn(

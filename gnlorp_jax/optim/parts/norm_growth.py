@@ -69,8 +69,10 @@ def limit_norm_growth(
   norm = jnp.linalg.norm(x_MN, axis=(-2, -1))
   bound = limit * (last_norm + _EPS)
   is_over = norm > bound
-  factor = jnp.where(is_over, bound / norm, 1)
-  return x_MN * factor[..., None, None], jnp.where(is_over, bound, norm)
+  # Not the bound, which is infinite at first: the derivative would be 0 / 0.
+  new_norm = jnp.where(is_over, bound, norm)
+  factor = jnp.where(is_over, new_norm / norm, 1)
+  return x_MN * factor[..., None, None], new_norm
 
 
 class Limiter(NamedTuple):

@@ -1,12 +1,13 @@
-"""Optimizers in two halves: make a gradient small, then act on what is left.
+"""Optimizers in two halves: project the gradients, then act on the result.
 
-Projecting a gradient is linear. What it leaves may be summed over
-micro-batches and devices, and clipped, before an optimizer sees it, in a
-fraction of the gradient's memory. A `SplitTransformation` is an ordinary
+Projecting a gradient is linear. Projected gradients may be summed over
+micro-batches and devices, and clipped, before an optimizer sees them, in a
+fraction of the gradients' memory. A `SplitTransformation` is an ordinary
 transformation whose `update` is its two halves in a row, and it offers each
 half by itself.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ import optax
 Labels = Callable[[optax.Params], Any]
 
 
-class Look(NamedTuple):
-  """How a refresh of the bases sees the gradients it is shown.
+class RefreshContext(NamedTuple):
+  """Whether bases may be refitted, and which gradients they are fitted to.
 
   Attributes:
     due: bool ``[]``, whether bases may be refitted now; those that are due are.
@@ -28,56 +29,92 @@ class Look(NamedTuple):
   total: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
-class SplitTransformation(
-  optax.GradientTransformationExtraArgs  # type: ignore[misc]
-):
+# The former name, by which `kernel_axes` and `update_dtype` import it.
+Look = RefreshContext
+
+ProjectFn = Callable[
+  [optax.Updates, Any, Any, RefreshContext], tuple[Any, optax.OptState]
+]
+ApplyFn = Callable[..., tuple[optax.Updates, optax.OptState]]
+UpdateFn = Callable[..., tuple[optax.Updates, optax.OptState]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitUpdate:
+  """The update function of a transformation in two halves.
+
+  Attributes:
+    project: ``project(grads, state, params, context) -> (projected, state)``:
+      refits the bases that are due (see `RefreshContext`) and projects the
+      gradients. With the bases of the new state, `projected` is linear in
+      `grads`.
+    apply: ``apply(projected, state, params, **extra_args) -> (updates,
+      state)``: the rest of the step.
+    whole: The update function itself, where calling the two halves one after
+      the other would do work twice or ask for parameters that it can do
+      without; None calls them.
+  """
+
+  project: ProjectFn
+  apply: ApplyFn
+  whole: UpdateFn | None = None
+
+  def __call__(
+    self,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    """Updates and state after a step, as of any transformation."""
+    if self.whole is not None:
+      return self.whole(updates, state, params, **extra_args)
+    projected, state = self.project(updates, state, params, RefreshContext())
+    return self.apply(projected, state, params, **extra_args)
+
+
+class SplitTransformation(optax.GradientTransformationExtraArgs):
   """A transformation that can stop between a linear half and the rest.
 
   Attributes:
     init: As of any transformation.
-    update: ``project``, then ``apply``.
-    project_fn: ``project_fn(grads, state, params, look) -> (small, state)``:
-      refits the bases that are due (see `Look`) and makes the gradients small.
-      With the bases of the new state, `small` is linear in `grads`.
-    apply: ``apply(small, state, params, **extra_args) -> (updates, state)``:
-      the rest of the step.
+    update: Both halves in a row; it holds them, so that this is a pair of
+      functions like every transformation.
   """
 
-  project_fn: Callable[..., tuple[Any, optax.OptState]]
-  apply: Callable[..., tuple[optax.Updates, optax.OptState]]
+  update: SplitUpdate
+
+  @property
+  def project_fn(self) -> ProjectFn:
+    """The first half, see `SplitUpdate`."""
+    return self.update.project
+
+  @property
+  def apply(self) -> ApplyFn:
+    """The second half, see `SplitUpdate`."""
+    return self.update.apply
 
   def project(
     self,
     grads: optax.Updates,
     state: optax.OptState,
     params: optax.Params,
-    **look: Any,
+    **context: Any,
   ) -> tuple[Any, optax.OptState]:
-    """`project_fn` with the fields of a `Look` by their names."""
-    return self.project_fn(grads, state, params, Look(**look))
+    """The first half, with the fields of a `RefreshContext` by their names."""
+    return self.project_fn(grads, state, params, RefreshContext(**context))
 
 
 def split(
   init_fn: Callable[[optax.Params], optax.OptState],
-  project_fn: Callable[..., tuple[Any, optax.OptState]],
-  apply_fn: Callable[..., tuple[optax.Updates, optax.OptState]],
-  update_fn: Callable[..., tuple[optax.Updates, optax.OptState]] | None = None,
+  project_fn: ProjectFn,
+  apply_fn: ApplyFn,
+  update_fn: UpdateFn | None = None,
 ) -> SplitTransformation:
-  """Makes a `SplitTransformation`; without `update_fn` of the two halves."""
-
-  def both_fn(
-    updates: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, optax.OptState]:
-    small, state = project_fn(updates, state, params, Look())
-    return apply_fn(small, state, params, **extra_args)
-
-  tx = SplitTransformation(init_fn, update_fn or both_fn)
-  tx.project_fn = project_fn
-  tx.apply = apply_fn
-  return tx
+  """Makes a `SplitTransformation` of the parts of a `SplitUpdate`."""
+  return SplitTransformation(
+    init_fn, SplitUpdate(project_fn, apply_fn, update_fn)
+  )
 
 
 def as_split(tx: optax.GradientTransformation) -> SplitTransformation:
@@ -87,7 +124,7 @@ def as_split(tx: optax.GradientTransformation) -> SplitTransformation:
   tx = optax.with_extra_args_support(tx)
   return split(
     tx.init,
-    lambda grads, state, params, look: (grads, state),
+    lambda grads, state, params, context: (grads, state),
     tx.update,
     tx.update,
   )
@@ -100,19 +137,18 @@ def chain(
   whole = optax.chain(first, *rest)
   if not isinstance(first, SplitTransformation):
     return whole
-  head = first
-  tail = optax.chain(*rest)
+  head, tail = first, optax.chain(*rest)
 
   def project_fn(
-    grads: optax.Updates, state: Any, params: Any, look: Look
+    grads: optax.Updates, state: Any, params: Any, context: RefreshContext
   ) -> tuple[Any, optax.OptState]:
-    small, first_state = head.project_fn(grads, state[0], params, look)
-    return small, (first_state, *state[1:])
+    projected, first_state = head.project_fn(grads, state[0], params, context)
+    return projected, (first_state, *state[1:])
 
   def apply_fn(
-    small: Any, state: Any, params: Any = None, **extra_args: Any
+    projected: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    updates, first_state = head.apply(small, state[0], params, **extra_args)
+    updates, first_state = head.apply(projected, state[0], params, **extra_args)
     updates, rest_state = tail.update(updates, state[1:], params, **extra_args)
     return updates, (first_state, *rest_state)
 
@@ -139,48 +175,50 @@ def partition(
   update_fn = optax.partition(transforms, labels).update
   if not any(isinstance(t, SplitTransformation) for t in transforms.values()):
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  parts = {label: as_split(tx) for label, tx in transforms.items()}
-
-  def masked(tree: Any, found: Any, label: str) -> Any:
-    return jax.tree.map(
-      lambda mine, node: node if mine == label else optax.MaskedNode(),
-      found,
-      tree,
-    )
+  halves = {label: as_split(tx) for label, tx in transforms.items()}
 
   def project_fn(
-    grads: optax.Updates, state: Any, params: Any, look: Look
+    grads: optax.Updates, state: Any, params: Any, context: RefreshContext
   ) -> tuple[Any, optax.OptState]:
-    found = labels(grads)
-    small, states = {}, {}
-    for label, tx in parts.items():
-      small[label], mine = tx.project_fn(
-        masked(grads, found, label),
+    tree = labels(grads)
+    projected, states = {}, {}
+    for label, tx in halves.items():
+      projected[label], inner_state = tx.project_fn(
+        _labelled(grads, tree, label),
         state.inner_states[label].inner_state,
-        None if params is None else masked(params, found, label),
-        look,
+        None if params is None else _labelled(params, tree, label),
+        context,
       )
-      states[label] = optax.MaskedState(mine)
-    return small, state._replace(inner_states=states)
+      states[label] = optax.MaskedState(inner_state)
+    return projected, state._replace(inner_states=states)
 
   def apply_fn(
-    small: Any, state: Any, params: Any, **extra_args: Any
+    projected: Any, state: Any, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    found = labels(params)
+    tree = labels(params)
     updates, states = {}, {}
-    for label, tx in parts.items():
-      updates[label], mine = tx.apply(
-        small[label],
+    for label, tx in halves.items():
+      updates[label], inner_state = tx.apply(
+        projected[label],
         state.inner_states[label].inner_state,
-        masked(params, found, label),
+        _labelled(params, tree, label),
         **extra_args,
       )
-      states[label] = optax.MaskedState(mine)
+      states[label] = optax.MaskedState(inner_state)
     merged = jax.tree.map(
-      lambda label, *candidates: candidates[list(parts).index(label)],
-      found,
+      lambda label, *updates: updates[list(halves).index(label)],
+      tree,
       *updates.values(),
     )
     return merged, state._replace(inner_states=states)
 
   return split(init_fn, project_fn, apply_fn, update_fn)
+
+
+def _labelled(tree: Any, labels: Any, label: str) -> Any:
+  """What bears a label; in the place of the rest stands nothing."""
+  return jax.tree.map(
+    lambda found, node: node if found == label else optax.MaskedNode(),
+    labels,
+    tree,
+  )

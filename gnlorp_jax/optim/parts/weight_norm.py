@@ -13,11 +13,12 @@ import optax
 
 from gnlorp_jax.optim.parts.checks import check_choice, check_params
 from gnlorp_jax.optim.parts.split import (
-  Look,
+  RefreshContext,
   SplitTransformation,
   as_split,
   split,
 )
+from gnlorp_jax.optim.parts.trees import record_of_trees
 
 NormState = Literal['synced', 'tracked']
 
@@ -30,7 +31,7 @@ class WeightNormState(NamedTuple):
   magnitude: optax.OptState  # over g, [*, 1, out]
 
 
-class SmallGrads(NamedTuple):
+class ProjectedGrads(NamedTuple):
   """What is left of the gradients of kernels after the first half of a step."""
 
   dg: optax.Updates  # float32 [*, 1, out], of the magnitudes
@@ -104,18 +105,10 @@ def pull_back(
 
 def _parts(
   grads: optax.Updates, params: optax.Params, v_norm: optax.Params | None
-) -> list[optax.Params]:
+) -> Parts:
   """The trees of g, v, dg and dv."""
   rest = () if v_norm is None else (v_norm,)
-  parts = jax.tree.map(pull_back, grads, params, *rest)
-  return [
-    jax.tree.map(
-      lambda p, field=field: getattr(p, field),
-      parts,
-      is_leaf=lambda p: isinstance(p, Parts),
-    )
-    for field in Parts._fields
-  ]
+  return record_of_trees(jax.tree.map(pull_back, grads, params, *rest), Parts)
 
 
 def _change(
@@ -185,17 +178,22 @@ def with_weight_norm(
     )
 
   def project_fn(
-    grads: optax.Updates, state: WeightNormState, params: Any, look: Look
-  ) -> tuple[SmallGrads, WeightNormState]:
+    grads: optax.Updates,
+    state: WeightNormState,
+    params: Any,
+    context: RefreshContext,
+  ) -> tuple[ProjectedGrads, WeightNormState]:
     check_params(params)
-    _, v, dg, dv = _parts(grads, params, state.v_norm)
-    small, direction_state = direction_tx.project_fn(
-      dv, state.direction, v, look
+    parts = _parts(grads, params, state.v_norm)
+    projected, direction_state = direction_tx.project_fn(
+      parts.dv_IO, state.direction, parts.v_IO, context
     )
-    return SmallGrads(dg, small), state._replace(direction=direction_state)
+    return ProjectedGrads(parts.dg_1O, projected), state._replace(
+      direction=direction_state
+    )
 
   def apply_fn(
-    small: SmallGrads,
+    projected: ProjectedGrads,
     state: WeightNormState,
     params: Any,
     **extra_args: Any,
@@ -203,10 +201,10 @@ def with_weight_norm(
     # Any gradient gives the same g and v.
     g, v, _, _ = _parts(params, params, state.v_norm)
     v_step, direction_state = direction_tx.apply(
-      small.dv, state.direction, v, **extra_args
+      projected.dv, state.direction, v, **extra_args
     )
     g_step, magnitude_state = magnitude_tx.update(
-      small.dg, state.magnitude, g, **extra_args
+      projected.dg, state.magnitude, g, **extra_args
     )
     new_v = jax.tree.map(jnp.add, v, v_step)
     new_g = jax.tree.map(jnp.add, g, g_step)

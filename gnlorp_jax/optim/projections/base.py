@@ -54,7 +54,7 @@ def turn(
   """Old basis vectors in new coordinates, ``Q_old^T Q_new``, ``[*, r, r]``."""
   if projection.turn is not None:
     return projection.turn(old, new)
-  return transport(projection, jnp.eye(rank)[None], old, new)
+  return transport(projection, jnp.eye(rank, dtype=jnp.float32)[None], old, new)
 
 
 def transport(
@@ -80,6 +80,7 @@ def transport(
   """
   if projection.transport is not None:
     return projection.transport(low_MR, old, new, power)
-  back_RN = projection.project_back(jnp.eye(low_MR.shape[-1])[None], old)
+  eye_RR = jnp.eye(low_MR.shape[-1], dtype=jnp.float32)
+  back_RN = projection.project_back(eye_RR[None], old)
   turn_RR = projection.project(back_RN, new)
   return low_MR @ turn_RR**power

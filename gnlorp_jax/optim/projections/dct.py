@@ -121,7 +121,9 @@ def columns(basis: Columns, transform: Transform) -> jax.Array:
   }[transform]
   # Whole turns are taken off in integers: float32 would lose the angle.
   angle_NR = (frequency * (2 * place + 1) % (4 * n)).astype(jnp.float32)
-  length = jnp.where(frequency == 0, jnp.sqrt(1 / n), jnp.sqrt(2 / n))
+  length = jnp.where(
+    frequency == 0, jnp.sqrt(jnp.float32(1 / n)), jnp.sqrt(jnp.float32(2 / n))
+  )
   return length * jnp.cos(angle_NR * (jnp.pi / (2 * n)))
 
 

@@ -191,7 +191,7 @@ def next_seed(seed: jax.Array, count: jax.Array) -> jax.Array:
 
 def normal_matrix(seed: jax.Array, shape: tuple[int, int]) -> jax.Array:
   """Independent standard normal entries, float32."""
-  return jax.random.normal(_key(seed), shape)
+  return jax.random.normal(_key(seed), shape, jnp.float32)
 
 
 def sign_matrix(seed: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -74,7 +74,8 @@ def random_basis(shape: tuple[int, ...], rank: int, seed: int = 0) -> jax.Array:
   """
   del seed
   *stack, _, n = shape
-  basis_NR, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (n, rank)))
+  start_NR = jax.random.normal(jax.random.key(0), (n, rank), jnp.float32)
+  basis_NR, _ = jnp.linalg.qr(start_NR)
   return jnp.broadcast_to(basis_NR, (*stack, n, rank))
 
 
@@ -224,4 +225,4 @@ def normalise_signs(basis_NR: jax.Array) -> jax.Array:
   """
   index = jnp.argmax(jnp.abs(basis_NR), axis=-2, keepdims=True)
   largest = jnp.take_along_axis(basis_NR, index, axis=-2)
-  return basis_NR * jnp.where(largest < 0, -1.0, 1.0)
+  return jnp.where(largest < 0, -basis_NR, basis_NR)

@@ -11,7 +11,11 @@ import optax
 
 from gnlorp_jax.optim.parts.checks import check_static
 from gnlorp_jax.optim.parts.plain import path_name
-from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
+from gnlorp_jax.optim.parts.split import (
+  RefreshContext,
+  SplitTransformation,
+  split,
+)
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,
@@ -198,10 +202,13 @@ def quantize_moments(
   halves = inner
 
   def project_fn(
-    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: Any,
+    context: RefreshContext,
   ) -> tuple[Any, optax.OptState]:
     decoded = decode_moments(state, bits)
-    small, new = halves.project_fn(grads, decoded, params, look)
+    projected, new = halves.project_fn(grads, decoded, params, context)
 
     def encode(old: Any, same: Any, node: Any) -> Any:
       if node is same:
@@ -219,13 +226,13 @@ def quantize_moments(
       new,
       is_leaf=lambda node: isinstance(node, QuantizedArray),
     )
-    return small, encoded
+    return projected, encoded
 
   def apply_fn(
-    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+    projected: Any, state: optax.OptState, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     updates, state = halves.apply(
-      small, decode_moments(state, bits), params, **extra_args
+      projected, decode_moments(state, bits), params, **extra_args
     )
     return updates, encode_moments(state, bits, min_size)
 

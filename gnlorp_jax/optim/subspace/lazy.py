@@ -97,7 +97,7 @@ def _first_cosine(
   rank: int,
 ) -> jax.Array:
   """Cosine of the first old and the first new basis vector; mean of sides."""
-  first_RN = jnp.eye(rank)[None, :1]
+  first_RN = jnp.eye(rank, dtype=jnp.float32)[None, :1]
   cosines = []
   for axis in new:
     if projection.turn is not None:
@@ -114,10 +114,11 @@ def similarity(
   old: dict[str, Basis],
   new: dict[str, Basis],
   projection: Projection,
+  lazy: LazyRefresh,
+  *,
   rank: int,
   sizes: list[int],
   overlap_s: jax.Array,
-  lazy: LazyRefresh,
 ) -> jax.Array:
   """How alike two subspaces are, by the rule of `lazy`, float32 ``[s]``.
 
@@ -125,10 +126,10 @@ def similarity(
     old: The bases by their compressed axis.
     new: The bases fitted after them.
     projection: The projection of both.
+    lazy: Which similarity.
     rank: Rank of the subspaces.
     sizes: Length of each compressed axis.
     overlap_s: Share of the old subspaces that lies in the new ones.
-    lazy: Which similarity.
   """
   if lazy.similarity != 'overlap':
     cosine_s = _first_cosine(old, new, projection, rank)

@@ -11,19 +11,22 @@ Shape suffixes in this file:
   R     rank of the subspace
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.parts.checks import check_choice, check_int
-from gnlorp_jax.optim.parts.plain import path_name
-from gnlorp_jax.optim.parts.split import Look, split
+from gnlorp_jax.optim.parts.empty import skip_empty
+from gnlorp_jax.optim.parts.split import (
+  RefreshContext,
+  SplitTransformation,
+  split,
+)
+from gnlorp_jax.optim.parts.trees import record_of_trees
 from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.subspace.error_feedback import (
   check_error_bits,
@@ -31,16 +34,18 @@ from gnlorp_jax.optim.subspace.error_feedback import (
   encode_error,
   zero_errors,
 )
-from gnlorp_jax.optim.subspace.lazy import (
-  LazyRefresh,
-  LazyState,
-  check_lazy,
-)
+from gnlorp_jax.optim.subspace.lazy import LazyRefresh, check_lazy
 from gnlorp_jax.optim.subspace.moments import (
   MomentRule,
+  moments_of,
+  with_moments,
 )
 from gnlorp_jax.optim.subspace.quantized_basis import quantize_basis
-from gnlorp_jax.optim.subspace.refresh import refresh_due, refresh_offsets
+from gnlorp_jax.optim.subspace.refresh import (
+  Refreshed,
+  RefreshRules,
+  refresh_due,
+)
 from gnlorp_jax.optim.subspace.sides import (
   Side,
   Subspace,
@@ -48,9 +53,9 @@ from gnlorp_jax.optim.subspace.sides import (
   project,
   project_back,
   toward,
+  turned_shape,
 )
-
-_logger = logging.getLogger(__name__)
+from gnlorp_jax.optim.subspace.start import init_subspaces, zero_coordinates
 
 
 class Recovery(NamedTuple):
@@ -124,7 +129,7 @@ def with_low_rank_projection(
       `quantize_basis`.
     lazy_refresh: Lets the intervals of subspaces at rest grow; None keeps them.
     on_refresh: What a refresh does to the moments of `inner`, such as
-      `adam.rotate_moments`; it needs one `adam.scale_by_adam` with
+      `moments.rotate_moments`; it needs one `adam.scale_by_adam` with
       ``count_per_matrix`` in `inner`. None keeps the moments as they are.
     error_bits: Adds to every gradient what projecting lost of the ones before,
       a full-size buffer of 32, 8 or 4 bits an element; None forgets it.
@@ -153,261 +158,85 @@ def with_low_rank_projection(
     GaLore refreshes every matrix in the same step; here that is
     ``spread_refreshes=False``. `optax.contrib.galore` compresses the longer
     axis (``side='long'``) and skips leaves of more than two axes.
+
+    To derivatives through `update`, as meta-learning takes them, bases are
+    constants; gradients, moments and numbers such as a learning rate are not.
+    What Adam makes of a coordinate that was always zero has no derivative.
   """
   check_int('rank', rank)
   check_int('update_proj_gap', update_proj_gap)
   check_choice('side', side, get_args(Side))
   check_lazy(lazy_refresh)
-  if recovery is not None and side == 'both':
-    raise ValueError(
-      "side='both' leaves no whole axis, along which this method's recovery "
-      "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'."
-    )
   check_error_bits(error_bits)
-  if recovery is not None and error_bits is not None:
-    raise ValueError(
-      f'error_bits={error_bits} would feed back what this method already takes '
-      'from outside the subspace: use error_bits=None.'
-    )
+  _check_recovery(recovery, side, error_bits)
   method = quantize_basis(_as_projection(projection), basis_bits)
+  rules = RefreshRules(method, update_proj_gap, lazy_refresh, on_refresh)
   inner_tx = optax.with_extra_args_support(inner)
 
-  def init_subspace(
-    path: Any, param: jax.Array, seed: int, offset: np.ndarray
-  ) -> Subspace:
-    stack = param.shape[:-2]
-    effective = effective_rank(rank, path_name(path), param.shape)
-    lazy = None
-    if lazy_refresh is not None:
-      lazy = LazyState(
-        gap=jnp.full(stack, update_proj_gap, jnp.int32),
-        similarity=jnp.zeros((*stack, lazy_refresh.queue), jnp.float32),
-        saved=jnp.zeros(stack, jnp.int32),
-      )
-    axes = compressed_axes(param.shape, side)
-    return Subspace(
-      basis={
-        axis: method.init(
-          turned_shape(param.shape, axis), effective, 2 * seed + k
-        )
-        for k, axis in enumerate(axes)
-      },
-      refresh_count=jnp.zeros(stack, jnp.int32),
-      overlap=jnp.zeros(stack, jnp.float32),
-      energy=jnp.zeros(stack, jnp.float32),
-      offset=jnp.asarray(offset),
-      lazy=lazy,
-    )
-
-  def init_recovery(param: jax.Array) -> Any:
-    assert recovery is not None
-    (axis,) = compressed_axes(param.shape, side)
-    return recovery.init(turned_shape(param.shape, axis))
-
   def init_fn(params: optax.Params) -> LowRankState:
-    treedef = jax.tree.structure(params)
-    num_leaves: int = treedef.num_leaves  # type: ignore[attr-defined]
-    positions = jax.tree.unflatten(treedef, range(num_leaves))
-    offsets = refresh_offsets(
-      [param.shape[:-2] for param in jax.tree.leaves(params)],
-      update_proj_gap,
-      spread_refreshes,
+    subspace = init_subspaces(
+      params, rank, side, rules, spread_refreshes=spread_refreshes
     )
-    subspace = jax.tree_util.tree_map_with_path(
-      init_subspace, params, positions, jax.tree.unflatten(treedef, offsets)
+    coordinates = jax.tree.map(
+      lambda p, s: zero_coordinates(p, s, method), params, subspace
     )
-
-    def zero_low(param: jax.Array, subspace: Subspace) -> jax.Array:
-      low = jax.eval_shape(
-        lambda g, b: project(g, b, method), param, subspace.basis
-      )
-      return jnp.zeros(low.shape, low.dtype)
-
-    inner_state = inner_tx.init(jax.tree.map(zero_low, params, subspace))
     state = LowRankState(
       count=jnp.zeros([], jnp.int32),
       subspace=subspace,
-      inner_state=inner_state,
-      recovery=recovery and jax.tree.map(init_recovery, params),
+      inner_state=inner_tx.init(coordinates),
+      recovery=_init_recovery(recovery, params, side),
       error=zero_errors(params, error_bits),
     )
     if on_refresh is not None:
-      _moments(inner_state)
       # What the projection cannot move is an error now, not inside a step.
-      jax.eval_shape(lambda: project_fn(params, state, None, Look()))
+      jax.eval_shape(lambda: _refresh(params, state, rules, RefreshContext()))
     return state
 
-  def refresh(
-    grads: list[jax.Array], state: LowRankState, treedef: Any, look: Look
-  ) -> tuple[list[Subspace], optax.OptState]:
-    """The subspaces of this step, and inner's state with moments in them."""
-    moments: list[Any] = [None] * len(grads)
-    if on_refresh is not None:
-      moments = _split_moments(_moments(state.inner_state), treedef)
-    refreshed = [
-      refresh_due(
-        *(grad, mine, state.count, update_proj_gap, method, look),
-        *(lazy_refresh, moment, on_refresh),
-      )
-      for grad, mine, moment in zip(
-        grads, treedef.flatten_up_to(state.subspace), moments, strict=True
-      )
-    ]
-    inner_state = state.inner_state
-    if on_refresh is not None:
-      moved = [moment for _, moment in refreshed]
-      inner_state = _with_moments(inner_state, moved, treedef)
-    return [subspace for subspace, _ in refreshed], inner_state
-
-  def recover(
-    grad_IO: jax.Array,
-    low_MR: jax.Array,
-    direction_MR: jax.Array,
-    subspace: Subspace,
-    state: Any,
-  ) -> tuple[jax.Array, Any]:
-    """The update of a leaf, and the state of its recovery."""
-    assert recovery is not None
-    ((axis, basis),) = subspace.basis.items()
-    update_MN, state = recovery.apply(
-      toward(grad_IO, axis),
-      low_MR,
-      direction_MR,
-      lambda x_MR: method.project_back(x_MR, basis),
-      state,
-    )
-    return scale * toward(update_MN, axis), state
-
   def project_fn(
-    grads: optax.Updates, state: LowRankState, params: Any, look: Look
+    grads: optax.Updates, state: LowRankState, params: Any, context: Any
   ) -> tuple[Any, LowRankState]:
     del params
-    # Lists of leaves: some of the trees hold a record for each of them.
-    treedef: Any = jax.tree.structure(grads)
-    leaves = jax.tree.leaves(grads)
-    subspaces, inner_state = refresh(leaves, state, treedef, look)
-    lows = [
-      project(grad, subspace.basis, method)
-      for grad, subspace in zip(leaves, subspaces, strict=True)
-    ]
-    return treedef.unflatten(lows), state._replace(
-      subspace=treedef.unflatten(subspaces), inner_state=inner_state
+    state = _refresh(grads, state, rules, context)
+    projected = jax.tree.map(
+      lambda grad, s: project(grad, s.basis, method), grads, state.subspace
     )
+    return projected, state
 
-  def direct(
-    lows: Any, state: LowRankState, **extra_args: Any
+  def direct_fn(
+    projected: Any, state: LowRankState, params: Any = None, **extra_args: Any
   ) -> tuple[Any, LowRankState]:
-    """What `inner` makes of coordinates."""
+    del params
     directions, inner_state = inner_tx.update(
-      lows, state.inner_state, None, **extra_args
+      projected, state.inner_state, None, **extra_args
     )
     return directions, state._replace(
       count=optax.safe_increment(state.count), inner_state=inner_state
     )
 
-  def apply_fn(
-    lows: Any, state: LowRankState, params: Any = None, **extra_args: Any
-  ) -> tuple[optax.Updates, LowRankState]:
-    del params
-    directions, state = direct(lows, state, **extra_args)
-    updates = jax.tree.map(
-      lambda d, mine: scale * project_back(d, mine.basis, method),
-      directions,
-      state.subspace,
-    )
-    return updates, state
-
-  if recovery is None and error_bits is None:
-    return split(init_fn, project_fn, apply_fn)
-
-  def update_fn(
-    updates: optax.Updates,
-    state: LowRankState,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, LowRankState]:
-    """The step of methods that need the gradient itself to the end."""
-    del params
-    treedef: Any = jax.tree.structure(updates)
-    grads = updates
-    if error_bits is not None:
-      errors = map(decode_error, treedef.flatten_up_to(state.error))
-      grads = treedef.unflatten(map(jnp.add, jax.tree.leaves(updates), errors))
-    lows, state = project_fn(grads, state, None, Look())
-    subspaces = treedef.flatten_up_to(state.subspace)
-    if error_bits is not None:
-      error = treedef.unflatten(
-        encode_error(grad - project_back(low, mine.basis, method), error_bits)
-        for grad, low, mine in zip(
-          jax.tree.leaves(grads), jax.tree.leaves(lows), subspaces, strict=True
-        )
-      )
-      updates, state = apply_fn(lows, state, **extra_args)
-      return updates, state._replace(error=error)
-    directions, state = direct(lows, state, **extra_args)
-    recovered = list(
-      map(
-        recover,
-        jax.tree.leaves(grads),
-        jax.tree.leaves(lows),
-        treedef.flatten_up_to(directions),
-        subspaces,
-        treedef.flatten_up_to(state.recovery),
-      )
-    )
-    return treedef.unflatten([update for update, _ in recovered]), (
-      state._replace(
-        recovery=treedef.unflatten([mine for _, mine in recovered])
-      )
-    )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  # Its updates are directions, still in the subspace: three ways lead out.
+  inside = split(init_fn, project_fn, direct_fn)
+  if recovery is not None:
+    return skip_empty(_with_recovery(inside, recovery, method, scale))
+  expanded = _expanded(inside, method, scale)
+  if error_bits is not None:
+    return skip_empty(_with_error_feedback(expanded, method, error_bits))
+  return skip_empty(expanded)
 
 
-def _is_adam(node: Any) -> bool:
-  return isinstance(node, optax.ScaleByAdamState)
-
-
-def _moments(inner_state: optax.OptState) -> optax.ScaleByAdamState:
-  """The moments in a state, which has a count for every matrix."""
-  nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
-  found = [node for node in nodes if _is_adam(node)]
-  kinds: list[Any] = [
-    jax.tree.structure(tree) for node in found for tree in (node.count, node.mu)
-  ]
-  if len(found) != 1 or kinds[0] != kinds[1]:
+def _check_recovery(
+  recovery: Recovery | None, side: Side, error_bits: int | None
+) -> None:
+  """Raises a `ValueError` if a recovery meets what excludes it."""
+  if recovery is not None and side == 'both':
     raise ValueError(
-      'on_refresh moves the moments of one scale_by_adam(..., '
-      f'count_per_matrix=True), but inner holds {len(found)} states of Adam, '
-      'or one with a common count. Use that as inner, or on_refresh=None.'
+      "side='both' leaves no whole axis, along which this method's recovery "
+      "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'."
     )
-  return found[0]
-
-
-def _split_moments(
-  state: optax.ScaleByAdamState, treedef: Any
-) -> list[optax.ScaleByAdamState]:
-  """The moments of each leaf by itself."""
-  trees = map(treedef.flatten_up_to, state)
-  return [optax.ScaleByAdamState(*leaf) for leaf in zip(*trees, strict=True)]
-
-
-def _with_moments(
-  inner_state: optax.OptState,
-  moments: list[optax.ScaleByAdamState],
-  treedef: Any,
-) -> optax.OptState:
-  """The state with the moments of all leaves replaced."""
-  # Field by field: there may be no leaf, as optax.tree.map_params asks.
-  new = optax.ScaleByAdamState(
-    *(
-      treedef.unflatten([getattr(leaf, field) for leaf in moments])
-      for field in optax.ScaleByAdamState._fields
+  if recovery is not None and error_bits is not None:
+    raise ValueError(
+      f'error_bits={error_bits} would feed back what this method already takes '
+      'from outside the subspace: use error_bits=None.'
     )
-  )
-  return jax.tree.map(
-    lambda node: new if _is_adam(node) else node, inner_state, is_leaf=_is_adam
-  )
 
 
 def _as_projection(projection: str | Projection) -> Projection:
@@ -422,28 +251,139 @@ def _as_projection(projection: str | Projection) -> Projection:
   return projection
 
 
-def turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
-  """The shape of ``toward(x, axis)`` for x of `shape`."""
-  *stack, n_in, n_out = shape
-  return (*stack, n_in, n_out) if axis == 'out' else (*stack, n_out, n_in)
+def _init_recovery(
+  recovery: Recovery | None, params: optax.Params, side: Side
+) -> Any:
+  """A state of the recovery for each parameter, or None."""
+  if recovery is None:
+    return None
+
+  def init(param: jax.Array) -> Any:
+    (axis,) = compressed_axes(param.shape, side)
+    return recovery.init(turned_shape(param.shape, axis))
+
+  return jax.tree.map(init, params)
 
 
-def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
-  """`rank`, clipped (and logged) to the shorter axis of a parameter."""
-  if len(shape) < 2:
-    raise ValueError(
-      f'Parameter {name!r} of shape {list(shape)} cannot be projected: a '
-      "kernel has at least two axes, [*, in, out]. Label it 'full'."
+def _refresh(
+  grads: optax.Updates,
+  state: LowRankState,
+  rules: RefreshRules,
+  context: RefreshContext,
+) -> LowRankState:
+  """The state with the bases of this step, and with moments in them."""
+  moments = ()
+  if rules.on_refresh is not None:
+    moments = moments_of(state.inner_state)
+
+  def refresh(grad: jax.Array, subspace: Subspace, *moments: Any) -> Refreshed:
+    old = optax.ScaleByAdamState(*moments) if moments else None
+    return refresh_due(
+      grad, Refreshed(subspace, old), state.count, rules, context
     )
-  shorter = min(shape[-2:])
-  if rank > shorter:
-    _logger.warning(
-      'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
-      'compresses nothing on that axis. If it has several axes in or out, give '
-      'kernel_axes.',
-      rank,
-      name,
-      list(shape),
-      shorter,
+
+  refreshed = record_of_trees(
+    jax.tree.map(refresh, grads, state.subspace, *moments), Refreshed
+  )
+  state = state._replace(subspace=refreshed.subspace)
+  if rules.on_refresh is None:
+    return state
+  moved = record_of_trees(refreshed.moments, optax.ScaleByAdamState)
+  return state._replace(inner_state=with_moments(state.inner_state, moved))
+
+
+def _expanded(
+  inside: SplitTransformation, projection: Projection, scale: float
+) -> SplitTransformation:
+  """Updates are the directions, expanded; nothing else of the gradient acts."""
+
+  def apply_fn(
+    projected: Any, state: LowRankState, params: Any = None, **extra_args: Any
+  ) -> tuple[optax.Updates, LowRankState]:
+    directions, state = inside.apply(projected, state, params, **extra_args)
+    updates = jax.tree.map(
+      lambda d, s: scale * project_back(d, s.basis, projection),
+      directions,
+      state.subspace,
     )
-  return min(rank, shorter)
+    return updates, state
+
+  return split(inside.init, inside.project_fn, apply_fn)
+
+
+def _with_error_feedback(
+  expanded: SplitTransformation, projection: Projection, error_bits: int
+) -> optax.GradientTransformationExtraArgs:
+  """What projecting loses of a gradient joins the next one."""
+
+  def lost(grad: jax.Array, low: jax.Array, subspace: Subspace) -> Any:
+    kept = project_back(low, subspace.basis, projection)
+    return encode_error(grad - kept, error_bits)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: LowRankState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, LowRankState]:
+    grads = jax.tree.map(
+      lambda grad, error: grad + decode_error(error), updates, state.error
+    )
+    projected, state = expanded.project(grads, state, params)
+    error = jax.tree.map(lost, grads, projected, state.subspace)
+    updates, state = expanded.apply(projected, state, params, **extra_args)
+    return updates, state._replace(error=error)
+
+  return optax.GradientTransformationExtraArgs(expanded.init, update_fn)
+
+
+class _Recovered(NamedTuple):
+  """The update of a leaf, and the state of its recovery."""
+
+  update: jax.Array  # float32 [*, in, out]
+  state: Any
+
+
+def _with_recovery(
+  inside: SplitTransformation,
+  recovery: Recovery,
+  projection: Projection,
+  scale: float,
+) -> optax.GradientTransformationExtraArgs:
+  """Updates are made of gradients, coordinates and directions."""
+
+  def recover(
+    grad_IO: jax.Array,
+    low_MR: jax.Array,
+    direction_MR: jax.Array,
+    subspace: Subspace,
+    state: Any,
+  ) -> _Recovered:
+    ((axis, basis),) = subspace.basis.items()
+    update_MN, state = recovery.apply(
+      toward(grad_IO, axis),
+      low_MR,
+      direction_MR,
+      lambda x_MR: projection.project_back(x_MR, basis),
+      state,
+    )
+    return _Recovered(scale * toward(update_MN, axis), state)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: LowRankState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, LowRankState]:
+    grads = updates
+    projected, state = inside.project(grads, state, params)
+    directions, state = inside.apply(projected, state, params, **extra_args)
+    recovered = record_of_trees(
+      jax.tree.map(
+        recover, grads, projected, directions, state.subspace, state.recovery
+      ),
+      _Recovered,
+    )
+    return recovered.update, state._replace(recovery=recovered.state)
+
+  return optax.GradientTransformationExtraArgs(inside.init, update_fn)

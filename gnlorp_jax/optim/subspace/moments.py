@@ -79,3 +79,38 @@ def rotate_moments(b1: float, b2: float) -> MomentRule:
     return optax.ScaleByAdamState(count=moments.count, mu=mu, nu=nu)
 
   return rule
+
+
+def moments_of(inner_state: optax.OptState) -> optax.ScaleByAdamState:
+  """The moments in the state of an inner optimizer.
+
+  Raises:
+    ValueError: Unless there is one state of Adam, with a count per matrix.
+  """
+  nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
+  found = [node for node in nodes if _is_adam(node)]
+  kinds: list[Any] = [
+    jax.tree.structure(tree) for node in found for tree in (node.count, node.mu)
+  ]
+  if len(found) != 1 or kinds[0] != kinds[1]:
+    raise ValueError(
+      'on_refresh moves the moments of one scale_by_adam(..., '
+      f'count_per_matrix=True), but inner holds {len(found)} states of Adam, '
+      'or one with a common count. Use that as inner, or on_refresh=None.'
+    )
+  return found[0]
+
+
+def with_moments(
+  inner_state: optax.OptState, moments: optax.ScaleByAdamState
+) -> optax.OptState:
+  """The state of an inner optimizer with other moments."""
+  return jax.tree.map(
+    lambda node: moments if _is_adam(node) else node,
+    inner_state,
+    is_leaf=_is_adam,
+  )
+
+
+def _is_adam(node: Any) -> bool:
+  return isinstance(node, optax.ScaleByAdamState)

@@ -13,9 +13,7 @@ import jax
 
 from gnlorp_jax.optim.parts.checks import check_choice
 from gnlorp_jax.optim.projections.base import Basis, Projection
-from gnlorp_jax.optim.subspace.lazy import (
-  LazyState,
-)
+from gnlorp_jax.optim.subspace.lazy import LazyState
 
 Side = Literal['short', 'long', 'in', 'out', 'both']
 
@@ -66,6 +64,12 @@ def compressed_axes(shape: tuple[int, ...], side: Side) -> tuple[str, ...]:
 def toward(x: jax.Array, axis: str) -> jax.Array:
   """Turns the last two axes so that `axis` of a kernel is the last one."""
   return x if axis == 'out' else x.mT
+
+
+def turned_shape(shape: tuple[int, ...], axis: str) -> tuple[int, ...]:
+  """The shape of ``toward(x, axis)`` for x of `shape`."""
+  *stack, n_in, n_out = shape
+  return (*stack, n_in, n_out) if axis == 'out' else (*stack, n_out, n_in)
 
 
 def project(

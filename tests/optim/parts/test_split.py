@@ -1,5 +1,6 @@
 """An optimizer in two halves: what each does, and both together."""
 
+import copy
 import functools
 
 import jax
@@ -60,8 +61,8 @@ def test_both_halves_are_the_update(name):
   for seed in range(1, 6):
     grads = tree(seed)
     expected, whole = update(grads, whole, params)
-    small, halves = project(grads, halves, params)
-    updates, halves = apply(small, halves, params)
+    projected, halves = project(grads, halves, params)
+    updates, halves = apply(projected, halves, params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8)
     jax.tree.map(close, updates, expected)
     jax.tree.map(close, halves, whole)
@@ -75,9 +76,9 @@ def test_the_first_half_is_linear_once_bases_are_fitted(name):
   later = jax.jit(functools.partial(tx.project, due=False))
 
   def project(grads):
-    small, after = later(grads, state, params)
+    projected, after = later(grads, state, params)
     jax.tree.map(np.testing.assert_array_equal, after, state)
-    return small
+    return projected
 
   a, b = tree(2), tree(3)
   both = project(jax.tree.map(lambda x, y: 2 * x - y, a, b))
@@ -111,6 +112,29 @@ def test_bases_are_fitted_to_the_total():
       found,
       expected,
     )
+
+
+def test_it_is_a_pair_of_functions_as_all_of_optax():
+  tx, params = optimizer('galore'), tree(0)
+  init, update = tx
+  assert (init, update) == (tx.init, tx.update)
+  assert isinstance(tx, optax.GradientTransformationExtraArgs)
+  assert optax.with_extra_args_support(tx) is tx
+  # The halves come along with the update, in every copy.
+  for same in (copy.copy(tx), tx._replace(init=init), type(tx)(*tx)):
+    assert same == tx
+    assert same.project_fn is tx.project_fn
+    assert same.apply is tx.apply
+  injected = optax.inject_hyperparams(
+    lambda learning_rate: HALVES['galore'](learning_rate)
+  )(learning_rate=1e-2)
+  for whole in (tx, optax.chain(optax.identity(), tx), injected):
+    state = jax.eval_shape(whole.init, params)
+    updates, after = jax.eval_shape(
+      whole.update, params, state, params, value=1
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
 @pytest.mark.parametrize('name', ['adamw', 'apollo', 'fira', 'ldadam'])

@@ -1,5 +1,7 @@
 """Stochastic rounding: where it lands, how often, and on what it depends."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -317,3 +319,18 @@ def test_missing_params_are_an_error():
     'params is None: this transformation reads the parameters. Call '
     'update(grads, state, params).'
   )
+
+
+def test_x64_draws_the_same_numbers():
+  p, u = wild_pairs(1000)
+  tx = stochastic_rounding(seed=3)
+
+  def moved():
+    params, _ = jax.jit(functools.partial(apply, tx))(p, u, tx.init(p))
+    return np.asarray(params)
+
+  expected = moved()
+  with jax.enable_x64(True):
+    found = moved()
+  assert found.dtype == BF16
+  np.testing.assert_array_equal(found, expected)

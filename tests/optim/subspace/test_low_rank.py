@@ -226,7 +226,7 @@ def test_energy_and_overlap_are_those_of_the_subspaces():
 
 
 def test_accumulating_before_or_after_projection_is_the_same():
-  # Linearity: the seam that lets gradients be summed in the small space.
+  # Linearity: the seam that lets gradients be summed in the subspace.
   init, update = compiled(gap=100)
   parts = normal((4, 6, 8))
   _, state = update(parts[0], init(parts[0]))

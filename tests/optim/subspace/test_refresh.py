@@ -10,6 +10,7 @@ import pytest
 
 from gnlorp_jax.optim import (
   LazyRefresh,
+  galore,
   gradnormlorp,
   inspect,
   projections,
@@ -280,3 +281,43 @@ def test_unknown_mode_is_an_error():
     "Unknown moments_on_refresh 'turn'; expected one of ('keep', 'reset', "
     "'rotate')."
   )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {
+      'projection': projections.get('svd', solver='eigh'),
+      'moments_on_refresh': 'rotate',
+      'lazy_refresh': LazyRefresh(similarity='cosine'),
+    },
+    {
+      'side': 'both',
+      'basis_bits': 16,
+      'moments_on_refresh': 'rotate',
+      'lazy_refresh': LazyRefresh(similarity='abs_cosine'),
+    },
+    {
+      'projection': projections.get('random', distribution='rademacher'),
+      'moments_on_refresh': 'reset',
+      'lazy_refresh': LazyRefresh(),
+    },
+    {
+      'projection': projections.get('dct', transform='dct3', norm=2),
+      'lazy_refresh': LazyRefresh(similarity='cosine'),
+    },
+  ],
+)
+def test_x64_changes_no_type_of_what_a_refresh_does(options):
+  # Of the default options all numbers are compared in test_conformance.py.
+  params = {'kernel': normal((2, 6, 8))}
+  tx = galore(1e-2, rank=2, **options)
+  expected = jax.eval_shape(tx.init, params)
+  with jax.enable_x64(True):
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+  assert updates['kernel'].dtype == jnp.float32
+  for found in (state, after):
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), expected
+    )

@@ -1,0 +1,133 @@
+"""The subspaces of parameters before their first gradient."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gnlorp_jax.optim.parts.plain import path_name
+from gnlorp_jax.optim.projections.base import Basis, Projection
+from gnlorp_jax.optim.subspace.lazy import LazyState
+from gnlorp_jax.optim.subspace.refresh import RefreshRules, refresh_offsets
+from gnlorp_jax.optim.subspace.sides import (
+  Side,
+  Subspace,
+  compressed_axes,
+  project,
+  turned_shape,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
+  """`rank`, clipped (and logged) to the shorter axis of a parameter.
+
+  Raises:
+    ValueError: If the parameter has fewer than two axes.
+  """
+  if len(shape) < 2:
+    raise ValueError(
+      f'Parameter {name!r} of shape {list(shape)} cannot be projected: a '
+      "kernel has at least two axes, [*, in, out]. Label it 'full'."
+    )
+  shorter = min(shape[-2:])
+  if rank > shorter:
+    _logger.warning(
+      'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
+      'compresses nothing on that axis. If it has several axes in or out, give '
+      'kernel_axes.',
+      rank,
+      name,
+      list(shape),
+      shorter,
+    )
+  return min(rank, shorter)
+
+
+def unfitted_subspace(
+  basis: dict[str, Basis], stack: tuple[int, ...]
+) -> Subspace:
+  """A subspace whose bases were never refitted; `stack` are the leading axes.
+
+  Its arrays are no views of each other: a shared buffer could not be donated
+  twice.
+  """
+  return Subspace(
+    basis=basis,
+    refresh_count=jnp.zeros(stack, jnp.int32),
+    overlap=jnp.zeros(stack, jnp.float32),
+    energy=jnp.zeros(stack, jnp.float32),
+  )
+
+
+def init_subspaces(
+  params: optax.Params,
+  rank: int,
+  side: Side,
+  rules: RefreshRules,
+  *,
+  spread_refreshes: bool,
+) -> optax.Params:
+  """A `Subspace` for each parameter, with the time of its refreshes.
+
+  Args:
+    params: Kernels ``[*, in, out]``.
+    rank: Clipped to the shorter axis of each.
+    side: Which axes are compressed.
+    rules: How and when bases are refitted.
+    spread_refreshes: Whether refreshes are spread over the interval.
+
+  Raises:
+    ValueError: If a parameter has fewer than two axes, or its shape is none for
+      the projection.
+  """
+  leaves, treedef = jax.tree.flatten(params)
+  # The two numbers that tell one parameter's bases from another's.
+  seeds = jax.tree.unflatten(treedef, range(0, 2 * len(leaves), 2))
+  offsets = refresh_offsets(
+    [param.shape[:-2] for param in leaves], rules.gap, spread_refreshes
+  )
+
+  def init(
+    path: Any, param: jax.Array, seed: int, offset: np.ndarray
+  ) -> Subspace:
+    clipped = effective_rank(rank, path_name(path), param.shape)
+    basis = {
+      axis: rules.projection.init(
+        turned_shape(param.shape, axis), clipped, seed + k
+      )
+      for k, axis in enumerate(compressed_axes(param.shape, side))
+    }
+    subspace = unfitted_subspace(basis, param.shape[:-2])
+    return subspace._replace(
+      offset=jnp.asarray(offset), lazy=_init_lazy(rules, param.shape[:-2])
+    )
+
+  return jax.tree_util.tree_map_with_path(
+    init, params, seeds, jax.tree.unflatten(treedef, offsets)
+  )
+
+
+def _init_lazy(rules: RefreshRules, stack: tuple[int, ...]) -> LazyState | None:
+  """The intervals of a leaf's matrices, of equal length at first."""
+  if rules.lazy is None:
+    return None
+  return LazyState(
+    gap=jnp.full(stack, rules.gap, jnp.int32),
+    similarity=jnp.zeros((*stack, rules.lazy.queue), jnp.float32),
+    saved=jnp.zeros(stack, jnp.int32),
+  )
+
+
+def zero_coordinates(
+  param: jax.Array, subspace: Subspace, projection: Projection
+) -> jax.Array:
+  """Zeros shaped like the projected gradient of a parameter, float32."""
+  low = jax.eval_shape(
+    lambda grad, basis: project(grad, basis, projection), param, subspace.basis
+  )
+  return jnp.zeros(low.shape, low.dtype)
