@@ -14,7 +14,11 @@ import jax
 import optax
 
 from gnlorp_jax.optim.parts.plain import path_name, plain
-from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
+from gnlorp_jax.optim.parts.split import (
+  RefreshContext,
+  SplitTransformation,
+  split,
+)
 
 # Ordered (regex over the path, number of input axes, number of output axes).
 KernelAxes = Sequence[tuple[str, int, int]]
@@ -285,16 +289,19 @@ def with_kernel_axes(
   halves = inner
 
   def project_fn(
-    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: Any,
+    context: RefreshContext,
   ) -> tuple[Any, optax.OptState]:
     matrices = None if params is None else as_matrices(params)
-    return halves.project_fn(as_matrices(grads), state, matrices, look)
+    return halves.project_fn(as_matrices(grads), state, matrices, context)
 
   def apply_fn(
-    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+    projected: Any, state: optax.OptState, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     updates, state = halves.apply(
-      small, state, as_matrices(params), **extra_args
+      projected, state, as_matrices(params), **extra_args
     )
     return from_matrices(updates, params), state
 

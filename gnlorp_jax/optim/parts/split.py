@@ -29,9 +29,6 @@ class RefreshContext(NamedTuple):
   total: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
-# The former name, by which `kernel_axes` and `update_dtype` import it.
-Look = RefreshContext
-
 ProjectFn = Callable[
   [optax.Updates, Any, Any, RefreshContext], tuple[Any, optax.OptState]
 ]

@@ -5,7 +5,11 @@ from typing import Any
 import jax
 import optax
 
-from gnlorp_jax.optim.parts.split import Look, SplitTransformation, split
+from gnlorp_jax.optim.parts.split import (
+  RefreshContext,
+  SplitTransformation,
+  split,
+)
 
 
 def with_update_dtype(
@@ -48,14 +52,17 @@ def with_update_dtype(
   halves = inner
 
   def project_fn(
-    grads: optax.Updates, state: optax.OptState, params: Any, look: Look
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: Any,
+    context: RefreshContext,
   ) -> tuple[Any, optax.OptState]:
-    return halves.project_fn(grads, state, params, look)
+    return halves.project_fn(grads, state, params, context)
 
   def apply_fn(
-    small: Any, state: optax.OptState, params: Any, **extra_args: Any
+    projected: Any, state: optax.OptState, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    updates, state = halves.apply(small, state, params, **extra_args)
+    updates, state = halves.apply(projected, state, params, **extra_args)
     return cast(updates, params), state
 
   return split(inner.init, project_fn, apply_fn, update_fn)
