@@ -4,7 +4,7 @@ The complete optimizers stand first; what follows are the parts that they are
 made of, for chains of one's own.
 """
 
-from gnlorp_jax.optim import inspect, projections
+from gnlorp_jax.optim import inspect, labels, projections
 from gnlorp_jax.optim.inspect import format_report, report
 from gnlorp_jax.optim.methods.adamw import adamw
 from gnlorp_jax.optim.methods.apollo import apollo, scale_by_apollo
@@ -22,6 +22,7 @@ from gnlorp_jax.optim.methods.vlorp import vlorp
 from gnlorp_jax.optim.parts import split
 from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
 from gnlorp_jax.optim.parts.adam import descend, scale_by_adam
+from gnlorp_jax.optim.parts.boundary import for_any_tree
 from gnlorp_jax.optim.parts.decay_mask import spare_norms_and_biases
 from gnlorp_jax.optim.parts.kernel_axes import (
   WeightDimensionNumbers,
@@ -53,12 +54,14 @@ __all__ = [
   'dct_adamw',
   'descend',
   'fira',
+  'for_any_tree',
   'format_report',
   'galore',
   'galore_adafactor',
   'gradnormlorp',
   'initial_norm',
   'inspect',
+  'labels',
   'ldadam',
   'limit_norm_growth',
   'projections',

@@ -267,3 +267,24 @@ def test_nnx_optimizer_moves_as_plain_trees_do(
   stats = optim.inspect.subspace_stats(optimizer.opt_state)
   assert set(stats) == (set() if alias == 'adamw' else {'a/kernel', 'b/kernel'})
   assert int(optim.inspect.skipped_steps(optimizer.opt_state)) == 0
+
+
+@pytest.mark.parametrize('kind', ['bits', 'parts'])
+def test_what_users_compose_takes_any_tree(kind, params, stacked):
+  if kind == 'bits':
+    tx = optim.quantize_moments(optax.adam(1e-2), 8, min_size=64)
+  else:
+    kernels = optax.chain(
+      optim.with_low_rank_projection(optax.scale_by_lion(), rank=3),
+      optax.scale_by_learning_rate(1e-2),
+    )
+    tx = optim.for_any_tree(
+      optax.partition(
+        {'low_rank': kernels, 'full': optax.adam(1e-2)}, optim.labels.labels()
+      )
+    )
+  expected = take_steps(tx, params, stacked)
+  for name in ('Linen boxed', 'NNX functional'):
+    hold = FORMS[name].hold
+    found = take_steps(tx, hold(params), hold(stacked))
+    assert_as_plain(plain(found), expected, params)

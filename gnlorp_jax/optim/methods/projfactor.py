@@ -143,7 +143,7 @@ def projfactor(
   update_proj_gap: int = 30,
   scale: float = 1.0,
   *,
-  granularity: float = 64,
+  granularity: float | None = None,
   distribution: Distribution = 'normal',
   side: OneSide = 'short',
   spread_refreshes: bool = True,

@@ -29,7 +29,7 @@ def vlorp(
   update_proj_gap: int = 30,
   scale: float = 0.25,
   *,
-  granularity: float = 64,
+  granularity: float | None = None,
   distribution: Distribution = 'normal',
   side: OneSide = 'short',
   spread_refreshes: bool = True,
@@ -45,7 +45,8 @@ def vlorp(
     rank: Columns of the random matrix, at least 1.
     update_proj_gap: Steps between two random matrices, at least 1.
     granularity: Pieces of every row of a gradient, or one over the rows to
-      join, see `projections.random`; it must divide the compressed axis.
+      join, see `projections.random`; it must divide the compressed axis. None
+      takes 64 or, where that does not, the largest power of two that does.
     distribution: ``normal`` or ``rademacher``, see `projections.random`.
 
   Returns:

@@ -42,7 +42,7 @@ AxesFn = Callable[[Any], list[MatrixAxes | None]]
 
 
 def for_any_tree(
-  inner: optax.GradientTransformation, axes_fn: AxesFn
+  inner: optax.GradientTransformation, axes_fn: AxesFn | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Shows `inner` plain trees, and the caller's trees to the caller.
 
@@ -57,15 +57,24 @@ def for_any_tree(
   Args:
     inner: The transformation. If it is split, its halves are handed through as
       they are: they take plain trees on automatic meshes.
-    axes_fn: Which axes of a parameter `inner` takes for inputs and outputs.
+    axes_fn: Which axes of a parameter `inner` takes for inputs and outputs;
+      None takes those of `axes_by_rules` without rules.
 
   Returns:
     The wrapped transformation.
 
   Raises:
     ValueError: At `init`, if a leaf is no array, or a complex one.
+
+  Examples:
+    >>> tx = for_any_tree(optax.adam(1e-3))
+    >>> params = [jnp.ones((4, 2)), 1.0]
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> state[0].mu[0].shape
+    (4, 2)
   """
   inner_tx = optax.with_extra_args_support(inner)
+  axes_fn = axes_fn or axes_by_rules()
 
   def init_fn(params: optax.Params) -> optax.OptState:
     simple = arrays(plain(params))

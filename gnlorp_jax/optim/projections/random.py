@@ -24,7 +24,7 @@ Distribution = Literal['normal', 'rademacher']
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=['seed'],
-  meta_fields=['size', 'rank'],
+  meta_fields=['size', 'rank', 'length'],
 )
 @dataclasses.dataclass(frozen=True)
 class RandomBasis(FlaxSerializable):
@@ -33,10 +33,11 @@ class RandomBasis(FlaxSerializable):
   seed: jax.Array  # uint32 [*]
   size: int  # rows of the random matrix, n / c
   rank: int  # columns of the random matrix
+  length: int  # n, the axis of the gradient that it lives on
 
 
 def random(
-  granularity: float = 1, distribution: Distribution = 'normal'
+  granularity: float | None = 1, distribution: Distribution = 'normal'
 ) -> Projection:
   r"""Projects on random directions that are stored as a seed alone.
 
@@ -56,7 +57,9 @@ def random(
     granularity: :math:`c`, an integer, which splits every row into that many
       contiguous pieces, or one over an integer, such as 1/4, which joins four
       consecutive rows. At the same number of coordinates, :math:`m c r`, a
-      finer one was found to be better than a higher rank.
+      finer one was found to be better than a higher rank. None takes the
+      largest power of two up to 64 that divides n and leaves pieces as long as
+      the rank, for each matrix shape by itself.
     distribution: ``normal``, or ``rademacher`` for signs, of which 32 come from
       one random word: a tenth or less of the time, see the Note.
 
@@ -95,14 +98,17 @@ def random(
     10 %; a step draws them once for the way there and back.
   """
   check_choice('distribution', distribution, get_args(Distribution))
-  split, join = _pieces(granularity)
+  if granularity is not None:
+    _pieces(granularity)
   draw = normal_matrix if distribution == 'normal' else sign_matrix
 
   def init(shape: tuple[int, ...], rank: int, seed: int) -> RandomBasis:
     *stack, m, n = shape
+    pieces = _finest(n, rank) if granularity is None else granularity
+    split, join = _pieces(pieces)
     if n % split or m % join:
       raise ValueError(
-        f'granularity {granularity} cannot reshape a gradient [m, n] of '
+        f'granularity {pieces} cannot reshape a gradient [m, n] of '
         f'[{m}, {n}], compressed on n: n / granularity and m * granularity '
         'must be integers. Use a granularity that fits all projected kernels, '
         "or label this one 'full'."
@@ -110,7 +116,7 @@ def random(
     size = n // split * join
     if rank > size:
       raise ValueError(
-        f'rank {rank} exceeds n / granularity = {n} / {granularity} = {size}: '
+        f'rank {rank} exceeds n / granularity = {n} / {pieces} = {size}: '
         'the coordinates would be larger than the gradient. Lower rank or '
         'granularity.'
       )
@@ -118,6 +124,7 @@ def random(
       jax.random.bits(_key(seed), tuple(stack), jnp.uint32),
       size,
       rank,
+      n,
     )
 
   def refresh(
@@ -134,9 +141,9 @@ def random(
 
   def project(grad_MN: jax.Array, basis: RandomBasis) -> jax.Array:
     n = grad_MN.shape[-1]
-    if n * join != basis.size * split:
+    if n != basis.length:
       raise ValueError(
-        f'A random basis for n = {basis.size * split // join} met a gradient '
+        f'A random basis for n = {basis.length} met a gradient '
         f"of n = {n}: with side='both' a granularity other than 1 "
         f"({granularity}) reshapes the other side's coordinates. Use another "
         'side or granularity=1.'
@@ -151,14 +158,23 @@ def random(
 
   def project_back(low_AR: jax.Array, basis: RandomBasis) -> jax.Array:
     update_AB = (low_AR / math.sqrt(basis.rank)) @ matrix(basis).mT
-    n = basis.size * split // join
-    return update_AB.reshape(*update_AB.shape[:-2], -1, n)
+    return update_AB.reshape(*update_AB.shape[:-2], -1, basis.length)
 
   def turn(old: RandomBasis, new: RandomBasis) -> jax.Array:
     # Columns of variance 1 are sqrt(n / c) long.
     return matrix(old).mT @ matrix(new) / old.size
 
   return Projection(init, refresh, project, project_back, no_transport, turn)
+
+
+def _finest(n: int, rank: int) -> int:
+  """The largest power of two up to 64 that divides n in pieces of `rank`."""
+  fitting = (
+    2**power
+    for power in range(6, -1, -1)
+    if n % 2**power == 0 and n // 2**power >= rank
+  )
+  return next(fitting, 1)
 
 
 def _pieces(granularity: float) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim.parts.boundary import for_any_tree
 from gnlorp_jax.optim.parts.checks import check_static
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.split import (
@@ -198,7 +199,9 @@ def quantize_moments(
     return updates, encode_moments(state, bits, min_size)
 
   if not isinstance(inner, SplitTransformation):
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return for_any_tree(
+      optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    )
   halves = inner
 
   def project_fn(
@@ -236,4 +239,4 @@ def quantize_moments(
     )
     return updates, encode_moments(state, bits, min_size)
 
-  return split(init_fn, project_fn, apply_fn, update_fn)
+  return for_any_tree(split(init_fn, project_fn, apply_fn, update_fn))

@@ -1,5 +1,6 @@
 """Random projections against explicit NumPy, closed moments and themselves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -39,7 +40,9 @@ def matrices(distribution, seed, size, rank):
     np.eye(size, dtype=np.float32), (*seed.shape, size, size)
   )
   project = jax.jit(random(distribution=distribution).project)
-  return np.asarray(project(eye, RandomBasis(seed, size, rank)), np.float64)
+  return np.asarray(
+    project(eye, RandomBasis(seed, size, rank, size)), np.float64
+  )
 
 
 def there_and_back_of(method):
@@ -118,7 +121,7 @@ def test_there_and_back_is_unbiased(granularity, distribution):
   method = random(granularity, distribution)
   count = 20_000
   size = method.init((4, 6), 1, 0).size
-  basis = RandomBasis(np.arange(count, dtype=np.uint32), size, 1)
+  basis = RandomBasis(np.arange(count, dtype=np.uint32), size, 1, 6)
   many = np.broadcast_to(grad, (count, 4, 6))
   back = jax.jit(lambda g, b: method.project_back(method.project(g, b), b))(
     many, basis
@@ -141,7 +144,7 @@ def test_stack_equals_its_slices(granularity, distribution):
   there_and_back = jax.jit(there_and_back_of(method))
   low, back, seeds = there_and_back(grads, first)
   for index in np.ndindex(2, 3):
-    one = RandomBasis(np.asarray(first.seed)[index], first.size, first.rank)
+    one = dataclasses.replace(first, seed=np.asarray(first.seed)[index])
     low_one, back_one, seed = there_and_back(grads[index], one)
     np.testing.assert_allclose(low[index], low_one, atol=1e-5)
     np.testing.assert_allclose(back[index], back_one, atol=1e-5)
@@ -185,7 +188,7 @@ def test_mesh_draws_the_same_matrices(distribution):
   there_and_back = jax.jit(there_and_back_of(random(2, distribution)))
   grads = gradient((4, 8, 16))
   mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
-  basis = RandomBasis(np.arange(4, dtype=np.uint32), 8, 2)
+  basis = RandomBasis(np.arange(4, dtype=np.uint32), 8, 2, 16)
   expected = there_and_back(grads, basis)
   grads = jax.device_put(grads, NamedSharding(mesh, P(None, None, 'x')))
   *there_back, seeds = there_and_back(grads, basis)
@@ -344,6 +347,21 @@ def test_granularity_that_does_not_fit_is_an_error_at_init(granularity):
     'compressed on n: n / granularity and m * granularity must be integers. '
     'Use a granularity that fits all projected kernels, or label this one '
     "'full'."
+  )
+
+
+@pytest.mark.parametrize(
+  ('n', 'rank', 'pieces'),
+  [(128, 1, 64), (128, 4, 32), (100, 1, 4), (7, 3, 1), (96, 1, 32), (6, 6, 1)],
+)
+def test_granularity_of_none_fits_every_matrix(n, rank, pieces):
+  basis = random(None).init((200, n), rank, 0)
+  assert (basis.size, basis.length) == (n // pieces, n)
+  # As if it were given.
+  given = random(pieces)
+  grad = gradient((4, n))
+  np.testing.assert_array_equal(
+    random(None).project(grad, basis), given.project(grad, basis)
   )
 
 
