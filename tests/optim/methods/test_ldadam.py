@@ -279,7 +279,7 @@ def test_step_without_a_finite_gradient_is_left_out():
 
 def test_bfloat16_step_compiles_once_and_goes_on_from_a_copy_bit_for_bit():
   params = {'a': {'kernel': jnp.asarray(normal((2, 12, 8)), jnp.bfloat16)}}
-  tx = ldadam(1e-2, 3, error_bits=8)
+  tx = ldadam(1e-2, 3, error_bits=8, update_dtype=jnp.float32)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, seed):
