@@ -122,7 +122,7 @@ def subspace_stats(opt_state: optax.OptState) -> dict[str, SubspaceStats]:
       energy=jnp.mean(subspace.energy),
       saved_refreshes=jnp.mean(subspace.lazy.saved, dtype=jnp.float32)
       if subspace.lazy
-      else jnp.zeros([]),
+      else jnp.zeros([], jnp.float32),
     )
     for name, subspace in subspaces(opt_state).items()
   }

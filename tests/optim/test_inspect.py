@@ -191,3 +191,15 @@ def test_low_rank_states_larger_than_adams_are_a_loud_warning(caplog):
   tx = gradnormlorp(1e-2, rank=4, param_labels=rules, kernel_axes=axes)
   inspect.report(params, tx, rules, kernel_axes=axes)
   assert not caplog.messages
+
+
+def test_arrays_without_elements_are_reported_too():
+  params = {
+    'a': {'kernel': jnp.ones((0, 8))},
+    'b': {'kernel': jnp.ones((8, 8))},
+  }
+  rules = [('a', 'frozen'), ('b', 'low_rank')]
+  for labels in (None, rules):
+    tx = galore(1e-2, rank=2, param_labels=labels)
+    rows = inspect.report(params, tx, labels)
+    assert [row.state_bytes > 0 for row in rows] == [False, True]

@@ -77,7 +77,7 @@ def test_wrong_arguments_are_named(call, text):
   [
     ('adamw', ('moment_bits',)),
     ('galore', ('rank', 'update_proj_gap', 'basis_bits', 'moment_bits')),
-    ('vlorp', ('rank', 'update_proj_gap', 'moment_bits', 'granularity')),
+    ('vlorp', ('rank', 'update_proj_gap', 'moment_bits')),
     ('ldadam', ('rank', 'error_bits', 'moment_bits')),
   ],
 )
