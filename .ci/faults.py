@@ -95,7 +95,7 @@ FAULTS = (
   ),
   Fault(
     *('lost weight decay', 'optim/parts/adam.py'),
-    'return optax.chain(optax.add_decayed_weights(weight_decay, mask), step)',
+    'return optax.chain(decay, step)',
     'return step',
     'optim/parts/test_adam.py optim/test_conformance.py',
   ),

@@ -2,11 +2,13 @@
 
 from gnlorp_jax.optim import (
   LazyRefresh,
+  WeightDimensionNumbers,
   adamw,
   apollo,
   apollo_mini,
   dct_adamw,
   fira,
+  for_any_tree,
   format_report,
   galore,
   galore_adafactor,
@@ -18,6 +20,7 @@ from gnlorp_jax.optim import (
   q_galore,
   quantize_moments,
   report,
+  spare_norms_and_biases,
   stochastic_rounding,
   vlorp,
   with_low_rank_projection,
@@ -28,11 +31,13 @@ __version__ = '0.1.0'
 
 __all__ = [
   'LazyRefresh',
+  'WeightDimensionNumbers',
   'adamw',
   'apollo',
   'apollo_mini',
   'dct_adamw',
   'fira',
+  'for_any_tree',
   'format_report',
   'galore',
   'galore_adafactor',
@@ -44,6 +49,7 @@ __all__ = [
   'q_galore',
   'quantize_moments',
   'report',
+  'spare_norms_and_biases',
   'stochastic_rounding',
   'vlorp',
   'with_low_rank_projection',

@@ -15,12 +15,6 @@ import optax
 
 from gnlorp_jax.optim.methods.ldadam import LDAdamState
 from gnlorp_jax.optim.parts import labels
-from gnlorp_jax.optim.parts.boundary import axes_by_rules
-from gnlorp_jax.optim.parts.kernel_axes import (
-  DimensionNumbers,
-  KernelAxes,
-  MatrixAxes,
-)
 from gnlorp_jax.optim.parts.nonfinite import SkipNonfiniteState
 from gnlorp_jax.optim.parts.plain import (
   arrays,
@@ -189,9 +183,6 @@ def report(
   params: optax.Params,
   tx: optax.GradientTransformation,
   param_labels: labels.ParamLabels | None = None,
-  *,
-  kernel_axes: KernelAxes = (),
-  weight_dimension_numbers: DimensionNumbers | None = None,
 ) -> list[ReportRow]:
   """Dry run: what `tx` would do with every parameter, and why.
 
@@ -201,9 +192,7 @@ def report(
   Args:
     params: Parameters, or their shapes.
     tx: An alias of this package, or a chain or partition that holds one.
-    param_labels: The labels `tx` was built with.
-    kernel_axes: The same of its rules about axes.
-    weight_dimension_numbers: The same of its dimension numbers.
+    param_labels: The labels `tx` was built with, from which the reasons follow.
 
   Returns:
     One row per parameter, in the order of the plain tree. `format_report` makes
@@ -211,54 +200,96 @@ def report(
     partition has is ``other``.
 
   Raises:
-    ValueError: As `labels.assign`, and if the labels are seen not to be those
-      of `tx`.
+    ValueError: As `labels.assign`, and if `param_labels` are seen not to be
+      those of `tx`.
   """
-  shapes = jax.eval_shape(lambda p: arrays(plain(p)), params)
-  opt_state = _contents(jax.eval_shape(tx.init, shapes))
+  shapes = jax.eval_shape(lambda: arrays(plain(params)))
+  opt_state = _contents(jax.eval_shape(tx.init, params))
   paths = jax.tree_util.tree_leaves_with_path(shapes)
   held: list[list[Owned]] = [[] for _ in paths]
-  for array in owned(opt_state, shapes):
+  others = _has_other_optimizers(opt_state)
+  for array in _of_labels(owned(opt_state, shapes), others):
     if array.owner is not None:
       held[array.owner].append(array)
-  treatments = [_treatment(found) for found in held]
-  others = _has_other_optimizers(opt_state)
-  assigned = _assigned(
-    shapes, treatments, param_labels, weight_dimension_numbers, others
-  )
+  assigned = _assigned(shapes, held, param_labels, others)
   projected = subspaces(opt_state)
-  axes = axes_by_rules(kernel_axes, weight_dimension_numbers)(shapes)
   rows = []
-  for (path, leaf), found, (label, reason), matrix in zip(
-    paths, held, assigned, axes, strict=True
+  for (path, leaf), found, assignment in zip(
+    paths, held, assigned, strict=True
   ):
-    name = path_name(path)
-    bases = projected[name].basis if name in projected else {}
-    wrong = (bases and label != 'low_rank') or bool(found) == (
-      label == 'frozen'
-    )
-    if wrong and label != 'other':
-      raise ValueError(
-        f'param_labels call {name!r} {label!r}, but tx treats it otherwise. '
-        'Give report() the param_labels that tx was built with.'
+    name, size = path_name(path), math.prod(leaf.shape)
+    subspace = projected.get(name)
+    label, reason = assignment
+    if label != 'other':
+      label, reason = _seen(
+        name, size, _treatment(found), assignment, param_labels
       )
-    rank = min(map(_rank, bases.values()), default=None)
-    if rank is not None and rank >= min(_matrix_shape(leaf, matrix)[-2:]):
-      reason += '; rank fills the shorter axis: nothing is compressed there'
+    rank = None
+    if subspace is not None:
+      rank = min(map(_rank, subspace.basis.values()))
+      if rank >= _shorter_axis(subspace, size):
+        reason += '; rank fills the shorter axis: nothing is compressed there'
     rows.append(
       ReportRow(
         name=name,
         shape=leaf.shape,
         label=label,
         rank=rank,
-        side='+'.join(bases),
+        side='+'.join(subspace.basis) if subspace else '',
         state_bytes=tree_bytes([array.leaf for array in found]),
-        adamw_bytes=8 * math.prod(leaf.shape),
+        adamw_bytes=8 * size,
         reason=reason,
       )
     )
   _warn_of_large_states(rows)
   return rows
+
+
+def _seen(
+  name: str,
+  size: int,
+  treatment: str | None,
+  assignment: labels.Assignment,
+  param_labels: labels.ParamLabels | None,
+) -> labels.Assignment:
+  """An assignment; where labels are defaults, as the state shows it."""
+  # An array without elements has no state, whatever its label.
+  shown = treatment or ('frozen' if size else assignment.label)
+  if shown == assignment.label:
+    return assignment
+  if param_labels is not None:
+    raise ValueError(
+      f'param_labels call {name!r} {assignment.label!r}, but tx treats it '
+      'otherwise. Give report() the param_labels that tx was built with.'
+    )
+  if treatment is None:
+    return labels.Assignment(shown, 'no state: so the options of tx, or a mask')
+  return labels.Assignment(shown, 'by the options of tx')
+
+
+def _shorter_axis(subspace: Subspace, size: int) -> int:
+  """The shorter axis of the matrices that a parameter is seen as."""
+  first, *_ = subspace.basis.values()
+  length = getattr(first, 'length', getattr(first, 'n', None))
+  if length is None:
+    # Also a quantised array, which holds others, has the shape it stands for.
+    length = jax.tree.leaves(first, is_leaf=lambda x: hasattr(x, 'shape'))[
+      0
+    ].shape[-2]
+  stack = math.prod(subspace.overlap.shape)
+  return min(length, size // (stack * length))
+
+
+def _of_labels(arrays: list[Owned], others: bool) -> list[Owned]:
+  """The arrays of an alias, without those of links around it.
+
+  Where there are other optimizers, theirs too, of what the alias does not have.
+  """
+  of_alias = [a for a in arrays if {'low_rank', 'full'} & {*a.outer}]
+  if not of_alias:
+    return arrays
+  known = {array.owner for array in of_alias}
+  return of_alias + [a for a in arrays if others and a.owner not in known]
 
 
 def _treatment(found: list[Owned]) -> str | None:
@@ -287,27 +318,20 @@ def _partitions(node: Any) -> Iterator[Any]:
 
 def _assigned(
   shapes: optax.Params,
-  treatments: list[str | None],
+  held: list[list[Owned]],
   param_labels: labels.ParamLabels | None,
-  weight_dimension_numbers: DimensionNumbers | None,
   others: bool,
 ) -> list[labels.Assignment]:
   """Label and reason of every parameter, in the order of the leaves."""
   is_other = [
-    treatment == 'other' or (others and treatment is None)
-    for treatment in treatments
+    _treatment(found) == 'other' or (others and not found) for found in held
   ]
   structure: Any = jax.tree.structure(shapes)
   seen = structure.unflatten(
     optax.MaskedNode() if other else leaf
     for other, leaf in zip(is_other, jax.tree.leaves(shapes), strict=True)
   )
-  found = labels.assign(
-    seen,
-    param_labels,
-    weight_dimension_numbers=weight_dimension_numbers,
-    is_part=any(is_other),
-  )
+  found = labels.assign(seen, param_labels, is_part=any(is_other))
   reasons = iter(
     jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, labels.Assignment))
   )
@@ -315,10 +339,6 @@ def _assigned(
     'other', 'another part of the partition, or frozen'
   )
   return [elsewhere if other else next(reasons) for other in is_other]
-
-
-def _matrix_shape(leaf: Any, axes: MatrixAxes | None) -> tuple[int, ...]:
-  return leaf.shape if axes is None else axes.shape(leaf.shape)
 
 
 def _warn_of_large_states(rows: list[ReportRow]) -> None:

@@ -22,7 +22,7 @@ def test_programs_of_the_guide_to_optimizers():
   pytest.importorskip('equinox')
   names = {}
   found = blocks('docs/optimizers.md')
-  assert len(found) == 7
+  assert len(found) == 8
   for number, block in enumerate(found):
     exec(compile(block, f'optimizers.md, program {number}', 'exec'), names)
     if 'weight_dimension_numbers' in block:

@@ -288,3 +288,33 @@ def test_what_users_compose_takes_any_tree(kind, params, stacked):
     hold = FORMS[name].hold
     found = take_steps(tx, hold(params), hold(stacked))
     assert_as_plain(plain(found), expected, params)
+
+
+def test_trees_like_a_module_that_can_be_called_are_trees():
+  eqx = pytest.importorskip('equinox')
+  model = eqx.nn.MLP(8, 8, width_size=8, depth=1, key=jax.random.key(0))
+  params = eqx.filter(model, eqx.is_inexact_array)
+
+  numbers = jax.tree.map(
+    lambda x: optim.WeightDimensionNumbers(1, 0) if x.ndim > 1 else None, params
+  )
+  is_matrix = jax.tree.map(lambda x: x.ndim > 1, params)
+  labels = jax.tree.map(lambda x: 'low_rank' if x.ndim > 1 else 'full', params)
+  spared = eqx.tree_at(lambda m: m.layers[0].weight, is_matrix, False)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  # Which of two weights and two biases decay.
+  for options, decay in (
+    ({'param_labels': labels}, [True] * 4),
+    ({'weight_dimension_numbers': numbers}, [True] * 4),
+    ({'weight_decay_mask': is_matrix}, [True, False] * 2),
+    # Functions are given the module itself.
+    ({'weight_decay_mask': lambda model: spared}, [False, False, True, False]),
+  ):
+    tx = optim.galore(0.1, rank=2, weight_decay=0.5, **options)
+    updates, _ = jax.jit(lambda p, tx=tx: tx.update(zeros, tx.init(p), p))(
+      params
+    )
+    moved = [bool(np.any(u != 0)) for u in jax.tree.leaves(updates)]
+    assert moved == decay
+  rows = optim.report(params, optim.galore(0.1, rank=2))
+  assert [row.label for row in rows] == ['full', 'low_rank'] * 2

@@ -76,12 +76,21 @@ def test_owner_is_the_longest_path_that_fits():
 
 def test_report_with_other_labels_than_the_optimizer_is_an_error():
   rules = [('embed', 'frozen'), ('.*', 'full')]
+  tx = adamw(1e-3, param_labels=rules)
   with pytest.raises(ValueError) as error:
-    inspect.report(SHAPES, adamw(1e-3, param_labels=rules))
+    inspect.report(SHAPES, tx, [('.*', 'full')])
   assert str(error.value) == (
     "param_labels call 'embed/embedding' 'full', but tx treats it otherwise. "
     'Give report() the param_labels that tx was built with.'
   )
+  # Without labels it tells what the state shows.
+  rows = {row.name: row for row in inspect.report(SHAPES, tx)}
+  assert rows['embed/embedding'].label == 'frozen'
+  assert rows['embed/embedding'].reason == (
+    'no state: so the options of tx, or a mask'
+  )
+  assert rows['layers/up/kernel'].label == 'full'
+  assert rows['layers/up/kernel'].reason == 'by the options of tx'
   with pytest.raises(ValueError, match="call 'layers/up/kernel' 'full'"):
     inspect.report(SHAPES, galore(1e-3, rank=4), [('.*', 'full')])
 
@@ -189,7 +198,7 @@ def test_low_rank_states_larger_than_adams_are_a_loud_warning(caplog):
   caplog.clear()
   axes = [('query', 1, 2)]
   tx = gradnormlorp(1e-2, rank=4, param_labels=rules, kernel_axes=axes)
-  inspect.report(params, tx, rules, kernel_axes=axes)
+  inspect.report(params, tx, rules)
   assert not caplog.messages
 
 
@@ -203,3 +212,20 @@ def test_arrays_without_elements_are_reported_too():
     tx = galore(1e-2, rank=2, param_labels=labels)
     rows = inspect.report(params, tx, labels)
     assert [row.state_bytes > 0 for row in rows] == [False, True]
+
+
+def test_rank_that_fills_an_axis_is_told_by_the_matrix_that_is_projected():
+  params = {'query': {'kernel': jnp.ones((16, 4, 8))}}
+  rules = [('.*', 'low_rank')]
+  for projection in ('svd', 'random', 'dct'):
+    options = {'rank': 4, 'param_labels': rules, 'projection': projection}
+    (stack,) = inspect.report(params, galore(1e-2, **options), rules)
+    assert 'nothing is compressed there' in stack.reason
+    tx = galore(1e-2, kernel_axes=[('query', 1, 2)], **options)
+    (matrix,) = inspect.report(params, tx, rules)
+    assert 'nothing is compressed there' not in matrix.reason
+
+
+def test_parameters_that_are_no_arrays_are_named():
+  with pytest.raises(ValueError, match="'mlp/activation' is a"):
+    inspect.report({'mlp': {'activation': jax.nn.relu}}, galore(1e-2))

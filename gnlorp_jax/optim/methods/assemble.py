@@ -7,7 +7,7 @@ not finite, and whatever trees and meshes users have.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +15,25 @@ import optax
 
 from gnlorp_jax.optim.parts import nonfinite
 from gnlorp_jax.optim.parts.adam import DecayOrder, descend
-from gnlorp_jax.optim.parts.boundary import axes_by_rules, for_any_tree
+from gnlorp_jax.optim.parts.boundary import (
+  AxesFn,
+  as_they_are,
+  axes_by_rules,
+  for_any_tree,
+)
 from gnlorp_jax.optim.parts.checks import check_interval
+from gnlorp_jax.optim.parts.decay_mask import with_decay_mask
 from gnlorp_jax.optim.parts.kernel_axes import (
   DimensionNumbers,
   KernelAxes,
   with_kernel_axes,
 )
-from gnlorp_jax.optim.parts.labels import EMBEDDINGS, ParamLabels, labels
-from gnlorp_jax.optim.parts.plain import plain
+from gnlorp_jax.optim.parts.labels import (
+  EMBEDDINGS,
+  ParamLabels,
+  check_rules_match,
+  labels,
+)
 from gnlorp_jax.optim.parts.split import chain, partition
 from gnlorp_jax.optim.parts.update_dtype import with_update_dtype
 from gnlorp_jax.optim.parts.weight_norm import NormState, with_weight_norm
@@ -84,19 +94,15 @@ def assemble(
   """
   check_moment_bits(moment_bits)
   check_interval('weight_decay', weight_decay, 0, float('inf'))
-  mask = weight_decay_mask
-  mask = mask if mask is None or callable(mask) else plain(mask)
-  step = descend(
-    learning_rate, weight_decay, decay_order=decay_order, mask=mask
-  )
+  step = descend(learning_rate, weight_decay, decay_order=decay_order)
   find_labels = functools.partial(
     labels, param_labels, weight_dimension_numbers=weight_dimension_numbers
   )
-  init_labels = find_labels()
+  is_full = low_rank is None
+  init_labels = _checked(find_labels(), kernel_axes, moment_bits, not is_full)
   if low_rank is None:
     low_rank = optax.chain(full, step)
   else:
-    init_labels = _warn_without_kernels(init_labels)
     low_rank = with_kernel_axes(
       _of_kernels(low_rank, full, step, learning_rate, weight_norm, norm_state),
       kernel_axes,
@@ -112,7 +118,15 @@ def assemble(
   tx = with_update_dtype(tx, update_dtype)
   if skip_nonfinite:
     tx = nonfinite.skip_nonfinite(tx)
-  return for_any_tree(tx, axes_by_rules(kernel_axes, weight_dimension_numbers))
+  axes_fn: AxesFn = as_they_are
+  if not is_full:
+    axes_fn = axes_by_rules(
+      kernel_axes, weight_dimension_numbers, find_labels(is_part=True)
+    )
+  tx = for_any_tree(tx, axes_fn)
+  if weight_decay_mask is None:
+    return tx
+  return with_decay_mask(tx, weight_decay_mask)
 
 
 def _of_kernels(
@@ -136,24 +150,32 @@ def _of_kernels(
 
 def _bits_by_name(bits: MomentBits) -> MomentBits:
   """Bits of all moments as rules, by which those of embeddings stay float32."""
-  if bits == 32 or not isinstance(bits, int):
+  if isinstance(bits, Sequence) or bits == 32:
     return bits
   return [(EMBEDDINGS, 32), ('.*', bits)]
 
 
-def _warn_without_kernels(
+def _checked(
   label_fn: Callable[[optax.Params], Any],
+  kernel_axes: KernelAxes,
+  moment_bits: MomentBits,
+  has_low_rank: bool,
 ) -> Callable[[optax.Params], Any]:
-  """`label_fn`, with a warning where it leaves nothing to be projected."""
+  """`label_fn` of all parameters, with complaints about what has no effect."""
 
-  def warning_label_fn(params: optax.Params) -> Any:
+  def checking_label_fn(params: optax.Params) -> Any:
+    check_rules_match('kernel_axes', [rule[0] for rule in kernel_axes], params)
+    if isinstance(moment_bits, Sequence):
+      check_rules_match(
+        'moment_bits', [rule[0] for rule in moment_bits], params
+      )
     tree = label_fn(params)
     found = jax.tree.leaves(tree)
-    if found and 'low_rank' not in found:
+    if has_low_rank and found and 'low_rank' not in found:
       _logger.warning(
         'No parameter is labelled low_rank: rank has no effect, and this is '
         'plain Adam. See param_labels, and report() for the reasons.'
       )
     return tree
 
-  return warning_label_fn
+  return checking_label_fn

@@ -187,10 +187,12 @@ _GROUPS = (
   *(ShellOptions, KernelOptions, WeightNormOptions),
 )
 
-# Numbers that fix shapes or the program.
+# What fixes shapes or the program, and what `optax.inject_hyperparams` would
+# take for a schedule.
 _STATIC = (
   *('rank', 'update_proj_gap', 'basis_bits', 'error_bits', 'moment_bits'),
-  *('granularity', 'norm'),
+  *('granularity', 'norm', 'update_dtype', 'param_labels'),
+  *('weight_decay_mask', 'weight_dimension_numbers'),
 )
 
 
@@ -266,14 +268,21 @@ def _common_defaults() -> dict[str, Any]:
 
 def _check_static(method: str, arguments: Mapping[str, object]) -> None:
   """Raises a `ValueError` that names all arrays among what must be static."""
-  found = tuple(
+  found = [
     name for name in _STATIC if isinstance(arguments.get(name), jax.Array)
-  )
+  ]
   if found:
+    injected = int | float | jax.Array
+    needed = tuple(
+      name
+      for name in _STATIC
+      if isinstance(arguments.get(name), injected)
+      or callable(arguments.get(name))
+    )
     raise ValueError(
       f'{method}: {", ".join(found)} must be known at build time, got arrays: '
-      'they fix shapes or the program. With optax.inject_hyperparams, list '
-      f'them: static_args={found!r}.'
+      'they fix shapes or the program. With optax.inject_hyperparams, pass '
+      f'static_args={needed!r}.'
     )
 
 

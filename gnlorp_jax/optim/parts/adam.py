@@ -177,8 +177,7 @@ def descend(
   weight_decay: float = 0.0,
   *,
   decay_order: DecayOrder = 'before',
-  mask: Any = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   r"""Turns a direction into a step: learning rate and decoupled weight decay.
 
   With direction :math:`d`, the weight becomes
@@ -186,12 +185,13 @@ def descend(
   * ``before``: :math:`(1 - \eta \lambda) w - \eta d` (Optax, ``torch.optim``)
   * ``after``: :math:`(1 - \eta \lambda) (w - \eta d)` (GaLore and relatives)
 
+  Its `update` takes a tree of booleans ``decay_mask``, whose False spares
+  parameters; see `with_decay_mask`.
+
   Args:
     learning_rate: :math:`\eta`, a number or an Optax schedule.
     weight_decay: :math:`\lambda`, at least 0.
     decay_order: ``before`` or ``after``.
-    mask: Which parameters decay, a tree of booleans or a function from the
-      parameters to one; None for all.
 
   Returns:
     The closing link of a chain; with decay its `update` needs `params`.
@@ -203,12 +203,13 @@ def descend(
   check_choice('decay_order', decay_order, get_args(DecayOrder))
   step = optax.scale_by_learning_rate(learning_rate)
   if isinstance(weight_decay, int | float) and weight_decay == 0:
-    return step
+    return optax.with_extra_args_support(step)
+  decay = _add_decayed_weights(weight_decay)
   if decay_order == 'before':
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask), step)
+    return optax.chain(decay, step)
   # (1 - eta lambda)(w + u) - w = u - eta (lambda (w + u)): the step itself is
   # added to the weight before the decay looks at it.
-  shrink = optax.chain(optax.add_decayed_weights(weight_decay, mask), step)
+  shrink = optax.chain(decay, step)
 
   def init_fn(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
     return step.init(params), shrink.init(params)
@@ -217,14 +218,43 @@ def descend(
     updates: optax.Updates,
     state: tuple[optax.OptState, optax.OptState],
     params: optax.Params | None = None,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, tuple[optax.OptState, optax.OptState]]:
     check_params(params)
     updates, step_state = step.update(updates, state[0], params)
     stepped = jax.tree.map(jnp.add, params, updates)
     decay, shrink_state = shrink.update(
-      optax.tree.zeros_like(updates), state[1], stepped
+      optax.tree.zeros_like(updates), state[1], stepped, **extra_args
     )
     updates = jax.tree.map(jnp.add, updates, decay)
     return updates, (step_state, shrink_state)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _add_decayed_weights(
+  weight_decay: float,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.add_decayed_weights` that is given its mask at every update."""
+  everywhere = optax.add_decayed_weights(weight_decay)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    decay_mask: Any = True,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    del extra_args
+    decayed, state = everywhere.update(updates, state, params)
+    # A prefix: `updates` may have nothing in the place of a parameter.
+    updates = jax.tree.map(
+      lambda decays, new, old: new if decays else old,
+      decay_mask,
+      decayed,
+      updates,
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(everywhere.init, update_fn)

@@ -41,8 +41,13 @@ P: Any = jax.sharding.PartitionSpec
 AxesFn = Callable[[Any], list[MatrixAxes | None]]
 
 
+def as_they_are(params: Any) -> list[MatrixAxes | None]:
+  """Of a transformation that sees all parameters in the shape they have."""
+  return [None] * len(jax.tree.leaves(params))
+
+
 def for_any_tree(
-  inner: optax.GradientTransformation, axes_fn: AxesFn | None = None
+  inner: optax.GradientTransformation, axes_fn: AxesFn = as_they_are
 ) -> optax.GradientTransformationExtraArgs:
   """Shows `inner` plain trees, and the caller's trees to the caller.
 
@@ -57,8 +62,8 @@ def for_any_tree(
   Args:
     inner: The transformation. If it is split, its halves are handed through as
       they are: they take plain trees on automatic meshes.
-    axes_fn: Which axes of a parameter `inner` takes for inputs and outputs;
-      None takes those of `axes_by_rules` without rules.
+    axes_fn: Which parameters `inner` sees as what matrices, see
+      `axes_by_rules`; by default it sees all of them as they are.
 
   Returns:
     The wrapped transformation.
@@ -74,7 +79,6 @@ def for_any_tree(
     (4, 2)
   """
   inner_tx = optax.with_extra_args_support(inner)
-  axes_fn = axes_fn or axes_by_rules()
 
   def init_fn(params: optax.Params) -> optax.OptState:
     simple = arrays(plain(params))
@@ -111,18 +115,30 @@ def for_any_tree(
 def axes_by_rules(
   kernel_axes: KernelAxes = (),
   weight_dimension_numbers: DimensionNumbers | None = None,
+  label_fn: Callable[[Any], Any] | None = None,
 ) -> AxesFn:
-  """The axes of parameters as `with_kernel_axes` sees them."""
+  """The axes of parameters as `with_kernel_axes` sees them.
+
+  Args:
+    kernel_axes: Its rules.
+    weight_dimension_numbers: Its dimension numbers.
+    label_fn: From parameters to their labels, where it is shown those labelled
+      ``low_rank`` alone; None where it is shown all.
+  """
 
   def axes_fn(params: Any) -> list[MatrixAxes | None]:
     numbers = None
     if weight_dimension_numbers is not None:
       numbers = dimension_numbers(params, weight_dimension_numbers)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shown = [True] * len(leaves)
+    if label_fn is not None:
+      shown = [one == 'low_rank' for one in jax.tree.leaves(label_fn(params))]
     return [
       matrix_axes(path_name(path), leaf.shape, kernel_axes, numbers)
-      if len(leaf.shape) > 1
+      if is_shown and len(leaf.shape) > 1
       else None
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+      for (path, leaf), is_shown in zip(leaves, shown, strict=True)
     ]
 
   return axes_fn
@@ -147,7 +163,7 @@ def _box_names(box: Any) -> tuple[Any, ...] | None:
   if hasattr(box, 'get_metadata'):
     metadata = box.get_metadata()
     names = metadata.get('optimizer_sharding') or metadata.get('out_sharding')
-  return tuple(names) if isinstance(names, tuple | list) else None
+  return tuple(names) if isinstance(names, tuple | list | P) else None
 
 
 def _renamed(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
@@ -165,7 +181,13 @@ def _box_state(
   state: optax.OptState, params: Any, simple: Any, axes_fn: AxesFn
 ) -> optax.OptState:
   """A state with boxes for arrays of parameters whose boxes name axes."""
-  boxes = jax.tree.leaves(plain(params, is_leaf=is_box), is_leaf=is_box)
+  tree = plain(params, is_leaf=is_box)
+  # A box may be empty, as where another optimizer has the parameter.
+  boxes = [
+    box
+    for box in jax.tree.leaves(tree, is_leaf=is_box)
+    for _ in jax.tree.leaves(box)
+  ]
   names = [_box_names(box) for box in boxes]
   if not any(names):
     return state
@@ -191,7 +213,8 @@ def _named(
     return Named(leaf.shape, (*given, *(None,) * leaf.ndim)[: leaf.ndim], axes)
 
   leaves = jax.tree.leaves(params)
-  return list(map(one, leaves, names, axes_fn(params)))
+  axes = axes_fn(params)
+  return [one(*of) for of in zip(leaves, names, axes, strict=True)]
 
 
 def _boxed_like(state: optax.OptState, new: optax.OptState) -> optax.OptState:

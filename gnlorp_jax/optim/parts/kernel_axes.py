@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from gnlorp_jax.optim.parts.plain import path_name, plain
+from gnlorp_jax.optim.parts.plain import is_function, path_name, plain
 from gnlorp_jax.optim.parts.split import (
   RefreshContext,
   SplitTransformation,
@@ -90,7 +90,7 @@ def dimension_numbers(
       path_name(path): numbers if leaf.ndim > 1 else None
       for path, leaf in leaves
     }
-  tree = plain(numbers(params) if callable(numbers) else numbers, _is_entry)
+  tree = plain(numbers(params) if is_function(numbers) else numbers, _is_entry)
   given = {
     path_name(path): entry
     for path, entry in jax.tree_util.tree_leaves_with_path(tree, _is_entry)
@@ -187,11 +187,14 @@ def _axes(
 
 def check_kernel_axes(kernel_axes: KernelAxes) -> None:
   """Raises a `ValueError` if a rule names no axis of a kind."""
-  for pattern, num_in, num_out in kernel_axes:
-    if min(num_in, num_out) < 1:
+  for rule in kernel_axes:
+    numbers = rule[1:] if isinstance(rule, tuple | list) else ()
+    if len(numbers) != 2 or not all(
+      isinstance(number, int) and number > 0 for number in numbers
+    ):
       raise ValueError(
-        f'kernel_axes rule {(pattern, num_in, num_out)!r} must name at least '
-        'one input and one output axis, as (regex, num_in, num_out).'
+        f'kernel_axes rule {rule!r} must name at least one input and one '
+        'output axis, as (regex, num_in, num_out).'
       )
 
 

@@ -16,24 +16,26 @@ from gnlorp_jax.optim.parts.kernel_axes import (
   DimensionNumbers,
   dimension_numbers,
 )
-from gnlorp_jax.optim.parts.plain import path_name, plain
+from gnlorp_jax.optim.parts.plain import is_function, path_name, plain, spread
 
 LABELS = ('low_rank', 'full', 'frozen')
 
 # Kernels that stay full-rank by default. Their gradients are sparse over rows
 # (embeddings) or over classes (heads), and published runs do not project them.
 _FULL_RANK_NAMES = re.compile(
-  r'(?<![^/])(\w*embed\w*|lm_head|head|logits|classifier|score|pooler'
+  r'(?<![^/])(\w*embed\w*|\w*emb|tok|lm_head|head|logits|classifier|score|pooler'
   r'|\w*norm\w*|vocab|wte|wpe)(?![^/])',
   re.IGNORECASE,
 )
 
 # Their gradients are sparse over rows: few bits would lose most rows' moments.
-EMBEDDINGS = r'(?i)(?<![^/])(\w*embed\w*|wte|wpe)(?![^/])'
+EMBEDDINGS = r'(?i)(?<![^/])(\w*embed\w*|\w*emb|tok|wte|wpe)(?![^/])'
 
 # Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
 # under these names; a scan may stack [layers, d, d] under the same ones.
 _ATTENTION_NAMES = re.compile(r'(^|/)(query|key|value|out)/kernel$')
+
+_CONVOLUTIONS = re.compile(r'(?i)(^|/)\w*conv\w*/')
 
 Rules = Sequence[tuple[str, str]]
 ParamLabels = Rules | Callable[[optax.Params], Any] | Any
@@ -64,7 +66,10 @@ def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   if len(shape) < 2:
     return Assignment('full', f'default: {len(shape)} axis, no matrix')
   most = 3 if last == 'kernel' else 2
-  if len(shape) > most or (len(shape) == 3 and _ATTENTION_NAMES.search(name)):
+  if len(shape) > most or (
+    len(shape) == 3
+    and (_ATTENTION_NAMES.search(name) or _CONVOLUTIONS.search(name))
+  ):
     return Assignment(
       'full',
       f'default: {len(shape)} axes may be a stack of matrices or one with '
@@ -136,15 +141,10 @@ def assign(
   elif _is_rules(param_labels):
     found = _assign_by_rules(names, param_labels, is_part)
   else:
-    tree = param_labels(params) if callable(param_labels) else param_labels
-    tree = plain(tree)
-    # The tree may be a prefix: one label for a whole sub-tree.
-    full = jax.tree.map(
-      lambda label, sub: jax.tree.map(lambda _: label, sub), tree, params
-    )
+    tree = param_labels(params) if is_function(param_labels) else param_labels
     found = [
       Assignment(label, 'given by param_labels')
-      for label in jax.tree.leaves(full)
+      for label in jax.tree.leaves(spread('param_labels', tree, params))
     ]
   for name, assignment in zip(names, found, strict=True):
     if assignment.label not in LABELS:
@@ -153,6 +153,28 @@ def assign(
         f'one of {LABELS}.'
       )
   return jax.tree.unflatten(treedef, found)
+
+
+def check_rules_match(
+  option: str, patterns: Sequence[str], params: optax.Params
+) -> None:
+  """Raises a `ValueError` if a rule's regex is found in no path.
+
+  Args:
+    option: What the rules belong to.
+    patterns: Their regexes.
+    params: All parameters, a plain tree.
+  """
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  names = [path_name(path) for path, _ in paths]
+  for pattern in patterns:
+    if names and not any(re.search(pattern, name) for name in names):
+      near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+      raise ValueError(
+        f'The {option} rule for {pattern!r} decides about no parameter: no '
+        'path contains it. Remove it, or correct its regex. Similar paths: '
+        f'{near or names[:3]}.'
+      )
 
 
 def _assign_by_numbers(numbers: Any) -> Assignment:
@@ -185,12 +207,15 @@ def labels(
 
 
 def _is_rules(param_labels: ParamLabels) -> TypeGuard[Rules]:
-  return isinstance(param_labels, list | tuple) and all(
+  if not isinstance(param_labels, list | tuple) or not all(
     isinstance(rule, list | tuple)
     and len(rule) == 2
     and all(isinstance(part, str) for part in rule)
     for rule in param_labels
-  )
+  ):
+    return False
+  # Pairs of labels are a tree of them, such as that of [(W, b), ...].
+  return not param_labels or any(rule[0] not in LABELS for rule in param_labels)
 
 
 def _assign_by_rules(

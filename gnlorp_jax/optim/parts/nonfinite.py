@@ -22,7 +22,7 @@ def skip_nonfinite(
   Such a step has zero updates and changes nothing in the state of `inner`,
   not even its counts.
 
-  The updates pass through a `lax.cond` and so exist in full, in float32, before
+  The updates pass through a `lax.cond` and so exist in full before
   they are added to the parameters. A training step that puts one `lax.cond`
   around update and addition together, as `gnlorp_jax.training.step` does, does
   not need that memory.

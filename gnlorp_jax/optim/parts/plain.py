@@ -5,7 +5,8 @@ around them takes other names into the paths (``/value``) or cannot hold what an
 optimizer keeps in the place of an array.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,39 @@ def _name(key: Any) -> Any:
   if isinstance(key, jax.tree_util.GetAttrKey):
     return key.name
   return key.key if isinstance(key, jax.tree_util.DictKey) else None
+
+
+def is_function(given: Any) -> TypeGuard[Callable[..., Any]]:
+  """Whether something is a function of parameters, and not a tree like them.
+
+  Modules of Equinox are trees that can be called.
+  """
+  return callable(given) and jax.tree_util.all_leaves([given])
+
+
+def spread(option: str, tree: Any, params: Any) -> Any:
+  """A tree of one value for each parameter, of a tree or a prefix of one.
+
+  Args:
+    option: What the tree was given as.
+    tree: A tree like the parameters; a value stands for all below it.
+    params: The plain tree of parameters.
+
+  Raises:
+    ValueError: If the structures differ.
+  """
+  try:
+    return jax.tree.map(
+      lambda value, part: jax.tree.map(lambda _: value, part),
+      plain(tree),
+      params,
+    )
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f'{option} must be a tree like the parameters, or a prefix of it, with '
+      f'one value for each: got {tree!r} for parameters of the structure '
+      f'{jax.tree.structure(params)}.'
+    ) from error
 
 
 def restore(plain_tree: Any, like: Any) -> Any:

@@ -68,8 +68,10 @@ _OF_PARAMETERS = (
 
 def _is_like(node: Any, numbers: Any) -> bool:
   """Whether a node has the containers of the parameters, or masks."""
-  if isinstance(numbers, int) or isinstance(node, optax.MaskedNode):
+  if isinstance(node, optax.MaskedNode):
     return True
+  if isinstance(numbers, int):
+    return _is_of_a_parameter(node)
   if type(node) is not type(numbers):
     return False
   ours, theirs = keys_and_children(node), keys_and_children(numbers)
@@ -78,6 +80,18 @@ def _is_like(node: Any, numbers: Any) -> bool:
   return all(
     _is_like(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)
   )
+
+
+def _is_of_a_parameter(node: Any) -> bool:
+  """Whether a node may be in the place of a parameter: no optimizer's state."""
+  if isinstance(node, dict | list | optax.EmptyState):
+    return False
+  if not isinstance(node, tuple):
+    return True
+  fields = getattr(node, '_fields', None)
+  if fields is None:
+    return not node
+  return not {'count', 'inner_state', 'inner_states', 'mu', 'trace'} & {*fields}
 
 
 def _within(node: Any, numbers: Any, outer: tuple[str, ...]) -> Iterator[Owned]:
@@ -151,8 +165,10 @@ def _names(
   array: Owned, parameter: Named, compressed: set[str]
 ) -> tuple[Any, ...]:
   shape, ndim = array.leaf.shape, len(parameter.shape)
-  # Only what is labelled `low_rank` is seen as a matrix.
-  axes = parameter.axes if 'low_rank' in array.outer else None
+  axes = parameter.axes
+  if axes is not None and axes.order == tuple(range(ndim)):
+    # A matrix as it is, unless its axes are merged.
+    axes = axes if axes.shape(parameter.shape) != parameter.shape else None
   in_subspace = bool(compressed) and not {'magnitude', 'v_norm'} & {
     *array.outer
   }

@@ -26,6 +26,8 @@ Transform = Literal['dct2', 'dct3']
 
 # The angles are exact while i (2j + 1) < 2^32.
 _LARGEST = 46340
+# Up to this length a product is as good as a fast transform.
+_SHORT = 256
 
 
 @functools.partial(
@@ -103,7 +105,19 @@ def dct(transform: Transform = 'dct2', *, norm: int = 1) -> Projection:
 
 
 def transformed(grad_MN: jax.Array, transform: Transform) -> jax.Array:
-  """The gradient times the whole n x n transform, by FFT, float32."""
+  """The gradient times the whole n x n transform, float32.
+
+  By FFT where n is large. XLA divides an FFT over d devices where the axis is
+  divided so, and aborts where n is about d^2 or less.
+  """
+  n = grad_MN.shape[-1]
+  if n <= _SHORT:
+    all_N = jnp.arange(n, dtype=jnp.int32)
+    return jnp.matmul(
+      grad_MN.astype(jnp.float32),
+      columns(Columns(all_N, n), transform),
+      precision=jax.lax.Precision.HIGHEST,
+    )
   fft = {'dct2': jax.scipy.fft.dct, 'dct3': jax.scipy.fft.idct}[transform]
   return fft(grad_MN.astype(jnp.float32), axis=-1, norm='ortho')
 

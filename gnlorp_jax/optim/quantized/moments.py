@@ -83,9 +83,13 @@ def check_moment_bits(bits: MomentBits) -> None:
   """Raises a `ValueError` unless all bits are 32, 8 or 4."""
   given: list[Any] = [bits]
   if isinstance(bits, Sequence) and not isinstance(bits, str):
-    given = [rule[1] for rule in bits]
+    given = [
+      rule[1] if isinstance(rule, tuple | list) and len(rule) == 2 else None
+      for rule in bits
+    ]
   for one in given:
-    check_static('moment_bits', one)
+    if one is not None:
+      check_static('moment_bits', one)
     if one not in _CODECS:
       raise ValueError(
         f'moment_bits must be 32, 8 or 4, or rules (regex, bits), got {bits!r}.'

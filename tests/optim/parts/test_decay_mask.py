@@ -62,3 +62,23 @@ def test_zero_gradients_leave_the_decay(name, mask):
     updates,
     decays,
   )
+
+
+@pytest.mark.parametrize(
+  ('mask', 'text'),
+  [
+    ({'embed': True}, 'weight_decay_mask must be a tree like the parameters'),
+    (
+      [('kernel', True)],
+      'weight_decay_mask must be a tree like the parameters',
+    ),
+    (
+      {'embed': 'yes', 'layers': False},
+      "weight_decay_mask has 'yes' for 'embed/embedding': it must be True or",
+    ),
+  ],
+)
+def test_masks_that_do_not_fit_are_errors_at_init(mask, text):
+  tx = optim.galore(0.1, weight_decay_mask=mask)
+  with pytest.raises(ValueError, match=text):
+    tx.init(PARAMS)

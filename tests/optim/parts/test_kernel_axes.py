@@ -157,7 +157,7 @@ def test_dimension_numbers_label_and_turn_weights(kind):
   np.testing.assert_array_equal(
     updates['rest']['kernel'], expected['rest']['table']
   )
-  rows = inspect.report(params, tx, weight_dimension_numbers=numbers)
+  rows = inspect.report(params, tx)
   assert [row.label for row in rows] == ['low_rank', 'full']
 
 
