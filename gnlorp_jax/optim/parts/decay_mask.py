@@ -78,7 +78,8 @@ def with_decay_mask(
     return decays
 
   def init_fn(params: optax.Params) -> optax.OptState:
-    tree_of(params)
+    if jax.tree.leaves(params):  # optax.tree.map_params asks with none.
+      tree_of(params)
     return inner_tx.init(params)
 
   def update_fn(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gnlorp_jax import optim
@@ -82,3 +83,10 @@ def test_masks_that_do_not_fit_are_errors_at_init(mask, text):
   tx = optim.galore(0.1, weight_decay_mask=mask)
   with pytest.raises(ValueError, match=text):
     tx.init(PARAMS)
+
+
+def test_states_of_a_masked_optimizer_are_mapped_over():
+  tx = optim.galore(0.1, weight_decay=0.5, weight_decay_mask=MASKS['tree'])
+  state = jax.jit(tx.init)(PARAMS)
+  same = optax.tree.map_params(tx, lambda x: x, state)
+  jax.tree.map(np.testing.assert_array_equal, same, state)
