@@ -23,7 +23,7 @@ from benchmarks.common import harness
 from benchmarks.common.cases import Row
 from gnlorp_jax import config
 from gnlorp_jax.models import llama
-from gnlorp_jax.optim import subspace
+from gnlorp_jax.optim.subspace import sides
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.training import loop
 
@@ -126,9 +126,9 @@ def _kernel_gradients(
     found = {}
     for kind, (group, name) in KINDS.items():
       grad_LIO = grads[group][name]['kernel'].astype(jnp.float32)
-      (axis,) = subspace.compressed_axes(grad_LIO.shape, 'short')
+      (axis,) = sides.compressed_axes(grad_LIO.shape, 'short')
       for layer in layers:
-        found[f'{layer}/{kind}'] = subspace.toward(grad_LIO[layer], axis)
+        found[f'{layer}/{kind}'] = sides.toward(grad_LIO[layer], axis)
     return found
 
   return gradients

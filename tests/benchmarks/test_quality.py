@@ -14,6 +14,7 @@ from benchmarks.quality import runs
 from gnlorp_jax import optim
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
+from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.inspect import tree_bytes
 from gnlorp_jax.recipes.pretrain import data, recipe
 from gnlorp_jax.training import sharding
@@ -120,14 +121,16 @@ def assert_is_a_run_of_the_library(row, folder, **options):
 def built(monkeypatch):
   """The optimizers that are built: one for states, one for each trace."""
   found = []
-  alias = optim.galore
+  alias, get = optim.galore, methods.get
 
   @functools.wraps(alias)
   def counting(*arguments, **options):
     found.append(options['rank'])
     return alias(*arguments, **options)
 
-  monkeypatch.setattr(optim, 'galore', counting)
+  monkeypatch.setattr(
+    methods, 'get', lambda name: counting if name == 'galore' else get(name)
+  )
   return found
 
 
