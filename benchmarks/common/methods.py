@@ -1,6 +1,7 @@
 """The optimizers that the benchmarks compare, in one table."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -47,6 +48,18 @@ def options_of(alias: str) -> set[str]:
   return set(inspect.signature(function).parameters) - set(ALIASES[alias])
 
 
+def bits_of_all_moments(
+  alias: Callable[..., Any], options: dict[str, Any]
+) -> dict[str, Any]:
+  """The options with bits of all moments, as the trainers have them.
+
+  The optimizers' own option leaves the moments of embeddings in float32.
+  """
+  default = inspect.signature(alias).parameters['moment_bits'].default
+  bits = options.get('moment_bits', default)
+  return {**options, 'moment_bits': (('.*', bits),)}
+
+
 def build(
   alias: str, variant: dict[str, Any], **common: Any
 ) -> optax.GradientTransformation:
@@ -67,7 +80,8 @@ def build(
       raise AbsentError(f'{alias} has no option {key}')
   chosen = {k: v for k, v in {**common, **variant}.items() if k in known}
   try:
-    return getattr(optim, alias)(**chosen)
+    function = getattr(optim, alias)
+    return function(**bits_of_all_moments(function, chosen))
   except ValueError as error:
     raise AbsentError(f'{alias} refuses {variant}: {error}') from error
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import optax
 
+from benchmarks.common import methods
 from benchmarks.quality import protocol, runs
 from gnlorp_jax import optim
 from gnlorp_jax.models import llama
@@ -37,6 +38,7 @@ def method(
   **options: Any,
 ) -> protocol.Method:
   """An optimizer of the library; its guard is that of the training step."""
+  options = methods.bits_of_all_moments(alias, options)
   make = functools.partial(alias, skip_nonfinite=False, **options)
   return protocol.Method(make, rates)
 
