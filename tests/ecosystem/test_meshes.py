@@ -17,14 +17,18 @@ from gnlorp_jax.optim.parts.boundary import axes_by_rules, for_any_tree
 SHAPES = {
   'fsdp': {'kernel': (16, 8), 'bias': (8,)},
   'replicated': {'kernel': (6, 8)},
+  # Its compressed axis is the divided one.
+  'square': {'kernel': (8, 8)},
   'stacked': {'kernel': (2, 6, 8)},
-  'uneven': {'kernel': (6, 16)},
+  # Held as [out, in].
+  'uneven': {'weight': (16, 6)},
 }
 SPECS = {
   'fsdp': {'kernel': P('fsdp', None), 'bias': P('fsdp')},
   'replicated': {'kernel': P()},
+  'square': {'kernel': P('fsdp', None)},
   'stacked': {'kernel': P(None, None, 'fsdp')},
-  'uneven': {'kernel': P(None, 'fsdp')},
+  'uneven': {'weight': P('fsdp', None)},
 }
 
 
@@ -122,9 +126,22 @@ def test_states_keep_the_axes_that_they_share_with_kernels(make):
   assert shardings == {
     'fsdp': ((16, 3), ('fsdp', None)),
     'replicated': ((8, 3), (None, None)),
+    'square': ((8, 3), (None, None)),
     'stacked': ((2, 8, 3), (None, 'fsdp', None)),
     'uneven': ((16, 3), ('fsdp', None)),
   }
+
+
+def test_adamw_keeps_weights_as_they_are(make):
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    state = jax.jit(make('adamw').init)(put(mesh, PARAMS))
+  low_rank = state.inner_state.inner_states['low_rank'].inner_state[0]
+  mu = low_rank.mu['uneven']['weight']
+  assert (mu.shape, tuple(jax.typeof(mu).sharding.spec)) == (
+    (16, 6),
+    ('fsdp', None),
+  )
 
 
 @pytest.mark.parametrize('init', [jax.jit, lambda init: init])

@@ -137,6 +137,62 @@ def test_few_bits():
   assert tuple(mu['embed']['embedding'].scale) == (None,)
 
 
+def test_boxes_of_what_another_optimizer_has_are_no_ones():
+  boxed = {
+    'a': {'kernel': nn.Partitioned(np.ones((8, 4)), ('x', 'y'))},
+    'b': {'kernel': nn.Partitioned(np.ones((16, 6)), ('u', 'v'))},
+  }
+  galore = optim.galore(1e-2, rank=2)
+  by_partition = optax.partition(
+    {'theirs': optax.sgd(0.1), 'ours': galore},
+    lambda params: jax.tree_util.tree_map_with_path(
+      lambda path, _: 'theirs' if path[0].key == 'a' else 'ours', params
+    ),
+  )
+  by_mask = optax.masked(galore, {'a': False, 'b': True})
+  for tx in (by_partition, by_mask, optax.MultiSteps(galore, 2)):
+    specs = nn.get_partition_spec(jax.eval_shape(tx.init, boxed))
+    found = {
+      jax.tree_util.keystr(path): tuple(spec)
+      for path, spec in jax.tree_util.tree_leaves_with_path(
+        specs, is_leaf=lambda x: isinstance(x, P)
+      )
+      if "['b']" in jax.tree_util.keystr(path)
+    }
+    moments = {spec for path, spec in found.items() if '.mu' in path}
+    bases = {spec for path, spec in found.items() if '.basis' in path}
+    assert (moments, bases) == ({('u', None)}, {('v', None)})
+    updates, _ = jax.eval_shape(
+      lambda p, tx=tx: tx.update(p, tx.init(p), p), boxed
+    )
+    assert jax.tree.structure(updates) == jax.tree.structure(boxed)
+
+
+def test_specs_as_metadata_of_variables_are_names_too():
+  kernel = nnx.Param(jnp.ones((16, 8)))
+  kernel.set_metadata(out_sharding=P('y', 'z'))
+  state = optim.galore(1e-2, rank=2).init({'up': {'kernel': kernel}})
+  low_rank = state.inner_state.inner_states['low_rank'].inner_state[0]
+  (mu,) = jax.tree.leaves(
+    low_rank.inner_state.mu, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+  assert tuple(mu.get_metadata('out_sharding')) == ('y', None)
+
+
+@pytest.mark.parametrize(
+  'params',
+  [
+    (jnp.ones((8, 4)), jnp.ones(4)),
+    {'low_rank': jnp.ones((8, 4)), 'full': jnp.ones(4), 'frozen': jnp.ones(2)},
+  ],
+)
+def test_flat_trees_are_no_states(params):
+  rows = optim.report(params, optim.adamw(1e-2))
+  assert [row.state_bytes for row in rows] == [
+    8 * leaf.size for leaf in jax.tree.leaves(params)
+  ]
+
+
 def test_train_state_takes_its_shardings():
   mesh = jax.make_mesh(
     (2, 2), ('fsdp', 'tp'), axis_types=(jax.sharding.AxisType.Auto,) * 2

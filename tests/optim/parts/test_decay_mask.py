@@ -16,6 +16,10 @@ PARAMS = {
     'up': {'kernel': jnp.ones((4, 8)), 'bias': jnp.ones(8)},
     'linear': {'w': jnp.ones((4, 8)), 'b': jnp.ones(8)},
     'input_norm': {'weight': jnp.ones(4)},
+    'bn1': {'scale': jnp.ones(4)},
+    'scale': {'kernel': jnp.ones((4, 4))},
+    'b': {'kernel': jnp.ones((4, 4))},
+    'denormalizer': {'kernel': jnp.ones((4, 4))},
   },
 }
 
@@ -32,6 +36,9 @@ def test_norms_and_biases_are_spared_by_their_names():
     'embed/embedding',
     'layers/up/kernel',
     'layers/linear/w',
+    'layers/scale/kernel',
+    'layers/b/kernel',
+    'layers/denormalizer/kernel',
   }
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gnlorp_jax.optim import galore
 from gnlorp_jax.optim.parts.labels import assign, default_assignment, labels
 
 PARAMS = {
@@ -54,6 +55,8 @@ def test_default_projects_kernels_but_not_heads(path, label):
     ('conv/w', (3, 4, 4), 'full'),
     ('attn/query/kernel', (4, 2, 2), 'full'),  # Heads, or a stack?
     ('conv/kernel', (3, 3, 4, 8), 'full'),
+    ('Conv_0/kernel', (3, 4, 8), 'full'),
+    ('token_emb/weight', (8, 4), 'full'),
     ('kernel', (4, 4), 'low_rank'),
   ],
 )
@@ -120,3 +123,41 @@ def test_rules_that_do_not_fit_are_errors(rules, text):
   with pytest.raises(ValueError) as error:
     assign(PARAMS, rules)
   assert str(error.value).startswith(text)
+
+
+def test_pairs_of_labels_are_a_tree_of_them():
+  params = [(jnp.ones((4, 4)), jnp.ones(4)), (jnp.ones((4, 4)), jnp.ones(4))]
+  found = assign(params, [('low_rank', 'full')] * 2)
+  assert [a.label for pair in found for a in pair] == ['low_rank', 'full'] * 2
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    (
+      {'kernel_axes': [('qury', 1, 2)]},
+      "The kernel_axes rule for 'qury' decides about no parameter: no path "
+      'contains it. Remove it, or correct its regex. Similar paths: '
+      "['query/kernel'].",
+    ),
+    (
+      {'moment_bits': [('kernl', 8)]},
+      "The moment_bits rule for 'kernl' decides about no parameter: no path "
+      'contains it. Remove it, or correct its regex. Similar paths: '
+      "['query/kernel'].",
+    ),
+    (
+      {'kernel_axes': [('query', 2)]},
+      "kernel_axes rule ('query', 2) must name at least one input and one "
+      'output axis, as (regex, num_in, num_out).',
+    ),
+    (
+      {'moment_bits': [8, 4]},
+      'moment_bits must be 32, 8 or 4, or rules (regex, bits), got [8, 4].',
+    ),
+  ],
+)
+def test_rules_that_decide_nothing_are_errors(options, text):
+  with pytest.raises(ValueError) as error:
+    galore(1e-2, **options).init({'query': {'kernel': jnp.ones((4, 4))}})
+  assert str(error.value) == text
