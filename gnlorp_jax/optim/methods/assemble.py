@@ -40,7 +40,7 @@ from gnlorp_jax.optim.parts.weight_norm import NormState, with_weight_norm
 from gnlorp_jax.optim.quantized.moments import (
   MomentBits,
   check_moment_bits,
-  quantize_moments,
+  with_moment_bits,
 )
 
 _logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def assemble(
     'frozen': optax.set_to_zero(),
   }
   tx = partition(transforms, init_labels, find_labels(is_part=True))
-  tx = quantize_moments(tx, _bits_by_name(moment_bits))
+  tx = with_moment_bits(tx, _bits_by_name(moment_bits))
   tx = with_update_dtype(tx, update_dtype)
   if skip_nonfinite:
     tx = nonfinite.skip_nonfinite(tx)

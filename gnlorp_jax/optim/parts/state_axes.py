@@ -14,8 +14,6 @@ import optax
 from gnlorp_jax.optim.parts.kernel_axes import MatrixAxes
 from gnlorp_jax.optim.parts.plain import keys_and_children
 
-Path = tuple[Any, ...]
-
 
 class Owned(NamedTuple):
   """An array of a state."""

@@ -6,7 +6,6 @@ import jax
 import optax
 
 from gnlorp_jax.optim.parts.split import (
-  RefreshContext,
   SplitTransformation,
   split,
 )
@@ -49,20 +48,11 @@ def with_update_dtype(
 
   if not isinstance(inner, SplitTransformation):
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-  halves = inner
-
-  def project_fn(
-    grads: optax.Updates,
-    state: optax.OptState,
-    params: Any,
-    context: RefreshContext,
-  ) -> tuple[Any, optax.OptState]:
-    return halves.project_fn(grads, state, params, context)
 
   def apply_fn(
     projected: Any, state: optax.OptState, params: Any, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    updates, state = halves.apply(projected, state, params, **extra_args)
+    updates, state = inner.apply(projected, state, params, **extra_args)
     return cast(updates, params), state
 
-  return split(inner.init, project_fn, apply_fn, update_fn)
+  return split(inner.init, inner.project_fn, apply_fn, update_fn)

@@ -143,7 +143,7 @@ def quantize_moments(
 
   Args:
     inner: Any transformation.
-    bits: 8, 4 or 32 for all of them; 32 leaves `inner` as it is. Or ordered
+    bits: 8, 4 or 32 for all of them; 32 quantises none. Or ordered
       rules ``(regex, bits)`` over the ``/``-joined paths of the parameters, of
       which the first regex found decides; without any 32.
     min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
@@ -181,6 +181,15 @@ def quantize_moments(
     others keep bitsandbytes' codes.
   """
   check_moment_bits(bits)
+  return for_any_tree(with_moment_bits(inner, bits, min_size))
+
+
+def with_moment_bits(
+  inner: optax.GradientTransformation,
+  bits: MomentBits,
+  min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+  """`quantize_moments` of plain trees, as `assemble` has them already."""
   inner_tx = optax.with_extra_args_support(inner)
   if bits == 32:
     return inner_tx
@@ -203,9 +212,7 @@ def quantize_moments(
     return updates, encode_moments(state, bits, min_size)
 
   if not isinstance(inner, SplitTransformation):
-    return for_any_tree(
-      optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
   halves = inner
 
   def project_fn(
@@ -243,4 +250,4 @@ def quantize_moments(
     )
     return updates, encode_moments(state, bits, min_size)
 
-  return for_any_tree(split(init_fn, project_fn, apply_fn, update_fn))
+  return split(init_fn, project_fn, apply_fn, update_fn)
