@@ -25,6 +25,7 @@ import numpy as np
 from gnlorp_jax.models.interface import Model
 
 Request = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+Progress = Callable[[int, int], None]
 
 PADDED_LENGTHS = tuple(
   length
@@ -32,6 +33,8 @@ PADDED_LENGTHS = tuple(
   for length in (2**power, 3 * 2 ** (power - 1))
 )
 """Lengths that sequences are padded to, up to the longest a model accepts."""
+FULL_BATCH_LENGTH = 512
+"""Length up to which sequences come in full batches."""
 TOKENS_PER_PASS = 256
 """Positions of which logits exist at a time."""
 
@@ -56,7 +59,7 @@ def log_likelihoods(
   *,
   batch_size: int = 16,
   max_length: int | None = None,
-  advance: Callable[[int], None] = lambda count: None,
+  progress: Progress = lambda done, total: None,
 ) -> list[Score]:
   """How likely continuations are after their contexts.
 
@@ -69,10 +72,12 @@ def log_likelihoods(
     params: Its parameters.
     requests: Pairs (context, continuation) of token ids, both not empty. A
       context loses tokens on its left where both together are too long.
-    batch_size: Sequences per forward pass, > 0.
+    batch_size: Sequences per forward pass, > 0; of those that are padded to
+      more than `FULL_BATCH_LENGTH`, fewer, that have no more tokens together.
     max_length: Most tokens that the model is given at a time; None, and at
       most, is what it accepts.
-    advance: Is called with the number of requests that are done anew.
+    progress: Is called with how many requests are done, and are there, now and
+      then.
 
   Returns:
     The scores, in the order of the requests. The softmax is float32, the sum
@@ -90,14 +95,18 @@ def log_likelihoods(
   is_greedy = np.ones(len(requests), bool)
   waiting: collections.deque[tuple[np.ndarray, int, tuple[jax.Array, ...]]]
   waiting = collections.deque()
+  done = 0
 
   def collect() -> None:
+    nonlocal done
     owners, finished, results = waiting.popleft()
     log_probs, greedy = (np.asarray(x)[: owners.size] for x in results)
     np.add.at(totals, owners, log_probs.astype(np.float64))
     np.logical_and.at(is_greedy, owners, greedy)
-    advance(finished)
+    done += finished
+    progress(done, len(requests))
 
+  progress(0, len(requests))
   for batch, tokens_BT in _batches(rows, batch_size, length):
     x_BTD = _hidden(model.hidden, params, tokens_BT)
     for owners, finished, where in _passes(batch):
@@ -123,7 +132,7 @@ def rolling(
   stride: int | None = None,
   batch_size: int = 1,
   max_length: int | None = None,
-  advance: Callable[[int], None] = lambda count: None,
+  progress: Progress = lambda done, total: None,
 ) -> float:
   """How likely a text of any length is: every token once.
 
@@ -142,7 +151,8 @@ def rolling(
     batch_size: Windows per forward pass, > 0.
     max_length: Tokens of a window; None, and at most, is what the model
       accepts.
-    advance: Is called with the number of windows that are done anew.
+    progress: Is called with how many windows are done, and are there, now and
+      then.
 
   Returns:
     The log-likelihood of the text, a natural logarithm.
@@ -162,7 +172,7 @@ def rolling(
     windows,
     batch_size=batch_size,
     max_length=max_length,
-    advance=advance,
+    progress=progress,
   )
   return math.fsum(score.log_likelihood for score in scores)
 
@@ -247,16 +257,19 @@ def _batches(
   rows: Sequence[_Row], batch_size: int, length: int
 ) -> Iterator[tuple[Sequence[_Row], np.ndarray]]:
   """Rows of about one length, and their tokens ``[B, T]``, int32."""
-  batch_size = min(batch_size, len(rows)) or 1
   lengths = (*(padded for padded in PADDED_LENGTHS if padded < length), length)
-  for begin in range(0, len(rows), batch_size):
-    batch = rows[begin : begin + batch_size]
-    longest = batch[0].tokens.size
+  begin = 0
+  while begin < len(rows):
+    longest = rows[begin].tokens.size
     padded = next(padded for padded in lengths if padded >= longest)
-    tokens_BT = np.zeros((batch_size, padded), np.int32)
+    count = batch_size * FULL_BATCH_LENGTH // max(padded, FULL_BATCH_LENGTH)
+    count = min(max(count, 1), len(rows))
+    batch = rows[begin : begin + count]
+    tokens_BT = np.zeros((count, padded), np.int32)
     for tokens_T, row in zip(tokens_BT, batch, strict=False):
       tokens_T[: row.tokens.size] = row.tokens
     yield batch, tokens_BT
+    begin += count
 
 
 def _passes(

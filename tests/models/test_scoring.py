@@ -157,8 +157,29 @@ def test_logits_of_all_positions_never_exist():
 def test_progress_counts_every_request_once():
   counts = []
   pairs = requests()
-  scoring.log_likelihoods(*model(), pairs, batch_size=4, advance=counts.append)
-  assert sum(counts) == len(pairs)
+  scoring.log_likelihoods(
+    *model(), pairs, batch_size=4, progress=lambda *now: counts.append(now)
+  )
+  done, totals = zip(*counts, strict=True)
+  assert done[0] == 0 and done[-1] == len(pairs) and len(set(done)) > 3
+  assert set(totals) == {len(pairs)} and list(done) == sorted(done)
+
+
+def test_long_sequences_come_in_smaller_batches(monkeypatch):
+  monkeypatch.setattr(scoring, 'FULL_BATCH_LENGTH', 16)
+  made, params = model()
+  shapes = []
+
+  def hidden(params, tokens):
+    shapes.append(tokens.shape)
+    return made.hidden(params, tokens)
+
+  pairs = [tuple(ids(length, 1)) for length in (9, 10, 11, 12, 35, 36, 37)]
+  found = scoring.log_likelihoods(
+    made._replace(hidden=hidden), params, pairs, batch_size=4
+  )
+  assert sorted(shapes) == [(1, LONGEST), (4, 16)]
+  close(found, [expected(*pair) for pair in pairs])
 
 
 def test_nothing_is_asked():
@@ -254,14 +275,14 @@ def test_rolling_equals_the_sum_of_its_windows(stride):
     prefix_id=2,
     stride=stride,
     batch_size=3,
-    advance=counts.append,
+    progress=lambda *now: counts.append(now),
   )
   parts = scoring.rolling_windows(
     text, prefix_id=2, stride=stride, length=LONGEST
   )
   wanted = sum(expected(*part)[0] for part in parts)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
-  assert sum(counts) == len(parts)
+  assert counts[-1] == (len(parts), len(parts))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Scores of a task, with what they must be compared with.
+
+A score comes with its standard error, that of the mean of as many independent
+questions, and beside all of them stands the share of the most frequent answer,
+which a model has that always gives the same one.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gnlorp_jax.data.tasks.questions import Choice, Task
+
+
+def judge_choice(
+  question: Choice, log_likelihoods: Sequence[float]
+) -> dict[str, int]:
+  """What a model chooses.
+
+  Args:
+    question: The question.
+    log_likelihoods: Of its options.
+
+  Returns:
+    By metric the index of the option: ``acc`` takes the likeliest, ``acc_norm``
+    the one with the largest logarithm per character. Of equals, the first.
+  """
+  per_character = [
+    value / max(1, len(option))
+    for value, option in zip(log_likelihoods, question.options, strict=True)
+  ]
+  return {
+    'acc': log_likelihoods.index(max(log_likelihoods)),
+    'acc_norm': per_character.index(max(per_character)),
+  }
+
+
+def summarise(task: Task, judged: Sequence[dict[str, bool]]) -> dict[str, Any]:
+  """The scores of a task.
+
+  Args:
+    task: The task.
+    judged: Per question, by metric, whether it is answered rightly.
+
+  Returns:
+    ``questions`` (their number), ``shots``, ``metrics`` (by name ``value`` and
+    ``stderr``, both in [0, 1]), ``majority`` (in [0, 1]) and, where questions
+    belong to several groups, ``groups``: by name the same without ``shots``.
+  """
+  found = {
+    'questions': len(judged),
+    'shots': task.shots,
+    'metrics': {
+      name: _mean([row[name] for row in judged]) for name in judged[0]
+    },
+    'majority': _majority(task.questions),
+  }
+  groups = collections.defaultdict(list)
+  for question, row in zip(task.questions, judged, strict=True):
+    groups[question.group].append((question, row))
+  if len(groups) > 1:
+    found['groups'] = {
+      name: {
+        'questions': len(pairs),
+        'metrics': {
+          metric: _mean([row[metric] for _, row in pairs])
+          for metric in judged[0]
+        },
+        'majority': _majority([question for question, _ in pairs]),
+      }
+      for name, pairs in groups.items()
+    }
+  return found
+
+
+def text_metrics(
+  log_likelihood: float, text: str, num_tokens: int
+) -> dict[str, float]:
+  """How well a text was foreseen, per token, per word and per byte.
+
+  Args:
+    log_likelihood: Of the text, a natural logarithm.
+    text: The text.
+    num_tokens: Tokens that it has with the model's tokenizer.
+
+  Returns:
+    ``perplexity`` per token, which only models of one tokenizer share;
+    ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte`` as in
+    lm_eval, where words are what white space parts.
+  """
+  words, size = len(re.split(r'\s+', text)), len(text.encode())
+  return {
+    'perplexity': math.exp(-log_likelihood / num_tokens),
+    'word_perplexity': math.exp(-log_likelihood / words),
+    'byte_perplexity': math.exp(-log_likelihood / size),
+    'bits_per_byte': -log_likelihood / size / math.log(2),
+  }
+
+
+def _mean(values: Sequence[bool]) -> dict[str, float]:
+  mean = sum(values) / len(values)
+  error = math.sqrt(mean * (1 - mean) / len(values))
+  return {'value': mean, 'stderr': error}
+
+
+def _majority(questions: Sequence[Any]) -> float:
+  counts = collections.Counter(question.answer for question in questions)
+  return counts.most_common(1)[0][1] / len(questions)

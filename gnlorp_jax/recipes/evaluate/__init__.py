@@ -1,0 +1,1 @@
+"""Scoring a language model of a Hugging Face folder in tasks."""

@@ -1,0 +1,202 @@
+"""From a Hugging Face folder and names of tasks to scores."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, TextIO
+
+import jax
+
+from gnlorp_jax.compose import scores
+from gnlorp_jax.data import tasks as data_tasks
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.models import hf
+from gnlorp_jax.models.families import llama
+from gnlorp_jax.models.interface import Model
+from gnlorp_jax.recipes.evaluate import harness
+from gnlorp_jax.recipes.evaluate.settings import (
+  HARNESS,
+  PERPLEXITY,
+  EvaluateConfig,
+)
+
+# Opens a bar of that title; its value takes how much is done, and is there.
+Progress = Callable[
+  [str], contextlib.AbstractContextManager[Callable[[int, int], None]]
+]
+
+
+class Loaded(NamedTuple):
+  """A language model, ready to be asked."""
+
+  model: Model
+  params: Any
+  tokenizer: tokenizers.Tokenizer
+
+
+def load(config: EvaluateConfig) -> Loaded:
+  """Reads the model and its tokenizer.
+
+  Args:
+    config: The settings.
+
+  Returns:
+    The model, its parameters on the first device, and its tokenizer.
+
+  Raises:
+    ValueError: If the folder holds no language model of a known family, or no
+      tokenizer, or a file is damaged.
+  """
+  folder = pathlib.Path(config.folder).expanduser()
+  hf_config = hf.load_config(folder)
+  family = family_of(hf_config)
+  architecture = dataclasses.replace(
+    family.config_from_hf(hf_config),
+    param_dtype=config.dtype,
+    compute_dtype=config.dtype,
+  )
+  accepted = architecture.max_seq_len
+  if config.max_length is not None and config.max_length > accepted:
+    raise ValueError(
+      f'max_length={config.max_length} must be in [1, {accepted}], what the '
+      'model accepts.'
+    )
+  tokenizer = tokenizers.load(config.tokenizer or str(folder))
+  if tokenizer.vocab_size > architecture.vocab_size:
+    raise ValueError(
+      f'The tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has '
+      f'{architecture.vocab_size} tokens. Name the tokenizer that the model '
+      'was trained with by --tokenizer.'
+    )
+  model = family.make(architecture)
+  params = hf.load_params(
+    folder,
+    family.HF_TENSORS,
+    jax.eval_shape(model.init, jax.random.key(0)),
+    unread=family.HF_UNREAD,
+  )
+  return Loaded(model, params, tokenizer)
+
+
+def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
+  """The family of a `config.json`, by its `model_type`."""
+  if hf_config.get('model_type') != llama.LlamaConfig.model_type:
+    raise ValueError(
+      f'Unknown model_type {hf_config.get("model_type")!r}; expected one of '
+      "('llama',)."
+    )
+  return llama
+
+
+def read_tasks(config: EvaluateConfig) -> dict[str, data_tasks.Task | str]:
+  """What is asked, by name: tasks of our own, and the texts of perplexities.
+
+  Raises:
+    ValueError: If a file is missing or damaged.
+  """
+  found: dict[str, data_tasks.Task | str] = {}
+  for name in config.task_names:
+    kind, _, file = name.partition(':')
+    if kind == PERPLEXITY:
+      found[name] = _read_text(pathlib.Path(file or config.text).expanduser())
+    elif kind != HARNESS:
+      found[name] = data_tasks.get(
+        name, config.data, shots=config.shots, limit=config.limit
+      )
+  return found
+
+
+def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
+  """Scores a model.
+
+  Args:
+    config: The settings.
+    progress: ``progress(title)`` is a context whose value is called with how
+      much is done, and is there.
+
+  Returns:
+    The settings, and by task what `scores` and lm_eval say, under ``results``.
+
+  Raises:
+    ValueError: If a file is missing or damaged, or something is asked that the
+      model cannot do.
+  """
+  asked = read_tasks(config)  # Before the weights, which take longer.
+  if any(name.startswith(f'{HARNESS}:') for name in config.task_names):
+    harness.check_installed()
+  loaded = load(config)
+  results = {}
+  with _records(config.samples) as keep:
+    for name in config.task_names:
+      begin = time.perf_counter()
+      results[name] = _one(
+        config, loaded, name, asked.get(name), progress, keep
+      )
+      results[name]['seconds'] = round(time.perf_counter() - begin, 1)
+  return {
+    'model': config.folder,
+    'settings': dataclasses.asdict(config),
+    'device': jax.devices()[0].device_kind,
+    'results': results,
+  }
+
+
+def _one(
+  config: EvaluateConfig,
+  loaded: Loaded,
+  name: str,
+  asked: data_tasks.Task | str | None,
+  progress: Progress,
+  keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+  options = {'batch_size': config.batch_size, 'max_length': config.max_length}
+  if asked is None:
+    return harness.evaluate(
+      *loaded,
+      name.partition(':')[2],
+      include_path=config.include_path,
+      shots=config.shots,
+      limit=config.limit,
+      progress=progress,
+      keep=keep,
+      **options,
+    )
+  with progress(name) as report:
+    if isinstance(asked, str):
+      return scores.text_perplexity(
+        *loaded, asked, stride=config.stride, progress=report, **options
+      )
+    found = scores.evaluate_tasks(
+      *loaded, [asked], progress=report, keep=keep, **options
+    )
+  return found[name]
+
+
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    text = path.read_text(encoding='utf-8')
+  except (OSError, ValueError) as error:
+    raise ValueError(f'Cannot read the text {path}: {error}') from error
+  if not text.strip():
+    raise ValueError(f'The text {path} is empty, and has no perplexity.')
+  return text
+
+
+@contextlib.contextmanager
+def _records(
+  path: str | None,
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """Writes records as lines of JSON, if there is a file for them."""
+  if path is None:
+    yield lambda record: None
+    return
+  with pathlib.Path(path).expanduser().open('w', encoding='utf-8') as file:
+    yield lambda record: _write_line(file, record)
+
+
+def _write_line(file: TextIO, record: dict[str, Any]) -> None:
+  file.write(json.dumps(record, ensure_ascii=False) + '\n')

@@ -1,0 +1,129 @@
+"""What can be asked of an evaluation."""
+
+import dataclasses
+import pathlib
+
+from gnlorp_jax.compose import command_line
+from gnlorp_jax.data import tasks as data_tasks
+from gnlorp_jax.models.interface import Dtype
+
+PERPLEXITY = 'perplexity'
+HARNESS = 'lm_eval'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+  """An evaluation of one model."""
+
+  folder: str = ''
+  """Hugging Face folder of a language model, such as the hf/ of a run; on the
+  command line the first word."""
+  tasks: str = ''
+  """What to ask, parted by commas: names of tasks (arc_challenge, arc_easy,
+  boolq, gsm8k, mmlu, openbookqa, piqa), perplexity (of --text) or
+  perplexity:FILE, lm_eval:TASK for a task of lm_eval (needs the extra eval)."""
+  data: str | None = None
+  """Folder with the files of the tasks, which may lie in folders in it; of a
+  single task also its file."""
+  text: str | None = None
+  """Text file whose perplexity is measured."""
+  include_path: str | None = None
+  """Folder with tasks of lm_eval of your own, YAML files. With it, lm_eval
+  looks for tasks there alone."""
+  shots: int | None = None
+  """Solved questions before each question. By default those that a task is
+  usually asked with: 5 of MMLU and GSM8K, 0 of the others."""
+  limit: int | None = None
+  """Ask the first questions only, of MMLU those of each subject. By default
+  all."""
+  batch_size: int = 16
+  """Options or answers per forward pass. Fewer need less memory."""
+  max_length: int | None = None
+  """Most tokens that the model is given at a time, and the window of a
+  perplexity. By default what it accepts. Contexts that are longer lose their
+  beginning."""
+  stride: int | None = None
+  """Tokens that a window of a perplexity scores; those before them are context.
+  By default all of the window."""
+  tokenizer: str | None = None
+  """Folder or file of a tokenizer. By default that of the model's folder."""
+  dtype: Dtype = 'float32'
+  """Dtype of the weights and of the arithmetic; logarithms of probabilities are
+  float32 in both."""
+  output: str | None = None
+  """JSON file to write the scores to."""
+  samples: str | None = None
+  """JSON-lines file to write what became of each question to."""
+
+  def __post_init__(self):
+    for name in ('batch_size', 'limit', 'max_length', 'stride'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name}={value} must be positive.')
+    if self.shots is not None and self.shots < 0:
+      raise ValueError(f'shots={self.shots} must not be negative.')
+
+  @property
+  def task_names(self) -> tuple[str, ...]:
+    """What `tasks` names, one by one."""
+    return tuple(name.strip() for name in self.tasks.split(',') if name.strip())
+
+
+def parse(args: list[str], description: str) -> EvaluateConfig:
+  """The settings of a command line, whose first word is the folder.
+
+  Args:
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+
+  Returns:
+    The settings.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If an option does not exist or a value is not allowed, if there
+      is no folder, or nothing to ask.
+  """
+  default = EvaluateConfig()
+  if args and not args[0].startswith('-'):
+    default = dataclasses.replace(default, folder=args[0])
+    args = args[1:]
+  config = command_line.override(default, args, description)
+  check(config)
+  return config
+
+
+def check(config: EvaluateConfig) -> None:
+  """Raises ValueError for what can be known before anything is loaded."""
+  if not config.folder:
+    raise ValueError(
+      'No model is named. Begin with its Hugging Face folder: '
+      'python -m gnlorp_jax.evaluate FOLDER --tasks ...'
+    )
+  if not (pathlib.Path(config.folder).expanduser() / 'config.json').is_file():
+    raise ValueError(
+      f'{config.folder} is no Hugging Face folder: it holds no config.json. '
+      'Name the hf/ of a run, or what save_pretrained wrote.'
+    )
+  known = (*data_tasks.names(), PERPLEXITY)
+  if not config.task_names:
+    raise ValueError(
+      f'tasks={config.tasks!r} asks nothing; expected some of {known} or '
+      f'{HARNESS}:TASK, parted by commas.'
+    )
+  for name in config.task_names:
+    kind, colon, rest = name.partition(':')
+    if colon and kind in (PERPLEXITY, HARNESS) and rest:
+      continue
+    if name not in known:
+      raise ValueError(
+        f'Unknown task {name!r}; expected one of {known}, {PERPLEXITY}:FILE or '
+        f'{HARNESS}:TASK.'
+      )
+    if name == PERPLEXITY and config.text is None:
+      raise ValueError('tasks=perplexity needs a text: --text FILE.')
+    if name != PERPLEXITY and config.data is None:
+      raise ValueError(
+        f'Task {name} is read from files on this machine: name their folder by '
+        '--data FOLDER.'
+      )
