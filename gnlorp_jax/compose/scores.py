@@ -110,7 +110,7 @@ def text_perplexity(
     'tokens': ids.size,
     'window': window,
     'stride': window if stride is None else stride,
-    'log_likelihood': total,
+    'log_likelihood': metrics.finite(total),
     'metrics': metrics.text_metrics(total, text, ids.size),
   }
 
@@ -283,7 +283,7 @@ def _choose(
         'group': question.group,
         'context': question.context,
         'options': question.options,
-        'log_likelihoods': values,
+        'log_likelihoods': [metrics.finite(value) for value in values],
         'answer': question.answer,
         'chosen': chosen,
         'right': {k: v == question.answer for k, v in chosen.items()},

@@ -25,8 +25,11 @@ def judge_choice(
 
   Returns:
     By metric the index of the option: ``acc`` takes the likeliest, ``acc_norm``
-    the one with the largest logarithm per character. Of equals, the first.
+    the one with the largest logarithm per character. Of equals, the first. It
+    is -1 where the model gives no number.
   """
+  if any(math.isnan(value) for value in log_likelihoods):
+    return {'acc': -1, 'acc_norm': -1}
   per_character = [
     value / max(1, len(option))
     for value, option in zip(log_likelihoods, question.options, strict=True)
@@ -77,7 +80,7 @@ def summarise(task: Task, judged: Sequence[dict[str, bool]]) -> dict[str, Any]:
 
 def text_metrics(
   log_likelihood: float, text: str, num_tokens: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
   """How well a text was foreseen, per token, per word and per byte.
 
   Args:
@@ -88,15 +91,26 @@ def text_metrics(
   Returns:
     ``perplexity`` per token, which only models of one tokenizer share;
     ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte`` as in
-    lm_eval, where words are what white space parts.
+    lm_eval, where words are what white space parts. What is not finite, or too
+    large for a number, is None.
   """
   words, size = len(re.split(r'\s+', text)), len(text.encode())
   return {
-    'perplexity': math.exp(-log_likelihood / num_tokens),
-    'word_perplexity': math.exp(-log_likelihood / words),
-    'byte_perplexity': math.exp(-log_likelihood / size),
-    'bits_per_byte': -log_likelihood / size / math.log(2),
+    'perplexity': _exp(-log_likelihood / num_tokens),
+    'word_perplexity': _exp(-log_likelihood / words),
+    'byte_perplexity': _exp(-log_likelihood / size),
+    'bits_per_byte': finite(-log_likelihood / size / math.log(2)),
   }
+
+
+def finite(value: float) -> float | None:
+  """A number, or None for what JSON cannot say."""
+  return value if math.isfinite(value) else None
+
+
+def _exp(value: float) -> float | None:
+  # A model that knows nothing finds a long text hopeless, word by word.
+  return finite(math.exp(value)) if value < 700 else None
 
 
 def _mean(values: Sequence[bool]) -> dict[str, float]:

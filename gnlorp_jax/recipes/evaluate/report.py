@@ -78,15 +78,8 @@ def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     return
   for metric, score in result['metrics'].items():
     if not isinstance(score, dict):  # Of a text: no mean over questions.
-      yield (
-        name,
-        metric,
-        f'{score:.4f}',
-        '',
-        '',
-        f'{result["tokens"]} tokens',
-        '',
-      )
+      value = 'no number' if score is None else _number(score)
+      yield name, metric, value, '', '', f'{result["tokens"]} tokens', ''
       continue
     yield (
       name,
