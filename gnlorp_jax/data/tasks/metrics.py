@@ -56,7 +56,7 @@ def summarise(task: Task, judged: Sequence[dict[str, bool]]) -> dict[str, Any]:
     'questions': len(judged),
     'shots': task.shots,
     'metrics': {
-      name: _mean([row[name] for row in judged]) for name in judged[0]
+      name: mean([row[name] for row in judged]) for name in judged[0]
     },
     'majority': _majority(task.questions),
   }
@@ -68,7 +68,7 @@ def summarise(task: Task, judged: Sequence[dict[str, bool]]) -> dict[str, Any]:
       name: {
         'questions': len(pairs),
         'metrics': {
-          metric: _mean([row[metric] for _, row in pairs])
+          metric: mean([row[metric] for _, row in pairs])
           for metric in judged[0]
         },
         'majority': _majority([question for question, _ in pairs]),
@@ -113,10 +113,18 @@ def _exp(value: float) -> float | None:
   return finite(math.exp(value)) if value < 700 else None
 
 
-def _mean(values: Sequence[bool]) -> dict[str, float]:
-  mean = sum(values) / len(values)
-  error = math.sqrt(mean * (1 - mean) / len(values))
-  return {'value': mean, 'stderr': error}
+def mean(values: Sequence[bool]) -> dict[str, float]:
+  """The share of what is right.
+
+  Args:
+    values: Of each question whether it is answered rightly; at least one.
+
+  Returns:
+    ``value``, in [0, 1], and ``stderr``, the standard error of a binomial.
+  """
+  share = sum(values) / len(values)
+  error = math.sqrt(share * (1 - share) / len(values))
+  return {'value': share, 'stderr': error}
 
 
 def _majority(questions: Sequence[Any]) -> float:

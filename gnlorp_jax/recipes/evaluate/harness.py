@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gnlorp_jax.compose import scores
+from gnlorp_jax.data.tasks import metrics
 from gnlorp_jax.data.tokenizer import Tokenizer
 from gnlorp_jax.models import scoring
 from gnlorp_jax.models.interface import Model
@@ -96,7 +97,7 @@ def evaluate(
     'tasks': {
       name: {
         'questions': found['n-samples'].get(name, {}).get('effective'),
-        'metrics': _metrics(row),
+        'metrics': _metrics(row, found.get('samples', {}).get(name, [])),
       }
       for name, row in found['results'].items()
     },
@@ -201,17 +202,28 @@ def _limits(how: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-  """lm_eval's flat row, such as ``{'acc,none': .5, 'acc_stderr,none': .1}``."""
+def _metrics(
+  row: dict[str, Any], samples: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+  """lm_eval's flat row, such as ``{'acc,none': 0.5}``, with standard errors.
+
+  Those of lm_eval that are no closed form draw samples in processes of their
+  own, which a program that has started JAX must not fork.
+  """
   found = {}
   for key, value in row.items():
     name, comma, kind = key.partition(',')
     if not comma or name.endswith('_stderr'):
       continue
-    error = row.get(f'{name}_stderr,{kind}')
+    judged = [
+      sample[name]
+      for sample in samples
+      if name in sample and sample.get('filter', kind) == kind
+    ]
+    is_share = judged and all(result in (0, 1) for result in judged)
     found[name if kind == 'none' else f'{name} ({kind})'] = {
       'value': value,
-      'stderr': error if isinstance(error, float) else None,
+      'stderr': metrics.mean(judged)['stderr'] if is_share else None,
     }
   return found
 

@@ -165,7 +165,7 @@ def _one(
       keep=keep,
       **options,
     )
-  with progress(name) as report:
+  with progress(name.rpartition('/')[2]) as report:
     if isinstance(asked, str):
       return scores.text_perplexity(
         *loaded, asked, stride=config.stride, progress=report, **options

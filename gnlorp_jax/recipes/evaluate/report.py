@@ -55,8 +55,8 @@ def show(
     console: Where to; None is the terminal.
   """
   table = rich.table.Table(title=found['model'], title_justify='left')
-  for name in ('task', 'metric'):
-    table.add_column(name, overflow='fold')
+  table.add_column('task', overflow='fold')
+  table.add_column('metric', no_wrap=True)
   for name in ('value', 'error', 'majority', 'questions', 'shots'):
     table.add_column(name, justify='right')
   for name, result in found['results'].items():

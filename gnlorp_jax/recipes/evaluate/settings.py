@@ -111,17 +111,20 @@ def check(config: EvaluateConfig) -> None:
       f'tasks={config.tasks!r} asks nothing; expected some of {known} or '
       f'{HARNESS}:TASK, parted by commas.'
     )
+  ours = []
   for name in config.task_names:
-    kind, colon, rest = name.partition(':')
-    if colon and kind in (PERPLEXITY, HARNESS) and rest:
+    kind, _, rest = name.partition(':')
+    if kind in (PERPLEXITY, HARNESS) and rest:
       continue
     if name not in known:
       raise ValueError(
         f'Unknown task {name!r}; expected one of {known}, {PERPLEXITY}:FILE or '
         f'{HARNESS}:TASK.'
       )
-    if name == PERPLEXITY and config.text is None:
-      raise ValueError('tasks=perplexity needs a text: --text FILE.')
+    ours.append(name)
+  if PERPLEXITY in ours and config.text is None:
+    raise ValueError('tasks=perplexity needs a text: --text FILE.')
+  for name in ours:
     if name != PERPLEXITY and config.data is None:
       raise ValueError(
         f'Task {name} is read from files on this machine: name their folder by '

@@ -1,0 +1,245 @@
+import contextlib
+import io
+import json
+
+import pytest
+import rich.console
+
+from gnlorp_jax.compose import scores
+from gnlorp_jax.data import tasks
+from gnlorp_jax.recipes.evaluate import recipe, report, settings
+from tests.compose import small_lm
+
+QUESTIONS = [
+  {'question': 'Predators eat', 'choices': ['lions', 'bunnies'], 'label': 1},
+  {'question': 'Fog is found in', 'choices': ['a marsh', 'a box'], 'label': 0},
+  {'question': 'Seeds', 'choices': ['grow', 'sleep', 'sing'], 'label': 0},
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('models') / 'small'
+  return small_lm.write(path)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  path = tmp_path_factory.mktemp('files')
+  lines = '\n'.join(map(json.dumps, QUESTIONS))
+  (path / 'openbookqa.jsonl').write_text(lines)
+  (path / 'words.txt').write_text('Words and more words.\n' * 10)
+  return path
+
+
+@contextlib.contextmanager
+def silent(title):
+  yield lambda done, total: None
+
+
+def make(folder, files, **options):
+  return settings.EvaluateConfig(
+    folder=folder, data=str(files), batch_size=2, **options
+  )
+
+
+def test_a_folder_is_scored_and_reported(folder, files, tmp_path):
+  samples = tmp_path / 'samples.jsonl'
+  titles = []
+
+  @contextlib.contextmanager
+  def progress(title):
+    titles.append(title)
+    yield lambda done, total: None
+
+  text = f'perplexity:{files}/words.txt'
+  config = make(
+    folder, files, tasks=f'openbookqa, {text}', samples=str(samples)
+  )
+  found = recipe.evaluate(config, progress)
+  assert titles == ['openbookqa', 'words.txt']
+
+  # The same of the model in memory.
+  task = tasks.get('openbookqa', files)
+  direct = scores.evaluate_tasks(
+    *small_lm.model(), small_lm.tokenizer(), [task]
+  )
+  result = found['results']['openbookqa']
+  assert result.pop('seconds') >= 0
+  assert result == direct['openbookqa']
+  words = found['results'][text]
+  assert words['tokens'] == 220
+  assert words['window'] == 128
+  assert found['settings']['batch_size'] == 2
+  records = [json.loads(line) for line in samples.read_text().splitlines()]
+  assert [record['task'] for record in records] == ['openbookqa'] * 3
+  assert len(records[2]['log_likelihoods']) == 3
+
+  output = tmp_path / 'scores.json'
+  report.write(str(output), found)
+  assert json.loads(output.read_text()) == found
+  shown = io.StringIO()
+  report.show(found, rich.console.Console(file=shown, width=100))
+  rows = [line.split() for line in shown.getvalue().splitlines()]
+  acc = result['metrics']['acc']
+  assert [
+    *('│', 'openbookqa', '│', 'acc', '│', f'{acc["value"]:.4f}'),
+    *('│', f'{acc["stderr"]:.4f}', '│', '0.6667', '│', '3', '│', '0', '│'),
+  ] in rows
+  assert any(
+    'perplexity' in row and f'{words["tokens"]}' in row for row in rows
+  )
+
+
+def test_weights_may_be_bfloat16(folder, files):
+  config = make(folder, files, tasks='openbookqa', dtype='bfloat16', limit=1)
+  loaded = recipe.load(config)
+  assert loaded.params['embed']['embedding'].dtype == 'bfloat16'
+  assert recipe.evaluate(config, silent)['results']['openbookqa']['questions']
+
+
+def test_groups_are_rows_of_the_table():
+  group = {
+    'questions': 2,
+    'metrics': {'acc': {'value': 0.5, 'stderr': 0.25}},
+    'majority': 1.0,
+  }
+  found = {
+    'model': 'm',
+    'results': {
+      'mmlu': {**group, 'shots': 5, 'groups': {'art': group, 'law': group}},
+      'lm_eval:x': {
+        'tasks': {
+          'x': {
+            'questions': 9,
+            'metrics': {'f1': {'value': 0.25, 'stderr': None}},
+          }
+        }
+      },
+      'perplexity:a': {'tokens': 7, 'metrics': {'word_perplexity': None}},
+    },
+  }
+  shown = io.StringIO()
+  report.show(found, rich.console.Console(file=shown, width=100))
+  cells = [
+    [cell.strip() for cell in line.split('│')[1:-1]]
+    for line in shown.getvalue().splitlines()
+    if line.startswith('│')
+  ]
+  assert cells == [
+    ['mmlu', 'acc', '0.5000', '0.2500', '1.0000', '2', '5'],
+    ['art', 'acc', '0.5000', '0.2500', '1.0000', '2', ''],
+    ['law', 'acc', '0.5000', '0.2500', '1.0000', '2', ''],
+    ['lm_eval:x', 'f1', '0.2500', '', '', '9', ''],
+    ['perplexity:a', 'word_perplexity', 'no number', '', '', '7 tokens', ''],
+  ]
+
+
+# Mistakes.
+
+
+def message(function, *args):
+  with pytest.raises(ValueError) as error:
+    function(*args)
+  return str(error.value)
+
+
+def test_models_that_are_unknown_or_do_not_fit_are_refused(files, tmp_path):
+  other = small_lm.write(tmp_path / 'other', model_type='gpt2')
+  assert message(recipe.load, make(other, files, tasks='openbookqa')) == (
+    "Unknown model_type 'gpt2'; expected one of ('llama',)."
+  )
+  small = small_lm.write(tmp_path / 'small', vocab_size=99)
+  assert message(recipe.load, make(small, files, tasks='openbookqa')) == (
+    'The tokenizer has ids up to 257, the model has 99 tokens. Name the '
+    'tokenizer that the model was trained with by --tokenizer.'
+  )
+
+
+def test_windows_longer_than_the_model_reads_are_refused(folder, files):
+  config = make(folder, files, tasks='openbookqa', max_length=129)
+  assert message(recipe.load, config) == (
+    'max_length=129 must be in [1, 128], what the model accepts.'
+  )
+
+
+def test_texts_that_are_missing_or_empty_are_refused(folder, files, tmp_path):
+  config = make(folder, files, tasks='perplexity', text=str(tmp_path / 'no'))
+  assert message(recipe.read_tasks, config).startswith(
+    f'Cannot read the text {tmp_path}/no: '
+  )
+  (tmp_path / 'empty').write_text(' \n')
+  config = make(folder, files, tasks=f'perplexity:{tmp_path}/empty')
+  assert message(recipe.read_tasks, config) == (
+    f'The text {tmp_path}/empty is empty, and has no perplexity.'
+  )
+
+
+def test_missing_files_are_found_before_weights_are_read(files, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  config = make(str(tmp_path), files, tasks='piqa')
+  assert message(recipe.evaluate, config, silent).startswith(
+    'Task piqa lacks its file'
+  )
+
+
+KNOWN = (*tasks.names(), 'perplexity')
+
+
+@pytest.mark.parametrize(
+  'args, text',
+  [
+    (
+      ['--tasks', 'piqa'],
+      'No model is named. Begin with its Hugging Face folder: '
+      'python -m gnlorp_jax.evaluate FOLDER --tasks ...',
+    ),
+    (
+      ['{files}', '--tasks', 'piqa'],
+      '{files} is no Hugging Face folder: it holds no config.json. Name the '
+      'hf/ of a run, or what save_pretrained wrote.',
+    ),
+    (
+      ['{folder}', '--tasks', ' ,'],
+      f"tasks=' ,' asks nothing; expected some of {KNOWN} or lm_eval:TASK, "
+      'parted by commas.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa,boolqa'],
+      f"Unknown task 'boolqa'; expected one of {KNOWN}, perplexity:FILE or "
+      'lm_eval:TASK.',
+    ),
+    (
+      ['{folder}', '--tasks', 'lm_eval:'],
+      f"Unknown task 'lm_eval:'; expected one of {KNOWN}, perplexity:FILE or "
+      'lm_eval:TASK.',
+    ),
+    (
+      ['{folder}', '--tasks', 'perplexity'],
+      'tasks=perplexity needs a text: --text FILE.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa'],
+      'Task piqa is read from files on this machine: name their folder by '
+      '--data FOLDER.',
+    ),
+  ],
+)
+def test_impossible_settings_are_refused(folder, files, args, text):
+  places = {'folder': folder, 'files': files}
+  args = [word.format(**places) for word in args]
+  assert message(settings.parse, args, '') == text.format(**places)
+
+
+@pytest.mark.parametrize(
+  'options, text',
+  [
+    ({'limit': 0}, 'limit=0 must be positive.'),
+    ({'batch_size': -2}, 'batch_size=-2 must be positive.'),
+    ({'shots': -1}, 'shots=-1 must not be negative.'),
+  ],
+)
+def test_impossible_numbers_are_refused(options, text):
+  with pytest.raises(ValueError) as error:
+    settings.EvaluateConfig(**options)
+  assert str(error.value) == text
