@@ -1,8 +1,10 @@
 """Tasks of lm_eval, where it is installed."""
 
+import ast
 import contextlib
 import importlib.util
 import json
+import pathlib
 
 import pytest
 
@@ -161,6 +163,85 @@ def test_unknown_tasks_are_refused(folder):
   assert str(error.value) == (
     f"{folder} has no task 'chess'. Its tasks: answers, choices, texts."
   )
+
+
+# Prompts, by the templates of lm_eval's own tasks.
+
+ROW = {
+  'question': 'Which is it',
+  'choices': {'text': ['one', 'two', 'three', 'four'], 'label': list('ABCD')},
+  'answerKey': 'C',
+}
+ROWS = {
+  'arc/arc_easy.yaml': ('arc_easy', ROW),
+  'openbookqa/openbookqa.yaml': (
+    'openbookqa',
+    {**ROW, 'question_stem': ROW['question']},
+  ),
+  'piqa/piqa.yaml': (
+    'piqa',
+    {'goal': 'To mend', 'sol1': 'Cut', 'sol2': 'Glue', 'label': 1},
+  ),
+  'super_glue/boolq/default.yaml': (
+    'boolq',
+    {'question': 'is it so', 'passage': 'It is.', 'label': 1},
+  ),
+  'gsm8k/gsm8k.yaml': (
+    'gsm8k',
+    {'question': 'How many?', 'answer': 'Many.\n#### 3'},
+  ),
+}
+
+
+@needs_lm_eval
+@pytest.mark.parametrize('file', ROWS)
+def test_prompts_are_those_of_lm_eval(tmp_path, file):
+  import jinja2
+  import lm_eval
+  import yaml
+
+  path = pathlib.Path(lm_eval.__file__).parent / 'tasks' / file
+  theirs = yaml.safe_load(path.read_text())
+  name, row = ROWS[file]
+  data = tmp_path / 'row.jsonl'
+  data.write_text(json.dumps(row))
+  task = tasks.get(name, data, shots=0)
+  (question,) = task.questions
+
+  def render(field):
+    text = theirs[field]
+    return str(row[text]) if text in row else jinja2.Template(text).render(row)
+
+  assert question[0] == render('doc_to_text')
+  if task.is_choice:
+    options = theirs['doc_to_choice']
+    if isinstance(options, str):
+      options = ast.literal_eval(render('doc_to_choice'))
+    assert list(question.options) == options
+    assert question.answer == int(render('doc_to_target'))
+    listed = {row['metric'] for row in theirs['metric_list']}
+    assert ('acc_norm' in listed) == task.has_acc_norm
+  else:
+    assert list(task.stop) == theirs['generation_kwargs']['until']
+
+
+@needs_lm_eval
+def test_prompts_of_mmlu_are_those_of_lm_eval(tmp_path):
+  import jinja2
+  import lm_eval
+  import yaml
+
+  folder = pathlib.Path(lm_eval.__file__).parent / 'tasks/mmlu/default'
+  theirs = yaml.safe_load((folder / '_default_template_yaml').read_text())
+  subject = yaml.safe_load((folder / 'mmlu_anatomy.yaml').read_text())
+  row = {'question': ' Which is it? ', 'choices': list('wxyz'), 'answer': 2}
+  (tmp_path / 'anatomy_test.csv').write_text(
+    f'{row["question"]},{",".join(row["choices"])},C\n'
+  )
+  (question,) = tasks.get('mmlu', tmp_path, shots=0).questions
+  rendered = jinja2.Template(theirs['doc_to_text']).render(row)
+  assert question.context == subject['description'] + rendered
+  assert list(question.options) == theirs['doc_to_choice']
 
 
 # What needs no lm_eval.
