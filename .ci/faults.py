@@ -162,8 +162,8 @@ FAULTS = (
   ),
   Fault(
     *('padding that is attended to layer by layer', 'training/objectives.py'),
-    "mask_BT = layer_fns.mask(batch['inputs'])",
-    'mask_BT = None',
+    "context = layer_fns.context(batch['inputs'], batch.get('segments'))",
+    'context = None',
     'training/test_objectives.py training/layerwise/test_frozen.py',
   ),
   Fault(

@@ -18,6 +18,7 @@ from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
 from gnlorp_jax.models import adapters, hf
+from gnlorp_jax.models.decoder_config import DecoderConfig
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.optim.parts.labels import Assignment, assign
 from gnlorp_jax.optim.parts.plain import path_name
@@ -38,8 +39,7 @@ def architecture(
   """A model's configuration: as given, of a folder, or a preset of that name.
 
   Args:
-    init_from: A Hugging Face folder, the name of a preset of the family of
-      `model`, or None.
+    init_from: A Hugging Face folder, the name of a preset, or None.
     model: The configuration that the run gives. What is its own affair (dtypes,
       remat, dropout) it keeps where the rest comes from elsewhere.
     keep_dropout: Whether rates of dropout are among that.
@@ -49,20 +49,27 @@ def architecture(
     The configuration.
 
   Raises:
-    ValueError: If there is neither a folder nor a preset of that name, or the
-      folder holds no model of that family.
+    ValueError: If there is neither a folder nor a preset of that name, or it
+      is a decoder where `model` is an encoder, or the reverse.
   """
   if init_from is None:
     return dataclasses.replace(model, **overrides)
-  family = models.family(model)
   if pathlib.Path(init_from).is_dir():
-    found = family.config_from_hf(hf.load_config(init_from))
-  elif init_from in family.PRESETS:
-    found = family.PRESETS[init_from]
+    found_hf = hf.load_config(init_from)
+    found = models.family_of(found_hf).config_from_hf(found_hf)
   else:
+    found = models.preset(init_from)
+  if found is None:
+    names = list(models.family(model).PRESETS)
     raise ValueError(
       f'init_from={init_from!r} is neither a folder nor a preset. Presets: '
-      f'{list(family.PRESETS)}.'
+      f'{names}.'
+    )
+  if isinstance(found, DecoderConfig) != isinstance(model, DecoderConfig):
+    raise ValueError(
+      f'init_from={init_from!r} is a {type(found).__name__}, and what is asked '
+      f'for needs one like a {type(model).__name__}. Choose another folder or '
+      'objective.'
     )
   kept = {
     field.name: getattr(model, field.name)

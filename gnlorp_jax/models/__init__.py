@@ -1,12 +1,27 @@
 """Models: Flax inside, plain nested dicts outside."""
 
 import importlib
+import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
+from gnlorp_jax.models import families
 from gnlorp_jax.models.families.llama import LlamaConfig
+from gnlorp_jax.models.families.mistral import MistralConfig
+from gnlorp_jax.models.families.qwen2 import Qwen2Config
+from gnlorp_jax.models.families.qwen3 import Qwen3Config
 from gnlorp_jax.models.families.roberta import RobertaConfig
+from gnlorp_jax.models.families.smollm3 import SmolLM3Config
 
-Config = LlamaConfig | RobertaConfig
+Config = (
+  LlamaConfig
+  | MistralConfig
+  | Qwen2Config
+  | Qwen3Config
+  | SmolLM3Config
+  | RobertaConfig
+)
 
 
 def family(config: Config) -> ModuleType:
@@ -17,7 +32,43 @@ def family(config: Config) -> ModuleType:
 
   Returns:
     The module of `families` that its `model_type` names. All have `make`,
-    `LABEL_RULES`, `HF_TENSORS`, `HF_UNREAD`, `config_from_hf`, `config_to_hf`,
-    `num_params` and `flops_per_token`.
+    `PRESETS`, `LABEL_RULES`, `HF_TENSORS`, `HF_UNREAD`, `config_from_hf`,
+    `config_to_hf`, `num_params` and `flops_per_token`.
   """
-  return importlib.import_module(f'{__name__}.families.{config.model_type}')
+  return importlib.import_module(f'{families.__name__}.{config.model_type}')
+
+
+def family_names() -> tuple[str, ...]:
+  """The families there are, by Hugging Face's `model_type`."""
+  found = pkgutil.iter_modules(families.__path__)
+  return tuple(sorted(m.name for m in found if not m.name.startswith('_')))
+
+
+def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
+  """The module of the family that a Hugging Face configuration names.
+
+  Args:
+    hf_config: The JSON object of a `config.json`.
+
+  Returns:
+    As of `family`.
+
+  Raises:
+    ValueError: If it names none, or one that is not known.
+  """
+  name = hf_config.get('model_type')
+  if name not in family_names():
+    raise ValueError(
+      f'Unsupported model: model_type={name!r} (supported: '
+      f'{list(family_names())}).'
+    )
+  return importlib.import_module(f'{families.__name__}.{name}')
+
+
+def preset(name: str) -> Config | None:
+  """The configuration of that name, of whichever family; None without one."""
+  for family_name in family_names():
+    module = importlib.import_module(f'{families.__name__}.{family_name}')
+    if name in module.PRESETS:
+      return module.PRESETS[name]
+  return None

@@ -237,9 +237,9 @@ def adapt(config: AdapterConfig, model: Model) -> Model:
     model: The model, of functions that are not compiled yet.
 
   Returns:
-    The model with `hidden`, `logits`, `apply` and the functions of `layer_fns`
-    as of `adapted`; `init` draws the parameters without adapters. A dropout key
-    also drops what the adapters read.
+    The model with `hidden`, `logits`, `apply`, `extend` and the functions of
+    `layer_fns` as of `adapted`; `init` draws the parameters without adapters. A
+    dropout key also drops what the adapters read.
 
   Raises:
     ValueError: If it is no `Model`, a rule matches none of its kernels, or its
@@ -252,12 +252,16 @@ def adapt(config: AdapterConfig, model: Model) -> Model:
       'adapted(config, model.apply).'
     )
   jax.eval_shape(lambda: _start(config, model))
-  wrap = functools.partial(adapted, config, is_part=True)
+
+  def wrap(fn: Any) -> Any:
+    return None if fn is None else adapted(config, fn, is_part=True)
+
   return model._replace(
     hidden=wrap(model.hidden),
     logits=wrap(model.logits),
     apply=adapted(config, model.apply),
     layer_fns=LayerFns(*map(wrap, model.layer_fns)),
+    extend=wrap(model.extend),
   )
 
 

@@ -31,12 +31,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.models import interface, layers
+from gnlorp_jax.models import attention, interface, layers
 
 
 class _Attention(nn.Module):
   config: Any
-  unmasked_kernel: layers.Attention
+  unmasked_kernel: attention.Kernel
   dense: Callable[..., nn.Module]
 
   @nn.compact
@@ -106,10 +106,16 @@ def _drop(module, rate, x):
 
 class _Block(nn.Module):
   config: Any
-  unmasked_kernel: layers.Attention = 'xla'
+  unmasked_kernel: attention.Kernel = 'xla'
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    mask_BT: jax.Array | None,
+    number: jax.Array | None = None,
+  ) -> jax.Array:
+    del number  # All layers are alike.
     c = self.config
     attn = _Attention(c, self.unmasked_kernel, _dense(c), name='attn')
     y_BTD = _drop(self, c.hidden_dropout, attn(x_BTD, mask_BT))
@@ -166,7 +172,8 @@ class _Encoder(nn.Module):
     interface.check_seq_len(tokens_BT, self.config.max_seq_len)
     return self.embedder(tokens_BT)
 
-  def hidden(self, tokens_BT):
+  def hidden(self, tokens_BT, segments_BT=None):
+    _check_segments(segments_BT)
     scan = nn.scan(
       lambda block, x_BTD, mask_BT: (block(x_BTD, mask_BT), None),
       variable_axes={'params': 0},
@@ -177,8 +184,8 @@ class _Encoder(nn.Module):
     mask_BT = _is_real(self.config, tokens_BT)
     return scan(self.layers, self.embed(tokens_BT), mask_BT)[0]
 
-  def __call__(self, tokens_BT):
-    return self.logits(self.hidden(tokens_BT))
+  def __call__(self, tokens_BT, segments_BT=None):
+    return self.logits(self.hidden(tokens_BT, segments_BT))
 
 
 class _MaskedLMHead(nn.Module):
@@ -241,7 +248,7 @@ def make(config: Any, device: jax.Device | None = None) -> interface.Model:
   Returns:
     The functions. Tokens are integers in [0, vocab_size), at most max_seq_len
     of them in a row (more raise ValueError when traced); those that equal
-    pad_id are padding. `layer_fns.mask` gives None: sequences are packed.
+    pad_id are padding. `layer_fns.context` gives None: sequences are packed.
 
   References:
     Liu et al., `RoBERTa: A Robustly Optimized BERT Pretraining Approach`, 2019,
@@ -256,7 +263,11 @@ def make(config: Any, device: jax.Device | None = None) -> interface.Model:
     Here they are like all others; only outputs at padding depend on them, and
     the logit of the padding token, whose embedding is its row of the head.
   """
-  return _functions(_MaskedLM(config), lambda tokens_BT: None, device)
+
+  def context(tokens_BT, segments_BT=None):
+    _check_segments(segments_BT)
+
+  return _functions(_MaskedLM(config), context, device)
 
 
 def make_classifier(
@@ -270,7 +281,7 @@ def make_classifier(
     device: As in `make`.
 
   Returns:
-    The functions; see `make`. `layer_fns.mask` is True where there is no
+    The functions; see `make`. `layer_fns.context` is True where there is no
     padding.
 
   Raises:
@@ -278,16 +289,25 @@ def make_classifier(
   """
   if num_outputs < 1:
     raise ValueError(f'num_outputs={num_outputs} must be at least 1.')
-  return _functions(
-    _Classifier(config, num_outputs),
-    functools.partial(_is_real, config),
-    device,
-  )
+
+  def context(tokens_BT, segments_BT=None):
+    _check_segments(segments_BT)
+    return _is_real(config, tokens_BT)
+
+  return _functions(_Classifier(config, num_outputs), context, device)
 
 
-def _functions(module, mask, device):
+def _check_segments(segments_BT):
+  if segments_BT is not None:
+    raise ValueError(
+      f'segments of shape {segments_BT.shape} must be None: an encoder attends '
+      'to all of a row. Put one document in a row, or use a decoder.'
+    )
+
+
+def _functions(module, context, device):
   config = module.config
-  kernel = layers.attention_implementation(
+  kernel = attention.kernel_for(
     jax.devices()[0] if device is None else device,
     config.compute_dtype,
     config.head_dim,
@@ -303,6 +323,6 @@ def _functions(module, mask, device):
       embed=interface.as_function(module, 'embed'),
       block=interface.as_block(_Block(config, kernel)),
       head=logits,
-      mask=mask,
+      context=context,
     ),
   )

@@ -1,123 +1,309 @@
-"""Text samples from a language model.
+"""Text from a language model, token by token, with a cache.
+
+Keys and values of the tokens so far are kept, so that a new token costs one
+pass over itself alone. Many prompts go on side by side.
 
 Shape suffixes in this file:
-  T  prompt
-  S  buffer
-  V  vocabulary
+  B     prompts
+  P     tokens of a prompt, padded
+  T     tokens of a piece of it
+  N     pieces of a prompt
+  V, C  vocabulary, candidates
+  D     width of the residual stream
 """
 
+import bisect
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnlorp_jax.models.interface import Cache, Model
+
+# Prompts are padded to multiples, so that few lengths are compiled, and long
+# ones read in pieces, so that the scores of a piece exist at a time.
+_MULTIPLE, _PIECE = 32, 256
+# Tokens between two looks at what was written.
+_STRIDE = 32
+
+
+class Sampling(NamedTuple):
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: Logits are divided by it; 0 takes the likeliest token.
+    top_k: Only the k likeliest tokens are candidates; None: all are.
+    top_p: Only the likeliest tokens that together have at least this
+      probability are candidates, after `top_k`; None: all are.
+  """
+
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+
+  def check(self) -> None:
+    """Raises ValueError if a number is outside its interval."""
+    if not self.temperature >= 0:
+      raise ValueError(f'temperature={self.temperature} must not be negative.')
+    if self.top_k is not None and self.top_k < 1:
+      raise ValueError(
+        f'top_k={self.top_k} must be positive, or None for no limit.'
+      )
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise ValueError(
+        f'top_p={self.top_p} must be in (0, 1], or None for no limit.'
+      )
+
+  def draw(self, logits_V: jax.Array, key: jax.Array) -> jax.Array:
+    """The next token."""
+    if self.temperature == 0:
+      return jnp.argmax(logits_V).astype(jnp.int32)
+    logits_V = logits_V / self.temperature
+    if self.top_k is None and self.top_p is None:
+      return jax.random.categorical(key, logits_V).astype(jnp.int32)
+    count = min(self.top_k or logits_V.size, logits_V.size)
+    logits_C, ids_C = jax.lax.top_k(logits_V, count)
+    if self.top_p is not None:
+      odds_C = jax.nn.softmax(logits_C)
+      likelier_C = jnp.cumsum(odds_C) - odds_C
+      logits_C = jnp.where(likelier_C < self.top_p, logits_C, -jnp.inf)
+    return ids_C[jax.random.categorical(key, logits_C)].astype(jnp.int32)
+
+
+class _State(NamedTuple):
+  """Where the rows are."""
+
+  cache: Cache
+  last_B: jax.Array  # int32, the newest tokens, not yet in the cache.
+  position_B: jax.Array  # int32, their positions.
+  count: jax.Array  # int32 scalar, how many tokens were added.
+  done_B: jax.Array  # bool
+
 
 def generate(
-  apply_fn: Callable[[Any, jax.Array], jax.Array],
+  model: Model,
   params: Any,
-  prompt_T: np.ndarray,
+  prompts: Sequence[np.ndarray],
   num_tokens: int,
   *,
-  max_seq_len: int,
   temperature: float = 1.0,
   top_k: int | None = None,
-  key: jax.Array,
-  eos_id: int | None = None,
-) -> np.ndarray:
-  """Continues a prompt, one token at a time.
-
-  The whole forward pass is computed anew for every token, on a buffer of fixed
-  length that is compiled once. That is simple and fast enough to look at
-  samples during training; serving wants a cache of keys and values.
-
-  When the buffer is full its oldest token is dropped: the model then sees the
-  last `max_seq_len` tokens, at positions that start from 0 again.
+  top_p: float | None = None,
+  key: jax.Array | None = None,
+  eos_ids: Sequence[int] = (),
+  stop: Sequence[str] = (),
+  decode: Callable[[np.ndarray], str] | None = None,
+) -> list[np.ndarray]:
+  """Continues prompts, each by itself.
 
   Args:
-    apply_fn: Maps (params, tokens [1, S]) to logits [1, S, V]; causal. Compiled
-      once per function, lengths and sampling settings.
-    params: Passed to `apply_fn`.
-    prompt_T: Token ids, at least one; the last `max_seq_len` of them are used.
-    num_tokens: Number of tokens to add, > 0.
-    max_seq_len: Longest sequence the model accepts.
+    model: A decoder; adapters and weights in 8 bits are read as they are.
+    params: Its parameters.
+    prompts: Token ids, at least one in each. Of a prompt that leaves no room
+      the first tokens are not read: it is cut to `num_tokens` less than the
+      model accepts, and at least to one.
+    num_tokens: Most tokens to add to each, > 0. No row gets longer than the
+      model's `max_seq_len`.
     temperature: Logits are divided by it; 0 takes the likeliest token.
-    top_k: Sample among the k likeliest tokens only; None: among all.
-    key: Random key; the same key gives the same tokens.
-    eos_id: Stop after this token; None: never stop early.
+    top_k: Only the k likeliest tokens are candidates; None: all are.
+    top_p: Only the likeliest tokens that together have at least this
+      probability are candidates, after `top_k`; None: all are.
+    key: Random key; the same key gives the same tokens to a row, whatever
+      stands in other rows. Not needed with a temperature of 0.
+    eos_ids: A row ends after one of these tokens.
+    stop: A row ends after the token with which one of these strings is in its
+      new text.
+    decode: Text of token ids; needed with `stop`.
 
   Returns:
-    The new tokens, int32, `num_tokens` of them or fewer if the last is
-    `eos_id`.
+    The new tokens of each prompt, int32, the one that ended the row included.
 
   Raises:
-    ValueError: If an argument is outside its interval.
-
-  Examples:
-    >>> count = lambda params, tokens: jax.nn.one_hot(tokens + 1, 8)
-    >>> generate(
-    ...   count,
-    ...   None,
-    ...   np.array([3]),
-    ...   3,
-    ...   max_seq_len=8,
-    ...   temperature=0,
-    ...   key=jax.random.key(0),
-    ... )
-    array([4, 5, 6], dtype=int32)
+    ValueError: If an argument is outside its interval, or the model is no
+      decoder.
   """
-  prompt_T = np.asarray(prompt_T, np.int32)
-  if prompt_T.ndim != 1 or prompt_T.size == 0:
+  sampling = Sampling(temperature, top_k, top_p)
+  prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+  _check(model, prompts, num_tokens, sampling, key, stop, decode)
+  if not prompts:
+    return []
+  longest = model.config.max_seq_len
+  room = max(longest - num_tokens, 1)
+  prompts = [p if p.size < longest else p[-room:] for p in prompts]
+  limits_B = np.array([min(num_tokens, longest - p.size) for p in prompts])
+  end_of = functools.partial(_end_of, frozenset(eos_ids), tuple(stop), decode)
+  key = jax.random.key(0) if key is None else key
+  tokens_BP, positions_BP, piece = _padded(prompts, longest)
+  fixed = model, sampling, tuple(sorted(set(eos_ids)))
+  blocks = math.ceil(int(limits_B.max()) / _STRIDE)
+  state = _start(
+    params,
+    tokens_BP,
+    positions_BP,
+    limits_B,
+    key,
+    fixed=fixed,
+    piece=piece,
+    slots=tokens_BP.shape[1] + blocks * _STRIDE,
+  )
+  new_BT = np.asarray(state.last_B)[:, None]
+  ends: list[int | None] = [None] * len(prompts)
+  while True:
+    ends = [
+      end_of(row, limit) if end is None else end
+      for row, limit, end in zip(new_BT, limits_B, ends, strict=True)
+    ]
+    if None not in ends:
+      return [row[:end] for row, end in zip(new_BT, ends, strict=True)]
+    state = state._replace(done_B=np.array([e is not None for e in ends]))
+    state, block_BT = _go_on(params, state, limits_B, key, fixed=fixed)
+    added = int(state.count) - new_BT.shape[1]
+    new_BT = np.concatenate([new_BT, np.asarray(block_BT)[:, :added]], axis=1)
+
+
+def _check(model, prompts, num_tokens, sampling, key, stop, decode):
+  if model.extend is None:
     raise ValueError(
-      f'prompt_T has shape {prompt_T.shape}; it must hold at least one token '
-      'along one axis. Begin with a start- or end-of-sequence token.'
+      f'A {type(model.config).__name__} writes no text: it is no decoder. Use '
+      'a language model that guesses the next token.'
     )
+  for number, prompt in enumerate(prompts):
+    if prompt.ndim != 1 or prompt.size == 0:
+      raise ValueError(
+        f'Prompt {number} has shape {prompt.shape}; it must hold at least one '
+        'token along one axis. Begin with a start- or end-of-sequence token.'
+      )
   if num_tokens < 1:
     raise ValueError(f'num_tokens={num_tokens} must be positive.')
-  if temperature < 0:
-    raise ValueError(f'temperature={temperature} must not be negative.')
-  if top_k is not None and top_k < 1:
-    raise ValueError(f'top_k={top_k} must be positive, or None for no limit.')
-
-  prompt_T = prompt_T[-max_seq_len:]
-  buffer_S = np.zeros(
-    min(prompt_T.size + num_tokens, max_seq_len), prompt_T.dtype
-  )
-  buffer_S[: prompt_T.size] = prompt_T
-  length = np.int32(prompt_T.size)
-  new = []
-  for i in range(num_tokens):
-    buffer_S, length, token = _extend(
-      apply_fn,
-      temperature,
-      top_k,
-      params,
-      buffer_S,
-      length,
-      jax.random.fold_in(key, i),
+  if model.config.max_seq_len < 2:
+    raise ValueError(
+      f'max_seq_len={model.config.max_seq_len} leaves no room for a new token.'
     )
-    new.append(int(token))
-    if new[-1] == eos_id:
-      break
-  return np.array(new, np.int32)
+  sampling.check()
+  if sampling.temperature > 0 and key is None:
+    raise ValueError(
+      f'temperature={sampling.temperature} draws tokens at random, and key is '
+      'None. Give a random key, or a temperature of 0.'
+    )
+  if stop and decode is None:
+    raise ValueError(
+      f'stop={tuple(stop)} is looked for in text, and decode is None. Give the '
+      "tokenizer's decode."
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _extend(apply_fn, temperature, top_k, params, buffer_S, length, key):
-  """Adds a token to the buffer; returns buffer, filled length and token."""
-  logits_V = apply_fn(params, buffer_S[None])[0, length - 1]
-  token = _sample(logits_V, temperature, top_k, key)
-  full = length == buffer_S.size
-  buffer_S = jnp.where(full, jnp.roll(buffer_S, -1), buffer_S)
-  end = jnp.where(full, length - 1, length)
-  return buffer_S.at[end].set(token), end + 1, token
+def _padded(
+  prompts: list[np.ndarray], longest: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Tokens and positions ``[B, P]``, padded on the left, and a piece's T."""
+  most = max(prompt.size for prompt in prompts)
+  piece = min(_PIECE, longest)
+  if most <= piece:
+    # No longer than the model accepts.
+    piece = min(math.ceil(most / _MULTIPLE) * _MULTIPLE, piece)
+  length = math.ceil(most / piece) * piece
+  tokens_BP = np.zeros((len(prompts), length), np.int32)
+  positions_BP = np.full((len(prompts), length), -1, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens_BP[row, length - prompt.size :] = prompt
+    positions_BP[row, length - prompt.size :] = np.arange(prompt.size)
+  return tokens_BP, positions_BP, piece
 
 
-def _sample(logits_V, temperature, top_k, key):
-  if temperature == 0:
-    return jnp.argmax(logits_V)
-  count = min(top_k or logits_V.size, logits_V.size)
-  values, ids = jax.lax.top_k(logits_V, count)
-  return ids[jax.random.categorical(key, values / temperature)]
+def _end_of(
+  eos: frozenset[int],
+  stop: tuple[str, ...],
+  decode: Callable[[np.ndarray], str] | None,
+  row: np.ndarray,
+  limit: int,
+) -> int | None:
+  """How many of a row's new tokens count; None while it goes on."""
+  hits = [i + 1 for i, token in enumerate(row.tolist()) if token in eos]
+  end = min([limit, *hits])
+  row = row[:end]
+
+  def stops(length: int) -> bool:
+    return any(text in decode(row[:length]) for text in stop)
+
+  if stop and stops(row.size):
+    # The first length with which it stops: text only grows with tokens.
+    return 1 + bisect.bisect_left(range(1, row.size + 1), True, key=stops)
+  return end if row.size == end else None
+
+
+@functools.partial(jax.jit, static_argnames=('fixed', 'piece', 'slots'))
+def _start(
+  params, tokens_BP, positions_BP, limits_B, key, *, fixed, piece, slots
+):
+  """Reads the prompts and draws the first token of each row."""
+  model = fixed[0]
+  batch = len(tokens_BP)
+
+  def read(cache, xs):
+    x_BTD, cache = model.extend(params, *xs, cache)
+    return cache, x_BTD[:, -1]
+
+  pieces = tuple(
+    jnp.moveaxis(x.reshape(batch, -1, piece), 1, 0)
+    for x in (tokens_BP, positions_BP)
+  )
+  cache, x_NBD = jax.lax.scan(read, model.start_cache(batch, slots), pieces)
+  state = _State(
+    cache=cache,
+    last_B=jnp.zeros((batch,), jnp.int32),
+    position_B=positions_BP[:, -1],
+    count=jnp.int32(0),
+    done_B=jnp.zeros((batch,), bool),
+  )
+  return _draw(fixed, params, x_NBD[-1], state, limits_B, key)
+
+
+def _draw(fixed, params, x_BD, state, limits_B, key):
+  """Takes the next token of each row."""
+  model, sampling, eos = fixed
+
+  def draw(row, logits_V):
+    row_key = jax.random.fold_in(jax.random.fold_in(key, row), state.count)
+    return sampling.draw(logits_V, row_key)
+
+  rows_B = jnp.arange(len(x_BD))
+  last_B = jax.vmap(draw)(rows_B, model.logits(params, x_BD))
+  count = state.count + 1
+  ended_B = functools.reduce(
+    jnp.logical_or, [last_B == token for token in eos], count >= limits_B
+  )
+  return state._replace(
+    last_B=last_B,
+    position_B=state.position_B + 1,
+    count=count,
+    done_B=state.done_B | ended_B,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='fixed', donate_argnames='state')
+def _go_on(params, state, limits_B, key, *, fixed):
+  """Adds tokens until all rows are done, `_STRIDE` at most."""
+  model = fixed[0]
+  first = state.count
+
+  def goes_on(loop):
+    state, _ = loop
+    return (state.count - first < _STRIDE) & ~jnp.all(state.done_B)
+
+  def step(loop):
+    state, block_BT = loop
+    x_BTD, cache = model.extend(
+      params, state.last_B[:, None], state.position_B[:, None], state.cache
+    )
+    state = state._replace(cache=cache)
+    state = _draw(fixed, params, x_BTD[:, 0], state, limits_B, key)
+    at = (jnp.int32(0), state.count - first - 1)
+    block_BT = jax.lax.dynamic_update_slice(block_BT, state.last_B[:, None], at)
+    return state, block_BT
+
+  block_BT = jnp.zeros((len(limits_B), _STRIDE), jnp.int32)
+  return jax.lax.while_loop(goes_on, step, (state, block_BT))

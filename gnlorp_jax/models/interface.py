@@ -4,9 +4,12 @@ A family is a module of `families`. A model of it is a `Model`: pure functions
 of a plain nested dict of arrays, whose layers are stacked under 'layers'.
 
 Shape suffixes in this file:
+  L     layers
   B, T  batch, position in the sequence
   D     width of the residual stream
   V, C  vocabulary, classes (or 1 for a regression)
+  S     slots of a cache
+  K, H  key/value heads, width of one
 """
 
 import difflib
@@ -35,25 +38,84 @@ CHOSEN_BY_RUN: Mapping[str, Any] = {'on_resume': 'result', **KEPT_FROM_RUN}
 """The same of a field that changes results: runs that are compared share it."""
 
 
+class Cache(NamedTuple):
+  """Keys and values of the tokens that a decoder has seen.
+
+  All rows fill the same slots; a shorter row begins with slots of padding.
+
+  Attributes:
+    k_LBSKH: Keys, rotated.
+    v_LBSKH: Values.
+    positions_BS: int32, positions of what the slots hold; less than 0 where
+      there is padding or nothing.
+    length: int32 scalar, number of slots that are taken.
+  """
+
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  positions_BS: jax.Array
+  length: jax.Array
+
+  def open(self, positions_BT: jax.Array) -> 'Cache':
+    """Takes the next slots for tokens of these positions."""
+    start = (jnp.int32(0), self.length)
+    return self._replace(
+      positions_BS=jax.lax.dynamic_update_slice(
+        self.positions_BS, positions_BT.astype(jnp.int32), start
+      ),
+      length=self.length + positions_BT.shape[1],
+    )
+
+  def newest(self, count: int) -> jax.Array:
+    """Positions of the `count` tokens of the slots that were taken last."""
+    return jax.lax.dynamic_slice_in_dim(
+      self.positions_BS, self.length - count, count, axis=1
+    )
+
+  def put(
+    self, number: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+  ) -> 'Cache':
+    """Writes a layer's keys and values into the slots that were taken last."""
+    zero = jnp.int32(0)
+    start = (number, zero, self.length - k_BTKH.shape[1], zero, zero)
+    write = jax.lax.dynamic_update_slice
+    return self._replace(
+      k_LBSKH=write(self.k_LBSKH, k_BTKH[None], start),
+      v_LBSKH=write(self.v_LBSKH, v_BTKH[None], start),
+    )
+
+  def layer(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys and values."""
+    pick = jax.lax.dynamic_index_in_dim
+    k_BSKH = pick(self.k_LBSKH, number, keepdims=False)
+    return k_BSKH, pick(self.v_LBSKH, number, keepdims=False)
+
+
 class LayerFns(NamedTuple):
   """A model layer by layer.
 
-  `embed`, then `block` for every layer with the mask of `mask`, then `head` is
-  `Model.apply`, of a masked LM for sequences without padding. Dropout is active
-  where a key is given; each call needs one that no other call has.
+  `embed`, then `block` for every layer with what `context` gives, then `head`
+  is `Model.apply`, of a masked LM for sequences without padding. Dropout is
+  active where a key is given; each call needs one that no other call has.
 
   Attributes:
     embed: Maps (params, tokens ``[B, T]``, dropout key = None) to x
       ``[B, T, D]``.
-    block: Maps (one layer's slice of `params['layers']`, x ``[B, T, D]``, mask
-      = None, dropout key = None) to x ``[B, T, D]``. A mask, bool ``[B, T]``,
-      is True where a position may be attended to; None: everywhere. A decoder
-      takes None alone.
+    block: Maps (one layer's slice of `params['layers']`, x ``[B, T, D]``,
+      context = None, number of the layer = None, dropout key = None) to x
+      ``[B, T, D]``. The number, an int32 scalar, is needed by a model whose
+      layers differ.
     head: The rest, in float32. Language models: maps (params, x ``[*, D]``,
       dropout key = None) to logits ``[*, V]``; positions are independent, so a
       loss may call it piece by piece. Classifiers: maps (params, x
       ``[B, T, D]``, dropout key = None) to ``[B, C]``.
-    mask: Maps tokens ``[B, T]`` to the mask of every block, or to None.
+    context: Maps (tokens ``[B, T]``, segments ``[B, T]`` = None) to what every
+      block must know of the batch, a pytree or None. Of a decoder it says where
+      documents begin; of an encoder it is the mask ``[B, T]``, True where there
+      is no padding. An encoder takes no segments.
+    extend: `block` with a cache: maps (one layer's slice, x, number of the
+      layer, a `Cache` whose slots are taken) to (x, the cache). None of a model
+      that has no cache.
 
   `embed` and `head` do without `params['layers']`.
   """
@@ -61,27 +123,34 @@ class LayerFns(NamedTuple):
   embed: Callable[..., jax.Array]
   block: Callable[..., jax.Array]
   head: Callable[..., jax.Array]
-  mask: Callable[[jax.Array], jax.Array | None]
+  context: Callable[..., Any]
+  extend: Callable[..., tuple[jax.Array, Cache]] | None = None
 
 
 class Model(NamedTuple):
   """A model as pure functions of a plain nested dict of parameters.
 
   Dropout is active where a key is given: that of the model at the rates of its
-  configuration, and that of its adapters (see `adapters.adapt`).
+  configuration, and that of its adapters (see `adapters.adapt`). Segments,
+  int32 ``[B, T]``, are the numbers of documents that are packed in a row: a
+  token attends to its own document alone, and positions restart in each.
 
   Attributes:
     config: The architecture.
     init: Maps a random key to params.
-    hidden: Maps (params, tokens ``[B, T]``, dropout key = None) to x
-      ``[B, T, D]``, in compute dtype: what `logits` takes.
+    hidden: Maps (params, tokens ``[B, T]``, dropout key = None, segments =
+      None) to x ``[B, T, D]``, in compute dtype: what `logits` takes.
     logits: The head alone, in float32. Language models: maps (params, x
       ``[*, D]``, dropout key = None) to ``[*, V]``; positions are independent,
       so a loss may call it piece by piece. Classifiers: maps (params, x
       ``[B, T, D]``, dropout key = None) to ``[B, C]``, from the first position.
-    apply: Maps (params, tokens ``[B, T]``, dropout key = None) to float32
-      logits, ``[B, T, V]`` or ``[B, C]``.
+    apply: Maps (params, tokens ``[B, T]``, dropout key = None, segments = None)
+      to float32 logits, ``[B, T, V]`` or ``[B, C]``.
     layer_fns: The same layer by layer.
+    extend: `hidden` of new tokens behind those of a cache: maps (params, tokens
+      ``[B, T]``, positions ``[B, T]``, a `Cache`) to (x ``[B, T, D]``, the
+      cache). Positions less than 0 are padding. None of an encoder.
+    start_cache: Maps (batch B, slots S) to an empty cache. None of an encoder.
   """
 
   config: Any
@@ -90,6 +159,8 @@ class Model(NamedTuple):
   logits: Callable[..., jax.Array]
   apply: Callable[..., jax.Array]
   layer_fns: LayerFns
+  extend: Callable[..., tuple[jax.Array, Cache]] | None = None
+  start_cache: Callable[[int, int], Cache] | None = None
 
 
 def as_function(
@@ -99,16 +170,22 @@ def as_function(
 
   Args:
     module: The module.
-    method: Name of a method of arrays.
+    method: Name of a method of an array, and of segments if it takes them.
 
   Returns:
-    A function of (params, array, dropout key = None).
+    A function of (params, array, dropout key = None, segments = None).
   """
 
   def function(
-    params: Params, x: jax.Array, key: jax.Array | None = None
+    params: Params,
+    x: jax.Array,
+    key: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
   ) -> jax.Array:
-    return module.apply({'params': params}, x, method=method, rngs=_rngs(key))
+    inputs = (x,) if segments_BT is None else (x, segments_BT)
+    return module.apply(
+      {'params': params}, *inputs, method=method, rngs=_rngs(key)
+    )
 
   return function
 
@@ -117,19 +194,24 @@ def as_block(module: nn.Module) -> Callable[..., jax.Array]:
   """A Flax module of one layer as the function `LayerFns.block`.
 
   Args:
-    module: A module that is called with x ``[B, T, D]`` and a mask or None.
+    module: A module that is called with x ``[B, T, D]``, a context or None, and
+      the number of the layer or None.
 
   Returns:
-    A function of (one layer's params, x, mask = None, dropout key = None).
+    A function of (one layer's params, x, context = None, number = None, dropout
+    key = None).
   """
 
   def block(
     layer: Params,
     x_BTD: jax.Array,
-    mask_BT: jax.Array | None = None,
+    context: Any = None,
+    number: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> jax.Array:
-    return module.apply({'params': layer}, x_BTD, mask_BT, rngs=_rngs(key))
+    return module.apply(
+      {'params': layer}, x_BTD, context, number, rngs=_rngs(key)
+    )
 
   return block
 

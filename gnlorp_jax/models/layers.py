@@ -3,17 +3,12 @@
 Shape suffixes in this file:
   B, T  batch, position in the sequence
   D     width of the residual stream
-  S     position that is attended to
-  N, K  query heads, key/value heads (N a multiple of K)
-  G     query heads of one key/value head, N / K
-  H     width of one head
   I, O  input and output of a kernel
 """
 
 import functools
-import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,35 +35,6 @@ def normal_init(std: float) -> jax.nn.initializers.Initializer:
     return draw(key, shape, jnp.float32, out_sharding).astype(dtype)
 
   return init
-
-
-def apply_rope(x_BTNH: jax.Array, theta: float) -> jax.Array:
-  """Rotates pairs of features by an angle that grows with the position.
-
-  Feature i and feature i + H/2 form a pair (the half-split convention of
-  Hugging Face checkpoints), turned by ``t * theta ** (-2i / H)`` at position t.
-
-  Args:
-    x_BTNH: Queries or keys at positions 0 to T-1, any floating dtype, H even.
-    theta: Base of the frequencies, > 1.
-
-  Returns:
-    Array of the shape and dtype of `x_BTNH`; computed in float32.
-
-  References:
-    Su et al., `RoFormer: Enhanced Transformer with Rotary Position Embedding`,
-    2021, arXiv:2104.09864, equation 34.
-  """
-  _, seq_len, _, head_dim = x_BTNH.shape
-  frequency = theta ** (
-    -jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  )
-  angle = jnp.outer(jnp.arange(seq_len, dtype=jnp.float32), frequency)
-  angle = angle[None, :, None, :]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = (left * cos - right * sin, right * cos + left * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
 _KEPT = 'kept'
@@ -174,177 +140,39 @@ _product = jax.custom_vjp(_product_of, nondiff_argnums=(0,))
 _product.defvjp(_product_with_residuals, _product_gradients)
 
 
-Attention = Literal['cudnn', 'xla']
-
-
-def attention_implementation(
-  device: jax.Device, dtype: jax.typing.DTypeLike, head_dim: int
-) -> Attention:
-  """The kernel `jax.nn.dot_product_attention` should use on a device.
-
-  cuDNN's fused attention never stores the [B, N, T, T] scores, but takes only
-  half precision and heads of at most 128 features, a multiple of 8, and
-  needs an NVIDIA GPU of compute capability 8.0 or later.
-
-  Args:
-    device: The device, which need not be of this machine.
-    dtype: Dtype of queries, keys and values.
-    head_dim: Width of one head.
-
-  Returns:
-    'cudnn' where it applies, otherwise 'xla'.
-  """
-  capability = str(getattr(device, 'compute_capability', ''))
-  # An AMD device also has a capability, but one that is no number.
-  nvidia = re.fullmatch(r'\d+\.\d+', capability) and float(capability) >= 8
-  half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-  fits = head_dim <= 128 and head_dim % 8 == 0
-  return 'cudnn' if nvidia and half and fits else 'xla'
-
-
-def causal_attention(
-  q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  v_BSKH: jax.Array,
-  implementation: Attention,
-) -> jax.Array:
-  """Each position's mean of the values up to it, weighted by its scores.
-
-  Args:
-    q_BTNH: Queries; query head n reads key/value head ``n // (N / K)``.
-    k_BSKH: Keys, as many positions as queries.
-    v_BSKH: Values.
-    implementation: 'cudnn' is the kernel of `jax.nn.dot_product_attention`.
-      'xla' is plain products with a gradient of their own: it keeps the result
-      and one number a row, and computes the weights again from the scores,
-      where JAX's own would keep the weights of all heads.
-
-  Returns:
-    Array of the shape and dtype of `q_BTNH`. Scores and their softmax are
-    float32.
-
-  References:
-    Dao et al., `FlashAttention`, 2022, arXiv:2205.14135, appendix B.2 for the
-    gradient. Here nothing is split in tiles: the scores of one layer exist.
-  """
-  if implementation == 'cudnn':
-    return jax.nn.dot_product_attention(
-      q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation
-    )
-  batch, seq_len, num_heads, head_dim = q_BTNH.shape
-  num_kv_heads = k_BSKH.shape[2]
-  q_BTKGH = q_BTNH.reshape(
-    *(batch, seq_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
-  )
-  y_BKGTH = _attend(
-    q_BTKGH.transpose(0, 2, 3, 1, 4),
-    k_BSKH.transpose(0, 2, 1, 3),
-    v_BSKH.transpose(0, 2, 1, 3),
-  )
-  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-
-
-@jax.custom_vjp
-def _attend(q_BKGTH, k_BKSH, v_BKSH):
-  return _attend_with_residuals(q_BKGTH, k_BKSH, v_BKSH)[0]
-
-
-def _scores(q_BKGTH, k_BKSH):
-  seq_len, head_dim = q_BKGTH.shape[-2:]
-  scores_BKGTS = jnp.einsum(
-    'bkgth,bksh->bkgts', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-  )
-  is_past_TS = jnp.tri(seq_len, dtype=bool)
-  is_past_BKGTS = jnp.broadcast_to(is_past_TS, scores_BKGTS.shape)
-  return jnp.where(is_past_BKGTS, scores_BKGTS * head_dim**-0.5, -jnp.inf)
-
-
-def _attend_with_residuals(q_BKGTH, k_BKSH, v_BKSH):
-  scores_BKGTS = _scores(q_BKGTH, k_BKSH)
-  largest_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
-  exp_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
-  sum_BKGT1 = jnp.sum(exp_BKGTS, axis=-1, keepdims=True)
-  y_BKGTH = jnp.einsum(
-    'bkgts,bksh->bkgth',
-    exp_BKGTS.astype(v_BKSH.dtype),
-    v_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  y_BKGTH = keep((y_BKGTH / sum_BKGT1).astype(q_BKGTH.dtype))
-  log_sum_BKGT1 = keep(largest_BKGT1 + jnp.log(sum_BKGT1))
-  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, y_BKGTH, log_sum_BKGT1)
-
-
-def _attend_gradients(residuals, slopes_BKGTH):
-  q_BKGTH, k_BKSH, v_BKSH, y_BKGTH, log_sum_BKGT1 = residuals
-  weights_BKGTS = jnp.exp(_scores(q_BKGTH, k_BKSH) - log_sum_BKGT1)
-  # The mean, by the weights, of the slopes of a row's weights.
-  mean_BKGT1 = jnp.sum(
-    slopes_BKGTH.astype(jnp.float32) * y_BKGTH, axis=-1, keepdims=True
-  )
-  weight_slopes_BKGTS = jnp.einsum(
-    'bkgth,bksh->bkgts',
-    slopes_BKGTH,
-    v_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  score_slopes_BKGTS = weights_BKGTS * (weight_slopes_BKGTS - mean_BKGT1)
-  score_slopes_BKGTS *= q_BKGTH.shape[-1] ** -0.5
-  score_slopes_BKGTS = score_slopes_BKGTS.astype(q_BKGTH.dtype)
-  return (
-    jnp.einsum('bkgts,bksh->bkgth', score_slopes_BKGTS, k_BKSH),
-    jnp.einsum('bkgts,bkgth->bksh', score_slopes_BKGTS, q_BKGTH),
-    jnp.einsum(
-      'bkgts,bkgth->bksh', weights_BKGTS.astype(v_BKSH.dtype), slopes_BKGTH
-    ),
-  )
-
-
-_attend.defvjp(_attend_with_residuals, _attend_gradients)
-
-
-class CausalSelfAttention(nn.Module):
-  """Grouped-query causal self-attention with rotary positions, no biases.
+class RMSNorm(nn.Module):
+  """RMSNorm whose scale is 1 plus its parameter, as in Gemma.
 
   Attributes:
-    num_heads: Number of query heads.
-    num_kv_heads: Number of key/value heads, a divisor of `num_heads`.
-    head_dim: Width of one head, even.
-    rope_theta: Base of the rotary frequencies.
-    attention: The kernel of `jax.nn.dot_product_attention`.
-    dense: Builds a projection from its output width and name; it decides
-      dtypes and initialisation.
+    epsilon: Added to the mean square.
+    dtype: Of the result; the norm is computed in float32.
+    param_dtype: Of the parameter, which starts at 0.
   """
 
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float
-  attention: Attention
-  dense: Callable[..., nn.Module]
+  epsilon: float
+  dtype: Any
+  param_dtype: Any
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """Attends from every position to itself and the positions before it."""
-
-    def heads(name: str, count: int) -> jax.Array:
-      y = self.dense(count * self.head_dim, name=name)(x_BTD)
-      return y.reshape(*x_BTD.shape[:-1], count, self.head_dim)
-
-    q_BTNH = apply_rope(heads('q_proj', self.num_heads), self.rope_theta)
-    k_BSKH = apply_rope(heads('k_proj', self.num_kv_heads), self.rope_theta)
-    v_BSKH = heads('v_proj', self.num_kv_heads)
-    y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, self.attention)
-    y_BTD = y_BTNH.reshape(*x_BTD.shape[:-1], -1)
-    return self.dense(x_BTD.shape[-1], name='o_proj')(y_BTD)
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Norms the last axis."""
+    shape = (x.shape[-1],)
+    scale = self.param('scale', nn.initializers.zeros, shape, self.param_dtype)
+    x = x.astype(jnp.float32)
+    y = x * jax.lax.rsqrt(
+      jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon
+    )
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (y * (1 + scale)).astype(self.dtype)
 
 
-class SwiGLU(nn.Module):
-  """Gated feed-forward layer: ``down(silu(gate(x)) * up(x))``, no biases.
+class GatedMLP(nn.Module):
+  """Gated feed-forward layer: ``down(activation(gate(x)) * up(x))``.
 
   Attributes:
     hidden_size: Width between the projections.
     dense: Builds a projection from its output width and name.
+    activation: Of the gate.
 
   References:
     Shazeer, `GLU Variants Improve Transformer`, 2020, arXiv:2002.05202.
@@ -352,11 +180,12 @@ class SwiGLU(nn.Module):
 
   hidden_size: int
   dense: Callable[..., nn.Module]
+  activation: Callable[[jax.Array], jax.Array]
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Applies the layer to every position by itself."""
     gate = self.dense(self.hidden_size, name='gate_proj')(x_BTD)
     up = self.dense(self.hidden_size, name='up_proj')(x_BTD)
-    y = jax.nn.silu(gate) * up
+    y = self.activation(gate) * up
     return self.dense(x_BTD.shape[-1], name='down_proj')(y)

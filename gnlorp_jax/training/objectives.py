@@ -3,9 +3,10 @@
 Of a model these functions ask for ``hidden``, ``logits``, ``apply`` and
 ``layer_fns``, whose functions all take a dropout key, None for none:
 
-  hidden(params, tokens, key), logits(params, x), apply(params, tokens, key)
-  layer_fns.embed(params, tokens, key), .block(layer, x, mask, key),
-  .head(params, x, key), .mask(tokens)
+  hidden(params, tokens, key, segments), logits(params, x),
+  apply(params, tokens, key)
+  layer_fns.embed(params, tokens, key), .block(layer, x, context, number, key),
+  .head(params, x, key), .context(tokens, segments)
 
 Batches are dicts of arrays ``[B, ...]``, of a language model
 
@@ -13,6 +14,8 @@ Batches are dicts of arrays ``[B, ...]``, of a language model
   targets   int32 [B, P], what to guess, and
   weights   float32 [B, P], how much each guess counts; P is T without positions
   positions int32 [B, P], where to guess; absent: everywhere
+  segments  int32 [B, T], numbers of the documents in a row, each of which is
+            read by itself; absent: every row is one document
   seeds     uint32 [B], for dropout; absent without
 
 and of a classifier
@@ -92,7 +95,7 @@ def language_model(
   """
 
   def hidden_loss(params: Any, batch: Batch, key: jax.Array | None) -> Sums:
-    x_BTD = model.hidden(params, batch['inputs'], key=key)
+    x_BTD = model.hidden(params, batch['inputs'], key, batch.get('segments'))
     logits_fn = functools.partial(model.logits, params)
     return _cross_entropy(logits_fn, x_BTD, batch, chunk_tokens)
 
@@ -167,9 +170,9 @@ def _pieces(
   def block(
     layer: Any, x_BTD: jax.Array, batch: Batch, number: jax.Array
   ) -> jax.Array:
-    mask_BT = layer_fns.mask(batch['inputs'])
+    context = layer_fns.context(batch['inputs'], batch.get('segments'))
     key = layer_key(key_of(batch), number)
-    return layer_fns.block(layer, x_BTD, mask_BT, key=key)
+    return layer_fns.block(layer, x_BTD, context, number, key=key)
 
   return Pieces(embed, block, loss, embed_keys=('embed',))
 

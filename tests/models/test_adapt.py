@@ -65,14 +65,14 @@ def calls(model, params):
   """Every function of a model as a function of a dropout key alone."""
   fns = model.layer_fns
   x_BTD = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8, 16)), 'f')
-  mask = fns.mask(TOKENS)
+  mask = fns.context(TOKENS)
   layer = layer_of(params)
   return {
     'hidden': lambda *key: model.hidden(params, TOKENS, *key),
     'logits': lambda *key: model.logits(params, x_BTD, *key),
     'apply': lambda *key: model.apply(params, TOKENS, *key),
     'embed': lambda *key: fns.embed(params, TOKENS, *key),
-    'block': lambda *key: fns.block(layer, x_BTD, mask, *key),
+    'block': lambda *key: fns.block(layer, x_BTD, mask, 0, *key),
     'head': lambda *key: fns.head(params, x_BTD, *key),
   }
 
@@ -97,7 +97,7 @@ def test_adapting_a_model_equals_wrapping_its_functions(family):
       embed=wrap(model.layer_fns.embed),
       block=wrap(model.layer_fns.block),
       head=wrap(model.layer_fns.head),
-      mask=model.layer_fns.mask,
+      context=model.layer_fns.context,
     ),
   )
   plain, expected = calls(model, params), calls(by_hand, params)
@@ -117,7 +117,7 @@ def test_layer_fns_of_an_adapted_model_equal_apply(family):
   def logits(params):
     x_BTD = fns.embed(params, TOKENS)
     for number in range(SIZES['num_layers']):
-      x_BTD = fns.block(layer_of(params, number), x_BTD, fns.mask(TOKENS))
+      x_BTD = fns.block(layer_of(params, number), x_BTD, fns.context(TOKENS))
     return fns.head(params, x_BTD)
 
   np.testing.assert_allclose(

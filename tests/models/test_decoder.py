@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gnlorp_jax.models import hf, layers, llama
+from gnlorp_jax.models import attention, hf, llama
 
 SMALL = {
   'vocab_size': 61,
@@ -191,20 +191,6 @@ def test_without_adapters_a_dropout_key_changes_nothing():
     np.testing.assert_array_equal(with_key, without)
 
 
-def test_decoder_has_no_mask_and_refuses_one():
-  model, params, tokens = build()
-  fns = model.layer_fns
-  assert fns.mask(tokens) is None
-  layer = jax.tree.map(lambda leaf: np.asarray(leaf)[0], params['layers'])
-  with pytest.raises(ValueError) as error:
-    fns.block(layer, jnp.zeros((2, 12, 32)), jnp.ones((2, 12), bool))
-  assert str(error.value) == (
-    'mask_BT of shape (2, 12) must be None: a decoder attends to all positions '
-    'up to a token, and tokens before padding see none of it. Leave the mask '
-    'out.'
-  )
-
-
 @pytest.mark.parametrize('tied', [False, True])
 def test_logits_of_pieces_of_hidden_equal_apply(tied):
   model, params, tokens = build(tie_embeddings=tied)
@@ -283,9 +269,7 @@ def test_cudnn_attention_equals_xla_on_gpu(monkeypatch):
   tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
   gradients = []
   for implementation in ('cudnn', 'xla'):
-    monkeypatch.setattr(
-      layers, 'attention_implementation', lambda *_, i=implementation: i
-    )
+    monkeypatch.setattr(attention, 'kernel_for', lambda *_, i=implementation: i)
     # Not the model that other tests share and may have traced.
     model, params, _ = build.__wrapped__(**sizes)
     step = jax.jit(jax.grad(lambda *a, m=model: mean_loss(m, *a)))

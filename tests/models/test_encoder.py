@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax.models import hf, layers, roberta
+from gnlorp_jax.models import hf, roberta
 from tests.models.small_roberta import (
   HEADS,
   LENGTHS,
@@ -187,7 +187,7 @@ def layer_by_layer(model, params, tokens):
   """`Model.apply` by the functions of the layers."""
   fns = model.layer_fns
   rest = {k: v for k, v in params.items() if k != 'layers'}
-  x_BTD, mask_BT = fns.embed(rest, tokens), fns.mask(tokens)
+  x_BTD, mask_BT = fns.embed(rest, tokens), fns.context(tokens)
   for i in range(model.config.num_layers):
     layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
     x_BTD = fns.block(layer, x_BTD, mask_BT)
@@ -197,7 +197,7 @@ def layer_by_layer(model, params, tokens):
 def test_layer_fns_of_packed_sequences_equal_apply():
   model, params = build()
   tokens = sequences((12, 12, 12))
-  assert model.layer_fns.mask(tokens) is None
+  assert model.layer_fns.context(tokens) is None
   logits = jax.jit(functools.partial(layer_by_layer, model))(params, tokens)
   np.testing.assert_allclose(logits, compiled()(params, tokens), atol=1e-5)
 
@@ -206,7 +206,7 @@ def test_layer_fns_of_a_classifier_with_padding_equal_apply():
   model, params = build(3)
   tokens = sequences()
   np.testing.assert_array_equal(
-    model.layer_fns.mask(tokens), np.arange(12) < np.array(LENGTHS)[:, None]
+    model.layer_fns.context(tokens), np.arange(12) < np.array(LENGTHS)[:, None]
   )
   batch = params, tokens, jnp.asarray([0, 1, 2])
   apply = functools.partial(layer_by_layer, model)
@@ -339,7 +339,9 @@ def test_mask_is_never_given_to_cudnn(monkeypatch, head):
     used.append((mask is not None, implementation))
     return attention(*args, mask=mask, implementation='xla')
 
-  monkeypatch.setattr(layers, 'attention_implementation', lambda *_: 'cudnn')
+  monkeypatch.setattr(
+    'gnlorp_jax.models.attention.kernel_for', lambda *_: 'cudnn'
+  )
   monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
   # Not the model other tests share, whose kernels may be chosen by now.
   model, params = build.__wrapped__(head)

@@ -36,12 +36,12 @@ def test_layer_fns_drop_by_their_key(head):
   fns, tokens = model.layer_fns, sequences()
   x_BTD = jax.jit(fns.embed)(params, tokens)
   layer = jax.tree.map(lambda leaf: np.asarray(leaf)[0], params['layers'])
-  mask = fns.mask(tokens)
+  mask = fns.context(tokens)
   calls = {'head': lambda *key: fns.head(params, x_BTD, *key)}
   if head != MASKED_LM:  # The rest is the same with any head.
     calls |= {
       'embed': lambda *key: fns.embed(params, tokens, *key),
-      'block': lambda *key: fns.block(layer, x_BTD, mask, *key),
+      'block': lambda *key: fns.block(layer, x_BTD, mask, 0, *key),
     }
   for name, call in calls.items():
     call = jax.jit(call)
@@ -58,10 +58,10 @@ def test_layer_fns_draw_where_apply_draws():
   model, params = build(3)
   fns, tokens, key = model.layer_fns, sequences(), dropout_key()
   layer = jax.tree.map(lambda leaf: leaf[0], params['layers'])
-  x_BTD, mask = jnp.zeros((3, 12, 32)), fns.mask(tokens)
+  x_BTD, mask = jnp.zeros((3, 12, 32)), fns.context(tokens)
   drawn = [
     *shapes_drawn(jax.make_jaxpr(fns.embed)(params, tokens, key).jaxpr),
-    *shapes_drawn(jax.make_jaxpr(fns.block)(layer, x_BTD, mask, key).jaxpr),
+    *shapes_drawn(jax.make_jaxpr(fns.block)(layer, x_BTD, mask, 0, key).jaxpr),
     *shapes_drawn(jax.make_jaxpr(fns.head)(params, x_BTD, key).jaxpr),
   ]
   program = jax.make_jaxpr(model.apply)(params, tokens, key)

@@ -419,16 +419,10 @@ def test_rope_theta_is_read_in_every_form(rope, theta):
   [
     ({'model_type': 'gemma'}, "model_type='gemma' (supported: 'llama')"),
     ({'hidden_act': 'gelu'}, "hidden_act='gelu' (supported: 'silu')"),
-    ({'attention_bias': True}, 'attention_bias=True (supported: False)'),
-    ({'head_dim': 16}, 'head_dim=16 (supported: 8)'),
     (
-      {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
-      "rope_type='linear' (supported: 'default')",
-    ),
-    (
-      {'rope_parameters': {'rope_type': 'llama3'}, 'mlp_bias': True},
-      "mlp_bias=True (supported: False), rope_type='llama3' "
-      "(supported: 'default')",
+      {'rope_parameters': {'rope_type': 'llama3'}, 'attention_dropout': 0.5},
+      "attention_dropout=0.5 (supported: 0.0), rope_type='llama3' lacks "
+      "['factor', 'low_freq_factor', 'high_freq_factor']",
     ),
     (
       {'quantization_config': {'bits': 4}},
@@ -448,7 +442,8 @@ def test_missing_fields_are_named():
   with pytest.raises(ValueError) as error:
     llama.config_from_hf(config)
   assert str(error.value) == (
-    "LLaMA configuration lacks the fields ['vocab_size', 'num_hidden_layers']."
+    "Unsupported LLaMA configuration: the fields ['vocab_size', "
+    "'num_hidden_layers'] are missing."
   )
 
 

@@ -89,7 +89,8 @@ class LayerFns(NamedTuple):
   embed: Any
   block: Any
   head: Any
-  mask: Any
+  context: Any
+  extend: Any = None
 
 
 class Model(NamedTuple):
@@ -100,6 +101,7 @@ class Model(NamedTuple):
   logits: Any
   apply: Any
   layer_fns: LayerFns
+  extend: Any = None
 
 
 def drop(x, key, number):
@@ -113,7 +115,7 @@ def embed_tokens(params, tokens_BT, key=None):
   return drop(params['embed']['embedding'][tokens_BT], key, 100)
 
 
-def one_block(layer, x_BTD, mask_BT=None, key=None):
+def one_block(layer, x_BTD, mask_BT=None, number=None, key=None):
   if mask_BT is not None:
     count_B11 = mask_BT.sum(axis=1)[:, None, None]
     mean_B1D = (x_BTD * mask_BT[..., None]).sum(1, keepdims=True) / count_B11
@@ -148,7 +150,8 @@ def model_in_pieces(outputs, is_classifier):
       is_leaf=lambda x: isinstance(x, tuple),
     )
 
-  def mask(tokens_BT):
+  def context(tokens_BT, segments_BT=None):
+    assert segments_BT is None
     return tokens_BT != PAD if is_classifier else None
 
   def head(params, x, key=None):
@@ -159,18 +162,20 @@ def model_in_pieces(outputs, is_classifier):
       x = drop(x[:, 0], key, 300)
     return (x @ params['head']['kernel']).astype(jnp.float32)
 
-  def hidden(params, tokens_BT, key=None):
+  def hidden(params, tokens_BT, key=None, segments_BT=None):
     x_BTD = embed_tokens(params, tokens_BT, key)
     for number in range(LAYERS):
       layer = jax.tree.map(lambda w, n=number: w[n], params['layers'])
       layer_key = None if key is None else jax.random.fold_in(key, number)
-      x_BTD = one_block(layer, x_BTD, mask(tokens_BT), layer_key)
+      x_BTD = one_block(
+        layer, x_BTD, context(tokens_BT, segments_BT), number, layer_key
+      )
     return normed(params, x_BTD)
 
   def apply(params, tokens_BT, key=None):
     return logits(params, hidden(params, tokens_BT, key), key)
 
-  fns = LayerFns(embed_tokens, one_block, head, mask)
+  fns = LayerFns(embed_tokens, one_block, head, context)
   return Model(init, hidden, logits, apply, fns)
 
 

@@ -21,6 +21,7 @@ from gnlorp_jax.compose.settings import (
   free,
   result,
 )
+from gnlorp_jax.models.decoder_config import DecoderConfig
 from gnlorp_jax.models.llama import LlamaConfig
 from gnlorp_jax.models.roberta import RobertaConfig
 
@@ -111,7 +112,8 @@ class TrainConfig(RunConfig):
     num_heads=4,
     max_seq_len=128,
   )
-  """Architecture and dtypes: a LlamaConfig or, masked, a RobertaConfig."""
+  """Architecture and dtypes: that of a decoder, such as a LlamaConfig, or,
+  masked, a RobertaConfig."""
   data: DataConfig = DataConfig()
   """Text and tokens."""
   optim: OptimConfig = OptimConfig(rank=32)
@@ -138,7 +140,7 @@ class TrainConfig(RunConfig):
       )
 
   def _check_objective(self):
-    expected = RobertaConfig if self.is_masked else LlamaConfig
+    expected = RobertaConfig if self.is_masked else DecoderConfig
     if not isinstance(self.model, expected):
       raise ValueError(
         f'TrainConfig.objective={self.objective!r} trains a '

@@ -42,7 +42,7 @@ def paths(params):
     (
       {'hidden_size': 36},
       'hidden_size / num_heads = 9 must be even: rotary positions turn pairs '
-      'of features. Change hidden_size or num_heads.',
+      'of features. Change hidden_size or num_heads, or give head_dim.',
     ),
     (
       {'num_kv_heads': 3},
@@ -94,7 +94,7 @@ def test_preset_has_published_size(name, total, projected):
 
 
 def test_presets_are_the_tested_ones():
-  assert len(llama.PRESETS) == 13
+  assert len(llama.PRESETS) == 14
   assert llama.preset('7b').max_seq_len == 2048
   assert llama.preset('1b').max_seq_len == 1024
 
@@ -113,7 +113,7 @@ def test_preset_names_choices_and_nearest():
     llama.preset('60M')
   assert str(error.value) == (
     "Unknown model '60M'; expected one of ('9m', '20m', '35m', '40m', '60m', "
-    "'71m', '100m', '130m', '250m', '350m', '1b', '3b', '7b'). "
+    "'71m', '100m', '130m', '250m', '350m', '1b', '3b', '7b', 'llama-3.1-8b'). "
     "Did you mean '60m'?"
   )
 

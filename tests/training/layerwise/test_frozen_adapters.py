@@ -5,7 +5,6 @@ Shape suffixes in this file: B sequences, T positions.
 
 import functools
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,43 +29,17 @@ VOCAB, FEATURES, HIDDEN, LAYERS, POSITIONS, BATCH = 96, 32, 80, 3, 12, 8
 RANK = 2
 
 
-class LayerFns(NamedTuple):
-  """Of today's models, which take neither key nor mask."""
-
-  embed: Any
-  block: Any
-  head: Any
-  mask: Any
-
-
-def with_keys(model):
-  """A LLaMA whose functions take a key, and ignore it."""
-  fns = model.layer_fns
-  return model._replace(
-    hidden=lambda params, x, key=None: model.hidden(params, x),
-    apply=lambda params, x, key=None: model.apply(params, x),
-    layer_fns=LayerFns(
-      embed=lambda params, x, key=None: fns.embed(params, x),
-      block=lambda layer, x, mask=None, key=None: fns.block(layer, x),
-      head=lambda params, x, key=None: fns.head(params, x),
-      mask=lambda tokens: None,
-    ),
-  )
-
-
 def llama_of(layers=LAYERS, features=FEATURES, hidden=HIDDEN):
-  return with_keys(
-    llama.make(
-      llama.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=features,
-        intermediate_size=hidden,
-        num_layers=layers,
-        num_heads=4,
-        num_kv_heads=2,
-        max_seq_len=POSITIONS,
-        initializer_std=0.2,
-      )
+  return llama.make(
+    llama.LlamaConfig(
+      vocab_size=VOCAB,
+      hidden_size=features,
+      intermediate_size=hidden,
+      num_layers=layers,
+      num_heads=4,
+      num_kv_heads=2,
+      max_seq_len=POSITIONS,
+      initializer_std=0.2,
     )
   )
 

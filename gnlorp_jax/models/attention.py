@@ -1,0 +1,272 @@
+"""Attention of a decoder: causal, in documents, windows and with a cache.
+
+Shape suffixes in this file:
+  B, T  batch, position that attends
+  S     position that is attended to
+  N, K  query heads, key/value heads (N a multiple of K)
+  G     query heads of one key/value head, N / K
+  H     width of one head
+"""
+
+import functools
+import re
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gnlorp_jax.models.layers import keep
+
+Kernel = Literal['cudnn', 'xla']
+
+
+def kernel_for(
+  device: jax.Device, dtype: jax.typing.DTypeLike, head_dim: int
+) -> Kernel:
+  """The kernel `jax.nn.dot_product_attention` should use on a device.
+
+  cuDNN's fused attention never stores the [B, N, T, T] scores, but takes only
+  half precision and heads of at most 128 features, a multiple of 8, and
+  needs an NVIDIA GPU of compute capability 8.0 or later.
+
+  Args:
+    device: The device, which need not be of this machine.
+    dtype: Dtype of queries, keys and values.
+    head_dim: Width of one head.
+
+  Returns:
+    'cudnn' where it applies, otherwise 'xla'.
+  """
+  capability = str(getattr(device, 'compute_capability', ''))
+  # An AMD device also has a capability, but one that is no number.
+  nvidia = re.fullmatch(r'\d+\.\d+', capability) and float(capability) >= 8
+  half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+  fits = head_dim <= 128 and head_dim % 8 == 0
+  return 'cudnn' if nvidia and half and fits else 'xla'
+
+
+class Scores(NamedTuple):
+  """How products of queries and keys become scores.
+
+  Attributes:
+    scale: What a product is multiplied by.
+    cap: Largest size of a score, approached as ``cap tanh(score / cap)``; None
+      has no limit.
+  """
+
+  scale: float
+  cap: float | None = None
+
+  def of(self, products: jax.Array) -> jax.Array:
+    """The scores of float32 products."""
+    scores = products * self.scale
+    return (
+      scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+    )
+
+
+def causal(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  kernel: Kernel,
+  scores: Scores,
+  segments_BT: jax.Array | None = None,
+  window: jax.Array | int | None = None,
+) -> jax.Array:
+  """Each position's mean of the values up to it, weighted by its scores.
+
+  Args:
+    q_BTNH: Queries; query head n reads key/value head ``n // (N / K)``.
+    k_BSKH: Keys, as many positions as queries.
+    v_BSKH: Values.
+    kernel: 'cudnn' is the kernel of `jax.nn.dot_product_attention`, which takes
+      no cap. 'xla' is plain products with a gradient of their own: it keeps the
+      result and one number a row, and computes the weights again from the
+      scores, where JAX's own would keep the weights of all heads.
+    scores: From products to scores.
+    segments_BT: Numbers of documents: a position attends to those of its own
+      number. None: all are of one document.
+    window: Positions that are attended to, the position itself included, > 0:
+      an int, or an int32 scalar array. None: all up to it.
+
+  Returns:
+    Array of the shape and dtype of `q_BTNH`. Scores and their softmax are
+    float32.
+
+  References:
+    Dao et al., `FlashAttention`, 2022, arXiv:2205.14135, appendix B.2 for the
+    gradient. Here nothing is split in tiles: the scores of one layer exist.
+  """
+  if kernel == 'cudnn':
+    return _cudnn(q_BTNH, k_BSKH, v_BSKH, scores.scale, segments_BT, window)
+  batch, seq_len, num_heads, head_dim = q_BTNH.shape
+  num_kv_heads = k_BSKH.shape[2]
+  q_BTKGH = q_BTNH.reshape(
+    *(batch, seq_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
+  )
+  y_BKGTH = _attend(
+    scores,
+    q_BTKGH.transpose(0, 2, 3, 1, 4),
+    k_BSKH.transpose(0, 2, 1, 3),
+    v_BSKH.transpose(0, 2, 1, 3),
+    segments_BT,
+    window,
+  )
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, scale, segments_BT, window):
+  """The fused kernel; where a mask has to be given, it reads one in full."""
+  mask_B1TS = None
+  if segments_BT is not None or isinstance(window, jax.Array):
+    seq_len = q_BTNH.shape[1]
+    mask_B1TS = _visible(seq_len, segments_BT, window)[:, None]
+    window = None
+  return jax.nn.dot_product_attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask=mask_B1TS,
+    scale=scale,
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation='cudnn',
+  )
+
+
+def _visible(seq_len, segments_BT, window):
+  """Which positions each attends to, bool ``[1 or B, T, S]``."""
+  visible_BTS = jnp.tri(seq_len, dtype=bool)[None]
+  if window is not None:
+    number_T = jnp.arange(seq_len)
+    visible_BTS &= (number_T[:, None] - number_T[None] < window)[None]
+  if segments_BT is not None:
+    visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
+  return visible_BTS
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scores, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
+  inputs = q_BKGTH, k_BKSH, v_BKSH, segments_BT, window
+  return _attend_with_residuals(scores, *inputs)[0]
+
+
+def _products(q_BKGTH, k_BKSH):
+  return jnp.einsum(
+    'bkgth,bksh->bkgts', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+  )
+
+
+def _where_visible(scores_BKGTS, segments_BT, window):
+  seq_len = scores_BKGTS.shape[-1]
+  visible_B11TS = _visible(seq_len, segments_BT, window)[:, None, None]
+  visible_BKGTS = jnp.broadcast_to(visible_B11TS, scores_BKGTS.shape)
+  return jnp.where(visible_BKGTS, scores_BKGTS, -jnp.inf)
+
+
+def _attend_with_residuals(
+  scores, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window
+):
+  scores_BKGTS = _where_visible(
+    scores.of(_products(q_BKGTH, k_BKSH)), segments_BT, window
+  )
+  largest_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
+  exp_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+  sum_BKGT1 = jnp.sum(exp_BKGTS, axis=-1, keepdims=True)
+  y_BKGTH = jnp.einsum(
+    'bkgts,bksh->bkgth',
+    exp_BKGTS.astype(v_BKSH.dtype),
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  y_BKGTH = keep((y_BKGTH / sum_BKGT1).astype(q_BKGTH.dtype))
+  log_sum_BKGT1 = keep(largest_BKGT1 + jnp.log(sum_BKGT1))
+  inputs = q_BKGTH, k_BKSH, v_BKSH, segments_BT, window
+  return y_BKGTH, (*inputs, y_BKGTH, log_sum_BKGT1)
+
+
+def _attend_gradients(scores, residuals, slopes_BKGTH):
+  q_BKGTH, k_BKSH, v_BKSH, segments_BT, window, *rest = residuals
+  y_BKGTH, log_sum_BKGT1 = rest
+  scores_BKGTS = scores.of(_products(q_BKGTH, k_BKSH))
+  weights_BKGTS = jnp.exp(
+    _where_visible(scores_BKGTS, segments_BT, window) - log_sum_BKGT1
+  )
+  # The mean, by the weights, of the slopes of a row's weights.
+  mean_BKGT1 = jnp.sum(
+    slopes_BKGTH.astype(jnp.float32) * y_BKGTH, axis=-1, keepdims=True
+  )
+  weight_slopes_BKGTS = jnp.einsum(
+    'bkgth,bksh->bkgts',
+    slopes_BKGTH,
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  score_slopes_BKGTS = weights_BKGTS * (weight_slopes_BKGTS - mean_BKGT1)
+  if scores.cap is not None:
+    score_slopes_BKGTS *= 1 - jnp.square(scores_BKGTS / scores.cap)
+  score_slopes_BKGTS *= scores.scale
+  score_slopes_BKGTS = score_slopes_BKGTS.astype(q_BKGTH.dtype)
+  return (
+    jnp.einsum('bkgts,bksh->bkgth', score_slopes_BKGTS, k_BKSH),
+    jnp.einsum('bkgts,bkgth->bksh', score_slopes_BKGTS, q_BKGTH),
+    jnp.einsum(
+      'bkgts,bkgth->bksh', weights_BKGTS.astype(v_BKSH.dtype), slopes_BKGTH
+    ),
+    None,
+    None,
+  )
+
+
+_attend.defvjp(_attend_with_residuals, _attend_gradients)
+
+
+def to_cache(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  scores: Scores,
+  positions_BT: jax.Array,
+  positions_BS: jax.Array,
+  window: jax.Array | int | None = None,
+) -> jax.Array:
+  """New tokens' means of all values that a cache holds up to them.
+
+  Args:
+    q_BTNH: Queries of the new tokens.
+    k_BSKH: Keys of all slots, those of the new tokens among them.
+    v_BSKH: Values of all slots.
+    scores: From products to scores.
+    positions_BT: Positions of the new tokens; what comes of one less than 0 has
+      no meaning.
+    positions_BS: Positions of what the slots hold; a slot less than 0 is empty.
+    window: As of `causal`.
+
+  Returns:
+    Array of the shape and dtype of `q_BTNH`. Has no gradient of its own.
+  """
+  distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+  visible_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None, :]
+  if window is not None:
+    visible_BTS &= distance_BTS < window
+  batch, length, num_heads, head_dim = q_BTNH.shape
+  num_kv_heads = k_BSKH.shape[2]
+  q_BTKGH = q_BTNH.reshape(
+    batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
+  )
+  products_BKGTS = jnp.einsum(
+    'btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+  )
+  # Not minus infinity: a row of padding sees nothing, and must not be NaN.
+  scores_BKGTS = jnp.where(
+    visible_BTS[:, None, None], scores.of(products_BKGTS), -1e30
+  )
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+  y_BTKGH = jnp.einsum(
+    'bkgts,bskh->btkgh',
+    weights_BKGTS.astype(v_BSKH.dtype),
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+  return y_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
