@@ -5,17 +5,16 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import jax
 
+from gnlorp_jax import models
 from gnlorp_jax.compose import scores
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf
-from gnlorp_jax.models.families import llama
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.evaluate import harness
 from gnlorp_jax.recipes.evaluate.settings import (
@@ -53,7 +52,7 @@ def load(config: EvaluateConfig) -> Loaded:
   """
   folder = pathlib.Path(config.folder).expanduser()
   hf_config = hf.load_config(folder)
-  family = family_of(hf_config)
+  family = models.family_of(hf_config)
   architecture = dataclasses.replace(
     family.config_from_hf(hf_config),
     param_dtype=config.dtype,
@@ -73,6 +72,11 @@ def load(config: EvaluateConfig) -> Loaded:
       'was trained with by --tokenizer.'
     )
   model = family.make(architecture)
+  if model.extend is None:
+    raise ValueError(
+      f'{config.folder} holds a {architecture.model_type}, which sees the '
+      'whole of a text and continues none. Name a causal language model.'
+    )
   params = hf.load_params(
     folder,
     family.HF_TENSORS,
@@ -80,16 +84,6 @@ def load(config: EvaluateConfig) -> Loaded:
     unread=family.HF_UNREAD,
   )
   return Loaded(model, params, tokenizer)
-
-
-def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
-  """The family of a `config.json`, by its `model_type`."""
-  if hf_config.get('model_type') != llama.LlamaConfig.model_type:
-    raise ValueError(
-      f'Unknown model_type {hf_config.get("model_type")!r}; expected one of '
-      "('llama',)."
-    )
-  return llama
 
 
 def read_tasks(config: EvaluateConfig) -> dict[str, data_tasks.Task | str]:

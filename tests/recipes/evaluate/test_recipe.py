@@ -5,8 +5,10 @@ import json
 import pytest
 import rich.console
 
+from gnlorp_jax import models
 from gnlorp_jax.compose import scores
 from gnlorp_jax.data import tasks
+from gnlorp_jax.models.families import roberta
 from gnlorp_jax.recipes.evaluate import recipe, report, settings
 from tests.compose import small_lm
 
@@ -147,12 +149,31 @@ def message(function, *args):
 def test_models_that_are_unknown_or_do_not_fit_are_refused(files, tmp_path):
   other = small_lm.write(tmp_path / 'other', model_type='gpt2')
   assert message(recipe.load, make(other, files, tasks='openbookqa')) == (
-    "Unknown model_type 'gpt2'; expected one of ('llama',)."
+    "Unsupported model: model_type='gpt2' (supported: "
+    f'{list(models.family_names())}).'
   )
   small = small_lm.write(tmp_path / 'small', vocab_size=99)
   assert message(recipe.load, make(small, files, tasks='openbookqa')) == (
     'The tokenizer has ids up to 257, the model has 99 tokens. Name the '
     'tokenizer that the model was trained with by --tokenizer.'
+  )
+
+
+def test_encoders_are_refused(files, tmp_path):
+  encoder = roberta.RobertaConfig(
+    vocab_size=260,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=2,
+    max_seq_len=16,
+  )
+  fields = roberta.config_to_hf(encoder)
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  small_lm.tokenizer().save(tmp_path)
+  assert message(recipe.load, make(str(tmp_path), files, tasks='piqa')) == (
+    f'{tmp_path} holds a roberta, which sees the whole of a text and continues '
+    'none. Name a causal language model.'
   )
 
 
