@@ -124,7 +124,9 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     harness.check_installed()
   loaded = load(config)
   results = {}
-  with _records(config.samples) as keep:
+  # GPUs would round the factors of float32 products otherwise.
+  exact = jax.default_matmul_precision('float32')
+  with _records(config.samples) as keep, exact:
     for name in config.task_names:
       begin = time.perf_counter()
       results[name] = _one(

@@ -48,8 +48,8 @@ class EvaluateConfig:
   tokenizer: str | None = None
   """Folder or file of a tokenizer. By default that of the model's folder."""
   dtype: Dtype = 'float32'
-  """Dtype of the weights and of the arithmetic; logarithms of probabilities are
-  float32 in both."""
+  """Dtype of the weights and of the arithmetic. In bfloat16 logits are rounded
+  too; the softmax is float32 in both."""
   output: str | None = None
   """JSON file to write the scores to."""
   samples: str | None = None
