@@ -49,6 +49,7 @@ _TOKENIZER_FILES = (
   'special_tokens_map.json',
   'added_tokens.json',
   'chat_template.jinja',
+  'additional_chat_templates/*.jinja',
 )
 # By their full names: repositories hold the same weights in other layouts too.
 _WEIGHT_FILES = (

@@ -8,6 +8,10 @@ import re
 import threading
 import urllib.parse
 
+from huggingface_hub import constants
+
+from gnlorp_jax.data import hub
+
 _PATH = re.compile(
   r'/(?P<api>api/models/|api/datasets/|datasets/|)'
   r'(?P<repository>[\w.-]+/[\w.-]+)'
@@ -20,6 +24,7 @@ class SmallHub:
   """Repositories, what was asked for, and how the hub misbehaves.
 
   Attributes:
+    url: Where it is served.
     repositories: Per (kind, name), per revision, the files.
     private: Per name, the token that opens it.
     gated: Names of what shows its files to nobody.
@@ -31,6 +36,7 @@ class SmallHub:
   """
 
   def __init__(self):
+    self.url = ''
     self.repositories = {}
     self.private = {}
     self.gated = set()
@@ -77,6 +83,22 @@ def serve(hub):
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@contextlib.contextmanager
+def connected(folder, monkeypatch):
+  """A hub that the library knows, its cache in a folder, without token."""
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(folder / 'cache'))
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+  monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(folder / 'token'))
+  monkeypatch.delenv('HF_TOKEN', raising=False)
+  monkeypatch.setattr('time.sleep', lambda seconds: None)  # Between retries.
+  hub._commit.cache_clear()
+  served = SmallHub()
+  with serve(served) as served.url:
+    monkeypatch.setenv('HF_ENDPOINT', served.url)
+    yield served
+  hub._commit.cache_clear()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -34,19 +34,8 @@ MODEL = SMALL | TOKENIZER | WEIGHTS
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-  """An empty hub that the library knows, an empty cache, no token."""
-  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-  monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
-  monkeypatch.delenv('HF_TOKEN', raising=False)
-  monkeypatch.setattr('time.sleep', lambda seconds: None)  # Between retries.
-  hub._commit.cache_clear()
-  served = small_hub.SmallHub()
-  with small_hub.serve(served) as url:
-    monkeypatch.setenv('HF_ENDPOINT', url)
-    served.url = url
+  with small_hub.connected(tmp_path, monkeypatch) as served:
     yield served
-  hub._commit.cache_clear()
 
 
 def restart(server):
