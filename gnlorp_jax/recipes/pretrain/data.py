@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from gnlorp_jax import models
+from gnlorp_jax.compose import parameters
 from gnlorp_jax.compose.parameters import is_folder
 from gnlorp_jax.data import batches, masking, text
 from gnlorp_jax.data import tokenizer as tokenizers
@@ -54,12 +55,12 @@ def load_tokenizer(
   """
   spec = config.data.tokenizer
   if is_folder(config.init_from) and spec == 'bpe':
-    if not (pathlib.Path(config.init_from) / 'tokenizer.json').is_file():
+    spec = parameters.folder(config.init_from, 'tokenizer')
+    if not (pathlib.Path(spec) / 'tokenizer.json').is_file():
       raise ValueError(
         f'{config.init_from} has no tokenizer.json, and its weights fit no '
         'other tokens: name the tokenizer as data.tokenizer.'
       )
-    spec = config.init_from
   return tokenizers.load(
     spec,
     source=config.data.source,
