@@ -43,6 +43,13 @@ class DataConfig:
   mode: Literal['packed', 'padded'] = 'packed'
   """'packed' joins documents and cuts them every `seq_len` tokens; 'padded'
   puts one document in a row, cut or padded, as the GaLore protocol does."""
+  add_bos: bool = False
+  """Begin every document with the tokenizer's beginning-of-sequence token, as
+  LLaMA's training does; the exported tokenizer then does so as well."""
+  document_mask: bool = False
+  """Keep the packed documents of a row apart: none attends to another, each
+  starts at position 0, and its first token is not guessed from the one
+  before. Needs mode 'packed'."""
   seq_len: int = 128
   """Tokens per sequence, at most the model's max_seq_len."""
   cache_dir: str = free('~/.cache/gnlorp_jax')
@@ -54,6 +61,13 @@ class DataConfig:
       raise ValueError(
         'DataConfig.validation_fraction must lie between 0 and 1, got '
         f'{self.validation_fraction}.'
+      )
+    if self.document_mask and self.mode != 'packed':
+      raise ValueError(
+        "data.document_mask=True needs data.mode='packed', got "
+        f'{self.mode!r}: there every row is one document, its padding comes '
+        'after it, and no token attends to later ones, so there is nothing to '
+        'keep apart. Leave it out.'
       )
 
 
@@ -155,6 +169,17 @@ class TrainConfig(RunConfig):
       raise ValueError(
         "TrainConfig.objective='masked' needs data.mode='packed', got "
         f'{self.data.mode!r}.'
+      )
+    if self.data.document_mask:
+      raise ValueError(
+        "data.document_mask=True is for objective='causal', got 'masked': an "
+        'encoder attends to all of its row. Leave it out.'
+      )
+    if self.data.add_bos:
+      raise ValueError(
+        "data.add_bos=True is for objective='causal', got 'masked': there "
+        'every sequence begins with that token, documents within it do not. '
+        'Leave it out.'
       )
 
   @property
