@@ -10,14 +10,13 @@ import hashlib
 import json
 import logging
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from gnlorp_jax.data import cache, sources, tokenizer_files
+from gnlorp_jax.data import cache, hub, sources, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +264,8 @@ def load(
 
   Args:
     spec: `'bpe'`, a `tokenizer.json`, a folder with one (what lies beside it
-      is read too: `tokenizer_files.read`), or the name of a model on the
-      Hugging Face hub. Only the last uses the network.
+      is read too: `tokenizer_files.read`), or `hf:OWNER/NAME`, a repository of
+      the Hugging Face hub (`hub.folder`). Only the last uses the network.
     source: For `'bpe'`, the data source to train on (`sources.documents`). The
       first 32 million characters are used.
     vocab_size: For `'bpe'`, the most entries it may have; a small source gives
@@ -281,16 +280,24 @@ def load(
 
   Raises:
     ValueError: If there is no such tokenizer, it is not one, it has no
-      end-of-sequence token, or what `'bpe'` needs is missing.
+      end-of-sequence token, the hub does not give it, or what `'bpe'` needs is
+      missing.
   """
   if spec == 'bpe':
     return _load_bpe(source, vocab_size, cache_dir, masked)
+  if hub.is_hub(spec):
+    return _load_file(hub.folder(spec, 'tokenizer') / 'tokenizer.json')
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     return _load_file(path / 'tokenizer.json')
   if path.exists() or path.suffix == '.json':
     return _load_file(path)
-  return _load_from_hub(spec)
+  hint = f" Did you mean 'hf:{spec}'?" if spec.count('/') == 1 else ''
+  raise ValueError(
+    f"Unknown tokenizer {spec!r}: not 'bpe', and no such file or folder. "
+    "Expected 'bpe', the path of a tokenizer.json or its folder, or "
+    f"'hf:OWNER/NAME' for one of the Hugging Face hub.{hint}"
+  )
 
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
@@ -317,23 +324,6 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
       path.with_name(tokenizer_files.CONFIG),
     )
   return tokenizer
-
-
-def _load_from_hub(name: str) -> Tokenizer:
-  # Imported here: it takes seconds and only this kind of tokenizer needs it.
-  import transformers
-
-  try:
-    pretrained = transformers.AutoTokenizer.from_pretrained(name)
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"Unknown tokenizer {name!r}: not 'bpe', no such file or folder, and not "
-      'found on the Hugging Face hub (or the hub was not reached). Expected '
-      "'bpe', the path of a tokenizer.json or its folder, or a model name."
-    ) from error
-  with tempfile.TemporaryDirectory() as folder:
-    pretrained.save_pretrained(folder)
-    return _load_file(pathlib.Path(folder) / 'tokenizer.json')
 
 
 def _load_bpe(

@@ -84,8 +84,8 @@ class GlueConfig(RunConfig):
   with random weights: tiny, mini, small, base, large. None is the still smaller
   `model`, for the demo."""
   tokenizer: str | None = free(None)
-  """A tokenizer.json or a folder with one; None is that of the model's folder.
-  The demo makes its own."""
+  """A tokenizer.json, a folder with one, or 'hf:OWNER/NAME'; None is that of
+  the model's folder. The demo makes its own."""
   run_dir: str = free('runs/glue')
   """Where runs, results and table go. The same command goes on where it
   stopped, and repeats nothing that is finished."""

@@ -31,15 +31,17 @@ class DataConfig:
 
   source: str = 'stdlib'
   """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
-  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets; 'stdlib' for
-  the sources of the running Python's standard library."""
+  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets;
+  'hf:OWNER/NAME:CONFIG:SPLIT[:N]' for the first N documents of a set on the
+  Hugging Face hub; 'stdlib' for the sources of the running Python's standard
+  library."""
   validation_source: str | None = result(None)
   """Validation text, named like `source`; None holds out the end of it."""
   validation_fraction: float = free(0.05)
   """Share of `source` held out where there is no `validation_source`."""
   tokenizer: str = free('bpe')
-  """A tokenizer.json, a folder with one, a Hugging Face name, or 'bpe' to train
-  one on the text, as large as the model's vocabulary."""
+  """A tokenizer.json, a folder with one, 'hf:OWNER/NAME' of the Hugging Face
+  hub, or 'bpe' to train one on the text, as large as the model's vocabulary."""
   mode: Literal['packed', 'padded'] = 'packed'
   """'packed' joins documents and cuts them every `seq_len` tokens; 'padded'
   puts one document in a row, cut or padded, as the GaLore protocol does."""
