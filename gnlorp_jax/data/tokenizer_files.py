@@ -16,7 +16,7 @@ import tokenizers
 logger = logging.getLogger(__name__)
 
 CONFIG, GENERATION = 'tokenizer_config.json', 'generation_config.json'
-_SPECIAL = 'special_tokens_map.json'
+_SPECIAL, _MODEL = 'special_tokens_map.json', 'config.json'
 _TEMPLATE, _TEMPLATES = 'chat_template.jinja', 'additional_chat_templates'
 
 # Of a tokenizer_config.json, what a copy of it must not say: which code makes
@@ -51,7 +51,7 @@ class Beside:
     config: Contents of `tokenizer_config.json`; what it does not name, from the
       other files. A token that it holds as null is one that the tokenizer has
       not.
-    eos_ids: Ids that `generation_config.json` lets a generation end with.
+    eos_ids: Ids that these files let a generation end with.
     templates: Chat templates that are files of their own, by path.
   """
 
@@ -102,7 +102,8 @@ def read(folder: pathlib.Path, backend: tokenizers.Tokenizer) -> Beside:
 
   Where they contradict each other `tokenizer_config.json` counts first, then
   `special_tokens_map.json`, then `generation_config.json`. The latter's ids of
-  the end of a sequence all end a generation.
+  the end of a sequence all end a generation. Where it is absent the ids of the
+  model's `config.json` take its place, as in transformers.
 
   Args:
     folder: The folder.
@@ -131,9 +132,11 @@ def read(folder: pathlib.Path, backend: tokenizers.Tokenizer) -> Beside:
         _SPECIAL,
         value,
       )
-  generation = read_object(folder / GENERATION)
+  path = folder / GENERATION
+  path = path if path.is_file() else folder / _MODEL
+  generation = read_object(path)
   ids = {
-    name: _ids(folder, generation, f'{name}_id', backend)
+    name: _ids(path, generation, f'{name}_id', backend)
     for name in ('eos_token', 'bos_token', 'pad_token')
   }
   for name, found in ids.items():
@@ -244,18 +247,17 @@ def _plain(value: Any) -> Any:
 
 
 def _ids(
-  folder: pathlib.Path,
+  path: pathlib.Path,
   generation: dict[str, Any],
   name: str,
   backend: tokenizers.Tokenizer,
 ) -> tuple[int, ...]:
-  """The ids of a generation_config.json that the tokenizer has tokens for."""
+  """The ids of a name that the tokenizer has tokens for."""
   value = generation.get(name)
   ids = value if isinstance(value, list) else [value] * (value is not None)
   if not all(type(i) is int for i in ids):
     raise ValueError(
-      f'{folder / GENERATION} has {name}={value!r}; expected an integer or a '
-      'list of integers.'
+      f'{path} has {name}={value!r}; expected an integer or a list of integers.'
     )
   return tuple(i for i in ids if i >= 0 and backend.id_to_token(i) is not None)
 

@@ -216,6 +216,13 @@ def test_special_tokens_are_named_by_the_first_file_that_does(write, caplog):
   assert ids(
     tokenizer_config={'eos_token': EOS}, generation_config={'eos_token_id': 2}
   ) == ((1, 2), 0, 1)
+  model = {'eos_token_id': 2, 'vocab_size': 999}
+  assert ids(config=model) == ((2,), 0, 2)
+  assert ids(config=model, generation_config={'eos_token_id': 1}) == (
+    (1,),
+    0,
+    1,
+  )
   assert caplog.text == ''
 
 
