@@ -179,13 +179,14 @@ def _program(
   if parameters.is_folder(init_from):
 
     def read(key: jax.Array, shapes: Any) -> Any:
+      folder = parameters.folder(init_from)
       return roberta.load_classifier(
-        init_from,
+        folder,
         architecture,
         num_outputs,
         key,
         shapes=shapes,
-        keep=folders.keeper(init_from, step.weight_bits),
+        keep=folders.keeper(folder, step.weight_bits),
       )
 
   return program.build(
