@@ -71,7 +71,8 @@ def train(
     constants,
   )
   with contextlib.closing(run.batches):
-    for number, state, _, metrics in taken:
+    for number, moved, _, metrics in taken:
+      state = moved
       losses.append(metrics['loss'])
       if number % 100 == 0:
         harness.progress(f'  step {number}: {float(metrics["loss"]):.4f}')
