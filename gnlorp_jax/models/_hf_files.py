@@ -115,7 +115,8 @@ def check_equal(
   step = max(1, _COMPARED // max(1, width))
   differing, first = 0, rows
   for start in range(0, rows, step):
-    a, b = (part[start : start + step].astype(np.float64) for part in pair)
+    stop = min(start + step, rows)
+    a, b = (part[start:stop].astype(np.float64) for part in pair)
     is_other = (a != b) & ~(np.isnan(a) & np.isnan(b))
     (found,) = np.nonzero(is_other.reshape(len(a), width).any(axis=1))
     differing += np.count_nonzero(is_other)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gnlorp_jax.compose.settings import MeshConfig
-from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe
 from gnlorp_jax.training import loop
 
@@ -103,7 +103,9 @@ def test_predictions_and_export_are_of_the_same_model(
 
 def roberta_of(folder):
   config = roberta.config_from_hf(hf.load_config(folder))
-  params = roberta.load_classifier(folder, config, 2, jax.random.key(0))
+  params = roberta.load_classifier(
+    folder, config, 2, jax.random.key(0), head=heads.Head((0, 1), '')
+  )
   return roberta.make_classifier(config, 2), params
 
 
