@@ -152,7 +152,11 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   if not isinstance(index, dict):
     raise ValueError(f'{path} has no object "weight_map".')
   for tensor, name in index.items():
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+    if (
+      not isinstance(name, str)
+      or pathlib.PurePath(name).name != name
+      or not name
+    ):
       raise ValueError(
         f'{path} places {tensor} in {name!r}; it must be the name of a file in '
         'the same folder.'
