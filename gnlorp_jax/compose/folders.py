@@ -59,9 +59,6 @@ def keeper(
   """
   if weight_bits is None:
     return lambda path, array: array
-  codec = optim.quantized_weights.CODEC
-  nearest = jax.jit(functools.partial(quantize, codec=codec, matrix_axes=2))
-  onto = jax.jit(functools.partial(quantize_onto, codec=codec))
   grid = _read_grid(pathlib.Path(folder) / GRID_FILE)
 
   def keep(path: str, array: jax.Array) -> Any:
@@ -69,13 +66,24 @@ def keeper(
       return array
     scale, zero = (grid.get(f'{path}/{part}') for part in ('scale', 'zero'))
     if scale is None or zero is None:
-      kept = nearest(array)
+      kept = _nearest(array)
     else:
-      kept = onto(array, scale=scale, zero=zero)
+      kept = _onto(array, scale=scale, zero=zero)
     # Before the next kernel takes its room.
     return jax.block_until_ready(kept)
 
   return keep
+
+
+# Compiled once for all the runs of a comparison.
+_nearest = jax.jit(
+  functools.partial(
+    quantize, codec=optim.quantized_weights.CODEC, matrix_axes=2
+  )
+)
+_onto = jax.jit(
+  functools.partial(quantize_onto, codec=optim.quantized_weights.CODEC)
+)
 
 
 def _read_grid(path: pathlib.Path) -> dict[str, np.ndarray]:
