@@ -55,7 +55,8 @@ def keeper(
     bfloat16 see `quantize_onto`.
 
   Raises:
-    ValueError: If the file of scales is damaged.
+    ValueError: If the file of scales is damaged; the function raises it too, if
+      these are not of the weights that are read.
   """
   if weight_bits is None:
     return lambda path, array: array
@@ -68,6 +69,13 @@ def keeper(
     if scale is None or zero is None:
       kept = _nearest(array)
     else:
+      wanted = jax.eval_shape(_nearest, array).scale.shape
+      if not scale.shape == zero.shape == wanted:
+        raise ValueError(
+          f'{path} has scales {scale.shape} and zeros {zero.shape} in '
+          f'{pathlib.Path(folder) / GRID_FILE}, and {wanted} blocks. If the '
+          'weights beside it are of another run, remove this file.'
+        )
       kept = _onto(array, scale=scale, zero=zero)
     # Before the next kernel takes its room.
     return jax.block_until_ready(kept)
