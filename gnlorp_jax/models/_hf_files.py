@@ -24,6 +24,11 @@ _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 _COMPARED = 2**24
 
 
+def has_weights(folder: pathlib.Path) -> bool:
+  """Whether there are weights, or an index of them."""
+  return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 def open_tensors(
   folder: str | os.PathLike, stack: contextlib.ExitStack
 ) -> dict[str, safetensors.safe_open]:

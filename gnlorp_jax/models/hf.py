@@ -132,6 +132,30 @@ def tensor_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return _hf_files.shapes(_hf_files.open_tensors(folder, stack))
 
 
+def check_size(folder: str | os.PathLike, num_params: int) -> None:
+  """Refuses a model far larger than its checkpoint, before it is planned.
+
+  Args:
+    folder: As in `load_params`; one without weights passes.
+    num_params: Number of parameters of the model that its `config.json`
+      describes, with any head.
+
+  Raises:
+    ValueError: If these are more than twice what the files hold, or a file is
+      damaged. `load_params` compares every tensor.
+  """
+  folder = pathlib.Path(folder)
+  if not _hf_files.has_weights(folder):
+    return
+  held = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+  # A head that the checkpoint lacks is smaller than the rest.
+  if num_params > 2 * held:
+    raise ValueError(
+      f'{folder / _CONFIG} describes a model of {num_params:,} parameters, but '
+      f'the files beside it hold {held:,} values: it is not theirs.'
+    )
+
+
 def load_params(
   folder: str | os.PathLike,
   table: Table,
@@ -325,7 +349,7 @@ def _read(
   """One parameter from its tensors; nothing of it stays on the host.
 
   A matrix is turned on its way to the device, where the runtime goes through it
-  block by block: NumPy, row by row, takes five times as long.
+  block by block: NumPy, value by value, takes several times as long.
   """
   shape = leaf.shape
   is_turned = tensors[0].transpose

@@ -620,6 +620,24 @@ def test_config_of_terabytes_is_refused_by_headers(
     load(tmp_path, giant)
 
 
+@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
+def test_size_of_a_config_is_compared_with_the_files(tmp_path, max_shard_bytes):
+  model, params = build()
+  export(tmp_path / 'out', model, params, max_shard_bytes=max_shard_bytes)
+  count = llama.num_params(model.config)
+  hf.check_size(tmp_path / 'out', count)
+  # A folder may hold a configuration alone, to plan with.
+  hf.check_size(tmp_path, 10**15)
+  giant = dataclasses.replace(model.config, num_layers=10**9)
+  with pytest.raises(ValueError) as error:
+    hf.check_size(tmp_path / 'out', llama.num_params(giant))
+  assert str(error.value) == (
+    f'{tmp_path / "out/config.json"} describes a model of 7,744,000,002,592 '
+    f'parameters, but the files beside it hold {count:,} values: it is not '
+    'theirs.'
+  )
+
+
 @pytest.mark.parametrize('text', [None, '', '{"hidden_size": '])
 def test_unreadable_config_is_named(tmp_path, text):
   path = tmp_path / 'config.json'
