@@ -816,7 +816,7 @@ def message_of(args, capsys):
     (
       {'data__source': 'nowhere.txt'},
       "Unknown data source 'nowhere.txt': no such file, folder or glob, and "
-      "not 'stdlib' or 'tfds:NAME'.",
+      "not 'stdlib', 'tfds:NAME' or 'hf:OWNER/NAME[:N]'.",
     ),
     (
       {'optim__projection': 'foo'},

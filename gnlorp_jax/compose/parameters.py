@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -17,6 +17,7 @@ from gnlorp_jax import models, optim
 from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
+from gnlorp_jax.data import hub
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.decoder_config import DecoderConfig
 from gnlorp_jax.models.interface import Model
@@ -39,7 +40,7 @@ def architecture(
   """A model's configuration: as given, of a folder, or a preset of that name.
 
   Args:
-    init_from: A Hugging Face folder, the name of a preset, or None.
+    init_from: A Hugging Face folder, a name of the hub or of a preset, or None.
     model: The configuration that the run gives. What is its own affair (dtypes,
       remat, dropout) it keeps where the rest comes from elsewhere.
     keep_dropout: Whether rates of dropout are among that.
@@ -54,8 +55,8 @@ def architecture(
   """
   if init_from is None:
     return dataclasses.replace(model, **overrides)
-  if pathlib.Path(init_from).is_dir():
-    found_hf = hf.load_config(init_from)
+  if is_folder(init_from):
+    found_hf = hf.load_config(folder(init_from, 'config'))
     found = models.family_of(found_hf).config_from_hf(found_hf)
   else:
     found = models.preset(init_from)
@@ -63,7 +64,7 @@ def architecture(
     names = list(models.family(model).PRESETS)
     raise ValueError(
       f'init_from={init_from!r} is neither a folder nor a preset. Presets: '
-      f'{names}.'
+      f"{names}. A model of the Hugging Face hub is named 'hf:OWNER/NAME'."
     )
   if isinstance(found, DecoderConfig) != isinstance(model, DecoderConfig):
     raise ValueError(
@@ -82,7 +83,35 @@ def architecture(
 
 def is_folder(init_from: str | None) -> bool:
   """Whether weights come from a folder, and are not random."""
-  return init_from is not None and pathlib.Path(init_from).is_dir()
+  return hub.is_hub(init_from) or (
+    init_from is not None and pathlib.Path(init_from).is_dir()
+  )
+
+
+def folder(
+  init_from: str, what: Literal['model', 'tokenizer', 'config'] = 'model'
+) -> str:
+  """The local folder behind `init_from`, where `is_folder` says there is one.
+
+  Args:
+    init_from: A folder, or a name of the hub, of which what is asked for is
+      downloaded unless it is there.
+    what: Of a name of the hub; see `hub.folder`.
+
+  Raises:
+    ValueError: If the hub does not give it.
+  """
+  if hub.is_hub(init_from):
+    return str(hub.folder(init_from, what))
+  return init_from
+
+
+def pinned(init_from: str | None) -> str | None:
+  """`init_from`, a name of the hub with the commit that it stands for."""
+  if not hub.is_hub(init_from):
+    return init_from
+  commit = hub.folder(init_from, 'config').name
+  return f'{init_from.partition("@")[0]}@{commit}'
 
 
 def adapter_config(options: AdapterOptions) -> adapters.AdapterConfig | None:

@@ -27,6 +27,7 @@ def batches(
   prefetch: int = 2,
   masking: Masking | None = None,
   with_seeds: bool = False,
+  document_mask: bool = False,
 ) -> grain.DatasetIterator:
   """Iterates over batches, reproducibly and resumably.
 
@@ -37,6 +38,14 @@ def batches(
   * `weights`: float32 ``[B, T]``, 1 where the target counts. Packed, that is
     everywhere. Padded, it is 0 where the target is padding and at the last
     position, which has no target.
+
+  With `document_mask` there are
+
+  * `segments`: int32 ``[B, T]``, 1 for the first document of a row, 2 for the
+    next, and so on. The end-of-sequence token belongs to the document it ends.
+
+  Documents are then to be as if each stood alone, so the first token of one,
+  which nothing before it tells, does not count as a target: its weight is 0.
 
   Packed sequence i holds the tokens i T to i T + T, the last only as a target.
 
@@ -64,6 +73,7 @@ def batches(
       The file must be packed.
     with_seeds: Adds `seeds`, uint32 ``[B]``, newly drawn in every epoch, for
       dropout. What `masking` makes of a sequence has them already.
+    document_mask: Adds `segments`. The file must be packed, and `masking` None.
 
   Returns:
     The iterator. `close()` ends its thread.
@@ -89,22 +99,18 @@ def batches(
       f'batch_size={batch_size} must be a multiple of process_count='
       f'{process_count}.'
     )
-  if token_file.seq_len not in (None, seq_len):
-    raise ValueError(
-      f'seq_len={seq_len} differs from the padded token file, whose rows have '
-      f'{token_file.seq_len} tokens. Use that length or prepare it anew.'
-    )
+  _check_mode(token_file, seq_len, masking, document_mask)
   if masking is not None:
-    if token_file.mode != 'packed' or seq_len < 3:
-      raise ValueError(
-        f'Masking needs a packed token file and a seq_len of at least 3; got '
-        f'mode={token_file.mode!r}, seq_len={seq_len}.'
-      )
     seq_len -= 2  # The rest are the tokens around the text.
   _check_size(token_file, batch_size if repeat else 1, seq_len)
 
   dataset = grain.MapDataset.source(
-    _Sequences(token_file, seq_len, multiple_of=1 if repeat else batch_size)
+    _Sequences(
+      token_file,
+      seq_len,
+      multiple_of=1 if repeat else batch_size,
+      document_mask=document_mask,
+    )
   )
   if shuffle:
     dataset = dataset.shuffle(seed=seed)
@@ -130,6 +136,31 @@ def batches(
   return iter(dataset.to_iter_dataset(options))
 
 
+def _check_mode(
+  token_file: TokenFile,
+  seq_len: int,
+  masking: Masking | None,
+  document_mask: bool,
+) -> None:
+  if token_file.seq_len not in (None, seq_len):
+    raise ValueError(
+      f'seq_len={seq_len} differs from the padded token file, whose rows have '
+      f'{token_file.seq_len} tokens. Use that length or prepare it anew.'
+    )
+  if masking is not None and (token_file.mode != 'packed' or seq_len < 3):
+    raise ValueError(
+      f'Masking needs a packed token file and a seq_len of at least 3; got '
+      f'mode={token_file.mode!r}, seq_len={seq_len}.'
+    )
+  if document_mask and (token_file.mode != 'packed' or masking is not None):
+    raise ValueError(
+      'document_mask=True needs a packed token file and no tokens to be '
+      f'guessed within it; got mode={token_file.mode!r}, '
+      f'{"no " if masking is None else ""}masking. A padded row is one '
+      'document already.'
+    )
+
+
 def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
   available = token_file.num_sequences(seq_len)
   if available >= sequences:
@@ -150,12 +181,20 @@ def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
 class _Sequences:
   """Random access to training sequences."""
 
-  def __init__(self, token_file: TokenFile, seq_len: int, multiple_of: int):
+  def __init__(
+    self,
+    token_file: TokenFile,
+    seq_len: int,
+    *,
+    multiple_of: int,
+    document_mask: bool,
+  ):
     self._items = token_file.items()
     self._packed = token_file.mode == 'packed'
     self._eos_id = token_file.eos_id
     self._pad_id = token_file.pad_id
     self._seq_len = seq_len
+    self._document_mask = document_mask
     self._real = token_file.num_sequences(seq_len)
     self._length = math.ceil(self._real / multiple_of) * multiple_of
 
@@ -176,8 +215,13 @@ class _Sequences:
       window = np.append(row, np.int32(self._pad_id))
       # The first end-of-sequence token is the last target of the document.
       counted = int(np.argmax(row == self._eos_id))
-    return {
+    row = {
       'inputs': window[:-1],
       'targets': window[1:],
       'weights': (np.arange(length) < counted).astype(np.float32),
     }
+    if self._document_mask:
+      is_end = row['inputs'] == self._eos_id
+      row['segments'] = (1 + np.cumsum(is_end) - is_end).astype(np.int32)
+      row['weights'][is_end] = 0
+    return row

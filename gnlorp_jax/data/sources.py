@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, TFDS data sets, the standard library.
+"""Where text comes from: files, folders, data sets, the standard library.
 
 A source is named by one string, a comma-separated list of
 
@@ -9,6 +9,8 @@ A source is named by one string, a comma-separated list of
 * a glob such as `data/c4-train.*.json.gz`, sorted by path;
 * `tfds:NAME` or `tfds:NAME@SPLIT`: a TensorFlow Datasets set that is prepared
   as ArrayRecord, for instance `tfds:lm1b@train[:10%]`;
+* `hf:OWNER/NAME:CONFIG:SPLIT@REVISION[:N]`: the first N documents of a data set
+  of the Hugging Face hub, for instance `hf:allenai/c4:en[:1000000]`; see `hub`;
 * `stdlib`: about 4 MB of the Python files of the running interpreter, which
   every machine has.
 """
@@ -28,6 +30,8 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from gnlorp_jax.data import hub
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,8 @@ class Tally:
   """What a pass over a source has met so far; kept up to date by the reader.
 
   Attributes:
-    records: Lines (of files) and elements (of TFDS) read, bad ones included.
+    records: Lines (of files) and elements (of data sets) read, bad ones
+      included.
     bad: Records skipped because they hold no readable text.
     first_bad: Place and fault of the first of them.
     fraction: Part of the source that has been read, in [0, 1].
@@ -106,8 +111,9 @@ def fingerprint(source: str) -> str:
     source: Name of the source; see the head of this module.
 
   Returns:
-    A hash of the paths, sizes and modification times of the files, and of the
-    place, split and length of TFDS data sets.
+    A hash of the paths, sizes and modification times of the files, of the
+    place, split and length of TFDS data sets, and of the commit, configuration,
+    split and number of documents of those of the hub.
 
   Raises:
     ValueError: If the source is unknown or unreadable.
@@ -116,9 +122,7 @@ def fingerprint(source: str) -> str:
   return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _read(
-  source: str, parts: Sequence['_File | _Prepared'], tally: Tally
-) -> Iterator[str]:
+def _read(source: str, parts: Sequence['_Part'], tally: Tally) -> Iterator[str]:
   empty = True
   for done, part in enumerate(parts):
     for text, fraction in part.texts(tally):
@@ -140,7 +144,7 @@ def _read(
     )
 
 
-def _resolve(source: str) -> list['_File | _Prepared']:
+def _resolve(source: str) -> list['_Part']:
   names = [name.strip() for name in source.split(',')]
   if not all(names):
     raise ValueError(
@@ -150,11 +154,13 @@ def _resolve(source: str) -> list['_File | _Prepared']:
   return [part for name in names for part in _resolve_one(name)]
 
 
-def _resolve_one(name: str) -> list['_File | _Prepared']:
+def _resolve_one(name: str) -> list['_Part']:
   if name == 'stdlib':
     return [_File(path) for path in _stdlib_files()]
   if name.startswith('tfds:'):
     return [_open_prepared(name)]
+  if hub.is_hub(name):
+    return [_Streamed(hub.texts(name))]
   path = pathlib.Path(name).expanduser()
   if path.is_file():
     files = [path]
@@ -189,7 +195,7 @@ def _unknown(name: str, path: pathlib.Path) -> str:
   hint = f' Did you mean {choices[close[0]]!r}?' if close else ''
   return (
     f'Unknown data source {name!r}: no such file, folder or glob, and not '
-    f"'stdlib' or 'tfds:NAME'.{hint}"
+    f"'stdlib', 'tfds:NAME' or 'hf:OWNER/NAME[:N]'.{hint}"
   )
 
 
@@ -286,10 +292,14 @@ class _File:
 def _text_field(line: str) -> str:
   record = json.loads(line)
   text = record.get('text') if isinstance(record, dict) else None
-  if not isinstance(text, str):
-    raise ValueError('expected a JSON object with a string field "text"')
-  text.encode()  # JSON can spell half a surrogate pair, which is not text.
+  _check_text(text)
   return text
+
+
+def _check_text(text: Any) -> None:
+  if not isinstance(text, str):
+    raise ValueError('expected a record with a string field "text"')
+  text.encode()  # JSON can spell half a surrogate pair, which is not text.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,3 +366,29 @@ def _open_prepared(name: str) -> _Prepared:
       f'{sorted(builder.info.features)}. Name a data set of texts.'
     )
   return _Prepared(name, str(builder.data_path), elements)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamed:
+  """Documents of a data set of the hub."""
+
+  data: hub.Texts
+
+  def identity(self) -> list[Any]:
+    data = self.data
+    named = [data.repository, data.config, data.split]
+    return ['hf', *named, data.commit, data.limit]
+
+  def texts(self, tally: Tally) -> Iterator[tuple[str, float]]:
+    """Yields each document and the fraction read, of an unknown whole 0."""
+    for number, text in enumerate(self.data.documents(), 1):
+      tally.records += 1
+      try:
+        _check_text(text)
+      except ValueError as fault:
+        tally.report(f'{self.data.spec}:{number}', fault)
+      else:
+        yield text, number / self.data.limit if self.data.limit else 0.0
+
+
+_Part = _File | _Prepared | _Streamed

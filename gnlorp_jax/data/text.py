@@ -41,8 +41,8 @@ class TokenFile:
     path: The file: ids without a header, in the machine's byte order.
     dtype: `'uint16'` or `'uint32'`.
     mode: `'packed'`, one array ``[N]`` in which every document ends with
-      `eos_id`; or `'padded'`, an array ``[D, T]`` with a document per row, cut
-      and ended with `eos_id`, then filled with `pad_id`.
+      `eos_id`, which is nowhere else; or `'padded'`, an array ``[D, T]`` with a
+      document per row, cut and ended with `eos_id`, then filled with `pad_id`.
     seq_len: T of a padded file; None for a packed one.
     vocab_size: All ids are below it.
     eos_id: Id that ends a document.
@@ -88,12 +88,13 @@ def prepare(
   seq_len: int | None = None,
   cache_dir: str | pathlib.Path,
   progress: bool = True,
+  add_bos: bool = False,
 ) -> TokenFile:
   """Tokenises a source into a cached file, or finds it there.
 
   The file is kept under `cache_dir` by a hash of the source (paths, sizes and
-  modification times), the tokenizer, the mode and, if padded, the length. It
-  appears only when it is complete; processes may race for it.
+  modification times), the tokenizer, the mode, `add_bos` and, if padded, the
+  length. It appears only when it is complete; processes may race for it.
 
   Args:
     source: Name of a data source; see `sources`.
@@ -105,13 +106,15 @@ def prepare(
     seq_len: Row length, for `'padded'` only.
     cache_dir: Folder of all cached files; made if need be.
     progress: Whether to show a progress bar where the terminal can.
+    add_bos: Whether every document begins with the tokenizer's `bos_id`.
 
   Returns:
     The token file.
 
   Raises:
-    ValueError: If the mode is unknown, `seq_len` does not fit it, or the source
-      is at fault (see `sources.documents`).
+    ValueError: If the mode is unknown, `seq_len` does not fit it, the tokenizer
+      has no token to begin with, or the source is at fault (see
+      `sources.documents`).
 
   Note:
     Packed documents of more than half a million characters are tokenised in
@@ -129,6 +132,7 @@ def prepare(
     raise ValueError(
       f"mode='padded' needs the row length, at least 2; got seq_len={seq_len}."
     )
+  bos_id = tokenizer.check_bos() if add_bos else None
   key = [
     _FORMAT,
     sources.fingerprint(source),
@@ -136,10 +140,14 @@ def prepare(
     mode,
     seq_len,
   ]
+  if add_bos:
+    key.append('bos')
   digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
   folder = cache.cached_folder(
     pathlib.Path(cache_dir) / f'tokens-{digest}',
-    lambda folder: _write(folder, source, tokenizer, mode, seq_len, progress),
+    lambda folder: _write(
+      folder, source, tokenizer, mode, seq_len, bos_id, progress
+    ),
   )
   metadata = json.loads((folder / 'metadata.json').read_text())
   return TokenFile(path=folder / 'tokens.bin', **metadata)
@@ -202,10 +210,13 @@ def _write(
   tokenizer: Tokenizer,
   mode: str,
   seq_len: int | None,
+  bos_id: int | None,
   progress: bool,
 ) -> None:
   """Fills a cache folder with `tokens.bin` and `metadata.json`."""
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+  begin = np.array([] if bos_id is None else [bos_id], np.int64)
+  is_first = True  # The next piece, of its document.
   documents = tokens = items = 0
   tally = sources.Tally()
   texts = sources.documents(source, tally)
@@ -216,21 +227,19 @@ def _write(
     task = bar.add_task('Tokenising', total=1.0, tokens=0)
     for group in _groups(_pieces(texts, whole=mode == 'padded')):
       encoded = tokenizer.encode_batch([text for text, _ in group])
-      last = [is_last for _, is_last in group]
+      pieces = []
+      for ids, (_, is_last) in zip(encoded, group, strict=True):
+        ids = ids if is_last else ids[:-1]
+        pieces.append(np.concatenate([begin, ids]) if is_first else ids)
+        is_first = is_last
+        documents += is_last
       if mode == 'padded':
-        block, counted = _rows(encoded, seq_len, tokenizer)
-        items += len(block)
+        block, counted = _rows(pieces, seq_len, tokenizer)
       else:
-        block = np.concatenate(
-          [
-            ids if is_last else ids[:-1]
-            for ids, is_last in zip(encoded, last, strict=True)
-          ]
-        )
+        block = np.concatenate(pieces)
         counted = len(block)
-        items += counted
       block.astype(dtype).tofile(file)
-      documents += sum(last)
+      items += len(block)
       tokens += counted
       bar.update(task, completed=tally.fraction, tokens=tokens)
   logger.info(

@@ -11,11 +11,12 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 
-from gnlorp_jax.data import cache, sources
+from gnlorp_jax.data import cache, hub, sources, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,12 @@ class Tokenizer:
   Attributes:
     backend: The `tokenizers.Tokenizer`, truncation and padding switched off.
     eos_id: Id that ends every document.
+    eos_ids: Ids that end a generation, `eos_id` first.
     pad_id: Id that fills up short rows; `eos_id` if the tokenizer has none.
     bos_id: Id that may start a sequence, or None. Never added by this class.
+    adds_bos: Whether the tokenizer itself puts `bos_id` before a text: models
+      that were trained with it expect that.
+    chat_template: Jinja template of a conversation, or None.
     mask_id: Id that stands for a token to be guessed, or None. Never added by
       this class.
     text_ids: Ids of the pieces of text, ascending, ``[N]``: of all but the ids
@@ -58,8 +63,16 @@ class Tokenizer:
     eos_token: str | None = None,
     pad_token: str | None = None,
     bos_token: str | None = None,
+    beside: tokenizer_files.Beside | None = None,
   ):
     """Wraps a tokenizer; tokens not given are looked for by usual names.
+
+    Args:
+      backend: The tokenizer, which this changes.
+      eos_token: Ends documents; None takes what `beside` names.
+      pad_token: Fills up rows; None likewise.
+      bos_token: May start a sequence; None likewise.
+      beside: What the files beside the tokenizer say; `save` writes it again.
 
     Raises:
       ValueError: If there is no end-of-sequence token.
@@ -69,6 +82,8 @@ class Tokenizer:
     # '</s>' in a web page is five characters, not the end of the document.
     backend.encode_special_tokens = True
     self.backend = backend
+    self._beside = beside or tokenizer_files.Beside()
+    eos_token = eos_token or self._beside.token('eos_token')
     eos_id = _find(backend, eos_token, _EOS_TOKENS)
     if eos_id is None:
       raise ValueError(
@@ -76,11 +91,16 @@ class Tokenizer:
         f'none of {_EOS_TOKENS} is in its vocabulary. Name it as "eos_token" '
         'in a tokenizer_config.json beside the tokenizer.json.'
       )
-    pad_id = _find(backend, pad_token, _PAD_TOKENS)
+    pad_id = self._id('pad_token', pad_token, _PAD_TOKENS)
     self.eos_id = eos_id
+    self.eos_ids = tuple(dict.fromkeys((eos_id, *self._beside.eos_ids)))
     self.pad_id = eos_id if pad_id is None else pad_id
-    self.bos_id = _find(backend, bos_token, _BOS_TOKENS)
-    self.mask_id = _find(backend, None, _MASK_TOKENS)
+    self.bos_id = self._id('bos_token', bos_token, _BOS_TOKENS)
+    self.mask_id = self._id('mask_token', None, _MASK_TOKENS)
+    self.chat_template = self._beside.chat_template
+    self.adds_bos = self.bos_id is not None and tokenizer_files.begins_with(
+      tokenizer_files.processors(backend), self.bos_id
+    )
 
     ids = set(backend.get_vocab(with_added_tokens=True).values())
     added = backend.get_added_tokens_decoder()
@@ -93,6 +113,30 @@ class Tokenizer:
     self._from_text = np.ones(max(ids) + 1, bool)
     self._from_text[sorted((special | control) - unknown)] = False
     self.text_ids = np.array(sorted(ids - special - control - unknown))
+
+  def _id(
+    self, name: str, token: str | None, usual: Sequence[str]
+  ) -> int | None:
+    """Id of the token of a name; None where the files say there is none."""
+    token = token or self._beside.token(name)
+    if token is None and self._beside.lacks(name):
+      return None
+    return _find(self.backend, token, usual)
+
+  def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
+    """Encodes a text that something follows: a prompt.
+
+    Args:
+      text: The text. Special tokens spelled in it stay plain text.
+      add_special_tokens: Whether to put around it what the tokenizer does.
+
+    Returns:
+      Ids, int64 ``[length]``. As `encode_batch` has them, without the end.
+    """
+    encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+    ids = np.asarray(encoding.ids, np.int64)
+    put_around = np.asarray(encoding.special_tokens_mask, bool)
+    return ids[self._from_text[ids] | put_around]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes documents, using all cores.
@@ -123,30 +167,89 @@ class Tokenizer:
     content = [self.backend.to_str(), self.eos_id, self.pad_id, self.bos_id]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-  def save(self, folder: str | pathlib.Path) -> None:
+  def save(
+    self, folder: str | pathlib.Path, *, add_bos: bool | None = None
+  ) -> None:
     """Writes what `load` and `transformers.AutoTokenizer` read.
 
+    What the files beside the tokenizer said is written again: chat templates,
+    further special tokens, the longest text.
+
     Args:
-      folder: Receives `tokenizer.json` and `tokenizer_config.json`; made if
-        need be.
+      folder: Receives the files; made if need be.
+      add_bos: None keeps what the tokenizer puts around a text: masked models
+        and classifiers learn from that. Causal ones learn from plain text, so
+        otherwise nothing is put around it but, if True, `bos_id` before it. A
+        `generation_config.json` then tells their ids.
+
+    Raises:
+      ValueError: If `add_bos` is asked for and there is no such token.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    self.backend.save(str(folder / 'tokenizer.json'))
-    config = {
+    backend, config = self.backend, self._config()
+    if add_bos is not None:
+      bos_id = self.check_bos() if add_bos else None
+      backend = tokenizer_files.with_bos_alone(backend, bos_id)
+      config |= {'add_bos_token': add_bos, 'add_eos_token': False}
+      _write(folder / tokenizer_files.GENERATION, self._generation_config())
+    backend.save(str(folder / 'tokenizer.json'))
+    _write(folder / tokenizer_files.CONFIG, config)
+    self._beside.write_templates(folder)
+
+  def check_bos(self) -> int:
+    """The id that documents begin with where `add_bos` is asked for.
+
+    Raises:
+      ValueError: If there is none, or it is the one that ends them.
+    """
+    if self.bos_id is None:
+      raise ValueError(
+        'add_bos=True needs a beginning-of-sequence token, and the tokenizer '
+        'has none. Name one of its tokens as "bos_token" in a '
+        'tokenizer_config.json beside the tokenizer.json, or leave add_bos out.'
+      )
+    if self.bos_id == self.eos_id:
+      raise ValueError(
+        f'add_bos=True cannot be used with this tokenizer: id {self.bos_id}, '
+        f'{self.backend.id_to_token(self.bos_id)!r}, begins and ends a '
+        'sequence, so nothing would tell where a document ends. Leave add_bos '
+        'out: in packed text each follows the token that ends the one before.'
+      )
+    return self.bos_id
+
+  def _config(self) -> dict[str, Any]:
+    """Contents of `tokenizer_config.json`."""
+    name_of = self.backend.id_to_token
+    config = self._beside.kept() | {
+      # Not what read it: other classes make the tokenizer anew, from its words.
       'tokenizer_class': 'PreTrainedTokenizerFast',
-      'eos_token': self.backend.id_to_token(self.eos_id),
-      'pad_token': self.backend.id_to_token(self.pad_id),
+      'eos_token': name_of(self.eos_id),
+      'pad_token': name_of(self.pad_id),
       'clean_up_tokenization_spaces': False,
     }
+    space = tokenizer_files.adds_prefix_space(self.backend)
+    if space is not None:
+      config['add_prefix_space'] = space
     if self.bos_id is not None:
-      config['bos_token'] = self.backend.id_to_token(self.bos_id)
+      config['bos_token'] = name_of(self.bos_id)
     if self.mask_id is not None:
       # What a tokenizer of masked text calls these tokens.
-      config['cls_token'] = config.get('bos_token', config['eos_token'])
-      config['sep_token'] = config['eos_token']
-      config['mask_token'] = self.backend.id_to_token(self.mask_id)
-    (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2))
+      config.setdefault(
+        'cls_token', config.get('bos_token', name_of(self.eos_id))
+      )
+      config.setdefault('sep_token', name_of(self.eos_id))
+      config['mask_token'] = name_of(self.mask_id)
+    return config
+
+  def _generation_config(self) -> dict[str, Any]:
+    """Contents of `generation_config.json`."""
+    eos_ids = self.eos_ids
+    ids = {
+      'eos_token_id': eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
+      'pad_token_id': self.pad_id,
+    }
+    return ids if self.bos_id is None else {'bos_token_id': self.bos_id} | ids
 
 
 def load(
@@ -160,9 +263,9 @@ def load(
   """Loads a tokenizer, or trains one.
 
   Args:
-    spec: `'bpe'`, a `tokenizer.json`, a folder with one (its
-      `tokenizer_config.json` is read too), or the name of a model on the
-      Hugging Face hub. Only the last uses the network.
+    spec: `'bpe'`, a `tokenizer.json`, a folder with one (what lies beside it
+      is read too: `tokenizer_files.read`), or `hf:OWNER/NAME`, a repository of
+      the Hugging Face hub (`hub.folder`). Only the last uses the network.
     source: For `'bpe'`, the data source to train on (`sources.documents`). The
       first 32 million characters are used.
     vocab_size: For `'bpe'`, the most entries it may have; a small source gives
@@ -177,16 +280,24 @@ def load(
 
   Raises:
     ValueError: If there is no such tokenizer, it is not one, it has no
-      end-of-sequence token, or what `'bpe'` needs is missing.
+      end-of-sequence token, the hub does not give it, or what `'bpe'` needs is
+      missing.
   """
   if spec == 'bpe':
     return _load_bpe(source, vocab_size, cache_dir, masked)
+  if hub.is_hub(spec):
+    return _load_file(hub.folder(spec, 'tokenizer') / 'tokenizer.json')
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     return _load_file(path / 'tokenizer.json')
   if path.exists() or path.suffix == '.json':
     return _load_file(path)
-  return _load_from_hub(spec)
+  hint = f" Did you mean 'hf:{spec}'?" if spec.count('/') == 1 else ''
+  raise ValueError(
+    f"Unknown tokenizer {spec!r}: not 'bpe', and no such file or folder. "
+    "Expected 'bpe', the path of a tokenizer.json or its folder, or "
+    f"'hf:OWNER/NAME' for one of the Hugging Face hub.{hint}"
+  )
 
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
@@ -202,36 +313,17 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
       f'{path} is not a tokenizer; expected a tokenizer.json as the tokenizers '
       f'library writes it. It says: {error}'
     ) from error
-  config_path = path.with_name('tokenizer_config.json')
-  config = {}
-  if config_path.is_file():
-    config = json.loads(config_path.read_text(encoding='utf-8'))
-  tokens = {}
-  for name in ('eos_token', 'pad_token', 'bos_token'):
-    token = config.get(name)
-    # Older configurations hold the token with its properties.
-    tokens[name] = token['content'] if isinstance(token, dict) else token
-  return Tokenizer(backend, **tokens)
-
-
-def _load_from_hub(name: str) -> Tokenizer:
-  # Imported here: it takes seconds and only this kind of tokenizer needs it.
-  import transformers
-
-  try:
-    pretrained = transformers.AutoTokenizer.from_pretrained(name)
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"Unknown tokenizer {name!r}: not 'bpe', no such file or folder, and not "
-      'found on the Hugging Face hub (or the hub was not reached). Expected '
-      "'bpe', the path of a tokenizer.json or its folder, or a model name."
-    ) from error
-  return Tokenizer(
-    pretrained.backend_tokenizer,
-    eos_token=pretrained.eos_token,
-    pad_token=pretrained.pad_token,
-    bos_token=pretrained.bos_token,
-  )
+  beside = tokenizer_files.read(path.parent, backend)
+  tokenizer = Tokenizer(backend, beside=beside)
+  if beside.token('eos_token') is None:
+    logger.warning(
+      'Nothing beside %s names the token that ends a document: %r is taken, '
+      'because it is usual. If that is wrong, name it as "eos_token" in %s.',
+      path,
+      backend.id_to_token(tokenizer.eos_id),
+      path.with_name(tokenizer_files.CONFIG),
+    )
+  return tokenizer
 
 
 def _load_bpe(
@@ -311,3 +403,7 @@ def _find(
     if (token_id := backend.token_to_id(candidate)) is not None:
       return token_id
   return None
+
+
+def _write(path: pathlib.Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2), encoding='utf-8')

@@ -140,7 +140,8 @@ def log_to_terminal() -> None:
     ],
     force=True,  # absl has put its own handler there already.
   )
-  for chatty in ('absl', 'jax', 'orbax'):
+  # httpx tells addresses, and those of downloads are signed.
+  for chatty in ('absl', 'httpx', 'httpx2', 'jax', 'orbax'):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -83,7 +83,8 @@ def test_neither_folder_nor_preset_is_told():
     parameters.architecture('6m', TINY)
   assert str(error.value) == (
     "init_from='6m' is neither a folder nor a preset. Presets: "
-    f'{list(llama.PRESETS)}.'
+    f'{list(llama.PRESETS)}. A model of the Hugging Face hub is named '
+    "'hf:OWNER/NAME'."
   )
 
 

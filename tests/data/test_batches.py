@@ -111,6 +111,82 @@ def test_padded_weights_are_right_when_padding_is_end_of_sequence(tmp_path):
   np.testing.assert_array_equal(batch['weights'], [[1, 1, 0, 0], [1, 0, 0, 0]])
 
 
+@pytest.fixture
+def documents(tmp_path):
+  """Packed documents of 0 to 6 words; words are 2 and up."""
+  rng = np.random.default_rng(0)
+  items = []
+  for length in rng.integers(0, 7, 40):
+    items += [*rng.integers(2, 90, length), EOS]
+  return token_file(tmp_path / 'documents', items, 'packed')
+
+
+def test_segments_number_the_documents_of_a_row(tmp_path):
+  items = [7, 8, EOS, 9, EOS, EOS, 6, 5, 4, 3, 2, EOS, 9]
+  file = token_file(tmp_path / 'f', items, 'packed')
+  (batch,) = take(
+    iterate(file, batch_size=2, seq_len=6, shuffle=False, document_mask=True),
+    1,
+  )
+  np.testing.assert_array_equal(
+    batch['segments'], [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 1, 1]]
+  )
+  # Nothing tells what follows the end of a document.
+  np.testing.assert_array_equal(
+    batch['weights'], [[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+  )
+  assert batch['segments'].dtype == np.int32
+  assert batch['weights'].dtype == np.float32
+
+
+def test_masked_documents_are_the_same_text_in_the_same_order(documents):
+  plain = take(iterate(documents, seed=3), 20)
+  masked = take(iterate(documents, seed=3, document_mask=True), 20)
+  for a, b in zip(plain, masked, strict=True):
+    np.testing.assert_array_equal(a['inputs'], b['inputs'])
+    np.testing.assert_array_equal(a['targets'], b['targets'])
+    for row, numbers in zip(b['inputs'], b['segments'], strict=True):
+      expected, number = [], 1
+      for token in row:
+        expected.append(number)
+        number += token == EOS
+      assert numbers.tolist() == expected
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 64])
+def test_evaluation_of_masked_documents_counts_all_but_their_first_tokens(
+  documents, batch_size
+):
+  taken = take(
+    iterate(
+      documents,
+      batch_size=batch_size,
+      repeat=False,
+      shuffle=False,
+      document_mask=True,
+    )
+  )
+  targets = np.concatenate([b['targets'][b['weights'] > 0] for b in taken])
+  items = documents.items()
+  items = items[: (len(items) - 1) // 4 * 4 + 1]
+  np.testing.assert_array_equal(targets, items[1:][items[:-1] != EOS])
+
+
+def test_what_has_no_documents_to_keep_apart_is_an_error(padded, packed):
+  def message(file, **options):
+    with pytest.raises(ValueError) as error:
+      iterate(file, document_mask=True, **options)
+    return str(error.value)
+
+  text = (
+    'document_mask=True needs a packed token file and no tokens to be guessed '
+    'within it; got mode={}, {}masking. A padded row is one document already.'
+  )
+  assert message(padded) == text.format("'padded'", 'no ')
+  # What masks is not asked.
+  assert message(packed, masking=object()) == text.format("'packed'", '')
+
+
 def test_every_epoch_visits_every_sequence_in_its_own_order(packed):
   # 10 sequences in batches of 3: the fourth batch reaches into epoch two.
   order = firsts(take(iterate(packed, seed=1), 10))

@@ -175,11 +175,12 @@ def test_unknown_source_error_names_the_nearest_choice(folder):
     sources.documents(f'{folder}/b.text')
   assert str(error.value) == (
     f"Unknown data source '{folder}/b.text': no such file, folder or glob, and "
-    f"not 'stdlib' or 'tfds:NAME'. Did you mean '{folder}/b.txt'?"
+    "not 'stdlib', 'tfds:NAME' or 'hf:OWNER/NAME[:N]'. Did you mean "
+    f"'{folder}/b.txt'?"
   )
   with pytest.raises(ValueError, match="Did you mean 'stdlib'?"):
     sources.documents('stdlb')
-  with pytest.raises(ValueError, match="or 'tfds:NAME'.$"):
+  with pytest.raises(ValueError, match=r"'hf:OWNER/NAME\[:N\]'.$"):
     sources.documents(f'{folder}/nowhere/*.qqq')
 
 

@@ -72,6 +72,85 @@ def test_padded_file_has_a_document_a_row_ended_and_filled(
   assert file.num_sequences(8) == 6
 
 
+def with_bos(tokenizer):
+  """The same words; the padding of the other is the beginning of this one."""
+  return tokenizer_lib.Tokenizer(
+    tokenizers.Tokenizer.from_str(tokenizer.backend.to_str()),
+    bos_token='<pad>',
+  )
+
+
+def test_packed_documents_may_begin_with_a_token(
+  tmp_path, source, tokenizer, documents, monkeypatch
+):
+  file = text.prepare(
+    source, with_bos(tokenizer), cache_dir=tmp_path / 'a', add_bos=True
+  )
+  expected = [i for document in documents for i in [0, *ids_of(document)]]
+  np.testing.assert_array_equal(file.items(), expected)
+  assert (file.documents, file.tokens) == (6, 60)
+  # A document in pieces begins once, whatever the groups of pieces are.
+  path = tmp_path / 'a.txt'
+  path.write_text('\n'.join(documents))
+  monkeypatch.setattr(text, '_PIECE_CHARACTERS', 125)
+  monkeypatch.setattr(text, '_GROUP_CHARACTERS', 100)
+  file = text.prepare(
+    str(path), with_bos(tokenizer), cache_dir=tmp_path / 'b', add_bos=True
+  )
+  np.testing.assert_array_equal(file.items(), [0, *ids_of(' '.join(documents))])
+
+
+def test_padded_documents_may_begin_with_a_token(
+  tmp_path, source, tokenizer, documents
+):
+  file = text.prepare(
+    source,
+    with_bos(tokenizer),
+    mode='padded',
+    seq_len=8,
+    cache_dir=tmp_path / 'cache',
+    add_bos=True,
+  )
+  rows = []
+  for document in documents:
+    words = [0, *ids_of(document)[:-1][:6], EOS]
+    rows.append(words + [PAD] * (8 - len(words)))
+  np.testing.assert_array_equal(file.items(), rows)
+  assert file.tokens == 5 + 8 + 3 + 8 + 8 + 8
+
+
+def test_tokens_with_and_without_a_beginning_are_other_files(
+  tmp_path, source, tokenizer
+):
+  tokenizer = with_bos(tokenizer)
+  paths = {
+    text.prepare(
+      source, tokenizer, cache_dir=tmp_path / 'cache', add_bos=add_bos
+    ).path
+    for add_bos in (False, True, False)
+  }
+  assert len(paths) == 2
+
+
+def test_documents_cannot_begin_with_what_is_not_there(source, tokenizer):
+  with pytest.raises(ValueError) as error:
+    text.prepare(source, tokenizer, cache_dir='unused', add_bos=True)
+  assert str(error.value) == (
+    'add_bos=True needs a beginning-of-sequence token, and the tokenizer has '
+    'none. Name one of its tokens as "bos_token" in a tokenizer_config.json '
+    'beside the tokenizer.json, or leave add_bos out.'
+  )
+  both = tokenizer_lib.Tokenizer(tokenizer.backend, bos_token='</s>')
+  with pytest.raises(ValueError) as error:
+    text.prepare(source, both, cache_dir='unused', add_bos=True)
+  assert str(error.value) == (
+    "add_bos=True cannot be used with this tokenizer: id 1, '</s>', begins and "
+    'ends a sequence, so nothing would tell where a document ends. Leave '
+    'add_bos out: in packed text each follows the token that ends the one '
+    'before.'
+  )
+
+
 def test_padded_rows_are_those_of_transformers(tmp_path, shared):
   transformers = pytest.importorskip('transformers')
   folder = shared / 'data' / 'tokenizers' / 't5'

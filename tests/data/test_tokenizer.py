@@ -7,6 +7,7 @@ import tokenizers
 
 from gnlorp_jax.data import sources
 from gnlorp_jax.data import tokenizer as tokenizer_lib
+from tests.data import small_hub
 
 TEXTS = [
   'The cat sat on the mat.\n\n  It sat still; the mat did not.',
@@ -255,27 +256,36 @@ def test_what_is_no_tokenizer_is_an_error(tmp_path):
     tokenizer_lib.load(str(path))
 
 
-def test_unknown_name_offline_is_an_error():
-  with pytest.raises(ValueError) as error:
-    tokenizer_lib.load('nobody/no-such-tokenizer')
+@pytest.mark.parametrize(
+  'name, hint',
+  [
+    ('nobody/tokenizer', " Did you mean 'hf:nobody/tokenizer'?"),
+    ('no_such_folder', ''),
+    ('/no/such/folder', ''),
+  ],
+)
+def test_what_is_nowhere_is_an_error_and_asks_nobody(
+  name, hint, tmp_path, monkeypatch
+):
+  with small_hub.connected(tmp_path, monkeypatch) as server:
+    with pytest.raises(ValueError) as error:
+      tokenizer_lib.load(name)
   assert str(error.value) == (
-    "Unknown tokenizer 'nobody/no-such-tokenizer': not 'bpe', no such file or "
-    'folder, and not found on the Hugging Face hub (or the hub was not '
-    "reached). Expected 'bpe', the path of a tokenizer.json or its folder, or "
-    'a model name.'
+    f"Unknown tokenizer {name!r}: not 'bpe', and no such file or folder. "
+    "Expected 'bpe', the path of a tokenizer.json or its folder, or "
+    f"'hf:OWNER/NAME' for one of the Hugging Face hub.{hint}"
   )
+  assert server.requests == []
 
 
-def test_hub_name_is_loaded_through_transformers(bpe, tmp_path, monkeypatch):
-  transformers = pytest.importorskip('transformers')
-  bpe.save(tmp_path)
-  load = transformers.AutoTokenizer.from_pretrained
-  monkeypatch.setattr(
-    transformers.AutoTokenizer,
-    'from_pretrained',
-    lambda name: load({'some/model': str(tmp_path)}[name]),
-  )
-  tokenizer = tokenizer_lib.load('some/model')
+def test_tokenizer_of_the_hub_is_that_of_its_folder(bpe, tmp_path, monkeypatch):
+  bpe.save(tmp_path / 'saved')
+  with small_hub.connected(tmp_path, monkeypatch) as server:
+    files = {p.name: p.read_bytes() for p in (tmp_path / 'saved').iterdir()}
+    server.add('some/model', files | {'model.safetensors': b'weights'})
+    tokenizer = tokenizer_lib.load('hf:some/model')
+    assert server.downloads() == sorted(files)
+  assert tokenizer.fingerprint == bpe.fingerprint
   np.testing.assert_array_equal(
     tokenizer.encode_batch(TEXTS)[2], bpe.encode_batch(TEXTS)[2]
   )

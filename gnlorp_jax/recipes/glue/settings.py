@@ -80,11 +80,12 @@ class GlueConfig(RunConfig):
   weights: apollo, apollo_mini, fira, ldadam, q_galore, ... A method is an
   optimizer and a kind of adapter: optim.name and adapter.kind replace them."""
   init_from: str | None = result(None)
-  """Hugging Face folder of a RoBERTa, or a preset with random weights: tiny,
-  mini, small, base, large. None is the still smaller `model`, for the demo."""
+  """Hugging Face folder of a RoBERTa, 'hf:OWNER/NAME' of the hub, or a preset
+  with random weights: tiny, mini, small, base, large. None is the still smaller
+  `model`, for the demo."""
   tokenizer: str | None = free(None)
-  """A tokenizer.json or a folder with one; None is that of the model's folder.
-  The demo makes its own."""
+  """A tokenizer.json, a folder with one, or 'hf:OWNER/NAME'; None is that of
+  the model's folder. The demo makes its own."""
   run_dir: str = free('runs/glue')
   """Where runs, results and table go. The same command goes on where it
   stopped, and repeats nothing that is finished."""

@@ -122,7 +122,7 @@ def load_tokenizer(settings: GlueConfig) -> tokenizers.Tokenizer:
       f'init_from={settings.init_from!r} is no folder that brings a '
       'tokenizer: name one as tokenizer, a tokenizer.json or a folder with one.'
     )
-  return tokenizers.load(settings.init_from)
+  return tokenizers.load(parameters.folder(settings.init_from, 'tokenizer'))
 
 
 def architecture(

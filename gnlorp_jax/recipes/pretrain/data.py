@@ -1,6 +1,7 @@
 """Text to batches, as a pre-training run asks for it."""
 
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,11 +11,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from gnlorp_jax import models
+from gnlorp_jax.compose import parameters
 from gnlorp_jax.compose.parameters import is_folder
 from gnlorp_jax.data import batches, masking, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from gnlorp_jax.training import sharding
+
+logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
@@ -38,6 +42,18 @@ def load(config: TrainConfig, model: models.Config) -> Text:
   """
   tokenizer = load_tokenizer(config, model)
   check_tokenizer(tokenizer, model, masked=config.is_masked)
+  if (
+    is_folder(config.init_from)
+    and tokenizer.adds_bos
+    and not (config.is_masked or config.data.add_bos)
+  ):
+    logger.warning(
+      'The tokenizer begins every text with %r, and so, most likely, did the '
+      'texts that the model in %s learned from; with data.add_bos=False the '
+      'documents of this run do not.',
+      tokenizer.backend.id_to_token(tokenizer.bos_id),
+      config.init_from,
+    )
   return Text(tokenizer, *token_files(config.data, tokenizer))
 
 
@@ -54,12 +70,12 @@ def load_tokenizer(
   """
   spec = config.data.tokenizer
   if is_folder(config.init_from) and spec == 'bpe':
-    if not (pathlib.Path(config.init_from) / 'tokenizer.json').is_file():
+    spec = parameters.folder(config.init_from, 'tokenizer')
+    if not (pathlib.Path(spec) / 'tokenizer.json').is_file():
       raise ValueError(
         f'{config.init_from} has no tokenizer.json, and its weights fit no '
         'other tokens: name the tokenizer as data.tokenizer.'
       )
-    spec = config.init_from
   return tokenizers.load(
     spec,
     source=config.data.source,
@@ -96,6 +112,7 @@ def token_files(
     mode=config.mode,
     seq_len=config.seq_len if config.mode == 'padded' else None,
     cache_dir=pathlib.Path(config.cache_dir).expanduser(),
+    add_bos=config.add_bos,
   )
   train_file = prepare(config.source)
   if config.validation_source is None:
@@ -130,6 +147,7 @@ def _options(config: TrainConfig, data: Text) -> dict[str, Any]:
     'seq_len': config.data.seq_len,
     'seed': config.seed,
     'masking': mask,
+    'document_mask': config.data.document_mask,
   }
 
 
@@ -146,6 +164,8 @@ def abstract_batch(
     shapes['seeds'] = ((batch,), np.uint32)
   elif has_dropout(config):
     shapes['seeds'] = ((batch,), np.uint32)
+  if config.data.document_mask:
+    shapes['segments'] = ((batch, seq_len), np.int32)
   shapes['targets'] = (guessed, np.int32)
   shapes['weights'] = (guessed, np.float32)
   return {

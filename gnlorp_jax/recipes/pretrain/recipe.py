@@ -114,11 +114,12 @@ def _reader(config: TrainConfig) -> Any:
 
   def read(key: jax.Array, shapes: Any) -> Any:
     del key  # Nothing is drawn.
+    folder = parameters.folder(config.init_from)
     return hf.load_params(
-      config.init_from,
+      folder,
       family.HF_TENSORS,
       shapes,
-      folders.keeper(config.init_from, config.step.weight_bits),
+      folders.keeper(folder, config.step.weight_bits),
       unread=family.HF_UNREAD,
     )
 
@@ -144,6 +145,8 @@ def prepare(config: TrainConfig) -> Prepared:
       'one, with all its devices.'
     )
   planned = plan(config)
+  if parameters.is_folder(config.init_from):
+    parameters.folder(config.init_from)  # It arrives before text is read.
   return Prepared(planned, data.load(planned.config, planned.config.model))
 
 
@@ -235,7 +238,8 @@ def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
   is_grid = not prepared.config.is_single
   found = fixed_settings(config, compared=is_grid)
   if prepared.program.parameters.frozen:
-    found['init_from'] = config.init_from  # They are in no checkpoint.
+    # They are in no checkpoint.
+    found['init_from'] = parameters.pinned(config.init_from)
   train_file = prepared.text.training
   return found | {
     'data.training_part': [train_file.start, train_file.stop],

@@ -14,6 +14,7 @@ import rich.table
 from gnlorp_jax import models
 from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.report import memory, memory_table, num_params
+from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.recipes import grid
@@ -69,22 +70,35 @@ def sample_text(
   params = built.parameters.join(outcome.params, outcome.constants)
   if config.is_masked:
     return _guesses(prepared, config, params)
-  (prompt_T,) = tokenizer.encode_batch([settings.prompt])
-  prompt_T = prompt_T[:-1]  # Without the end of sequence.
-  if prompt_T.size == 0:
-    prompt_T = np.array([tokenizer.eos_id])
-  new_T = generate(
-    built.model.apply,
+  prompt_T = prompt_ids(tokenizer, settings.prompt, config.data.add_bos)
+  (new_T,) = generate(
+    built.model,
     params,
-    prompt_T,
+    [prompt_T],
     settings.num_tokens,
-    max_seq_len=config.model.max_seq_len,
     temperature=settings.temperature,
-    top_k=min(settings.top_k, tokenizer.vocab_size),
+    top_k=settings.top_k,
+    top_p=settings.top_p,
     key=jax.random.key(config.seed),
-    eos_id=tokenizer.eos_id,
+    eos_ids=tokenizer.eos_ids,
   )
   return settings.prompt + tokenizer.decode(new_T)
+
+
+def prompt_ids(
+  tokenizer: tokenizers.Tokenizer, prompt: str, add_bos: bool
+) -> np.ndarray:
+  """Ids of a prompt, int64, as a document of the training begins.
+
+  Args:
+    tokenizer: The tokenizer.
+    prompt: The text; an empty one begins after the end of a document.
+    add_bos: Whether documents begin with the tokenizer's `bos_id`.
+  """
+  ids = tokenizer.encode(prompt)
+  if add_bos:
+    return np.append(tokenizer.bos_id, ids)
+  return ids if ids.size else np.array([tokenizer.eos_id])
 
 
 def _guesses(prepared: Prepared, config: TrainConfig, params: Any) -> str:
@@ -133,7 +147,9 @@ def export(prepared: Prepared, outcome: Outcome, folder: pathlib.Path) -> None:
     params,
     functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
   )
-  tokenizer.save(folder)
+  # A causal model saw plain text.
+  add_bos = None if prepared.config.is_masked else prepared.config.data.add_bos
+  tokenizer.save(folder, add_bos=add_bos)
 
 
 def summarise(

@@ -32,18 +32,27 @@ class DataConfig:
 
   source: str = 'stdlib'
   """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
-  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets; 'stdlib' for
-  the sources of the running Python's standard library."""
+  and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets;
+  'hf:OWNER/NAME:CONFIG:SPLIT[:N]' for the first N documents of a set on the
+  Hugging Face hub; 'stdlib' for the sources of the running Python's standard
+  library."""
   validation_source: str | None = result(None)
   """Validation text, named like `source`; None holds out the end of it."""
   validation_fraction: float = free(0.05)
   """Share of `source` held out where there is no `validation_source`."""
   tokenizer: str = free('bpe')
-  """A tokenizer.json, a folder with one, a Hugging Face name, or 'bpe' to train
-  one on the text, as large as the model's vocabulary."""
+  """A tokenizer.json, a folder with one, 'hf:OWNER/NAME' of the Hugging Face
+  hub, or 'bpe' to train one on the text, as large as the model's vocabulary."""
   mode: Literal['packed', 'padded'] = 'packed'
   """'packed' joins documents and cuts them every `seq_len` tokens; 'padded'
   puts one document in a row, cut or padded, as the GaLore protocol does."""
+  add_bos: bool = False
+  """Begin every document with the tokenizer's beginning-of-sequence token, as
+  LLaMA's training does; the exported tokenizer then does so as well."""
+  document_mask: bool = False
+  """Keep the packed documents of a row apart: none attends to another, each
+  starts at position 0, and its first token is not guessed from the one
+  before. Needs mode 'packed'."""
   seq_len: int = 128
   """Tokens per sequence, at most the model's max_seq_len."""
   cache_dir: str = free('~/.cache/gnlorp_jax')
@@ -55,6 +64,13 @@ class DataConfig:
       raise ValueError(
         'DataConfig.validation_fraction must lie between 0 and 1, got '
         f'{self.validation_fraction}.'
+      )
+    if self.document_mask and self.mode != 'packed':
+      raise ValueError(
+        "data.document_mask=True needs data.mode='packed', got "
+        f'{self.mode!r}: there every row is one document, its padding comes '
+        'after it, and no token attends to later ones, so there is nothing to '
+        'keep apart. Leave it out.'
       )
 
 
@@ -70,11 +86,15 @@ class SampleConfig:
   """Randomness: 0 takes the likeliest token."""
   top_k: int = free(50)
   """Tokens to choose among at each position."""
+  top_p: float | None = free(None)
+  """Choose among the likeliest tokens that together have this probability;
+  None: among all that `top_k` leaves."""
 
   def __post_init__(self):
     check_at_least_one(self, 'top_k')
     check_between(self, 'num_tokens', 0, float('inf'))
     check_between(self, 'temperature', 0, float('inf'))
+    check_between(self, 'top_p', 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,12 +160,16 @@ class TrainConfig(RunConfig):
       )
 
   def _check_objective(self):
-    expected = RobertaConfig if self.is_masked else DecoderConfig
+    expected, name = (
+      (RobertaConfig, 'an encoder, such as a RobertaConfig')
+      if self.is_masked
+      else (DecoderConfig, 'a decoder, such as a LlamaConfig')
+    )
     if not isinstance(self.model, expected):
       raise ValueError(
-        f'TrainConfig.objective={self.objective!r} trains a '
-        f'{expected.__name__}, and model is a {type(self.model).__name__}. '
-        'Choose a configuration of that kind.'
+        f'TrainConfig.objective={self.objective!r} trains {name}, and model '
+        f'is a {type(self.model).__name__}. Choose a configuration of that '
+        'kind.'
       )
     if not self.is_masked:
       return
@@ -157,6 +181,17 @@ class TrainConfig(RunConfig):
       raise ValueError(
         "TrainConfig.objective='masked' needs data.mode='packed', got "
         f'{self.data.mode!r}.'
+      )
+    if self.data.document_mask:
+      raise ValueError(
+        "data.document_mask=True is for objective='causal', got 'masked': an "
+        'encoder attends to all of its row. Leave it out.'
+      )
+    if self.data.add_bos:
+      raise ValueError(
+        "data.add_bos=True is for objective='causal', got 'masked': there "
+        'every sequence begins with that token, documents within it do not. '
+        'Leave it out.'
       )
 
   @property

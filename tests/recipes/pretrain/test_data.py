@@ -90,6 +90,47 @@ def test_start_from_a_preset_trains_a_tokenizer(source):
   assert data.load_tokenizer(config, TINY).vocab_size <= 300
 
 
+@pytest.fixture
+def beginning(tmp_path):
+  """A folder whose tokenizer puts a token before every text."""
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(
+      {'<s>': 0, '</s>': 1, 'a': 2, 'x': 3}, unk_token='x'
+    )
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  words.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 0)]
+  )
+  words.save(str(tmp_path / 'tokenizer.json'))
+  return str(tmp_path)
+
+
+def test_documents_begin_with_a_token_if_asked_to(source, beginning):
+  options = {'tokenizer': beginning, 'validation_fraction': 0.2}
+  plain = data.load(config_of(source, data=options), TINY)
+  begun = data.load(config_of(source, data=options | {'add_bos': True}), TINY)
+  assert begun.training.tokens == plain.training.tokens + 1
+  np.testing.assert_array_equal(
+    begun.training.items()[:3], [0, *plain.training.items()[:2]]
+  )
+
+
+def test_what_the_texts_of_a_trained_model_began_with_is_told(
+  source, beginning, caplog
+):
+  begins = {'add_bos': True}
+  data.load(config_of(source, init_from=beginning, data=begins), TINY)
+  data.load(config_of(source, data={'tokenizer': beginning}), TINY)
+  assert 'begins every text' not in caplog.text
+  data.load(config_of(source, init_from=beginning), TINY)
+  assert (
+    "The tokenizer begins every text with '<s>', and so, most likely, did the "
+    f'texts that the model in {beginning} learned from; with '
+    'data.add_bos=False the documents of this run do not.'
+  ) in caplog.text
+
+
 def test_padding_of_another_tokenizer_is_told():
   class Tokenizer:
     vocab_size, pad_id = 300, 0
@@ -142,6 +183,17 @@ CASES = {
   'dropout without adapters': (
     {'adapter': AdapterOptions(dropout=0.1)},
     {'inputs', 'targets', 'weights'},
+  ),
+  'documents apart': (
+    {'data': {'document_mask': True}},
+    {'inputs', 'targets', 'weights', 'segments'},
+  ),
+  'documents apart, with dropout': (
+    {
+      'data': {'document_mask': True},
+      'adapter': AdapterOptions(kind='lora', dropout=0.1),
+    },
+    {'inputs', 'targets', 'weights', 'segments', 'seeds'},
   ),
   'masked': (
     {'masked': True},

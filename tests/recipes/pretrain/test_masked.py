@@ -304,11 +304,13 @@ def test_help_of_the_masked_objective_explains_the_encoder(capsys):
   [
     (
       lambda: TrainConfig(objective='masked'),
-      "objective='masked' trains a RobertaConfig, and model is a LlamaConfig",
+      "objective='masked' trains an encoder, such as a RobertaConfig, and "
+      'model is a LlamaConfig',
     ),
     (
       lambda: dataclasses.replace(MASKED, objective='causal'),
-      "objective='causal' trains a LlamaConfig, and model is a RobertaConfig",
+      "objective='causal' trains a decoder, such as a LlamaConfig, and model "
+      'is a RobertaConfig',
     ),
     (
       lambda: dataclasses.replace(MASKED, mask_rate=1.0),

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from gnlorp_jax.compose import program
 from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
+from gnlorp_jax.data import tokenizer as tokenizer_lib
 from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.recipes.pretrain import recipe, report
 from gnlorp_jax.recipes.pretrain.settings import (
@@ -93,6 +96,64 @@ def test_utilisation_of_masked_training_counts_the_head_where_it_guesses(
   flops = 6 * (blocks + head) + 12 * 4 * width * length
   found = speed(prepare(), config)['train/mfu']
   assert found == pytest.approx(1e6 * flops / 312e12)
+
+
+def word_tokenizer():
+  """One that puts a token before and after a text."""
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(
+      {'<s>': 0, '</s>': 1, 'a': 2, 'b': 3}, unk_token='b'
+    )
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  words.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)]
+  )
+  return tokenizer_lib.Tokenizer(words)
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'add_bos', 'expected'),
+  [
+    ('a b', False, [2, 3]),
+    ('a b', True, [0, 2, 3]),
+    ('', False, [1]),
+    ('', True, [0]),
+  ],
+)
+def test_prompt_begins_as_a_document_of_the_training(prompt, add_bos, expected):
+  found = report.prompt_ids(word_tokenizer(), prompt, add_bos)
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  ('masked', 'add_bos', 'expected'),
+  [
+    (False, False, [2, 3]),
+    (False, True, [0, 2, 3]),
+    (True, False, [0, 2, 3, 1]),
+  ],
+)
+def test_exported_tokenizer_encodes_as_in_training(
+  tmp_path, monkeypatch, masked, add_bos, expected
+):
+  transformers = pytest.importorskip('transformers')
+  config = dataclasses.replace(
+    MASKED if masked else TrainConfig(), data=DataConfig(add_bos=add_bos)
+  )
+  prepared = types.SimpleNamespace(
+    config=config,
+    text=types.SimpleNamespace(tokenizer=word_tokenizer()),
+    program=types.SimpleNamespace(
+      parameters=types.SimpleNamespace(merge=lambda params, frozen: {})
+    ),
+  )
+  # The weights are another matter.
+  monkeypatch.setattr(report.folders, 'export', lambda *args, **kwargs: None)
+  report.export(prepared, outcome((3.0, 20.1)), tmp_path)
+  pretrained = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+  assert pretrained('a b')['input_ids'] == expected
+  assert (tmp_path / 'generation_config.json').exists() != masked
 
 
 def write_rows(folder, rows):

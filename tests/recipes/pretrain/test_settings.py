@@ -214,6 +214,31 @@ def test_configurations_validate_themselves(build):
     build()
 
 
+def test_documents_are_kept_apart_where_there_are_several():
+  with pytest.raises(ValueError) as error:
+    DataConfig(mode='padded', document_mask=True)
+  assert str(error.value) == (
+    "data.document_mask=True needs data.mode='packed', got 'padded': there "
+    'every row is one document, its padding comes after it, and no token '
+    'attends to later ones, so there is nothing to keep apart. Leave it out.'
+  )
+  with pytest.raises(ValueError) as error:
+    dataclasses.replace(MASKED, data=DataConfig(document_mask=True))
+  assert str(error.value) == (
+    "data.document_mask=True is for objective='causal', got 'masked': an "
+    'encoder attends to all of its row. Leave it out.'
+  )
+
+
+def test_masked_sequences_begin_with_a_token_anyway():
+  with pytest.raises(ValueError) as error:
+    dataclasses.replace(MASKED, data=DataConfig(add_bos=True))
+  assert str(error.value) == (
+    "data.add_bos=True is for objective='causal', got 'masked': there every "
+    'sequence begins with that token, documents within it do not. Leave it out.'
+  )
+
+
 # What a run may change when it is resumed. A new field must be judged here.
 
 KINDS = {
@@ -224,12 +249,12 @@ KINDS = {
     'log_every dry_run loss_chunk_tokens',
   },
   DataConfig: {
-    'fixed': 'source mode seq_len',
+    'fixed': 'source mode add_bos document_mask seq_len',
     'result': 'validation_source',
     # Which part is trained on, and by which tokens, a run compares itself.
     'free': 'validation_fraction tokenizer cache_dir',
   },
-  SampleConfig: {'free': 'prompt num_tokens temperature top_k'},
+  SampleConfig: {'free': 'prompt num_tokens temperature top_k top_p'},
   llama.LlamaConfig: {
     'fixed': 'vocab_size hidden_size intermediate_size num_layers num_heads '
     'num_kv_heads head_dim rms_norm_eps rope_theta rope_scaling attention_bias '
