@@ -1,10 +1,11 @@
 """Scores a language model: tasks with options, free answers, perplexities.
 
 The first word is a Hugging Face folder, such as the hf/ of a run of train_lm.py
-or what save_pretrained of transformers wrote. Questions are read from files on
-this machine and put in the words of EleutherAI's lm_eval. Beside every score
-stand its standard error and the share of the most frequent answer. With
-EVALUATE_TRACEBACK set in the environment, an error shows where it arose.
+or what save_pretrained of transformers wrote; or hf:OWNER/NAME of the hub.
+Questions are read from files on this machine and put in the words of
+EleutherAI's lm_eval. Beside every score stand its standard error and the share
+of the most frequent answer. With EVALUATE_TRACEBACK set in the environment, an
+error shows where it arose.
 
   python -m gnlorp_jax.evaluate FOLDER --tasks arc_easy,piqa --data questions/
   python -m gnlorp_jax.evaluate FOLDER --tasks mmlu --data mmlu/ --limit 20

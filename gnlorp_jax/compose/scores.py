@@ -9,7 +9,6 @@ before the context.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from gnlorp_jax.data.tasks import metrics
@@ -129,8 +128,7 @@ def encode(
   Returns:
     Per text its ids.
   """
-  adds_bos = has_bos and getattr(tokenizer, 'adds_bos', False)
-  begin = [tokenizer.bos_id] if adds_bos else []
+  begin = [tokenizer.bos_id] if has_bos and tokenizer.adds_bos else []
   return [
     np.concatenate([np.array(begin, np.int64), ids[:-1]])
     for ids in tokenizer.encode_batch(texts)
@@ -235,8 +233,7 @@ def generate_until(
       [encoded[i] for i in batch],
       max_tokens,
       temperature=0,
-      key=jax.random.key(0),
-      eos_ids=getattr(tokenizer, 'eos_ids', (tokenizer.eos_id,)),
+      eos_ids=tokenizer.eos_ids,
       stop=tuple(stop),
       decode=tokenizer.decode,
     )

@@ -201,6 +201,23 @@ def test_free_answers_end_before_a_stop_string_and_must_be_equal(
   assert counts[-1] == (3, 3)
 
 
+def test_answers_are_the_likeliest_tokens(tokenizer):
+  _, params = small_lm.model()
+  prompts = ['One', 'Another one']
+  found = scores.generate_until(
+    *small_lm.model(), tokenizer, prompts, stop=(), max_tokens=6, batch_size=2
+  )
+  for prompt, answer in zip(prompts, found, strict=True):
+    ids = tokenizer.encode(prompt).tolist()
+    for _ in range(6):
+      tokens = np.zeros((1, 128), np.int32)
+      tokens[0, : len(ids)] = ids
+      ids.append(int(PLAIN(params, tokens)[0, len(ids) - 1].argmax()))
+      if ids[-1] in tokenizer.eos_ids:
+        break
+    assert answer == tokenizer.decode(ids[len(prompt) :])
+
+
 def test_long_prompts_lose_their_beginning(tokenizer, said):
   prompt = 'x' * 200 + '1'
   (text,) = scores.generate_until(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import scores
+from gnlorp_jax.compose import memory, parameters, scores
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import hf
@@ -50,7 +50,7 @@ def load(config: EvaluateConfig) -> Loaded:
     ValueError: If the folder holds no language model of a known family, or no
       tokenizer, or a file is damaged.
   """
-  folder = pathlib.Path(config.folder).expanduser()
+  folder = local_folder(config)
   hf_config = hf.load_config(folder)
   family = models.family_of(hf_config)
   architecture = dataclasses.replace(
@@ -64,7 +64,7 @@ def load(config: EvaluateConfig) -> Loaded:
       f'max_length={config.max_length} must be in [1, {accepted}], what the '
       'model accepts.'
     )
-  tokenizer = tokenizers.load(config.tokenizer or str(folder))
+  tokenizer = tokenizers.load(config.tokenizer or config.folder)
   if tokenizer.vocab_size > architecture.vocab_size:
     raise ValueError(
       f'The tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has '
@@ -77,13 +77,17 @@ def load(config: EvaluateConfig) -> Loaded:
       f'{config.folder} holds a {architecture.model_type}, which sees the '
       'whole of a text and continues none. Name a causal language model.'
     )
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  memory.check(shapes)
   params = hf.load_params(
-    folder,
-    family.HF_TENSORS,
-    jax.eval_shape(model.init, jax.random.key(0)),
-    unread=family.HF_UNREAD,
+    folder, family.HF_TENSORS, shapes, unread=family.HF_UNREAD
   )
   return Loaded(model, params, tokenizer)
+
+
+def local_folder(config: EvaluateConfig) -> pathlib.Path:
+  """The folder of the model, downloaded where it is named of the hub."""
+  return pathlib.Path(parameters.folder(config.folder)).expanduser()
 
 
 def read_tasks(config: EvaluateConfig) -> dict[str, data_tasks.Task | str]:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from gnlorp_jax.compose import command_line
+from gnlorp_jax.data import hub
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models.interface import Dtype
 
@@ -16,8 +17,8 @@ class EvaluateConfig:
   """An evaluation of one model."""
 
   folder: str = ''
-  """Hugging Face folder of a language model, such as the hf/ of a run; on the
-  command line the first word."""
+  """Hugging Face folder of a language model, such as the hf/ of a run, or
+  hf:OWNER/NAME of the hub; on the command line the first word."""
   tasks: str = ''
   """What to ask, parted by commas: names of tasks (arc_challenge, arc_easy,
   boolq, gsm8k, mmlu, openbookqa, piqa), perplexity (of --text) or
@@ -100,10 +101,12 @@ def check(config: EvaluateConfig) -> None:
       'No model is named. Begin with its Hugging Face folder: '
       'python -m gnlorp_jax.evaluate FOLDER --tasks ...'
     )
-  if not (pathlib.Path(config.folder).expanduser() / 'config.json').is_file():
+  folder = pathlib.Path(config.folder).expanduser()
+  is_local = not hub.is_hub(config.folder)
+  if is_local and not (folder / 'config.json').is_file():
     raise ValueError(
       f'{config.folder} is no Hugging Face folder: it holds no config.json. '
-      'Name the hf/ of a run, or what save_pretrained wrote.'
+      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
     )
   known = (*data_tasks.names(), PERPLEXITY)
   if not config.task_names:

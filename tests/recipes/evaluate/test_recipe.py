@@ -218,7 +218,7 @@ KNOWN = (*tasks.names(), 'perplexity')
     (
       ['{files}', '--tasks', 'piqa'],
       '{files} is no Hugging Face folder: it holds no config.json. Name the '
-      'hf/ of a run, or what save_pretrained wrote.',
+      'hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.',
     ),
     (
       ['{folder}', '--tasks', ' ,'],
