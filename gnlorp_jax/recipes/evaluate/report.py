@@ -10,8 +10,6 @@ import rich.console
 import rich.progress
 import rich.table
 
-GROUPS_SHOWN = 60
-
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
@@ -48,7 +46,7 @@ def write(path: str, found: dict[str, Any]) -> None:
 def show(
   found: dict[str, Any], console: rich.console.Console | None = None
 ) -> None:
-  """Prints the scores as a table.
+  """Prints the scores as a table, without those of groups of questions.
 
   Args:
     found: What `recipe.evaluate` returned.
@@ -90,8 +88,6 @@ def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
       _number(result.get('questions')),
       _number(result.get('shots')),
     )
-  for group, scores in list(result.get('groups', {}).items())[:GROUPS_SHOWN]:
-    yield from _rows(f'  {group}', scores)
 
 
 def _number(value: Any) -> str:

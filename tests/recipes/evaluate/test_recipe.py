@@ -100,7 +100,7 @@ def test_weights_may_be_bfloat16(folder, files):
   assert recipe.evaluate(config, silent)['results']['openbookqa']['questions']
 
 
-def test_groups_are_rows_of_the_table():
+def test_the_table_has_a_row_for_each_metric():
   group = {
     'questions': 2,
     'metrics': {'acc': {'value': 0.5, 'stderr': 0.25}},
@@ -130,8 +130,6 @@ def test_groups_are_rows_of_the_table():
   ]
   assert cells == [
     ['mmlu', 'acc', '0.5000', '0.2500', '1.0000', '2', '5'],
-    ['art', 'acc', '0.5000', '0.2500', '1.0000', '2', ''],
-    ['law', 'acc', '0.5000', '0.2500', '1.0000', '2', ''],
     ['lm_eval:x', 'f1', '0.2500', '', '', '9', ''],
     ['perplexity:a', 'word_perplexity', 'no number', '', '', '7 tokens', ''],
   ]
