@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import folders
+from gnlorp_jax.compose import folders, memory
 from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
 from gnlorp_jax.data import hub
@@ -56,8 +56,11 @@ def architecture(
   if init_from is None:
     return dataclasses.replace(model, **overrides)
   if is_folder(init_from):
-    found_hf = hf.load_config(folder(init_from, 'config'))
-    found = models.family_of(found_hf).config_from_hf(found_hf)
+    path = folder(init_from, 'config')
+    found_hf = hf.load_config(path)
+    family = models.family_of(found_hf)
+    found = family.config_from_hf(found_hf)
+    hf.check_size(path, family.num_params(found))
   else:
     found = models.preset(init_from)
   if found is None:
@@ -339,6 +342,7 @@ class _Layout:
   ) -> tuple[Any, Any]:
     """Trained and frozen weights in their shardings."""
     if read is None:
+      memory.check(self.abstract[:2])
       base = self.draw(key)
     else:
       shapes = jax.eval_shape(self.make(self.config).init, key)

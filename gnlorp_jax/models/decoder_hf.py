@@ -32,6 +32,8 @@ _BEFORE_NORMS: tuple[tuple[str, str, bool], ...] = (
 _AFTER_NORMS: tuple[tuple[str, str, bool], ...] = (
   ('norm/scale', 'model.norm.weight', False),
   ('lm_head/kernel', 'lm_head.weight', True),
+  # Where the head is tied, a copy.
+  ('embed/embedding', 'lm_head.weight', False),
 )
 
 HF_TENSORS: tuple[tuple[str, str, bool], ...] = (

@@ -274,11 +274,14 @@ def find_preset(name: str, presets: Mapping[str, Config]) -> Config:
 
 
 def check_positive(config: Any, *names: str) -> None:
-  """Raises ValueError if one of these fields is not positive."""
+  """Raises ValueError if one of these fields is no number that can be used."""
   for name in names:
     value = getattr(config, name)
     if value is not None and not value > 0:
       raise ValueError(f'{name}={value} must be positive.')
+    # The length of an axis is an int32 in XLA's programs.
+    if isinstance(value, int) and value >= 2**31:
+      raise ValueError(f'{name}={value} must be less than 2**31.')
 
 
 def check_rates(config: Any, *names: str) -> None:

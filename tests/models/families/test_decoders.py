@@ -149,7 +149,8 @@ def to_hf_names(family, tree):
   for path, name, is_transposed in family.HF_TENSORS:
     if path not in flat:
       continue
-    value = np.asarray(flat[path])
+    # Later rows of a path name copies.
+    value = np.asarray(flat.pop(path))
     stacked = value if '{layer}' in name else value[None]
     for layer, x in enumerate(stacked):
       found[name.format(layer=layer)] = x.T if is_transposed else x
