@@ -1,5 +1,6 @@
 """All families of decoders against transformers, which computes by PyTorch."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -81,6 +82,33 @@ CASES = {
       'use_sliding_window': True,
       'sliding_window': 9,
       'tie_word_embeddings': False,
+    },
+  ),
+  'gemma2': (
+    'Gemma2Config',
+    {
+      'head_dim': 10,
+      'query_pre_attn_scalar': 7,
+      'attn_logit_softcapping': 2.0,
+      'final_logit_softcapping': 3.0,
+      'sliding_window': 6,
+      'initializer_range': 0.1,
+    },
+  ),
+  'gemma3, caps and scaling': (
+    'Gemma3TextConfig',
+    {
+      'head_dim': 14,
+      'query_pre_attn_scalar': 9,
+      'final_logit_softcapping': 4.0,
+      'sliding_window': 5,
+      'sliding_window_pattern': 3,
+      'tie_word_embeddings': False,
+      'rope_parameters': {
+        'full_attention': LINEAR,
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 30.0},
+      },
+      'initializer_range': 0.1,
     },
   ),
 }
@@ -297,6 +325,14 @@ def test_unknown_families_are_refused_by_name():
     "Unsupported model: model_type='mamba' (supported: "
     f'{list(models.family_names())}).'
   )
+  with pytest.raises(ValueError) as error:
+    models.family_of(
+      {'model_type': 'gemma3', 'text_config': {'model_type': 'gemma3_text'}}
+    )
+  assert str(error.value).endswith(
+    "'smollm3']). Its text_config is of model_type='gemma3_text': save that "
+    'part by itself with transformers.'
+  )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +355,44 @@ def test_rotary_positions_in_old_and_new_spellings(spelling):
   assert config.rope_theta == 5.0 and config.rope_scaling.factor == 2.0
 
 
+@pytest.mark.parametrize(
+  'old',
+  [
+    {
+      'rope_theta': 2e5,
+      'rope_local_base_freq': 3e3,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+      'sliding_window_pattern': 2,
+      'sliding_window': 8,
+      'use_bidirectional_attention': None,
+    },
+    {'rope_parameters': {'full_attention': LINEAR, 'sliding_attention': None}},
+    {'layer_types': ['full_attention'] * 5, 'sliding_window': None},
+  ],
+)
+def test_gemma_3_in_old_and_new_spellings(old):
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.Gemma3TextConfig(**BASE, **copy.deepcopy(old))
+  new = json.loads(theirs.to_json_string())
+  family = models.family_of(new)
+  found = config_of('gemma3_text', **old)
+  assert found == family.config_from_hf(new)
+  assert found == family.config_from_hf(family.config_to_hf(found))
+  thetas = {kind: r['rope_theta'] for kind, r in new['rope_parameters'].items()}
+  assert [r.theta for r in found.ropes] == [
+    thetas[kind] for kind in new['layer_types']
+  ]
+
+
+def test_gemma_2_without_caps():
+  config = config_of(
+    'gemma2', attn_logit_softcapping=None, final_logit_softcapping=None
+  )
+  assert config.scores == (1 / 16, None) and config.final_cap is None
+  config = config_of('gemma2')
+  assert config.scores == (1 / 16, 50.0) and config.final_cap == 30.0
+
+
 def test_what_is_absent_means_what_it_means_to_transformers():
   transformers = pytest.importorskip('transformers')
   for name, model_type in (
@@ -327,6 +401,8 @@ def test_what_is_absent_means_what_it_means_to_transformers():
     ('Qwen2Config', 'qwen2'),
     ('Qwen3Config', 'qwen3'),
     ('SmolLM3Config', 'smollm3'),
+    ('Gemma2Config', 'gemma2'),
+    ('Gemma3TextConfig', 'gemma3_text'),
   ):
     least = {
       k: BASE[k]
@@ -366,6 +442,47 @@ def test_rope_theta_of_null_is_the_default():
       'values).',
     ),
     (
+      'llama',
+      {'rope_parameters': {'full_attention': LINEAR}},
+      "Unsupported LLaMA configuration: rope_parameters={'full_attention': "
+      f'{LINEAR}}} (supported: the same for all layers).',
+    ),
+    (
+      'gemma2',
+      {
+        'attention_bias': True,
+        'hidden_activation': 'gelu',
+        'use_bidirectional_attention': True,
+        'sliding_window': None,
+      },
+      "Unsupported Gemma 2 configuration: hidden_activation='gelu' (supported: "
+      "'gelu_pytorch_tanh'), attention_bias=True (supported: False), "
+      'use_bidirectional_attention=True (supported: False), '
+      'sliding_window=None (supported: a number, as layers slide).',
+    ),
+    (
+      'gemma3_text',
+      {
+        'attn_logit_softcapping': 50.0,
+        'rope_parameters': {'sliding_attention': LINEAR, 'rope_theta': 1.0},
+      },
+      'Unsupported Gemma 3 configuration: attn_logit_softcapping=50.0 '
+      "(supported: None), rope_parameters={'rope_theta': 1.0} (supported: "
+      "those of 'full_attention' and of 'sliding_attention'), "
+      "rope_type='linear' of 'sliding_attention' (supported: 'default').",
+    ),
+    (
+      'gemma3_text',
+      {'sliding_window_pattern': 0},
+      'Unsupported Gemma 3 configuration: sliding_window_pattern=0 (supported: '
+      'a number > 0).',
+    ),
+    (
+      'gemma2',
+      {'query_pre_attn_scalar': 0},
+      'query_pre_attn_scalar=0 must be positive.',
+    ),
+    (
       'qwen2',
       {'head_dim': 7},
       'head_dim=7 must be even: rotary positions turn pairs of features.',
@@ -389,6 +506,10 @@ def test_impossible_layers_are_refused(model_type, changes, text):
     ('qwen3-0.6b', 0.596),
     ('qwen3-8b', 8.19),
     ('smollm3-3b', 3.08),
+    ('gemma-2-2b', 2.61),
+    ('gemma-2-9b', 9.24),
+    ('gemma-3-270m', 0.268),
+    ('gemma-3-1b', 1.0),
   ],
 )
 def test_presets_of_today_have_their_published_sizes(name, billions):
