@@ -11,6 +11,7 @@ from gnlorp_jax.models.families.gemma2 import Gemma2Config
 from gnlorp_jax.models.families.gemma3_text import Gemma3TextConfig
 from gnlorp_jax.models.families.llama import LlamaConfig
 from gnlorp_jax.models.families.mistral import MistralConfig
+from gnlorp_jax.models.families.phi3 import Phi3Config
 from gnlorp_jax.models.families.qwen2 import Qwen2Config
 from gnlorp_jax.models.families.qwen3 import Qwen3Config
 from gnlorp_jax.models.families.roberta import RobertaConfig
@@ -21,6 +22,7 @@ Config = (
   | Gemma3TextConfig
   | LlamaConfig
   | MistralConfig
+  | Phi3Config
   | Qwen2Config
   | Qwen3Config
   | SmolLM3Config

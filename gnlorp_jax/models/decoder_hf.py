@@ -21,11 +21,13 @@ _BEFORE_NORMS: tuple[tuple[str, str, bool], ...] = (
   *_dense_rows('attn/q_proj', 'self_attn.q_proj'),
   *_dense_rows('attn/k_proj', 'self_attn.k_proj'),
   *_dense_rows('attn/v_proj', 'self_attn.v_proj'),
+  *_dense_rows('attn/qkv_proj', 'self_attn.qkv_proj'),
   *_dense_rows('attn/o_proj', 'self_attn.o_proj'),
   ('layers/attn/q_norm/scale', f'{_LAYER}.self_attn.q_norm.weight', False),
   ('layers/attn/k_norm/scale', f'{_LAYER}.self_attn.k_norm.weight', False),
   *_dense_rows('mlp/gate_proj', 'mlp.gate_proj'),
   *_dense_rows('mlp/up_proj', 'mlp.up_proj'),
+  *_dense_rows('mlp/gate_up_proj', 'mlp.gate_up_proj'),
   *_dense_rows('mlp/down_proj', 'mlp.down_proj'),
   ('layers/attn_norm/scale', f'{_LAYER}.input_layernorm.weight', False),
 )

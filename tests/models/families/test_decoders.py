@@ -45,6 +45,13 @@ YARN = {
   'original_max_position_embeddings': 16,
 }
 LINEAR = {'rope_type': 'linear', 'rope_theta': 200.0, 'factor': 3.0}
+LONGROPE = {
+  'rope_type': 'longrope',
+  'rope_theta': 500.0,
+  'partial_rotary_factor': 0.7,
+  'short_factor': [1.0, 1.5],
+  'long_factor': [2.0, 7.0],
+}
 CASES = {
   'llama': ('LlamaConfig', {}),
   'llama-3.1': ('LlamaConfig', {'rope_parameters': LLAMA3}),
@@ -83,6 +90,19 @@ CASES = {
       'sliding_window': 9,
       'tie_word_embeddings': False,
     },
+  ),
+  'phi3': (
+    'Phi3Config',
+    {
+      'rope_parameters': LONGROPE,
+      'original_max_position_embeddings': 60,
+      'sliding_window': 8,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'phi3, long': (
+    'Phi3Config',
+    {'rope_parameters': LONGROPE, 'original_max_position_embeddings': 16},
   ),
   'gemma2': (
     'Gemma2Config',
@@ -123,7 +143,7 @@ def oracle(case, folder):
   name, changes = CASES[case]
   torch.manual_seed(0)
   config = getattr(transformers, name)(
-    **{**SIZES, **changes}, attn_implementation='eager'
+    **{**SIZES, **copy.deepcopy(changes)}, attn_implementation='eager'
   )
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
@@ -312,8 +332,8 @@ def test_every_reason_is_named_at_once():
     'attention_dropout=0.1 (supported: 0.0), '
     "quantization_config={'bits': 4} (supported: None), "
     "the fields ['hidden_size'] are missing, "
-    "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn']; "
-    'its frequencies change with the length of a sequence), '
+    "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn', "
+    "'longrope']; its frequencies change with the length of a sequence), "
     'partial_rotary_factor=0.5 (supported: 1.0).'
   )
 
@@ -384,6 +404,34 @@ def test_gemma_3_in_old_and_new_spellings(old):
   ]
 
 
+@pytest.mark.parametrize('max_seq_len', [64, 40])
+def test_phi_3_in_old_and_new_spellings(max_seq_len):
+  transformers = pytest.importorskip('transformers')
+  factors = {'short_factor': [1.0, 1.5], 'long_factor': [2.0, 7.0]}
+  old = {
+    'rope_scaling': {'type': 'longrope', **factors},
+    'rope_theta': 300.0,
+    'partial_rotary_factor': 0.7,
+    'original_max_position_embeddings': 16,
+  }
+  theirs = transformers.Phi3Config(**BASE, **copy.deepcopy(old))
+  new = json.loads(theirs.to_json_string())
+  family = models.family_of(new)
+  found = config_of('phi3', **old)
+  assert found == family.config_from_hf(new)
+  older = old | {'rope_scaling': {'type': 'su', **factors}}
+  assert found == config_of('phi3', **older)
+  assert found.rope_scaling.factor == 4 and found.rotary_width == 4
+  # What its scaling was made for stays, however long its sequences are.
+  found = dataclasses.replace(found, max_seq_len=max_seq_len)
+  written = family.config_to_hf(found)
+  assert family.config_from_hf(written) == found
+  # transformers 4 takes three fields, and infers from them what is the same.
+  assert (len(written['rope_scaling']) == 3) == (max_seq_len == 64)
+  again = json.loads(transformers.Phi3Config(**written).to_json_string())
+  assert family.config_from_hf(again) == found
+
+
 def test_gemma_2_without_caps():
   config = config_of(
     'gemma2', attn_logit_softcapping=None, final_logit_softcapping=None
@@ -401,6 +449,7 @@ def test_what_is_absent_means_what_it_means_to_transformers():
     ('Qwen2Config', 'qwen2'),
     ('Qwen3Config', 'qwen3'),
     ('SmolLM3Config', 'smollm3'),
+    ('Phi3Config', 'phi3'),
     ('Gemma2Config', 'gemma2'),
     ('Gemma3TextConfig', 'gemma3_text'),
   ):
@@ -478,6 +527,27 @@ def test_rope_theta_of_null_is_the_default():
       'a number > 0).',
     ),
     (
+      'phi3',
+      {'rope_scaling': LINEAR, 'resid_pdrop': 0.1},
+      'Unsupported Phi 3 configuration: resid_pdrop=0.1 (supported: 0.0), '
+      "rope_type='linear' (supported: 'default', 'longrope').",
+    ),
+    (
+      'phi3',
+      {'partial_rotary_factor': 0.5},
+      'partial_rotary_factor=0.5 of 6 features are 3: this must be even',
+    ),
+    (
+      'phi3',
+      {'partial_rotary_factor': 1.5},
+      'partial_rotary_factor=1.5 must be in (0, 1].',
+    ),
+    (
+      'phi3',
+      {'rope_scaling': LONGROPE | {'partial_rotary_factor': None}},
+      'short_factor of rope_scaling has 2 factors, and 3 pairs of features',
+    ),
+    (
       'gemma2',
       {'query_pre_attn_scalar': 0},
       'query_pre_attn_scalar=0 must be positive.',
@@ -506,6 +576,8 @@ def test_impossible_layers_are_refused(model_type, changes, text):
     ('qwen3-0.6b', 0.596),
     ('qwen3-8b', 8.19),
     ('smollm3-3b', 3.08),
+    ('phi-3-mini-4k', 3.82),
+    ('phi-4', 14.66),
     ('gemma-2-2b', 2.61),
     ('gemma-2-9b', 9.24),
     ('gemma-3-270m', 0.268),
