@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train_glue
-from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe, settings, tasks
 from gnlorp_jax.training import loop, metrics
 from gnlorp_jax.training.checkpoint import Checkpointer
@@ -124,7 +124,9 @@ def test_exported_model_says_what_the_predictions_say(whole):
   folder = whole / RUN / 'hf'
   architecture = roberta.config_from_hf(hf.load_config(folder))
   model = roberta.make_classifier(architecture, 2)
-  params = roberta.load_classifier(folder, architecture, 2, jax.random.key(0))
+  params = roberta.load_classifier(
+    folder, architecture, 2, jax.random.key(0), head=heads.Head((0, 1), '')
+  )
   words = [*LORA, '--run-dir', str(whole), '--init-from', str(folder)]
   _, data = loaded(words)
   split = data.predicted['test']

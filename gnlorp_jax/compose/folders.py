@@ -55,13 +55,11 @@ def keeper(
     bfloat16 see `quantize_onto`.
 
   Raises:
-    ValueError: If the file of scales is damaged.
+    ValueError: If the file of scales is damaged; the function raises it too, if
+      these are not of the weights that are read.
   """
   if weight_bits is None:
     return lambda path, array: array
-  codec = optim.quantized_weights.CODEC
-  nearest = jax.jit(functools.partial(quantize, codec=codec, matrix_axes=2))
-  onto = jax.jit(functools.partial(quantize_onto, codec=codec))
   grid = _read_grid(pathlib.Path(folder) / GRID_FILE)
 
   def keep(path: str, array: jax.Array) -> Any:
@@ -69,13 +67,31 @@ def keeper(
       return array
     scale, zero = (grid.get(f'{path}/{part}') for part in ('scale', 'zero'))
     if scale is None or zero is None:
-      kept = nearest(array)
+      kept = _nearest(array)
     else:
-      kept = onto(array, scale=scale, zero=zero)
+      wanted = jax.eval_shape(_nearest, array).scale.shape
+      if not scale.shape == zero.shape == wanted:
+        raise ValueError(
+          f'{path} has scales {scale.shape} and zeros {zero.shape} in '
+          f'{pathlib.Path(folder) / GRID_FILE}, and {wanted} blocks. If the '
+          'weights beside it are of another run, remove this file.'
+        )
+      kept = _onto(array, scale=scale, zero=zero)
     # Before the next kernel takes its room.
     return jax.block_until_ready(kept)
 
   return keep
+
+
+# Compiled once for all the runs of a comparison.
+_nearest = jax.jit(
+  functools.partial(
+    quantize, codec=optim.quantized_weights.CODEC, matrix_axes=2
+  )
+)
+_onto = jax.jit(
+  functools.partial(quantize_onto, codec=optim.quantized_weights.CODEC)
+)
 
 
 def _read_grid(path: pathlib.Path) -> dict[str, np.ndarray]:

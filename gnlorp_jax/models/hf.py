@@ -5,12 +5,16 @@ transposed), such as `llama.HF_TENSORS`. A path joins the keys of the nested
 dict with '/'. A name with '{layer}' in it stands for one tensor per layer,
 which we keep as one array with a leading layer axis. A transposed matrix is
 [in, out] with us and [out, in] there.
+
+A row for a path that an earlier row has names a copy: a tensor that some
+checkpoints hold beside the one that the model reads, such as the head of tied
+embeddings. A copy is not written. Where a checkpoint has it, it must be equal,
+unless the model has another use for a tensor of that name.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -26,15 +30,12 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from gnlorp_jax.models import _hf_files
+
 Table = Sequence[tuple[str, str, bool]]
 
 _CONFIG = 'config.json'
-_WEIGHTS = 'model.safetensors'
 _SHARD = 'model-{number:05d}-of-{count:05d}.safetensors'
-_INDEX = 'model.safetensors.index.json'
-
-# Constants that early versions of transformers saved among the weights.
-_BUFFERS = ('rotary_emb.inv_freq',)
 
 
 def load_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def load_config(folder: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: If the file is absent or holds no JSON object.
   """
-  return _read_object(pathlib.Path(folder) / _CONFIG)
+  return _hf_files.read_object(pathlib.Path(folder) / _CONFIG)
 
 
 def check_supported(
@@ -128,7 +129,31 @@ def tensor_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     ValueError: If a file is absent or damaged.
   """
   with contextlib.ExitStack() as stack:
-    return _shapes(_open(pathlib.Path(folder), stack))
+    return _hf_files.shapes(_hf_files.open_tensors(folder, stack))
+
+
+def check_size(folder: str | os.PathLike, num_params: int) -> None:
+  """Refuses a model far larger than its checkpoint, before it is planned.
+
+  Args:
+    folder: As in `load_params`; one without weights passes.
+    num_params: Number of parameters of the model that its `config.json`
+      describes, with any head.
+
+  Raises:
+    ValueError: If these are more than twice what the files hold, or a file is
+      damaged. `load_params` compares every tensor.
+  """
+  folder = pathlib.Path(folder)
+  if not _hf_files.has_weights(folder):
+    return
+  held = sum(math.prod(shape) for shape in tensor_shapes(folder).values())
+  # A head that the checkpoint lacks is smaller than the rest.
+  if num_params > 2 * held:
+    raise ValueError(
+      f'{folder / _CONFIG} describes a model of {num_params:,} parameters, but '
+      f'the files beside it hold {held:,} values: it is not theirs.'
+    )
 
 
 def load_params(
@@ -160,22 +185,30 @@ def load_params(
     dtypes; without it, these arrays.
 
   Raises:
-    ValueError: If a file is absent or damaged, or if tensors are missing, left
-      over or of another shape, all of which are named.
+    ValueError: If a file is absent or damaged; if tensors are missing, left
+      over or of another shape, all of which are named; if a copy differs from
+      what it is a copy of, or a tensor holds no floating-point numbers. All of
+      this is found before anything is allocated.
   """
   leaves = traverse_util.flatten_dict(abstract_params, sep='/')
-  tensors = _tensors(table, leaves)
   params = {}
   with contextlib.ExitStack() as stack:
-    files = _open(pathlib.Path(folder), stack)
+    files = _hf_files.open_tensors(folder, stack)
+    _check_depth(folder, table, leaves, len(files))
+    tensors = _tensors(table, leaves)
+    expected = {tensor.name: tensor.shape for tensor in tensors}
+    found = {
+      name: shape
+      for name, shape in _hf_files.shapes(files).items()
+      if not re.fullmatch(unread, name)
+    }
+    copies = _copies(table, leaves, found, expected)
     _check_fit(
-      {tensor.name: tensor.shape for tensor in tensors},
-      {
-        name: shape
-        for name, shape in _shapes(files).items()
-        if not re.fullmatch(unread, name)
-      },
+      expected | {copy: expected[name] for copy, name in copies.items()}, found
     )
+    _hf_files.check_floats(folder, expected, files)
+    for copy, name in copies.items():
+      _hf_files.check_equal(copy, name, files)
     for path, group in itertools.groupby(tensors, lambda tensor: tensor.path):
       params[path] = keep(path, _read(leaves[path], list(group), files))
   return traverse_util.unflatten_dict(params, sep='/')
@@ -242,8 +275,8 @@ def export(
         metadata={'format': 'pt'},  # transformers insists on it.
       )
     if len(shards) > 1:
-      _write_object(stage / _INDEX, _index(shards))
-    _write_object(stage / _CONFIG, hf_config)
+      _hf_files.write_object(stage / _hf_files.INDEX, _index(shards))
+    _hf_files.write_object(stage / _CONFIG, hf_config)
     stage.rename(folder)
 
 
@@ -267,7 +300,7 @@ def _tensors(table: Table, leaves: dict[str, Any]) -> list[_Tensor]:
       'to the table.'
     )
   tensors = []
-  for path, template, transpose in table:
+  for path, template, transpose in _first_rows(table):
     if path not in leaves:
       continue
     shape, dtype = leaves[path].shape, leaves[path].dtype
@@ -287,14 +320,46 @@ def _tensors(table: Table, leaves: dict[str, Any]) -> list[_Tensor]:
   return tensors
 
 
+def _first_rows(table: Table) -> Iterable[tuple[str, str, bool]]:
+  """The rows that are no copies."""
+  rows: dict[str, tuple[str, str, bool]] = {}
+  for row in table:
+    rows.setdefault(row[0], row)
+  return rows.values()
+
+
+def _copies(
+  table: Table,
+  leaves: dict[str, Any],
+  found: Iterable[str],
+  expected: Iterable[str],
+) -> dict[str, str]:
+  """The copies in a checkpoint, each with the name of what it must equal."""
+  original = {path: name for path, name, _ in _first_rows(table)}
+  return {
+    name: original[path]
+    for path, name, _ in table
+    if path in leaves and name in found and name not in expected
+  }
+
+
 def _read(
   leaf: jax.ShapeDtypeStruct, tensors: list[_Tensor], files: dict[str, Any]
 ) -> jax.Array:
-  """One parameter from its tensors; nothing of it stays on the host."""
-  host = np.empty(leaf.shape, leaf.dtype)
+  """One parameter from its tensors; nothing of it stays on the host.
+
+  A matrix is turned on its way to the device, where the runtime goes through it
+  block by block: NumPy, value by value, takes several times as long.
+  """
+  shape = leaf.shape
+  is_turned = tensors[0].transpose
+  if is_turned:
+    shape = (*shape[:-2], shape[-1], shape[-2])
+  host = np.empty(shape, leaf.dtype)
   for tensor in tensors:
-    value = files[tensor.name].get_tensor(tensor.name)
-    host[tensor.index] = value.T if tensor.transpose else value
+    host[tensor.index] = files[tensor.name].get_tensor(tensor.name)
+  if is_turned:
+    host = host.swapaxes(-2, -1)
   return jax.device_put(host, leaf.sharding, may_alias=False)
 
 
@@ -320,41 +385,23 @@ def _check_fit(
     )
 
 
-def _open(
-  folder: pathlib.Path, stack: contextlib.ExitStack
-) -> dict[str, safetensors.safe_open]:
-  """The file that holds each tensor, by the tensor's name; nothing is read."""
-  if (folder / _WEIGHTS).is_file():
-    names = [_WEIGHTS]
-  elif (folder / _INDEX).is_file():
-    index = _read_object(folder / _INDEX)
-    if not isinstance(index.get('weight_map'), dict):
-      raise ValueError(f'{folder / _INDEX} has no object "weight_map".')
-    names = sorted(set(index['weight_map'].values()))
-  else:
+def _check_depth(
+  folder: str | os.PathLike, table: Table, leaves: dict[str, Any], count: int
+) -> None:
+  """Refuses more layers than tensors, of which a list would be endless."""
+  depth = max(
+    (
+      leaves[path].shape[0]
+      for path, name, _ in table
+      if path in leaves and '{layer}' in name
+    ),
+    default=0,
+  )
+  if depth > count:
     raise ValueError(
-      f'{folder} holds neither {_WEIGHTS} nor {_INDEX}. Other formats are not '
-      "read; convert them with transformers' save_pretrained."
+      f'The model has {depth} layers, but {folder} holds {count} tensors in '
+      'all: its config.json is not that of its weights.'
     )
-  files = {}
-  for name in names:
-    try:
-      file = stack.enter_context(safetensors.safe_open(folder / name, 'numpy'))
-    except (OSError, safetensors.SafetensorError) as error:
-      raise ValueError(f'Cannot read {folder / name}: {error}') from error
-    files.update({tensor: file for tensor in file.keys()})
-  return {
-    name: file for name, file in files.items() if not name.endswith(_BUFFERS)
-  }
-
-
-def _shapes(
-  files: dict[str, safetensors.safe_open],
-) -> dict[str, tuple[int, ...]]:
-  return {
-    name: tuple(file.get_slice(name).get_shape())
-    for name, file in files.items()
-  }
 
 
 def _shards(
@@ -369,7 +416,7 @@ def _shards(
     shards[-1].append(tensor)
     room -= tensor.nbytes
   if len(shards) == 1:
-    return {_WEIGHTS: shards[0]}
+    return {_hf_files.WEIGHTS: shards[0]}
   return {
     _SHARD.format(number=i, count=len(shards)): shard
     for i, shard in enumerate(shards, start=1)
@@ -386,17 +433,3 @@ def _index(shards: dict[str, list[_Tensor]]) -> dict[str, Any]:
       t.name: name for name, shard in shards.items() for t in shard
     },
   }
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise ValueError(f'Cannot read {path}: {error}') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} must hold a JSON object, not {value!r}.')
-  return value
-
-
-def _write_object(path: pathlib.Path, value: dict[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')

@@ -226,6 +226,22 @@ def test_damaged_file_of_scales_is_an_error(tmp_path):
     load(tmp_path / 'hf', config)
 
 
+def test_scales_of_another_model_are_an_error(tmp_path):
+  config = settings()
+  export(tmp_path / 'hf', trained(config), config.model)
+  path = tmp_path / 'hf' / folders.GRID_FILE
+  grid = safetensors.numpy.load_file(path)
+  name = 'layers/attn/q_proj/kernel'
+  grid[f'{name}/scale'] = grid[f'{name}/scale'][:, :3]
+  safetensors.numpy.save_file(grid, path)
+  with pytest.raises(ValueError) as error:
+    load(tmp_path / 'hf', config)
+  assert str(error.value) == (
+    f'{name} has scales (3, 3) and zeros (3, 4) in {path}, and (3, 4) blocks. '
+    'If the weights beside it are of another run, remove this file.'
+  )
+
+
 @pytest.mark.slow
 def test_export_gives_equal_logits_in_pytorch_and_layer_by_layer(tmp_path):
   torch = pytest.importorskip('torch')

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gnlorp_jax.models import hf, llama
+from gnlorp_jax.models import _hf_files, hf, llama
 
 CONFIGS = {
   'tied': {'tie_embeddings': True, 'rope_theta': 500.0},
@@ -229,6 +230,167 @@ def test_load_places_shards_on_their_devices(tmp_path):
   assert_trees_equal(load(tmp_path / 'again', model), params)
 
 
+@pytest.mark.parametrize('name', ['tied', 'untied'])
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_all_tensors_of_shards_of_each_dtype_are_read_exactly(
+  tmp_path, name, dtype
+):
+  """Shards that transformers wrote, or wrote again what we exported."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  model, params = build(name, 'float32' if dtype == 'float16' else dtype)
+  export(tmp_path / 'out', model, params, max_shard_bytes=20_000)
+  oracle, report = transformers.LlamaForCausalLM.from_pretrained(
+    tmp_path / 'out', output_loading_info=True, dtype=getattr(torch, dtype)
+  )
+  assert not any(report.values()), report
+  oracle.save_pretrained(tmp_path / 'again', max_shard_size='20KB')
+  assert len(list((tmp_path / 'again').glob('*.safetensors'))) > 2
+  config = llama.config_from_hf(hf.load_config(tmp_path / 'again'))
+  # Half precision has a place in float32, with no value changed.
+  assert config.param_dtype == model.config.param_dtype
+  expected = jax.tree.map(
+    lambda x: np.asarray(x).astype(dtype).astype(x.dtype), params
+  )
+  assert_trees_equal(load(tmp_path / 'again', llama.make(config)), expected)
+
+
+def test_sharded_kernels_are_turned_on_their_way(tmp_path):
+  """Every axis over devices, with a dtype that is not the file's."""
+  model, params = build()
+  export(tmp_path / 'out', model, params)
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ('a', 'b'))
+  sharding = NamedSharding(mesh, PartitionSpec(None, 'a', 'b'))
+  wanted = abstract(build(dtype='bfloat16')[0])
+  up = wanted['layers']['mlp']['up_proj']
+  up['kernel'] = up['kernel'].update(sharding=sharding)
+  got = hf.load_params(tmp_path / 'out', llama.HF_TENSORS, wanted)
+  kernel = got['layers']['mlp']['up_proj']['kernel']
+  assert kernel.sharding == sharding
+  assert {s.data.shape for s in kernel.addressable_shards} == {(3, 16, 24)}
+  assert_trees_equal(got, jax.tree.map(lambda x: x.astype('bfloat16'), params))
+
+
+def test_rows_of_a_layer_may_be_biases_and_norms(tmp_path):
+  """What a family adds beside kernels is stacked and not turned."""
+  layer = 'model.layers.{layer}'
+  table = (
+    ('layers/attn/q_proj/kernel', f'{layer}.self_attn.q_proj.weight', True),
+    ('layers/attn/q_proj/bias', f'{layer}.self_attn.q_proj.bias', False),
+    ('layers/attn/q_norm/scale', f'{layer}.self_attn.q_norm.weight', False),
+    ('layers/attn/k_proj/bias', f'{layer}.self_attn.k_proj.bias', False),
+  )
+  rng = np.random.default_rng(0)
+  params = {
+    'layers': {
+      'attn': {
+        'q_proj': {
+          'kernel': rng.normal(size=(3, 4, 6)).astype('f'),
+          'bias': rng.normal(size=(3, 6)).astype('f'),
+        },
+        'q_norm': {'scale': rng.normal(size=(3, 2)).astype('f')},
+      }
+    }
+  }
+  hf.export(tmp_path / 'out', params, table, {})
+  shapes = hf.tensor_shapes(tmp_path / 'out')
+  assert shapes['model.layers.2.self_attn.q_proj.weight'] == (6, 4)
+  assert shapes['model.layers.2.self_attn.q_proj.bias'] == (6,)
+  like = jax.eval_shape(lambda: params)
+  assert_trees_equal(hf.load_params(tmp_path / 'out', table, like), params)
+  # And one that the checkpoint lacks is missed.
+  attn = like['layers']['attn']
+  attn['k_proj'] = {'bias': jax.ShapeDtypeStruct((3, 2), np.float32)}
+  with pytest.raises(ValueError) as error:
+    hf.load_params(tmp_path / 'out', table, like)
+  missing = [f'model.layers.{i}.self_attn.k_proj.bias' for i in range(3)]
+  assert str(error.value) == (
+    f'Checkpoint does not fit model. Missing: {missing}. Extra: []. Shape: [].'
+  )
+
+
+# Copies of tied weights.
+
+WITH_COPY = (
+  *llama.HF_TENSORS,
+  ('embed/embedding', 'lm_head.weight', False),
+)
+
+
+def export_copy(folder, change, max_shard_bytes=2**30, dtype='float32'):
+  """A tied model, with its embedding once more as the head."""
+  model, params = build('tied', dtype)
+  head = jnp.asarray(change(np.array(params['embed']['embedding'])))
+  untied = params | {'lm_head': {'kernel': head.T}}
+  export(folder, model, untied, max_shard_bytes=max_shard_bytes)
+  return model, params
+
+
+def load_copy(folder, model):
+  return hf.load_params(folder, WITH_COPY, abstract(model))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
+def test_equal_copy_is_read_over_and_not_written(
+  tmp_path, monkeypatch, dtype, max_shard_bytes
+):
+  monkeypatch.setattr(_hf_files, '_COMPARED', 3 * 32)  # Three rows at once.
+
+  def with_nan(embedding):
+    embedding[3, 4] = np.nan
+    return embedding
+
+  model, params = export_copy(
+    tmp_path / 'a', lambda x: x, max_shard_bytes, dtype
+  )
+  assert 'lm_head.weight' in hf.tensor_shapes(tmp_path / 'a')
+  got = load_copy(tmp_path / 'a', model)
+  assert_trees_equal(got, params)
+  config = llama.config_to_hf(model.config)
+  hf.export(tmp_path / 'b', got, WITH_COPY, config)
+  assert 'lm_head.weight' not in hf.tensor_shapes(tmp_path / 'b')
+  # A checkpoint without a copy is as good.
+  assert_trees_equal(load_copy(tmp_path / 'b', model), params)
+  export_copy(tmp_path / 'c', with_nan, max_shard_bytes, dtype)
+  with pytest.raises(ValueError, match='in 1 of 1280 values, first in row 3,'):
+    load_copy(tmp_path / 'c', model)
+
+
+def test_copy_that_differs_is_refused_before_anything_is_read(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(_hf_files, '_COMPARED', 7 * 32)
+  monkeypatch.setattr(hf, '_read', None)
+
+  def change(embedding):
+    embedding[[20, 33], 5] += 1e-3
+    return embedding
+
+  model, _ = export_copy(tmp_path / 'out', change)
+  with pytest.raises(ValueError) as error:
+    load_copy(tmp_path / 'out', model)
+  assert str(error.value) == (
+    'lm_head.weight differs from model.embed_tokens.weight in 2 of 1280 '
+    'values, first in row 20, but the model ties the two. If the checkpoint '
+    "does not, say so: tie_embeddings=False in the model's configuration, "
+    '"tie_word_embeddings": false in config.json. Or else remove '
+    'lm_head.weight.'
+  )
+  monkeypatch.undo()
+  untied = llama.make(dataclasses.replace(model.config, tie_embeddings=False))
+  got = load_copy(tmp_path / 'out', untied)
+  assert np.any(got['lm_head']['kernel'].T != got['embed']['embedding'])
+
+
+def test_copy_of_another_shape_is_refused(tmp_path):
+  model, params = build('tied')
+  export(tmp_path, model, params)
+  rewrite(tmp_path, lambda t: t.update({'lm_head.weight': np.ones((40, 2))}))
+  with pytest.raises(ValueError, match=r'Shape: \[.lm_head.weight: \(40, 2\)'):
+    load_copy(tmp_path, model)
+
+
 # Refusals.
 
 
@@ -334,6 +496,146 @@ def test_damaged_and_absent_files_are_named(tmp_path):
   with pytest.raises(ValueError) as error:
     load(tmp_path / 'out', model)
   assert str(error.value) == f'{index} has no object "weight_map".'
+
+
+def exported_shards(folder):
+  model, params = build()
+  export(folder, model, params, max_shard_bytes=20_000)
+  return model, folder / 'model.safetensors.index.json'
+
+
+def change_index(path, change):
+  index = json.loads(path.read_text())
+  change(index['weight_map'])
+  path.write_text(json.dumps(index))
+
+
+def test_index_that_places_tensors_where_they_are_not_is_refused(tmp_path):
+  model, index = exported_shards(tmp_path / 'out')
+  first, second = sorted((tmp_path / 'out').glob('*.safetensors'))[:2]
+  change_index(index, lambda places: places.update({'x.weight': second.name}))
+  with pytest.raises(ValueError) as error:
+    load(tmp_path / 'out', model)
+  assert str(error.value) == (
+    f"{second} lacks the tensors ['x.weight'], which "
+    'model.safetensors.index.json says it holds. Get both files from the same '
+    'checkpoint.'
+  )
+
+
+@pytest.mark.parametrize('place', ['../out.safetensors', '/x', '', 3, None])
+def test_index_that_leaves_its_folder_is_refused(tmp_path, place):
+  model, index = exported_shards(tmp_path / 'out')
+  change_index(index, lambda places: places.update({'x.weight': place}))
+  with pytest.raises(ValueError) as error:
+    load(tmp_path / 'out', model)
+  assert str(error.value) == (
+    f'{index} places x.weight in {place!r}; it must be the name of a file in '
+    'the same folder.'
+  )
+
+
+def test_index_decides_between_two_files_with_a_tensor(tmp_path):
+  model, index = exported_shards(tmp_path / 'out')
+  expected = load(tmp_path / 'out', model)
+  first, second = sorted((tmp_path / 'out').glob('*.safetensors'))[:2]
+  tensors = safetensors.numpy.load_file(second)
+  name = next(iter(safetensors.numpy.load_file(first)))
+  tensors[name] = np.zeros(hf.tensor_shapes(tmp_path / 'out')[name], 'f')
+  safetensors.numpy.save_file(tensors, second)
+  assert_trees_equal(load(tmp_path / 'out', model), expected)
+
+
+def damaged(data):
+  """Files that end early, and headers that lie."""
+  size = int.from_bytes(data[:8], 'little')
+  return {
+    'empty': b'',
+    'end in the length': data[:5],
+    'end in the header': data[: size // 2],
+    'end in the data': data[:-4],
+    'too long': data + b'0000',
+    'length': b'\xff' * 8 + data[8:],
+    'no JSON': data[:8] + b'!' * size + data[8 + size :],
+    'no text': data[:8] + b'\xff' * size + data[8 + size :],
+    'shape': data.replace(b'"shape":[40,32]', b'"shape":[41,32]'),
+    'offsets': data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,'),
+    'dtype': data.replace(b'"F32"', b'"F99"'),
+  }
+
+
+@pytest.mark.parametrize('fault', sorted(damaged(bytes(100))))
+def test_damaged_header_is_named(tmp_path, fault):
+  model, params = build()
+  export(tmp_path, model, params)
+  path = tmp_path / 'model.safetensors'
+  whole = path.read_bytes()
+  path.write_bytes(damaged(whole)[fault])
+  assert path.read_bytes() != whole
+  with pytest.raises(ValueError, match=f'Cannot read {path}: '):
+    load(tmp_path, model)
+
+
+def test_weights_in_codes_are_refused(tmp_path):
+  model, params = build()
+  export(tmp_path, model, params)
+  name = 'model.layers.1.mlp.up_proj.weight'
+  rewrite(tmp_path, lambda t: t.update({name: t[name].astype(np.int8)}))
+  with pytest.raises(ValueError) as error:
+    load(tmp_path, model)
+  assert str(error.value) == (
+    f"{tmp_path} holds weights of other dtypes than ('BF16', 'F16', 'F32', "
+    f"'F64'): {{'{name}': 'I8'}}. Quantised checkpoints are not read; use the "
+    'original.'
+  )
+
+
+@pytest.mark.parametrize(
+  ('change', 'wrong'),
+  [
+    (
+      {'num_layers': 10**9},
+      r'The model has 1000000000 layers, but .* holds 30 tensors in all: its '
+      'config.json is not that of its weights.',
+    ),
+    (
+      {'vocab_size': 2**30},
+      r'model.embed_tokens.weight: \(40, 32\) in the checkpoint, '
+      r'\(1073741824, 32\) in the model',
+    ),
+    (
+      {'hidden_size': 2**30},
+      r'\(40, 32\) in the checkpoint, \(40, 1073741824\) in the model',
+    ),
+  ],
+)
+def test_config_of_terabytes_is_refused_by_headers(
+  tmp_path, monkeypatch, change, wrong
+):
+  model, params = build()
+  export(tmp_path, model, params)
+  monkeypatch.setattr(np, 'empty', None)
+  giant = llama.make(dataclasses.replace(model.config, **change))
+  with pytest.raises(ValueError, match=wrong):
+    load(tmp_path, giant)
+
+
+@pytest.mark.parametrize('max_shard_bytes', [2**30, 20_000])
+def test_size_of_a_config_is_compared_with_the_files(tmp_path, max_shard_bytes):
+  model, params = build()
+  export(tmp_path / 'out', model, params, max_shard_bytes=max_shard_bytes)
+  count = llama.num_params(model.config)
+  hf.check_size(tmp_path / 'out', count)
+  # A folder may hold a configuration alone, to plan with.
+  hf.check_size(tmp_path, 10**15)
+  giant = dataclasses.replace(model.config, num_layers=10**9)
+  with pytest.raises(ValueError) as error:
+    hf.check_size(tmp_path / 'out', llama.num_params(giant))
+  assert str(error.value) == (
+    f'{tmp_path / "out/config.json"} describes a model of 7,744,000,002,592 '
+    f'parameters, but the files beside it hold {count:,} values: it is not '
+    'theirs.'
+  )
 
 
 @pytest.mark.parametrize('text', [None, '', '{"hidden_size": '])

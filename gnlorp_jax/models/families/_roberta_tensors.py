@@ -47,6 +47,9 @@ HF_TENSORS: tuple[tuple[str, str, bool], ...] = (
   *_dense_rows('lm_head/dense', 'lm_head.dense'),
   *_norm_rows('lm_head/norm', 'lm_head.layer_norm'),
   ('lm_head/bias', 'lm_head.bias', False),
+  # Copies of what is tied, which some checkpoints hold as well.
+  ('embed/tokens/embedding', 'lm_head.decoder.weight', False),
+  ('lm_head/bias', 'lm_head.decoder.bias', False),
 )
 """The same with the head of `RobertaForMaskedLM`."""
 
@@ -57,10 +60,6 @@ HF_CLASSIFIER_TENSORS: tuple[tuple[str, str, bool], ...] = (
 )
 """The same with the head of `RobertaForSequenceClassification`."""
 
-HF_UNREAD = (
-  r'(roberta\.)?(pooler\..*|embeddings\.(position|token_type)_ids)'
-  r'|lm_head\.decoder\..*'
-)
+HF_UNREAD = r'(roberta\.)?(pooler\..*|embeddings\.(position|token_type)_ids)'
 """What a checkpoint may hold beside the model, for `hf.load_params`: the pooler
-of `RobertaModel`, buffers of early versions of transformers, and copies of the
-tied embedding and bias."""
+of `RobertaModel` and buffers of early versions of transformers."""

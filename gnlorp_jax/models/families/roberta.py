@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from gnlorp_jax.models import heads, interface
 from gnlorp_jax.models import hf as hf_files
-from gnlorp_jax.models import interface
 from gnlorp_jax.models.encoder import make, make_classifier
 from gnlorp_jax.models.families._roberta_tensors import (
   HF_CLASSIFIER_TENSORS as HF_CLASSIFIER_TENSORS,
@@ -306,6 +306,7 @@ def load_classifier(
   num_outputs: int,
   key: jax.Array,
   *,
+  head: heads.Head = heads.NEW,
   shapes: Params | None = None,
   keep: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
@@ -318,6 +319,8 @@ def load_classifier(
       rates and dtypes of the run's choice.
     num_outputs: Number of classes, or 1 for a regression.
     key: Random key of a classifier that the folder does not have.
+    head: What `heads.match` says of the folder's configuration: whether its
+      classifier is the task's.
     shapes: Nested dict with the shape, the dtype and, if set, the sharding of
       every parameter; None: those of `make_classifier`, on the first device.
     keep: ``keep(path, array)`` makes of a parameter what is returned for it, as
@@ -325,28 +328,19 @@ def load_classifier(
 
   Returns:
     The parameters of `make_classifier`, in their shardings: read one at a time,
-    and of the whole model no more than that is held on the host.
+    and of the whole model no more than that is held on the host. Outputs are in
+    the order of the task's classes.
 
   Raises:
     ValueError: As `hf.load_params`.
   """
   if shapes is None:
     shapes = jax.eval_shape(make_classifier(config, num_outputs).init, key)
-  if keep is None:
-    keep = _keep_array
+  keep = keep or (lambda path, array: array)
   found = hf_files.tensor_shapes(folder)
-  head = found.get('classifier.out_proj.weight')
-  fits = head is not None and head[0] == num_outputs
-  if fits:
-    # Its classes may be those of another task.
-    _logger.info('The classifier is that of %s.', folder)
-  else:
-    _logger.info(
-      'The classifier of %d outputs is new: %s has %s.',
-      num_outputs,
-      folder,
-      'none' if head is None else f'one of {head[0]}',
-    )
+  has_one = 'classifier.out_proj.weight' in found
+  fits = has_one and head.outputs is not None
+  _log_head(folder, num_outputs, head, has_one)
   table = HF_CLASSIFIER_TENSORS
   if not any(name.startswith('roberta.') for name in found):
     # A bare `RobertaModel` names its tensors without the prefix.
@@ -358,7 +352,7 @@ def load_classifier(
     folder,
     table,
     {name: tree for name, tree in shapes.items() if fits or name != _HEAD},
-    keep,
+    _reordered(keep, head.outputs) if fits else keep,
     unread=HF_UNREAD if fits else f'{HF_UNREAD}|{_HF_HEADS}',
   )
   if not fits:
@@ -374,9 +368,38 @@ def load_classifier(
   return params
 
 
-def _keep_array(path: str, array: jax.Array) -> jax.Array:
-  del path
-  return array
+def _log_head(
+  folder: str | os.PathLike, num_outputs: int, head: heads.Head, has_one: bool
+) -> None:
+  if not has_one or head.outputs is None:
+    _logger.info(
+      'The classifier of %d outputs is new: %s has %s.',
+      num_outputs,
+      folder,
+      f'one, but {head.why}' if has_one else 'none',
+    )
+  elif head.outputs == tuple(range(num_outputs)):
+    _logger.info('The classifier is that of %s.', folder)
+  else:
+    _logger.info(
+      'The classifier is that of %s, its outputs in the order %s.',
+      folder,
+      head.outputs,
+    )
+
+
+def _reordered(
+  keep: Callable[[str, jax.Array], Any], outputs: Sequence[int]
+) -> Callable[[str, jax.Array], Any]:
+  """Takes the classifier's outputs in an order, before they are kept."""
+  order = np.array(outputs)
+
+  def kept(path: str, array: jax.Array) -> Any:
+    if path.startswith(f'{_HEAD}/out/'):
+      array = jax.device_put(array[..., order], array.sharding)
+    return keep(path, array)
+
+  return kept
 
 
 @functools.cache
@@ -394,6 +417,7 @@ def export_classifier(
   config: RobertaConfig,
   params: Params,
   labels: Sequence[str] = (),
+  task: str | None = None,
 ) -> None:
   """Writes a folder that `RobertaForSequenceClassification` reads.
 
@@ -402,6 +426,8 @@ def export_classifier(
     config: The architecture.
     params: Parameters of the classifier, as plain arrays.
     labels: Names of the classes; none for a regression.
+    task: Name of the task, by which `heads.match` tells whether the classifier
+      is that of another.
 
   Raises:
     ValueError: If the folder holds something already, or the names are not as
@@ -414,11 +440,8 @@ def export_classifier(
       f'{len(labels)} labels {tuple(labels)} for {num_outputs} outputs: give '
       'each class a name of its own, and a regression none.'
     )
-  names = tuple(labels) or ('LABEL_0',)
   hf_config = {
     **config_to_hf(config, architecture='RobertaForSequenceClassification'),
-    'id2label': {str(i): name for i, name in enumerate(names)},
-    'label2id': {name: i for i, name in enumerate(names)},
-    'problem_type': 'single_label_classification' if labels else 'regression',
+    **heads.describe(labels, task),
   }
   hf_files.export(folder, params, HF_CLASSIFIER_TENSORS, hf_config)

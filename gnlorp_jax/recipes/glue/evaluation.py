@@ -147,7 +147,11 @@ def export(
     folder,
     params,
     lambda folder, params: roberta.export_classifier(
-      folder, data.architecture, params, data.task.labels
+      folder,
+      data.architecture,
+      params,
+      data.task.labels,
+      data.task.name,
     ),
   )
   data.tokenizer.save(folder)

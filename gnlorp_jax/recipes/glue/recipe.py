@@ -23,7 +23,7 @@ from gnlorp_jax.compose.settings import (
   fixed_settings,
 )
 from gnlorp_jax.data import glue
-from gnlorp_jax.models import roberta
+from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.optim.inspect import tree_bytes
 from gnlorp_jax.recipes.glue import evaluation, tasks
 from gnlorp_jax.recipes.glue.protocol import resolve
@@ -143,10 +143,15 @@ def build_program(
   Args:
     config: What `resolve` returned.
     architecture: The model's configuration.
-    task: The task; its number of outputs counts.
+    task: The task; its number of outputs counts, and its name and classes where
+      a folder to start from has a classifier.
     mesh: The devices.
     steps: Number of steps of a run, where the schedule is compiled in.
   """
+  head = None
+  if parameters.is_folder(config.init_from):
+    described = hf.load_config(config.init_from)
+    head = heads.match(described, task.labels, task.name)
   return _program(
     architecture,
     task.num_outputs,
@@ -157,6 +162,7 @@ def build_program(
     config.step,
     config.micro_batches,
     config.init_from,
+    head,
     steps if optimizer.depends_on_steps(config.optim) else 0,
     mesh,
   )
@@ -172,11 +178,12 @@ def _program(
   step: StepConfig,
   micro_batches: int,
   init_from: str | None,
+  head: heads.Head | None,
   steps: int,
   mesh: program.Mesh,
 ) -> program.Program:
   read = None
-  if parameters.is_folder(init_from):
+  if head is not None:
 
     def read(key: jax.Array, shapes: Any) -> Any:
       folder = parameters.folder(init_from)
@@ -185,6 +192,7 @@ def _program(
         architecture,
         num_outputs,
         key,
+        head=head,
         shapes=shapes,
         keep=folders.keeper(folder, step.weight_bits),
       )

@@ -10,8 +10,9 @@ import pytest
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.models import heads, hf, roberta
 from tests.models.small_roberta import (
+  LABELS,
   MASKED_LM,
   SMALL,
   abstract,
@@ -38,10 +39,13 @@ def encoder(params):
 
 def load_classifier(folder, num_outputs, key=0, options=None, **fields):
   """With the folder's configuration, some fields replaced."""
-  config = roberta.config_from_hf(hf.load_config(folder))
+  described = hf.load_config(folder)
+  config = roberta.config_from_hf(described)
   config = dataclasses.replace(config, **fields)
+  labels = LABELS.get(num_outputs, ('no', 'yes'))
+  options = {'head': heads.match(described, labels)} | (options or {})
   return roberta.load_classifier(
-    folder, config, num_outputs, jax.random.key(key), **(options or {})
+    folder, config, num_outputs, jax.random.key(key), **options
   )
 
 
@@ -51,7 +55,10 @@ EXTRAS = {
   'roberta.embeddings.position_ids': (1, 20),
   'roberta.embeddings.token_type_ids': (1, 20),
 }
-COPIES = {'lm_head.decoder.weight': (61, 32), 'lm_head.decoder.bias': (61,)}
+COPIES = {
+  'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
+  'lm_head.decoder.bias': 'lm_head.bias',
+}
 
 
 def added(shapes):
@@ -59,15 +66,41 @@ def added(shapes):
   return lambda tensors: {**tensors, **zeros}
 
 
-@pytest.mark.parametrize('extras', [{}, EXTRAS, {**EXTRAS, **COPIES}])
-def test_masked_lm_is_read_beside_what_it_does_not_use(tmp_path, extras):
+def copied(tensors):
+  return tensors | {copy: tensors[name] for copy, name in COPIES.items()}
+
+
+@pytest.mark.parametrize('extras', [{}, EXTRAS])
+@pytest.mark.parametrize('copies', [dict, copied])
+def test_masked_lm_is_read_beside_what_it_does_not_use(
+  tmp_path, extras, copies
+):
   model, params = build()
   export(tmp_path, MASKED_LM, model, params)
   rewrite(tmp_path, added(extras))
+  rewrite(tmp_path, copies)
   got = hf.load_params(
     tmp_path, roberta.HF_TENSORS, abstract(model), unread=roberta.HF_UNREAD
   )
   assert_trees_equal(got, params)
+
+
+@pytest.mark.parametrize('copy', COPIES)
+def test_copies_that_differ_are_refused(tmp_path, copy):
+  model, params = build()
+  export(tmp_path, MASKED_LM, model, params)
+
+  def change(tensors):
+    tensors = copied(tensors)
+    tensors[copy] = tensors[copy].copy()
+    tensors[copy][2] += 1
+    return tensors
+
+  rewrite(tmp_path, change)
+  with pytest.raises(ValueError, match=f'{copy} differs from {COPIES[copy]} '):
+    hf.load_params(
+      tmp_path, roberta.HF_TENSORS, abstract(model), unread=roberta.HF_UNREAD
+    )
 
 
 @pytest.mark.parametrize('extras', [{}, EXTRAS])
@@ -78,15 +111,14 @@ def test_fitting_classifier_is_read(tmp_path, caplog, head, extras):
   export(tmp_path, head, model, params)
   rewrite(tmp_path, added(extras))
   assert_trees_equal(load_classifier(tmp_path, head), params)
-  # It may be that of another task with as many classes.
   assert caplog.messages == [f'The classifier is that of {tmp_path}.']
 
 
 @pytest.mark.parametrize(
   'source, found, extras',
   [
-    (MASKED_LM, 'none', {**EXTRAS, **COPIES}),
-    (3, 'one of 3', {}),
+    (MASKED_LM, 'none', {**EXTRAS, 'lm_head.decoder.weight': (61, 32)}),
+    (3, "one, but its classes are ('no', 'yes', 'perhaps')", {}),
     ('bare', 'none', EXTRAS),
   ],
 )
@@ -129,6 +161,80 @@ def test_other_folders_give_their_encoder_and_a_new_classifier(
     other = load(1)
     assert_trees_equal(encoder(other), encoder(got))
     assert np.any(other['classifier']['out']['kernel'] != out['kernel'])
+
+
+NLI = ('contradiction', 'neutral', 'entailment')
+MNLI = ('entailment', 'neutral', 'contradiction')
+
+
+def test_classes_in_another_order_are_put_in_the_task_s(tmp_path, caplog):
+  """A folder of `transformers` predicts here what it predicts there."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  config = roberta.config_to_hf(build()[0].config)
+  oracle = transformers.RobertaForSequenceClassification(
+    transformers.RobertaConfig(
+      **{**config, 'initializer_range': 0.5},
+      id2label=dict(enumerate(NLI)),
+      label2id={name: i for i, name in enumerate(NLI)},
+    )
+  ).eval()
+  oracle.save_pretrained(tmp_path)
+  tokens = sequences([12, 11, 9, 8, 7, 6, 5, 4, 3, 2])
+  ids = torch.from_numpy(np.array(tokens, np.int64))
+  with torch.no_grad():
+    outputs = oracle(ids, attention_mask=(ids != SMALL['pad_id']).long())
+  expected = outputs.logits.numpy()
+  assert len(set(expected.argmax(1))) > 1
+  described = hf.load_config(tmp_path)
+  head = heads.match(described, MNLI, 'mnli')
+  caplog.set_level(logging.INFO)
+  params = load_classifier(tmp_path, 3, options={'head': head})
+  assert caplog.messages == [
+    f'The classifier is that of {tmp_path}, its outputs in the order (2, 1, 0).'
+  ]
+  model = roberta.make_classifier(roberta.config_from_hf(described), 3)
+  found = np.asarray(jax.jit(model.apply)(params, tokens))
+  # Logits of up to 6, float32 on both sides.
+  np.testing.assert_allclose(found, expected[:, ::-1], atol=5e-5)
+  names = [MNLI[i] for i in found.argmax(axis=1)]
+  assert names == [NLI[i] for i in expected.argmax(axis=1)]
+
+
+def test_reordered_classifier_keeps_dtype_sharding_and_form(tmp_path):
+  model, params = build(3)
+  export(tmp_path, 3, model, params)
+  shapes = fsdp(abstract(roberta.make_classifier(model.config, 3)))
+  got = load_classifier(
+    tmp_path,
+    3,
+    options={
+      'shapes': shapes,
+      'head': heads.Head((1, 2, 0), ''),
+      'keep': lambda path, array: {'codes': array},
+    },
+  )
+  for path, leaf in paths(shapes).items():
+    found = paths(got)[f'{path}/codes']
+    assert found.sharding == leaf.sharding, path
+    expected = np.asarray(paths(params)[path])
+    if path.startswith('classifier/out/'):
+      expected = expected[..., [1, 2, 0]]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_classifier_is_new_unless_asked_for(tmp_path, caplog):
+  caplog.set_level(logging.INFO)
+  model, params = build(3)
+  export(tmp_path, 3, model, params)
+  got = load_classifier(tmp_path, 3, options={'head': heads.NEW})
+  assert_trees_equal(encoder(got), encoder(params))
+  assert not np.any(got['classifier']['out']['bias'])
+  assert caplog.messages == [
+    f'The classifier of 3 outputs is new: {tmp_path} has one, but a new one '
+    'was asked for.'
+  ]
 
 
 @pytest.mark.parametrize('outputs', [3, 2])
@@ -285,6 +391,25 @@ def test_exported_classifier_says_what_its_outputs_are(tmp_path, head):
     assert config.id2label == {0: 'no', 1: 'yes', 2: 'perhaps'}
     assert config.label2id == {'no': 0, 'yes': 1, 'perhaps': 2}
   assert roberta.config_from_hf(config.to_dict()) == model.config
+
+
+@pytest.mark.parametrize('head', [3, 1])
+def test_exported_classifier_fits_its_task_as_transformers_saves_it(
+  tmp_path, head
+):
+  transformers = pytest.importorskip('transformers')
+  model, params = build(head)
+  labels = LABELS[head]
+  roberta.export_classifier(
+    tmp_path / 'out', model.config, params, labels, 'mine'
+  )
+  transformers.AutoConfig.from_pretrained(tmp_path / 'out').save_pretrained(
+    tmp_path / 'again'
+  )
+  for name in ('out', 'again'):
+    described = hf.load_config(tmp_path / name)
+    assert heads.match(described, labels, 'mine').outputs == tuple(range(head))
+    assert heads.match(described, labels, 'other').outputs is None
 
 
 @pytest.mark.parametrize(

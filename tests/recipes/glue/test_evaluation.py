@@ -1,14 +1,16 @@
 """What a fine-tuned model says: outputs, metrics, predictions, an export."""
 
 import dataclasses
+import json
 import logging
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from gnlorp_jax.compose.settings import MeshConfig
-from gnlorp_jax.models import hf, roberta
+from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe
 from gnlorp_jax.training import loop
 
@@ -103,8 +105,50 @@ def test_predictions_and_export_are_of_the_same_model(
 
 def roberta_of(folder):
   config = roberta.config_from_hf(hf.load_config(folder))
-  params = roberta.load_classifier(folder, config, 2, jax.random.key(0))
+  params = roberta.load_classifier(
+    folder, config, 2, jax.random.key(0), head=heads.Head((0, 1), '')
+  )
   return roberta.make_classifier(config, 2), params
+
+
+@pytest.mark.parametrize(
+  ('change', 'is_read'),
+  [
+    ({}, True),
+    ({'finetuning_task': 'other'}, False),
+    ({'id2label': {'0': 'no', '1': 'yes'}}, False),
+  ],
+)
+def test_classifier_of_a_folder_is_read_by_names_in_their_order(
+  settings, prepared, started, tmp_path, change, is_read
+):
+  """A folder scores 1 on its own predictions, whatever its order of classes."""
+  folder = tmp_path / 'hf'
+  finish(prepared, started, tmp_path, exports=True)
+  described = json.loads((folder / 'config.json').read_text())
+  labels = prepared.data.task.labels
+  assert described['finetuning_task'] == 'demo'
+  assert described['id2label'] == {
+    str(i): name for i, name in enumerate(labels)
+  }
+  described['id2label'] = {str(i): name for i, name in enumerate(labels[::-1])}
+  (folder / 'config.json').write_text(json.dumps(described | change))
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  for name in ('classifier.out_proj.weight', 'classifier.out_proj.bias'):
+    tensors[name] = tensors[name][::-1].copy()
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  expected = outputs_of(prepared, *started)
+  changed = dataclasses.replace(settings, init_from=str(folder))
+  again = recipe.prepare(changed, prepared.data, 'lora')
+  # Another key than that of the weights in the folder.
+  started_again = again.program.parameters.start(jax.random.key(1))
+  found = outputs_of(again, *started_again)
+  if is_read:
+    # Adapters are merged in the folder: other sums of float32.
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+  else:
+    assert np.abs(found - expected).max() > 0.1
 
 
 def test_nothing_is_exported_unless_asked_for(prepared, started, tmp_path):
