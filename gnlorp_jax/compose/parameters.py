@@ -20,7 +20,7 @@ from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
 from gnlorp_jax.data import hub
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.decoder_config import DecoderConfig
-from gnlorp_jax.models.interface import Model
+from gnlorp_jax.models.interface import Model, first_layers
 from gnlorp_jax.optim.parts.labels import Assignment, assign
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import parameters, sharding
@@ -321,7 +321,7 @@ class _Layout:
     """Random weights as they are stored; in 8 bits, layer after layer."""
     if not self.is_quantized:
       return self.make(self.config).init(key)
-    single = self.make(dataclasses.replace(self.config, num_layers=1))
+    single = self.make(first_layers(self.config, 1))
 
     def layer(key: jax.Array) -> Any:
       stored = optim.quantized_weights.quantize_weights(

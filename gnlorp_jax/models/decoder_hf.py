@@ -21,11 +21,13 @@ _BEFORE_NORMS: tuple[tuple[str, str, bool], ...] = (
   *_dense_rows('attn/q_proj', 'self_attn.q_proj'),
   *_dense_rows('attn/k_proj', 'self_attn.k_proj'),
   *_dense_rows('attn/v_proj', 'self_attn.v_proj'),
+  *_dense_rows('attn/qkv_proj', 'self_attn.qkv_proj'),
   *_dense_rows('attn/o_proj', 'self_attn.o_proj'),
   ('layers/attn/q_norm/scale', f'{_LAYER}.self_attn.q_norm.weight', False),
   ('layers/attn/k_norm/scale', f'{_LAYER}.self_attn.k_norm.weight', False),
   *_dense_rows('mlp/gate_proj', 'mlp.gate_proj'),
   *_dense_rows('mlp/up_proj', 'mlp.up_proj'),
+  *_dense_rows('mlp/gate_up_proj', 'mlp.gate_up_proj'),
   *_dense_rows('mlp/down_proj', 'mlp.down_proj'),
   ('layers/attn_norm/scale', f'{_LAYER}.input_layernorm.weight', False),
 )
@@ -108,6 +110,8 @@ class Layout(NamedTuple):
     defaults: What the absence of other fields means, where it is not what the
       absence of ours means.
     fields: Fields of ours beside the common ones, and Hugging Face's names.
+    prepare: Maps a JSON object to one that spells what the family spells in its
+      own way as the others do.
     read: Maps a JSON object, defaults filled in, to further fields of ours, and
       to reasons why they are not supported.
     write: Maps a configuration to further fields of a `config.json`.
@@ -119,6 +123,7 @@ class Layout(NamedTuple):
   fixed: Mapping[str, Any]
   defaults: Mapping[str, Any] = {}
   fields: Mapping[str, str] = {}
+  prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: hf
   read: Read = lambda hf: ({}, [])
   write: Callable[[Any], dict[str, Any]] = lambda config: {}
 
@@ -137,6 +142,7 @@ class Layout(NamedTuple):
       ValueError: If fields are missing or ask for what is not supported; all
         reasons are named.
     """
+    hf = self.prepare(hf)
     filled = {
       **self.defaults,
       **{
@@ -230,7 +236,8 @@ def _read_rope(
   """The base of the frequencies, if there is one, and their scaling."""
   old, new = hf.get('rope_scaling') or {}, hf.get('rope_parameters') or {}
   if {SLIDING, FULL} & new.keys():
-    new = {}  # By layer: the family reads it.
+    reason = f'rope_parameters={new!r} (supported: the same for all layers)'
+    return None, None, [reason]
   fields = {**old, **new}
   original = hf.get('original_max_position_embeddings')
   scaling, reasons = rope.from_hf(

@@ -12,6 +12,7 @@ Shape suffixes in this file:
   K, H  key/value heads, width of one
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -249,6 +250,24 @@ def check_seq_len(tokens_BT: jax.Array, max_seq_len: int) -> None:
       f'max_seq_len={max_seq_len}. Use shorter sequences or raise '
       'max_seq_len.'
     )
+
+
+def first_layers(config: Any, count: int) -> Any:
+  """The configuration of a model's first layers.
+
+  Args:
+    config: The architecture, of whose fields tuples hold a value per layer.
+    count: How many layers.
+
+  Returns:
+    The configuration of a model of these layers.
+  """
+  by_layer = {
+    field.name: value[:count]
+    for field in dataclasses.fields(config)
+    if isinstance(value := getattr(config, field.name), tuple)
+  }
+  return dataclasses.replace(config, num_layers=count, **by_layer)
 
 
 def find_preset(name: str, presets: Mapping[str, Config]) -> Config:
