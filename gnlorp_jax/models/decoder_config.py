@@ -139,13 +139,19 @@ class DecoderConfig:
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """Positions each layer's tokens attend to; None: all up to them."""
-    return (None,) * self.num_layers
+    """Positions tokens attend to, None for all up to them.
+
+    One value for all layers, or one for each.
+    """
+    return (None,)
 
   @property
   def ropes(self) -> tuple[Rope | None, ...]:
-    """The rotary positions of each layer; None: it has none."""
-    return (Rope(self.rope_theta, self.rope_scaling),) * self.num_layers
+    """The rotary positions, None for none.
+
+    One value for all layers, or one for each.
+    """
+    return (Rope(self.rope_theta, self.rope_scaling),)
 
   @property
   def scores(self) -> Scores:
@@ -179,6 +185,6 @@ class WindowedConfig(DecoderConfig):
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """Positions each layer's tokens attend to; None: all up to them."""
-    slides = self.sliding_layers or (True,) * self.num_layers
+    """Positions tokens attend to; one value for all layers, or one for each."""
+    slides = self.sliding_layers or (True,)
     return tuple(self.sliding_window if s else None for s in slides)

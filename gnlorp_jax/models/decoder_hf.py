@@ -93,6 +93,7 @@ _REQUIRED = (
   'num_attention_heads',
   'max_position_embeddings',
 )
+_MOST_LAYERS = 10_000
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 
 Read = Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
@@ -160,12 +161,11 @@ class Layout(NamedTuple):
       for name, value in fixed.items()
       if name in filled and filled[name] != value
     ]
-    missing = [name for name in _REQUIRED if filled.get(name) is None]
-    if missing:
-      reasons.append(f'the fields {missing} are missing')
+    sizes = _reasons_of_sizes(filled)
     theta, scaling, why = _read_rope(filled)
-    read, more = self.read(filled)
-    reasons += [*why, *more]
+    # What goes through layers one by one needs their number.
+    read, more = ({}, []) if sizes else self.read(filled)
+    reasons += [*sizes, *why, *more]
     if reasons:
       raise ValueError(
         f'Unsupported {self.name} configuration: {", ".join(reasons)}.'
@@ -230,6 +230,21 @@ class Layout(NamedTuple):
     }
 
 
+def _reasons_of_sizes(hf: Mapping[str, Any]) -> list[str]:
+  """Why sizes that every model must have are none that one can have."""
+  missing = [name for name in _REQUIRED if hf.get(name) is None]
+  reasons = [f'the fields {missing} are missing'] if missing else []
+  for name in _REQUIRED:
+    value = hf.get(name)
+    most = _MOST_LAYERS if name == 'num_hidden_layers' else 2**31 - 1
+    is_size = isinstance(value, int) and 0 < value <= most
+    if value is not None and not is_size:
+      reasons.append(
+        f'{name}={value!r} (supported: whole numbers from 1 to {most})'
+      )
+  return reasons
+
+
 def _read_rope(
   hf: Mapping[str, Any],
 ) -> tuple[float | None, rope.Scaling | None, list[str]]:
@@ -281,4 +296,5 @@ def read_windows(
 
 def layer_types(config: WindowedConfig) -> list[str]:
   """Hugging Face's name of each layer's kind of attention."""
-  return [FULL if w is None else SLIDING for w in config.windows]
+  types = [FULL if w is None else SLIDING for w in config.windows]
+  return types if len(types) > 1 else types * config.num_layers

@@ -54,8 +54,8 @@ class Phi3Config(DecoderConfig):
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """Positions each layer's tokens attend to; None: all up to them."""
-    return (self.sliding_window,) * self.num_layers
+    """Positions tokens of all layers attend to; None: all up to them."""
+    return (self.sliding_window,)
 
 
 def _published(hidden_size, intermediate_size, heads, num_layers, **others):

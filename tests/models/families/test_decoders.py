@@ -339,6 +339,16 @@ def test_every_reason_is_named_at_once():
   )
 
 
+def test_sizes_that_no_model_has_are_refused_by_arithmetic():
+  with pytest.raises(ValueError) as error:
+    config_of('smollm3', num_hidden_layers=10**9, hidden_size='wide')
+  assert str(error.value) == (
+    "Unsupported SmolLM3 configuration: hidden_size='wide' (supported: whole "
+    'numbers from 1 to 2147483647), num_hidden_layers=1000000000 (supported: '
+    'whole numbers from 1 to 10000).'
+  )
+
+
 def test_unknown_families_are_refused_by_name():
   with pytest.raises(ValueError) as error:
     models.family_of({'model_type': 'mamba'})
