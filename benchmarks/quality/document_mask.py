@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import report
 from benchmarks.common import harness, record
 from benchmarks.common.tables import markdown
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
@@ -124,8 +125,11 @@ def main() -> None:
   ):
     text += ' (default: %(default)s)'
     add(name, type=harness.positive, default=default, metavar='N', help=text)
-  add('--output', type=pathlib.Path, default=OUTPUT, help='JSON file')
+  harness.add_arguments(parser, OUTPUT, has_device=False)
   args = parser.parse_args()
+  if args.report:
+    report.report('quality.document_mask')
+    return
   settings = {
     name: getattr(args, name)
     for name in ('steps', 'batch_size', 'seq_len', 'eval_batches')

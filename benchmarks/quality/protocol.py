@@ -92,9 +92,12 @@ def initial_params(config: llama.LlamaConfig = CONFIG) -> Any:
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
+  # Later rows of a path name copies.
+  rows = {row[0]: row for row in reversed(llama.HF_TENSORS)}
   tensors = [
     (template.format(layer=layer), leaves[path][place], is_transposed)
-    for path, template, is_transposed in llama.HF_TENSORS
+    for path, template, is_transposed in rows.values()
+    if path in leaves
     for layer, place in (
       [(i, i) for i in range(config.num_layers)]
       if '{layer}' in template

@@ -1,13 +1,14 @@
-"""Plans LLaMA-7B on one card in several forms: what each one's step takes.
+"""Plans models of 7B on one card in several forms: what each one's step takes.
 
 Rank 1024, sequences of 256 tokens, embedding and head full-rank, compiled for
 an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
 
   python -m benchmarks.plan_7b
-  python -m benchmarks.plan_7b --adapters
+  python -m benchmarks.plan_7b adapters today
 
-The second plans adapters on frozen weights, 4 sequences of 1024 tokens. The
-table is in GiB; what no other column has is in `temporaries`.
+Of LLaMA-7B, `weights` plans training, `adapters` adapters on frozen weights, 4
+sequences of 1024 tokens; `today` plans the training of newer models. The table
+is in GiB; what no other column has is in `temporaries`.
 """
 
 import contextlib
@@ -37,6 +38,10 @@ ADAPTER = (
   '--data.seq-len 1024 --adapter.rank 16 --adapter.kind'
 )
 LORA = f'{ADAPTER} lora --optim.name adamw'
+TODAY = {
+  'Llama 3.1 8B': 'llama-3.1-8b',
+  'Qwen 2.5 7B': 'qwen2.5-7b',
+}
 PARTS: dict[str, dict[str, str]] = {
   'weights': {
     'whole step, bfloat16': (
@@ -60,6 +65,15 @@ PARTS: dict[str, dict[str, str]] = {
       f'{ADAPTER} gradnormlorp --optim.name galore --optim.rank 8 '
       '--step.weight-bits 8'
     ),
+  },
+  'today': {
+    f'{name}, {kind}': f'{options} --init-from {preset}'
+    for name, preset in TODAY.items()
+    for kind, options in {
+      'bfloat16': BF16,
+      'INT8': INT8,
+      'INT8, one sequence': f'{INT8} --batch-size 1',
+    }.items()
   },
 }
 """What is planned, and the options of `gnlorp_jax.plan`."""
@@ -99,8 +113,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
   """Plans every row, and writes them as they come."""
   parser = harness.parser(__doc__)
-  adapters = 'plan adapters on frozen weights'
-  parser.add_argument('--adapters', action='store_true', help=adapters)
+  cases.add_parts(parser, PARTS)
   harness.add_arguments(parser, RESULTS, has_device=False)
   args = parser.parse_args()
   if args.report:
@@ -109,15 +122,15 @@ def main() -> None:
   if not accelerators.compiler_is_installed():
     sys.exit("This needs XLA's GPU compiler: pip install 'gnlorp_jax[cuda]'.")
   jax.config.update('jax_platforms', 'cpu')
-  part = 'adapters' if args.adapters else 'weights'
-  chosen = [
-    cases.Case({'run': run}, functools.partial(_planned, options))
-    for run, options in PARTS[part].items()
-  ]
-  clock = harness.Clock(math.inf)
-  found = cases.measure(part, chosen, args.output, clock, device=DEVICE)
-  rows = found[part]['rows']
-  sys.stdout.write(table(rows) + '\n' + cases.absent(rows))
+  for part in args.names or PARTS:
+    chosen = [
+      cases.Case({'run': run}, functools.partial(_planned, options))
+      for run, options in PARTS[part].items()
+    ]
+    clock = harness.Clock(math.inf)
+    found = cases.measure(part, chosen, args.output, clock, device=DEVICE)
+    rows = found[part]['rows']
+    sys.stdout.write(table(rows) + '\n' + cases.absent(rows))
 
 
 if __name__ == '__main__':

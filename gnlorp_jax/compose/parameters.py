@@ -14,13 +14,13 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import folders
+from gnlorp_jax.compose import folders, memory
 from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
 from gnlorp_jax.data import hub
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.decoder_config import DecoderConfig
-from gnlorp_jax.models.interface import Model
+from gnlorp_jax.models.interface import Model, first_layers
 from gnlorp_jax.optim.parts.labels import Assignment, assign
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import parameters, sharding
@@ -56,8 +56,11 @@ def architecture(
   if init_from is None:
     return dataclasses.replace(model, **overrides)
   if is_folder(init_from):
-    found_hf = hf.load_config(folder(init_from, 'config'))
-    found = models.family_of(found_hf).config_from_hf(found_hf)
+    path = folder(init_from, 'config')
+    found_hf = hf.load_config(path)
+    family = models.family_of(found_hf)
+    found = family.config_from_hf(found_hf)
+    hf.check_size(path, family.num_params(found))
   else:
     found = models.preset(init_from)
   if found is None:
@@ -318,7 +321,7 @@ class _Layout:
     """Random weights as they are stored; in 8 bits, layer after layer."""
     if not self.is_quantized:
       return self.make(self.config).init(key)
-    single = self.make(dataclasses.replace(self.config, num_layers=1))
+    single = self.make(first_layers(self.config, 1))
 
     def layer(key: jax.Array) -> Any:
       stored = optim.quantized_weights.quantize_weights(
@@ -339,6 +342,7 @@ class _Layout:
   ) -> tuple[Any, Any]:
     """Trained and frozen weights in their shardings."""
     if read is None:
+      memory.check(self.abstract[:2])
       base = self.draw(key)
     else:
       shapes = jax.eval_shape(self.make(self.config).init, key)

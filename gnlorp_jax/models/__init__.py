@@ -7,16 +7,22 @@ from types import ModuleType
 from typing import Any
 
 from gnlorp_jax.models import families
+from gnlorp_jax.models.families.gemma2 import Gemma2Config
+from gnlorp_jax.models.families.gemma3_text import Gemma3TextConfig
 from gnlorp_jax.models.families.llama import LlamaConfig
 from gnlorp_jax.models.families.mistral import MistralConfig
+from gnlorp_jax.models.families.phi3 import Phi3Config
 from gnlorp_jax.models.families.qwen2 import Qwen2Config
 from gnlorp_jax.models.families.qwen3 import Qwen3Config
 from gnlorp_jax.models.families.roberta import RobertaConfig
 from gnlorp_jax.models.families.smollm3 import SmolLM3Config
 
 Config = (
-  LlamaConfig
+  Gemma2Config
+  | Gemma3TextConfig
+  | LlamaConfig
   | MistralConfig
+  | Phi3Config
   | Qwen2Config
   | Qwen3Config
   | SmolLM3Config
@@ -58,9 +64,16 @@ def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
   """
   name = hf_config.get('model_type')
   if name not in family_names():
+    part = hf_config.get('text_config')
+    hint = (
+      f' Its text_config is of model_type={part.get("model_type")!r}: save '
+      'that part by itself with transformers.'
+      if isinstance(part, Mapping)
+      else ''
+    )
     raise ValueError(
       f'Unsupported model: model_type={name!r} (supported: '
-      f'{list(family_names())}).'
+      f'{list(family_names())}).{hint}'
     )
   return importlib.import_module(f'{families.__name__}.{name}')
 

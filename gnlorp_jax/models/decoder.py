@@ -5,7 +5,8 @@ pure functions of a dict of arrays, laid out as
 
   embed/embedding [V, D]
   layers/attn/{q,k,v,o}_proj/kernel, layers/mlp/{gate,up,down}_proj/kernel
-    [L, in, out], and biases [L, out] where a family has them
+    [L, in, out], and biases [L, out] where a family has them; qkv_proj and
+    gate_up_proj where they are fused
   layers/attn/{q,k}_norm/scale [L, H] where queries and keys are normed
   layers/{attn,mlp}_norm/scale [L, D], and layers/{attn,mlp}_post_norm/scale
     where outputs are normed too
@@ -112,9 +113,7 @@ class _Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, context, number, cache):
     c = self.config
-    q_BTNH = self.heads('q', c.num_heads, x_BTD)
-    k_BSKH = self.heads('k', c.kv_heads, x_BTD)
-    v_BSKH = self.heads('v', c.kv_heads, x_BTD)
+    q_BTNH, k_BSKH, v_BSKH = self.heads(x_BTD)
     if c.qk_norm:
       q_BTNH = _norm(c, 'q_norm')(q_BTNH)
       k_BSKH = _norm(c, 'k_norm')(k_BSKH)
@@ -124,7 +123,8 @@ class _Attention(nn.Module):
       positions_BT = context.positions_BT
     else:
       positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-    rotation = self.rotation(number)
+    slots = x_BTD.shape[1] if cache is None else cache.positions_BS.shape[1]
+    rotation = self.rotation(number, slots)
     q_BTNH = rope.rotate(q_BTNH, positions_BT, *rotation)
     k_BSKH = rope.rotate(k_BSKH, positions_BT, *rotation)
     if cache is None:
@@ -150,18 +150,28 @@ class _Attention(nn.Module):
     dense = _dense(c, c.o_bias)
     return dense(c.hidden_size, name='o_proj')(y_BTD), cache
 
-  def heads(self, name, count, x_BTD):
+  def heads(self, x_BTD):
+    """Queries, keys and values."""
     c = self.config
-    dense = _dense(c, c.qkv_bias)
-    y = dense(count * c.head_size, name=f'{name}_proj')(x_BTD)
-    return y.reshape(*x_BTD.shape[:-1], count, c.head_size)
+    counts = c.num_heads, c.kv_heads, c.kv_heads
 
-  def rotation(self, number):
+    def heads(name, count):
+      dense = _dense(c, c.qkv_bias)
+      y = dense(count * c.head_size, name=f'{name}_proj')(x_BTD)
+      return y.reshape(*x_BTD.shape[:-1], count, c.head_size)
+
+    if c.fused:
+      cuts = counts[0], counts[0] + counts[1]
+      return jnp.split(heads('qkv', sum(counts)), cuts, axis=2)
+    return [heads(*each) for each in zip('qkv', counts, strict=True)]
+
+  def rotation(self, number, length):
     """Frequencies and the factor of cosines; a layer without has zeros."""
-    size = self.config.head_size
-    none = np.zeros(size // 2), 1.0
+    width = self.config.rotary_width
+    none = np.zeros(width // 2), 1.0
     found = [
-      none if r is None else r.frequencies(size) for r in self.config.ropes
+      none if r is None else r.frequencies(width, length)
+      for r in self.config.ropes
     ]
     frequencies, factors = zip(*found, strict=True)
     return _at(frequencies, number), _at(factors, number)
@@ -180,6 +190,7 @@ class _Block(nn.Module):
       c.intermediate_size,
       _dense(c, c.has_mlp_bias),
       _ACTIVATIONS[c.activation],
+      c.fused,
       name='mlp',
     )
     y_BTD, new_cache = attn(

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from gnlorp_jax.models import interface
 from gnlorp_jax.models.attention import Scores
 from gnlorp_jax.models.interface import Dtype
-from gnlorp_jax.models.rope import Rope, Scaling
+from gnlorp_jax.models.rope import LongRope, Rope, Scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class DecoderConfig:
 
   model_type: ClassVar[str]
   """Name of the family, in Hugging Face's configurations too."""
+  fused: ClassVar[bool] = False
+  """Whether queries, keys and values are one product, and gate and up one."""
   qkv_bias: ClassVar[bool] = False
   """Whether queries, keys and values have biases."""
   qk_norm: ClassVar[bool] = False
@@ -106,12 +108,19 @@ class DecoderConfig:
         f'num_heads={self.num_heads} must be a multiple of '
         f'num_kv_heads={self.num_kv_heads}.'
       )
+    if isinstance(self.rope_scaling, LongRope):
+      self.rope_scaling.check(self.rotary_width // 2)
     interface.check_dtypes(self)
 
   @property
   def head_size(self) -> int:
     """Width of one head with the default filled in."""
     return self.head_dim or self.hidden_size // self.num_heads
+
+  @property
+  def rotary_width(self) -> int:
+    """Features of a head that turn, the first ones."""
+    return self.head_size
 
   @property
   def kv_heads(self) -> int:
@@ -130,13 +139,19 @@ class DecoderConfig:
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """Positions each layer's tokens attend to; None: all up to them."""
-    return (None,) * self.num_layers
+    """Positions tokens attend to, None for all up to them.
+
+    One value for all layers, or one for each.
+    """
+    return (None,)
 
   @property
   def ropes(self) -> tuple[Rope | None, ...]:
-    """The rotary positions of each layer; None: it has none."""
-    return (Rope(self.rope_theta, self.rope_scaling),) * self.num_layers
+    """The rotary positions, None for none.
+
+    One value for all layers, or one for each.
+    """
+    return (Rope(self.rope_theta, self.rope_scaling),)
 
   @property
   def scores(self) -> Scores:
@@ -170,6 +185,6 @@ class WindowedConfig(DecoderConfig):
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """Positions each layer's tokens attend to; None: all up to them."""
-    slides = self.sliding_layers or (True,) * self.num_layers
+    """Positions tokens attend to; one value for all layers, or one for each."""
+    slides = self.sliding_layers or (True,)
     return tuple(self.sliding_window if s else None for s in slides)

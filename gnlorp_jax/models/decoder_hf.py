@@ -21,17 +21,21 @@ _BEFORE_NORMS: tuple[tuple[str, str, bool], ...] = (
   *_dense_rows('attn/q_proj', 'self_attn.q_proj'),
   *_dense_rows('attn/k_proj', 'self_attn.k_proj'),
   *_dense_rows('attn/v_proj', 'self_attn.v_proj'),
+  *_dense_rows('attn/qkv_proj', 'self_attn.qkv_proj'),
   *_dense_rows('attn/o_proj', 'self_attn.o_proj'),
   ('layers/attn/q_norm/scale', f'{_LAYER}.self_attn.q_norm.weight', False),
   ('layers/attn/k_norm/scale', f'{_LAYER}.self_attn.k_norm.weight', False),
   *_dense_rows('mlp/gate_proj', 'mlp.gate_proj'),
   *_dense_rows('mlp/up_proj', 'mlp.up_proj'),
+  *_dense_rows('mlp/gate_up_proj', 'mlp.gate_up_proj'),
   *_dense_rows('mlp/down_proj', 'mlp.down_proj'),
   ('layers/attn_norm/scale', f'{_LAYER}.input_layernorm.weight', False),
 )
 _AFTER_NORMS: tuple[tuple[str, str, bool], ...] = (
   ('norm/scale', 'model.norm.weight', False),
   ('lm_head/kernel', 'lm_head.weight', True),
+  # Where the head is tied, a copy.
+  ('embed/embedding', 'lm_head.weight', False),
 )
 
 HF_TENSORS: tuple[tuple[str, str, bool], ...] = (
@@ -89,6 +93,7 @@ _REQUIRED = (
   'num_attention_heads',
   'max_position_embeddings',
 )
+_MOST_LAYERS = 10_000
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 
 Read = Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
@@ -106,6 +111,8 @@ class Layout(NamedTuple):
     defaults: What the absence of other fields means, where it is not what the
       absence of ours means.
     fields: Fields of ours beside the common ones, and Hugging Face's names.
+    prepare: Maps a JSON object to one that spells what the family spells in its
+      own way as the others do.
     read: Maps a JSON object, defaults filled in, to further fields of ours, and
       to reasons why they are not supported.
     write: Maps a configuration to further fields of a `config.json`.
@@ -117,6 +124,7 @@ class Layout(NamedTuple):
   fixed: Mapping[str, Any]
   defaults: Mapping[str, Any] = {}
   fields: Mapping[str, str] = {}
+  prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: hf
   read: Read = lambda hf: ({}, [])
   write: Callable[[Any], dict[str, Any]] = lambda config: {}
 
@@ -135,6 +143,7 @@ class Layout(NamedTuple):
       ValueError: If fields are missing or ask for what is not supported; all
         reasons are named.
     """
+    hf = self.prepare(hf)
     filled = {
       **self.defaults,
       **{
@@ -152,12 +161,11 @@ class Layout(NamedTuple):
       for name, value in fixed.items()
       if name in filled and filled[name] != value
     ]
-    missing = [name for name in _REQUIRED if filled.get(name) is None]
-    if missing:
-      reasons.append(f'the fields {missing} are missing')
+    sizes = _reasons_of_sizes(filled)
     theta, scaling, why = _read_rope(filled)
-    read, more = self.read(filled)
-    reasons += [*why, *more]
+    # What goes through layers one by one needs their number.
+    read, more = ({}, []) if sizes else self.read(filled)
+    reasons += [*sizes, *why, *more]
     if reasons:
       raise ValueError(
         f'Unsupported {self.name} configuration: {", ".join(reasons)}.'
@@ -222,13 +230,29 @@ class Layout(NamedTuple):
     }
 
 
+def _reasons_of_sizes(hf: Mapping[str, Any]) -> list[str]:
+  """Why sizes that every model must have are none that one can have."""
+  missing = [name for name in _REQUIRED if hf.get(name) is None]
+  reasons = [f'the fields {missing} are missing'] if missing else []
+  for name in _REQUIRED:
+    value = hf.get(name)
+    most = _MOST_LAYERS if name == 'num_hidden_layers' else 2**31 - 1
+    is_size = isinstance(value, int) and 0 < value <= most
+    if value is not None and not is_size:
+      reasons.append(
+        f'{name}={value!r} (supported: whole numbers from 1 to {most})'
+      )
+  return reasons
+
+
 def _read_rope(
   hf: Mapping[str, Any],
 ) -> tuple[float | None, rope.Scaling | None, list[str]]:
   """The base of the frequencies, if there is one, and their scaling."""
   old, new = hf.get('rope_scaling') or {}, hf.get('rope_parameters') or {}
   if {SLIDING, FULL} & new.keys():
-    new = {}  # By layer: the family reads it.
+    reason = f'rope_parameters={new!r} (supported: the same for all layers)'
+    return None, None, [reason]
   fields = {**old, **new}
   original = hf.get('original_max_position_embeddings')
   scaling, reasons = rope.from_hf(
@@ -272,4 +296,5 @@ def read_windows(
 
 def layer_types(config: WindowedConfig) -> list[str]:
   """Hugging Face's name of each layer's kind of attention."""
-  return [FULL if w is None else SLIDING for w in config.windows]
+  types = [FULL if w is None else SLIDING for w in config.windows]
+  return types if len(types) > 1 else types * config.num_layers

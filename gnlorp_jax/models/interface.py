@@ -12,6 +12,7 @@ Shape suffixes in this file:
   K, H  key/value heads, width of one
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -251,6 +252,24 @@ def check_seq_len(tokens_BT: jax.Array, max_seq_len: int) -> None:
     )
 
 
+def first_layers(config: Any, count: int) -> Any:
+  """The configuration of a model's first layers.
+
+  Args:
+    config: The architecture, of whose fields tuples hold a value per layer.
+    count: How many layers.
+
+  Returns:
+    The configuration of a model of these layers.
+  """
+  by_layer = {
+    field.name: value[:count]
+    for field in dataclasses.fields(config)
+    if isinstance(value := getattr(config, field.name), tuple)
+  }
+  return dataclasses.replace(config, num_layers=count, **by_layer)
+
+
 def find_preset(name: str, presets: Mapping[str, Config]) -> Config:
   """The configuration of that name.
 
@@ -274,11 +293,14 @@ def find_preset(name: str, presets: Mapping[str, Config]) -> Config:
 
 
 def check_positive(config: Any, *names: str) -> None:
-  """Raises ValueError if one of these fields is not positive."""
+  """Raises ValueError if one of these fields is no number that can be used."""
   for name in names:
     value = getattr(config, name)
     if value is not None and not value > 0:
       raise ValueError(f'{name}={value} must be positive.')
+    # The length of an axis is an int32 in XLA's programs.
+    if isinstance(value, int) and value >= 2**31:
+      raise ValueError(f'{name}={value} must be less than 2**31.')
 
 
 def check_rates(config: Any, *names: str) -> None:

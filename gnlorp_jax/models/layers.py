@@ -173,6 +173,7 @@ class GatedMLP(nn.Module):
     hidden_size: Width between the projections.
     dense: Builds a projection from its output width and name.
     activation: Of the gate.
+    fused: Whether gate and up are one product.
 
   References:
     Shazeer, `GLU Variants Improve Transformer`, 2020, arXiv:2002.05202.
@@ -181,11 +182,16 @@ class GatedMLP(nn.Module):
   hidden_size: int
   dense: Callable[..., nn.Module]
   activation: Callable[[jax.Array], jax.Array]
+  fused: bool = False
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Applies the layer to every position by itself."""
-    gate = self.dense(self.hidden_size, name='gate_proj')(x_BTD)
-    up = self.dense(self.hidden_size, name='up_proj')(x_BTD)
+    if self.fused:
+      both = self.dense(2 * self.hidden_size, name='gate_up_proj')(x_BTD)
+      gate, up = jnp.split(both, 2, axis=-1)
+    else:
+      gate = self.dense(self.hidden_size, name='gate_proj')(x_BTD)
+      up = self.dense(self.hidden_size, name='up_proj')(x_BTD)
     y = self.activation(gate) * up
     return self.dense(x_BTD.shape[-1], name='down_proj')(y)

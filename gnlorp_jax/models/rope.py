@@ -7,7 +7,7 @@ Shape suffixes in this file:
   B, T  batch, position in the sequence
   N     heads
   H     width of one head
-  F     pairs of features, H / 2
+  F     pairs of features that turn, at most H / 2
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class Linear:
   """Longest context divided by the original one, at least 1."""
 
   def scale(
-    self, frequency_F: np.ndarray, theta: float
+    self, frequency_F: np.ndarray, theta: float, length: int
   ) -> tuple[np.ndarray, float]:
     """The scaled frequencies, and what cosines and sines are multiplied by."""
-    del theta
+    del theta, length
     return frequency_F / self.factor, 1.0
 
 
@@ -52,10 +52,10 @@ class Llama3:
   """The original context, in tokens."""
 
   def scale(
-    self, frequency_F: np.ndarray, theta: float
+    self, frequency_F: np.ndarray, theta: float, length: int
   ) -> tuple[np.ndarray, float]:
     """The scaled frequencies, and what cosines and sines are multiplied by."""
-    del theta
+    del theta, length
     turns_F = self.original_max_position_embeddings * frequency_F / (2 * np.pi)
     kept_F = (turns_F - self.low_freq_factor) / (
       self.high_freq_factor - self.low_freq_factor
@@ -91,14 +91,15 @@ class Yarn:
   """Whether the ends of the ramp are rounded to whole pairs of features."""
 
   def scale(
-    self, frequency_F: np.ndarray, theta: float
+    self, frequency_F: np.ndarray, theta: float, length: int
   ) -> tuple[np.ndarray, float]:
     """The scaled frequencies, and what cosines and sines are multiplied by."""
+    del length
     pairs = len(frequency_F)
 
     def pair_of(turns: float) -> float:
-      length = self.original_max_position_embeddings / (2 * math.pi * turns)
-      return pairs * math.log(length) / math.log(theta)
+      period = self.original_max_position_embeddings / (2 * math.pi * turns)
+      return pairs * math.log(period) / math.log(theta)
 
     low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
     if self.truncate:
@@ -126,6 +127,61 @@ class Yarn:
     return 0.1 * mscale * math.log(self.factor) + 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRope:
+  """Each frequency divided by its own factor, in long sequences by another.
+
+  References:
+    Ding et al., `LongRoPE`, 2024, arXiv:2402.13753.
+
+  Note:
+    A sequence is as long as the row it stands in, and with a cache as all slots
+    of the cache; transformers takes the largest position of a batch so far. So
+    a short document in a long row is turned by the long factors here, and a
+    text that grows beyond the original context by the long ones from its first
+    token, where transformers goes over to them in the middle of it, beside keys
+    that were turned by the short ones.
+  """
+
+  rope_type: ClassVar[str] = 'longrope'
+
+  short_factor: tuple[float, ...]
+  """What frequencies are divided by up to the original context."""
+  long_factor: tuple[float, ...]
+  """What frequencies are divided by beyond it."""
+  factor: float
+  """Longest context divided by the original one."""
+  original_max_position_embeddings: int
+  """The original context, in tokens."""
+  attention_factor: float | None = None
+  """What cosines and sines are multiplied by; None follows from the others."""
+
+  def scale(
+    self, frequency_F: np.ndarray, theta: float, length: int
+  ) -> tuple[np.ndarray, float]:
+    """The scaled frequencies, and what cosines and sines are multiplied by."""
+    del theta
+    is_long = length > self.original_max_position_embeddings
+    scaled_F = frequency_F / (
+      self.long_factor if is_long else self.short_factor
+    )
+    if self.attention_factor is not None:
+      return scaled_F, self.attention_factor
+    if self.factor <= 1:
+      return scaled_F, 1.0
+    original = math.log(self.original_max_position_embeddings)
+    return scaled_F, math.sqrt(1 + math.log(self.factor) / original)
+
+  def check(self, pairs: int) -> None:
+    """Raises ValueError unless there is a factor for each pair of features."""
+    for name in 'short_factor', 'long_factor':
+      if len(getattr(self, name)) != pairs:
+        raise ValueError(
+          f'{name} of rope_scaling has {len(getattr(self, name))} factors, and '
+          f'{pairs} pairs of features turn: give one for each pair.'
+        )
+
+
 def _between(
   frequency_F: np.ndarray, kept_F: np.ndarray, factor: float
 ) -> np.ndarray:
@@ -133,8 +189,8 @@ def _between(
   return kept_F * frequency_F + (1 - kept_F) * frequency_F / factor
 
 
-Scaling = Linear | Llama3 | Yarn
-SCALINGS: tuple[type[Scaling], ...] = (Linear, Llama3, Yarn)
+Scaling = Linear | Llama3 | Yarn | LongRope
+SCALINGS: tuple[type[Scaling], ...] = (Linear, Llama3, Yarn, LongRope)
 
 
 class Rope(NamedTuple):
@@ -149,19 +205,20 @@ class Rope(NamedTuple):
   theta: float
   scaling: Scaling | None = None
 
-  def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+  def frequencies(self, width: int, length: int) -> tuple[np.ndarray, float]:
     """Radians per position of each pair, and a factor of cosines and sines.
 
     Args:
-      head_dim: Width of one head, H.
+      width: Features of a head that turn, even.
+      length: Tokens of the sequence.
 
     Returns:
       float64 ``[F]`` and a number.
     """
-    frequency_F = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    frequency_F = self.theta ** (-np.arange(0, width, 2) / width)
     if self.scaling is None:
       return frequency_F, 1.0
-    return self.scaling.scale(frequency_F, self.theta)
+    return self.scaling.scale(frequency_F, self.theta, length)
 
 
 def rotate(
@@ -172,11 +229,11 @@ def rotate(
 ) -> jax.Array:
   """Rotates pairs of features by an angle that grows with the position.
 
-  Feature i and feature i + H/2 form a pair (the half-split convention of
-  Hugging Face checkpoints).
+  Feature i and feature i + F form a pair (the half-split convention of Hugging
+  Face checkpoints). Features from 2 F on stay as they are.
 
   Args:
-    x_BTNH: Queries or keys, any floating dtype, H even.
+    x_BTNH: Queries or keys, any floating dtype.
     positions_BT: Their positions; its first axis may be 1.
     frequency_F: Radians per position; 0 leaves a pair as it is.
     factor: What cosines and sines are multiplied by.
@@ -192,8 +249,11 @@ def rotate(
   positions_BT11 = positions_BT.astype(jnp.float32)[..., None, None]
   angle_BT1F = positions_BT11 * frequency_111F
   cos, sin = jnp.cos(angle_BT1F) * factor, jnp.sin(angle_BT1F) * factor
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = (first * cos - second * sin, second * cos + first * sin)
+  pairs = frequency_111F.shape[-1]
+  first, second, rest = jnp.split(
+    x_BTNH.astype(jnp.float32), (pairs, 2 * pairs), axis=-1
+  )
+  rotated = (first * cos - second * sin, second * cos + first * sin, rest)
   return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
@@ -217,14 +277,18 @@ def from_hf(
   if found is None:
     why = (
       'its frequencies change with the length of a sequence'
-      if kind in ('dynamic', 'longrope', 'su')
+      if kind == 'dynamic'
       else 'it is not known'
     )
     known = ['default', *(c.rope_type for c in SCALINGS)]
     return None, [f'rope_type={kind!r} (supported: {known}; {why})']
   fields = {'original_max_position_embeddings': max_seq_len, **fields}
   names = [f.name for f in dataclasses.fields(found)]
-  given = {name: fields[name] for name in names if fields.get(name) is not None}
+  given = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.items()
+    if name in names and value is not None
+  }
   missing = [
     f.name
     for f in dataclasses.fields(found)
@@ -238,17 +302,32 @@ def from_hf(
   if unknown:
     return None, [f'rope_type={kind!r} with unknown {unknown}']
   wrong = [
-    f'rope_type={kind!r} with {name}={value!r} (it must be a number > 0)'
-    for name, value in given.items()
-    if not isinstance(value, bool)
-    and not (isinstance(value, int | float) and value > 0)
+    f'rope_type={kind!r} with {f.name}={given[f.name]!r} (it must be '
+    f'{_EACH if f.type == _MANY else "a number"} > 0)'
+    for f in dataclasses.fields(found)
+    if f.name in given and not _fits(f.type, given[f.name])
   ]
   return (None, wrong) if wrong else (found(**given), [])
+
+
+_MANY, _EACH = tuple[float, ...], 'several numbers, each'
+
+
+def _fits(kind: Any, value: Any) -> bool:
+  """Whether a value is of that type and, if it is a number, above 0."""
+  if kind != _MANY:
+    is_number = isinstance(value, int | float)
+    return isinstance(value, bool) or (is_number and value > 0)
+  return isinstance(value, tuple) and all(_fits(float, v) for v in value)
 
 
 def to_hf(theta: float, scaling: Scaling | None) -> dict[str, Any]:
   """Hugging Face's ``rope_parameters``, the inverse of `from_hf`."""
   fields = {} if scaling is None else dataclasses.asdict(scaling)
   kind = 'default' if scaling is None else scaling.rope_type
-  given = {k: v for k, v in fields.items() if v is not None}
+  given = {
+    name: list(value) if isinstance(value, tuple) else value
+    for name, value in fields.items()
+    if value is not None
+  }
   return {'rope_type': kind, 'rope_theta': theta, **given}

@@ -17,6 +17,7 @@ from gnlorp_jax.compose.settings import (
   StepConfig,
 )
 from gnlorp_jax.models import hf, llama, roberta
+from gnlorp_jax.models.families import gemma3_text
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
@@ -290,6 +291,29 @@ def decode(stored):
   return (value * np.asarray(stored.scale)[..., None]).reshape(
     stored.codes.shape
   )
+
+
+def test_layers_that_differ_start_in_8_bits():
+  config = gemma3_text.preset(
+    'gemma-3-270m',
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,
+    num_layers=L,
+    sliding_layers=(True, False, True),
+  )
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  found, _ = parameters.plan(
+    gemma3_text.make,
+    config,
+    mesh=mesh,
+    adapter=None,
+    step=EIGHT,
+    rules=gemma3_text.LABEL_RULES,
+  )
+  shapes = jax.eval_shape(found.start, jax.random.key(0))[0]['layers']
+  quantized = kernels(shapes).values()
+  assert {x.codes.shape[0] for x in quantized} == {L}
 
 
 def kernels(layers):

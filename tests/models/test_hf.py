@@ -311,11 +311,6 @@ def test_rows_of_a_layer_may_be_biases_and_norms(tmp_path):
 
 # Copies of tied weights.
 
-WITH_COPY = (
-  *llama.HF_TENSORS,
-  ('embed/embedding', 'lm_head.weight', False),
-)
-
 
 def export_copy(folder, change, max_shard_bytes=2**30, dtype='float32'):
   """A tied model, with its embedding once more as the head."""
@@ -327,7 +322,7 @@ def export_copy(folder, change, max_shard_bytes=2**30, dtype='float32'):
 
 
 def load_copy(folder, model):
-  return hf.load_params(folder, WITH_COPY, abstract(model))
+  return hf.load_params(folder, llama.HF_TENSORS, abstract(model))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -348,7 +343,7 @@ def test_equal_copy_is_read_over_and_not_written(
   got = load_copy(tmp_path / 'a', model)
   assert_trees_equal(got, params)
   config = llama.config_to_hf(model.config)
-  hf.export(tmp_path / 'b', got, WITH_COPY, config)
+  hf.export(tmp_path / 'b', got, llama.HF_TENSORS, config)
   assert 'lm_head.weight' not in hf.tensor_shapes(tmp_path / 'b')
   # A checkpoint without a copy is as good.
   assert_trees_equal(load_copy(tmp_path / 'b', model), params)

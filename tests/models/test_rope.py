@@ -12,7 +12,9 @@ from gnlorp_jax.models import rope
 def apply_rope(x, theta):
   """Rotates as a model without scaling does, at positions from 0."""
   positions = jnp.arange(x.shape[1])[None]
-  return rope.rotate(x, positions, *rope.Rope(theta).frequencies(x.shape[-1]))
+  return rope.rotate(
+    x, positions, *rope.Rope(theta).frequencies(x.shape[-1], 1)
+  )
 
 
 def normal(shape, seed=0):
@@ -53,7 +55,7 @@ def test_rope_keeps_dtype_and_rounds_once():
 
 def test_rotation_takes_positions_and_a_factor():
   x = normal((2, 5, 3, 8))
-  frequency, _ = rope.Rope(100.0).frequencies(8)
+  frequency, _ = rope.Rope(100.0).frequencies(8, 1)
   turn = jax.jit(rope.rotate, static_argnums=3)
   whole = turn(x, np.arange(5)[None], frequency, 1.0)
   positions = np.array([[3, 0, 4, 1, 2], [2, 2, 2, 0, 1]])
@@ -75,6 +77,31 @@ def test_zero_frequencies_leave_features_as_they_are():
   np.testing.assert_array_equal(got, x)
 
 
+def test_features_beyond_the_frequencies_stay_as_they_are():
+  x = normal((1, 4, 2, 10))
+  frequency, _ = rope.Rope(100.0).frequencies(6, 4)
+  got = rope.rotate(x, np.arange(4)[None], frequency)
+  np.testing.assert_array_equal(got[..., 6:], x[..., 6:])
+  np.testing.assert_allclose(
+    got[..., :6], apply_rope(x[..., :6], 100.0), atol=1e-6
+  )
+
+
+def test_long_factors_are_as_many_as_pairs():
+  scaling = rope.LongRope(
+    short_factor=(1.0, 2.0),
+    long_factor=(3.0,),
+    factor=2.0,
+    original_max_position_embeddings=8,
+  )
+  with pytest.raises(ValueError) as error:
+    scaling.check(2)
+  assert str(error.value) == (
+    'long_factor of rope_scaling has 1 factors, and 2 pairs of features turn: '
+    'give one for each pair.'
+  )
+
+
 SCALED = {
   'linear': {'factor': 4.0},
   'llama3': {
@@ -93,6 +120,8 @@ SCALED = {
     'mscale_all_dim': 0.8,
     'truncate': False,
   },
+  'longrope': {'factor': 8.0, 'original_max_position_embeddings': 4096},
+  'longrope ': {'factor': 8.0, 'attention_factor': 1.3},
 }
 
 
@@ -104,15 +133,19 @@ def test_scaled_frequencies_equal_those_of_transformers(kind, head_dim, theta):
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
   fields = {'rope_type': kind.strip(), 'rope_theta': theta, **SCALED[kind]}
+  if 'longrope' in kind:
+    factors = 1 + np.random.default_rng(0).random((2, head_dim // 2))
+    fields['short_factor'], fields['long_factor'] = factors.tolist()
   config = transformers.LlamaConfig(
     hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=fields
   )
-  expected, factor = ROPE_INIT_FUNCTIONS[kind.strip()](config, 'cpu')
-  scaling, reasons = rope.from_hf(fields, 131072)
+  scaling, reasons = rope.from_hf(fields, config.max_position_embeddings)
   assert not reasons
-  found, found_factor = rope.Rope(theta, scaling).frequencies(head_dim)
-  np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6)
-  assert found_factor == pytest.approx(factor, rel=1e-12)
+  for length in (4096, 4097):
+    expected, factor = ROPE_INIT_FUNCTIONS[kind.strip()](config, 'cpu', length)
+    found, by = rope.Rope(theta, scaling).frequencies(head_dim, length)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6)
+    assert by == pytest.approx(factor, rel=1e-12)
   assert rope.from_hf(rope.to_hf(theta, scaling), None) == (scaling, [])
 
 
@@ -121,13 +154,13 @@ def test_scaled_frequencies_equal_those_of_transformers(kind, head_dim, theta):
   [
     (
       {'type': 'dynamic', 'factor': 2.0},
-      "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn'];"
-      ' its frequencies change with the length of a sequence)',
+      "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn', "
+      "'longrope']; its frequencies change with the length of a sequence)",
     ),
     (
       {'rope_type': 'spiral'},
-      "rope_type='spiral' (supported: ['default', 'linear', 'llama3', 'yarn'];"
-      ' it is not known)',
+      "rope_type='spiral' (supported: ['default', 'linear', 'llama3', 'yarn', "
+      "'longrope']; it is not known)",
     ),
     (
       {'rope_type': 'llama3', 'factor': 8.0},
@@ -136,6 +169,16 @@ def test_scaled_frequencies_equal_those_of_transformers(kind, head_dim, theta):
     (
       {'rope_type': 'linear', 'factor': -1.0},
       "rope_type='linear' with factor=-1.0 (it must be a number > 0)",
+    ),
+    (
+      {
+        'rope_type': 'longrope',
+        'factor': 2.0,
+        'short_factor': 1.0,
+        'long_factor': [1.0, 2.0],
+      },
+      "rope_type='longrope' with short_factor=1.0 (it must be several numbers, "
+      'each > 0)',
     ),
     (
       {'rope_type': 'linear', 'factor': 2.0, 'bend': 3},

@@ -1,5 +1,6 @@
 """All families of decoders against transformers, which computes by PyTorch."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -44,6 +45,13 @@ YARN = {
   'original_max_position_embeddings': 16,
 }
 LINEAR = {'rope_type': 'linear', 'rope_theta': 200.0, 'factor': 3.0}
+LONGROPE = {
+  'rope_type': 'longrope',
+  'rope_theta': 500.0,
+  'partial_rotary_factor': 0.7,
+  'short_factor': [1.0, 1.5],
+  'long_factor': [2.0, 7.0],
+}
 CASES = {
   'llama': ('LlamaConfig', {}),
   'llama-3.1': ('LlamaConfig', {'rope_parameters': LLAMA3}),
@@ -83,6 +91,46 @@ CASES = {
       'tie_word_embeddings': False,
     },
   ),
+  'phi3': (
+    'Phi3Config',
+    {
+      'rope_parameters': LONGROPE,
+      'original_max_position_embeddings': 60,
+      'sliding_window': 8,
+      'tie_word_embeddings': True,
+    },
+  ),
+  'phi3, long': (
+    'Phi3Config',
+    {'rope_parameters': LONGROPE, 'original_max_position_embeddings': 16},
+  ),
+  'gemma2': (
+    'Gemma2Config',
+    {
+      'head_dim': 10,
+      'query_pre_attn_scalar': 7,
+      'attn_logit_softcapping': 2.0,
+      'final_logit_softcapping': 3.0,
+      'sliding_window': 6,
+      'initializer_range': 0.1,
+    },
+  ),
+  'gemma3, caps and scaling': (
+    'Gemma3TextConfig',
+    {
+      'head_dim': 14,
+      'query_pre_attn_scalar': 9,
+      'final_logit_softcapping': 4.0,
+      'sliding_window': 5,
+      'sliding_window_pattern': 3,
+      'tie_word_embeddings': False,
+      'rope_parameters': {
+        'full_attention': LINEAR,
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 30.0},
+      },
+      'initializer_range': 0.1,
+    },
+  ),
 }
 TOKENS = np.random.default_rng(0).integers(3, 53, (2, 48))
 
@@ -95,7 +143,7 @@ def oracle(case, folder):
   name, changes = CASES[case]
   torch.manual_seed(0)
   config = getattr(transformers, name)(
-    **{**SIZES, **changes}, attn_implementation='eager'
+    **{**SIZES, **copy.deepcopy(changes)}, attn_implementation='eager'
   )
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
@@ -149,7 +197,8 @@ def to_hf_names(family, tree):
   for path, name, is_transposed in family.HF_TENSORS:
     if path not in flat:
       continue
-    value = np.asarray(flat[path])
+    # Later rows of a path name copies.
+    value = np.asarray(flat.pop(path))
     stacked = value if '{layer}' in name else value[None]
     for layer, x in enumerate(stacked):
       found[name.format(layer=layer)] = x.T if is_transposed else x
@@ -284,9 +333,19 @@ def test_every_reason_is_named_at_once():
     'attention_dropout=0.1 (supported: 0.0), '
     "quantization_config={'bits': 4} (supported: None), "
     "the fields ['hidden_size'] are missing, "
-    "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn']; "
-    'its frequencies change with the length of a sequence), '
+    "rope_type='dynamic' (supported: ['default', 'linear', 'llama3', 'yarn', "
+    "'longrope']; its frequencies change with the length of a sequence), "
     'partial_rotary_factor=0.5 (supported: 1.0).'
+  )
+
+
+def test_sizes_that_no_model_has_are_refused_by_arithmetic():
+  with pytest.raises(ValueError) as error:
+    config_of('smollm3', num_hidden_layers=10**9, hidden_size='wide')
+  assert str(error.value) == (
+    "Unsupported SmolLM3 configuration: hidden_size='wide' (supported: whole "
+    'numbers from 1 to 2147483647), num_hidden_layers=1000000000 (supported: '
+    'whole numbers from 1 to 10000).'
   )
 
 
@@ -296,6 +355,14 @@ def test_unknown_families_are_refused_by_name():
   assert str(error.value) == (
     "Unsupported model: model_type='mamba' (supported: "
     f'{list(models.family_names())}).'
+  )
+  with pytest.raises(ValueError) as error:
+    models.family_of(
+      {'model_type': 'gemma3', 'text_config': {'model_type': 'gemma3_text'}}
+    )
+  assert str(error.value).endswith(
+    "'smollm3']). Its text_config is of model_type='gemma3_text': save that "
+    'part by itself with transformers.'
   )
 
 
@@ -319,6 +386,72 @@ def test_rotary_positions_in_old_and_new_spellings(spelling):
   assert config.rope_theta == 5.0 and config.rope_scaling.factor == 2.0
 
 
+@pytest.mark.parametrize(
+  'old',
+  [
+    {
+      'rope_theta': 2e5,
+      'rope_local_base_freq': 3e3,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+      'sliding_window_pattern': 2,
+      'sliding_window': 8,
+      'use_bidirectional_attention': None,
+    },
+    {'rope_parameters': {'full_attention': LINEAR, 'sliding_attention': None}},
+    {'layer_types': ['full_attention'] * 5, 'sliding_window': None},
+  ],
+)
+def test_gemma_3_in_old_and_new_spellings(old):
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.Gemma3TextConfig(**BASE, **copy.deepcopy(old))
+  new = json.loads(theirs.to_json_string())
+  family = models.family_of(new)
+  found = config_of('gemma3_text', **old)
+  assert found == family.config_from_hf(new)
+  assert found == family.config_from_hf(family.config_to_hf(found))
+  thetas = {kind: r['rope_theta'] for kind, r in new['rope_parameters'].items()}
+  assert [r.theta for r in found.ropes] == [
+    thetas[kind] for kind in new['layer_types']
+  ]
+
+
+@pytest.mark.parametrize('max_seq_len', [64, 40])
+def test_phi_3_in_old_and_new_spellings(max_seq_len):
+  transformers = pytest.importorskip('transformers')
+  factors = {'short_factor': [1.0, 1.5], 'long_factor': [2.0, 7.0]}
+  old = {
+    'rope_scaling': {'type': 'longrope', **factors},
+    'rope_theta': 300.0,
+    'partial_rotary_factor': 0.7,
+    'original_max_position_embeddings': 16,
+  }
+  theirs = transformers.Phi3Config(**BASE, **copy.deepcopy(old))
+  new = json.loads(theirs.to_json_string())
+  family = models.family_of(new)
+  found = config_of('phi3', **old)
+  assert found == family.config_from_hf(new)
+  older = old | {'rope_scaling': {'type': 'su', **factors}}
+  assert found == config_of('phi3', **older)
+  assert found.rope_scaling.factor == 4 and found.rotary_width == 4
+  # What its scaling was made for stays, however long its sequences are.
+  found = dataclasses.replace(found, max_seq_len=max_seq_len)
+  written = family.config_to_hf(found)
+  assert family.config_from_hf(written) == found
+  # transformers 4 takes three fields, and infers from them what is the same.
+  assert (len(written['rope_scaling']) == 3) == (max_seq_len == 64)
+  again = json.loads(transformers.Phi3Config(**written).to_json_string())
+  assert family.config_from_hf(again) == found
+
+
+def test_gemma_2_without_caps():
+  config = config_of(
+    'gemma2', attn_logit_softcapping=None, final_logit_softcapping=None
+  )
+  assert config.scores == (1 / 16, None) and config.final_cap is None
+  config = config_of('gemma2')
+  assert config.scores == (1 / 16, 50.0) and config.final_cap == 30.0
+
+
 def test_what_is_absent_means_what_it_means_to_transformers():
   transformers = pytest.importorskip('transformers')
   for name, model_type in (
@@ -327,6 +460,9 @@ def test_what_is_absent_means_what_it_means_to_transformers():
     ('Qwen2Config', 'qwen2'),
     ('Qwen3Config', 'qwen3'),
     ('SmolLM3Config', 'smollm3'),
+    ('Phi3Config', 'phi3'),
+    ('Gemma2Config', 'gemma2'),
+    ('Gemma3TextConfig', 'gemma3_text'),
   ):
     least = {
       k: BASE[k]
@@ -366,6 +502,68 @@ def test_rope_theta_of_null_is_the_default():
       'values).',
     ),
     (
+      'llama',
+      {'rope_parameters': {'full_attention': LINEAR}},
+      "Unsupported LLaMA configuration: rope_parameters={'full_attention': "
+      f'{LINEAR}}} (supported: the same for all layers).',
+    ),
+    (
+      'gemma2',
+      {
+        'attention_bias': True,
+        'hidden_activation': 'gelu',
+        'use_bidirectional_attention': True,
+        'sliding_window': None,
+      },
+      "Unsupported Gemma 2 configuration: hidden_activation='gelu' (supported: "
+      "'gelu_pytorch_tanh'), attention_bias=True (supported: False), "
+      'use_bidirectional_attention=True (supported: False), '
+      'sliding_window=None (supported: a number, as layers slide).',
+    ),
+    (
+      'gemma3_text',
+      {
+        'attn_logit_softcapping': 50.0,
+        'rope_parameters': {'sliding_attention': LINEAR, 'rope_theta': 1.0},
+      },
+      'Unsupported Gemma 3 configuration: attn_logit_softcapping=50.0 '
+      "(supported: None), rope_parameters={'rope_theta': 1.0} (supported: "
+      "those of 'full_attention' and of 'sliding_attention'), "
+      "rope_type='linear' of 'sliding_attention' (supported: 'default').",
+    ),
+    (
+      'gemma3_text',
+      {'sliding_window_pattern': 0},
+      'Unsupported Gemma 3 configuration: sliding_window_pattern=0 (supported: '
+      'a number > 0).',
+    ),
+    (
+      'phi3',
+      {'rope_scaling': LINEAR, 'resid_pdrop': 0.1},
+      'Unsupported Phi 3 configuration: resid_pdrop=0.1 (supported: 0.0), '
+      "rope_type='linear' (supported: 'default', 'longrope').",
+    ),
+    (
+      'phi3',
+      {'partial_rotary_factor': 0.5},
+      'partial_rotary_factor=0.5 of 6 features are 3: this must be even',
+    ),
+    (
+      'phi3',
+      {'partial_rotary_factor': 1.5},
+      'partial_rotary_factor=1.5 must be in (0, 1].',
+    ),
+    (
+      'phi3',
+      {'rope_scaling': LONGROPE | {'partial_rotary_factor': None}},
+      'short_factor of rope_scaling has 2 factors, and 3 pairs of features',
+    ),
+    (
+      'gemma2',
+      {'query_pre_attn_scalar': 0},
+      'query_pre_attn_scalar=0 must be positive.',
+    ),
+    (
       'qwen2',
       {'head_dim': 7},
       'head_dim=7 must be even: rotary positions turn pairs of features.',
@@ -389,6 +587,12 @@ def test_impossible_layers_are_refused(model_type, changes, text):
     ('qwen3-0.6b', 0.596),
     ('qwen3-8b', 8.19),
     ('smollm3-3b', 3.08),
+    ('phi-3-mini-4k', 3.82),
+    ('phi-4', 14.66),
+    ('gemma-2-2b', 2.61),
+    ('gemma-2-9b', 9.24),
+    ('gemma-3-270m', 0.268),
+    ('gemma-3-1b', 1.0),
   ],
 )
 def test_presets_of_today_have_their_published_sizes(name, billions):
