@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
 
 ON_RESUME = 'on_resume'
@@ -238,6 +239,45 @@ class StepConfig:
           f"StepConfig.{name}={value!r} needs mode='layerwise', got mode="
           f'{self.mode!r}.'
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+  """Tasks that a language model is asked at every evaluation of a run."""
+
+  tasks: str | None = free(None)
+  """Names of tasks, joined by commas, as of python -m gnlorp_jax.evaluate; None
+  asks none."""
+  data: str | None = free(None)
+  """Folder with the files of the tasks, which may lie in folders in it."""
+  limit: int | None = free(200)
+  """Ask the first questions only, of MMLU those of each subject; None asks
+  all."""
+  shots: int | None = free(None)
+  """Solved questions before each question; None is what a task is usually asked
+  with."""
+  batch_size: int = free(16)
+  """Options or answers per forward pass."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'limit', 'batch_size')
+    check_between(self, 'shots', 0, float('inf'))
+    for name in self.names:
+      if name not in data_tasks.names():
+        raise ValueError(
+          f'eval.tasks names {name!r}; expected some of {data_tasks.names()}, '
+          'joined by commas.'
+        )
+    if self.names and self.data is None:
+      raise ValueError(
+        f'eval.tasks={self.tasks!r} is read from files on this machine: name '
+        'their folder as eval.data.'
+      )
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """What `tasks` names, one by one."""
+    return words(self.tasks or '')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

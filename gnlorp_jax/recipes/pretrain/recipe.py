@@ -10,8 +10,15 @@ import jax
 import numpy as np
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import folders, optimizer, parameters, program
+from gnlorp_jax.compose import (
+  folders,
+  optimizer,
+  parameters,
+  program,
+  scores,
+)
 from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
@@ -31,6 +38,7 @@ class Prepared(NamedTuple):
 
   planned: Planned
   text: data.Text
+  tasks: tuple[data_tasks.Task, ...] = ()  # Asked at every evaluation.
 
   @property
   def config(self) -> TrainConfig:
@@ -144,10 +152,17 @@ def prepare(config: TrainConfig) -> Prepared:
       f'This is one of {jax.process_count()} processes: train_lm.py runs in '
       'one, with all its devices.'
     )
+  asked = tuple(
+    data_tasks.get(
+      name, config.eval.data, shots=config.eval.shots, limit=config.eval.limit
+    )
+    for name in config.eval.names
+  )
   planned = plan(config)
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
-  return Prepared(planned, data.load(planned.config, planned.config.model))
+  text = data.load(planned.config, planned.config.model)
+  return Prepared(planned, text, asked)
 
 
 def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
@@ -209,11 +224,11 @@ def flops_per_token(config: TrainConfig) -> float:
 
 
 def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
-  """Mean loss over the validation text, each token counted once.
+  """Mean loss over the validation text, each token counted once, and tasks.
 
   Returns:
     A function of trained and frozen weights, which returns ``loss`` and
-    ``perplexity``.
+    ``perplexity``, and of each task ``TASK/METRIC`` and ``TASK/METRIC_stderr``.
   """
   built = prepared.program
   make_batches = data.evaluation_batches(config, prepared.text)
@@ -228,7 +243,23 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
     batches.close()
     losses, weights = np.asarray(jax.device_get(sums), np.float64).T
     loss = float(losses.sum() / max(weights.sum(), 1))
-    return {'loss': loss, 'perplexity': float(np.exp(loss))}
+    found = {'loss': loss, 'perplexity': float(np.exp(loss))}
+    return found | ask(trained, frozen)
+
+  def ask(trained: Any, frozen: Any) -> dict[str, float]:
+    scored = scores.evaluate_tasks(
+      built.model,
+      built.parameters.join(trained, frozen),
+      prepared.text.tokenizer,
+      prepared.tasks,
+      batch_size=config.eval.batch_size,
+    )
+    return {
+      f'{task}/{name}{part}': metric[key]
+      for task, summary in scored.items()
+      for name, metric in summary['metrics'].items()
+      for part, key in (('', 'value'), ('_stderr', 'stderr'))
+    }
 
   return evaluate
 

@@ -174,6 +174,7 @@ def summarise(
     'first_eval_loss': first['eval/loss'],
     'last_eval_loss': last['loss'],
     'last_eval_perplexity': last['perplexity'],
+    'tasks': {name: x for name, x in last.items() if '/' in name},
     'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
     'memory_bytes': memory(built, config.step, config.optim),
     'device': jax.devices()[0].device_kind,
@@ -208,6 +209,10 @@ def show(config: TrainConfig, summary: dict[str, Any], sample: str) -> None:
       f'({abs(1 - last / first):.0%} {change}), perplexity '
       f'{summary["last_eval_perplexity"]:.1f}.'
     )
+  for name, share in summary['tasks'].items():
+    error = summary['tasks'].get(f'{name}_stderr')
+    if error is not None:
+      console.print(f'{name} {share:.3f} ± {error:.3f}', highlight=False)
   console.print(
     f'{outcome} Plot, sample, metrics and the Hugging Face export (hf/) are in '
     f'{config.run_dir}.',

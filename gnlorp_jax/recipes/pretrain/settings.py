@@ -16,6 +16,7 @@ from gnlorp_jax.compose import command_line
 from gnlorp_jax.compose.settings import (
   OptimConfig,
   RunConfig,
+  TaskOptions,
   check_at_least_one,
   check_between,
   free,
@@ -140,6 +141,8 @@ class TrainConfig(RunConfig):
   """Optimizer and schedule."""
   sample: SampleConfig = SampleConfig()
   """Text generated at the end."""
+  eval: TaskOptions = TaskOptions()
+  """Tasks asked at every evaluation; only of a causal model."""
 
   def __post_init__(self):
     super().__post_init__()
@@ -173,6 +176,11 @@ class TrainConfig(RunConfig):
       )
     if not self.is_masked:
       return
+    if self.eval.names:
+      raise ValueError(
+        f"eval.tasks={self.eval.tasks!r} needs objective='causal': a masked "
+        'model continues no text.'
+      )
     if not 0 < self.mask_rate < 1:
       raise ValueError(
         f'TrainConfig.mask_rate must lie between 0 and 1, got {self.mask_rate}.'

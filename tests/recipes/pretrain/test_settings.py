@@ -8,7 +8,7 @@ import pytest
 
 from gnlorp_jax import config
 from gnlorp_jax.compose import settings as compose_settings
-from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.compose.settings import OptimConfig, TaskOptions
 from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.recipes.pretrain import settings
 from gnlorp_jax.recipes.pretrain.settings import (
@@ -140,6 +140,21 @@ def test_help_explains_every_field(capsys):
     ),
     (['--eval-batches', '0'], 'TrainConfig.eval_batches must be at least 1'),
     (
+      ['--eval.tasks', 'piqa'],
+      "eval.tasks='piqa' is read from files on this machine: name their folder "
+      'as eval.data.',
+    ),
+    (
+      ['--eval.tasks', 'piqa, pica', '--eval.data', 'x'],
+      "eval.tasks names 'pica'; expected some of ('arc_challenge', ",
+    ),
+    (
+      ['--objective', 'masked', '--eval.tasks', 'piqa', '--eval.data', 'x'],
+      "eval.tasks='piqa' needs objective='causal': a masked model continues no "
+      'text.',
+    ),
+    (['--eval.limit', '0'], 'TaskOptions.limit must be at least 1, got 0.'),
+    (
       ['--data.validation-fraction', '3'],
       'DataConfig.validation_fraction must lie between 0 and 1, got 3.0.',
     ),
@@ -254,6 +269,7 @@ KINDS = {
     # Which part is trained on, and by which tokens, a run compares itself.
     'free': 'validation_fraction tokenizer cache_dir',
   },
+  TaskOptions: {'free': 'tasks data limit shots batch_size'},
   SampleConfig: {'free': 'prompt num_tokens temperature top_k top_p'},
   llama.LlamaConfig: {
     'fixed': 'vocab_size hidden_size intermediate_size num_layers num_heads '
