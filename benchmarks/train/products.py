@@ -28,7 +28,7 @@ def measure(
   """
   c, sizes = config, collections.Counter[tuple[int, int]]()
   sizes[c.hidden_size, c.hidden_size] += 2 * c.num_layers
-  sizes[c.hidden_size, c.kv_heads * c.head_dim] += 2 * c.num_layers
+  sizes[c.hidden_size, c.kv_heads * c.head_size] += 2 * c.num_layers
   sizes[c.hidden_size, c.intermediate_size] += 2 * c.num_layers
   sizes[c.intermediate_size, c.hidden_size] += c.num_layers
   sizes[c.hidden_size, c.vocab_size] += 1

@@ -30,7 +30,11 @@ def components(*words):
 
 def test_every_recipe_can_be_planned():
   folder = pathlib.Path(recipes.__file__).parent
-  names = {path.parent.name for path in folder.glob('*/recipe.py')}
+  names = {
+    path.parent.name
+    for path in folder.glob('*/recipe.py')
+    if 'def make_run(' in path.read_text()  # Others train nothing.
+  }
   assert set(RECIPES) == names
 
 
