@@ -222,6 +222,9 @@ def generate_until(
   for ids in encode(tokenizer, prompts, has_bos=True):
     kept = ids if ids.size else np.array([prefix_id(tokenizer)])
     encoded.append(kept[-room:].astype(np.int32))
+  # Decoded text lacks control tokens, and with them a stop string that is one.
+  ends = [tokenizer.backend.token_to_id(string) for string in stop]
+  eos_ids = (*tokenizer.eos_ids, *(i for i in ends if i is not None))
   # Prompts of about one length together; the longest first.
   order = sorted(range(len(prompts)), key=lambda i: -encoded[i].size)
   texts = [''] * len(prompts)
@@ -233,7 +236,7 @@ def generate_until(
       [encoded[i] for i in batch],
       max_tokens,
       temperature=0,
-      eos_ids=tokenizer.eos_ids,
+      eos_ids=eos_ids,
       stop=tuple(stop),
       decode=tokenizer.decode,
     )

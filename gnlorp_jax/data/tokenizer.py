@@ -5,6 +5,7 @@ run must know: where documents end, how far ids reach, and that no text can
 produce a control token.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -189,13 +190,32 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     backend, config = self.backend, self._config()
     if add_bos is not None:
-      bos_id = self.check_bos() if add_bos else None
-      backend = tokenizer_files.with_bos_alone(backend, bos_id)
+      backend = self.beginning(add_bos).backend
       config |= {'add_bos_token': add_bos, 'add_eos_token': False}
       _write(folder / tokenizer_files.GENERATION, self._generation_config())
     backend.save(str(folder / 'tokenizer.json'))
     _write(folder / tokenizer_files.CONFIG, config)
     self._beside.write_templates(folder)
+
+  def beginning(self, add_bos: bool) -> 'Tokenizer':
+    """The tokenizer of a causal model that learned from plain text.
+
+    Args:
+      add_bos: Whether its documents began with `bos_id`.
+
+    Returns:
+      A copy that puts `bos_id` before a text, or nothing, and nothing after it.
+
+    Raises:
+      ValueError: If `add_bos` is asked for and there is no such token.
+    """
+    bos_id = self.check_bos() if add_bos else None
+    other = copy.copy(self)
+    other.__dict__.pop('fingerprint', None)
+    other.backend = tokenizer_files.with_bos_alone(self.backend, bos_id)
+    other.backend.encode_special_tokens = True  # Is in no file.
+    other.adds_bos = add_bos
+    return other
 
   def check_bos(self) -> int:
     """The id that documents begin with where `add_bos` is asked for.

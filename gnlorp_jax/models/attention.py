@@ -81,9 +81,10 @@ def causal(
     k_BSKH: Keys, as many positions as queries.
     v_BSKH: Values.
     kernel: 'cudnn' is the kernel of `jax.nn.dot_product_attention`, which takes
-      no cap. 'xla' is plain products with a gradient of their own: it keeps the
-      result and one number a row, and computes the weights again from the
-      scores, where JAX's own would keep the weights of all heads.
+      no cap; where it would need a mask for an odd number of positions, 'xla'
+      takes its place. That is plain products with a gradient of their own: it
+      keeps the result and one number a row, and computes the weights again from
+      the scores, where JAX's own would keep the weights of all heads.
     scores: From products to scores.
     segments_BT: Numbers of documents: a position attends to those of its own
       number. None: all are of one document.
@@ -98,7 +99,9 @@ def causal(
     Dao et al., `FlashAttention`, 2022, arXiv:2205.14135, appendix B.2 for the
     gradient. Here nothing is split in tiles: the scores of one layer exist.
   """
-  if kernel == 'cudnn':
+  needs_mask = segments_BT is not None or isinstance(window, jax.Array)
+  # Of a mask, cuDNN's gradient takes even lengths alone.
+  if kernel == 'cudnn' and not (needs_mask and q_BTNH.shape[1] % 2):
     return _cudnn(q_BTNH, k_BSKH, v_BSKH, scores.scale, segments_BT, window)
   batch, seq_len, num_heads, head_dim = q_BTNH.shape
   num_kv_heads = k_BSKH.shape[2]

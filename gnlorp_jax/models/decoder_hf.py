@@ -93,6 +93,8 @@ _REQUIRED = (
   'num_attention_heads',
   'max_position_embeddings',
 )
+# What a model may leave to others, where it is null.
+_OPTIONAL = ('num_key_value_heads', 'head_dim')
 _MOST_LAYERS = 10_000
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 
@@ -147,7 +149,10 @@ class Layout(NamedTuple):
     filled = {
       **self.defaults,
       **{
-        k: v for k, v in hf.items() if v is not None or k not in self.defaults
+        k: v
+        for k, v in hf.items()
+        # Of these heads null does not mean the default: one for each query's.
+        if not (v is None and k in self.defaults) or k == 'num_key_value_heads'
       },
     }
     fixed = {
@@ -234,10 +239,10 @@ def _reasons_of_sizes(hf: Mapping[str, Any]) -> list[str]:
   """Why sizes that every model must have are none that one can have."""
   missing = [name for name in _REQUIRED if hf.get(name) is None]
   reasons = [f'the fields {missing} are missing'] if missing else []
-  for name in _REQUIRED:
+  for name in (*_REQUIRED, *_OPTIONAL):
     value = hf.get(name)
     most = _MOST_LAYERS if name == 'num_hidden_layers' else 2**31 - 1
-    is_size = isinstance(value, int) and 0 < value <= most
+    is_size = type(value) is int and 0 < value <= most  # True is an int too.
     if value is not None and not is_size:
       reasons.append(
         f'{name}={value!r} (supported: whole numbers from 1 to {most})'
@@ -253,7 +258,7 @@ def _read_rope(
   if {SLIDING, FULL} & new.keys():
     reason = f'rope_parameters={new!r} (supported: the same for all layers)'
     return None, None, [reason]
-  fields = {**old, **new}
+  fields = dict(old or new)  # As in transformers, which reads one of the two.
   original = hf.get('original_max_position_embeddings')
   scaling, reasons = rope.from_hf(
     fields, original or hf.get('max_position_embeddings')
@@ -281,8 +286,8 @@ def read_windows(
   types = hf.get('layer_types')
   if types is None:
     types = [SLIDING if slides(i) else FULL for i in range(count)]
-  unknown = sorted(set(types) - {SLIDING, FULL})
-  if unknown or len(types) != count:
+  is_known = isinstance(types, list) and len(types) == count
+  if not is_known or any(kind not in (SLIDING, FULL) for kind in types):
     return {}, [
       f'layer_types={types!r} (supported: {SLIDING!r} or {FULL!r} for each of '
       f'{count} layers)'

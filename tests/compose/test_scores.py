@@ -1,6 +1,8 @@
+import copy
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -216,6 +218,28 @@ def test_answers_are_the_likeliest_tokens(tokenizer):
       if ids[-1] in tokenizer.eos_ids:
         break
     assert answer == tokenizer.decode(ids[len(prompt) :])
+
+
+def test_a_stop_string_may_be_a_control_token(tokenizer):
+  model, params = small_lm.model()
+  # The model writes nothing else, and decoded text has no trace of it.
+  begin = tokenizer.bos_id
+  always = model._replace(
+    logits=lambda params, x: jax.nn.one_hot(
+      jnp.full(x.shape[:-1], begin), model.config.vocab_size
+    )
+  )
+  lengths = []
+  decode = tokenizer.decode
+  tokenizer = copy.copy(tokenizer)
+  tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+  scores.generate_until(
+    *(always, params, tokenizer, ['One']),
+    stop=('<s>', 'Q:'),
+    max_tokens=6,
+    batch_size=1,
+  )
+  assert max(lengths) == 1
 
 
 def test_long_prompts_lose_their_beginning(tokenizer, said):

@@ -108,6 +108,18 @@ def test_documents_windows_and_caps_equal_sums_by_hand(cap):
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize('window', [None, jnp.int32(3)])
+def test_masks_of_odd_lengths_are_none_of_cudnn(window):
+  # Its gradient refuses them; without it, no GPU is needed here.
+  q = normal((2, 7, 2, 8)).astype(jnp.bfloat16)
+  segments = SEGMENTS[:, :7] if window is None else None
+  got, expected = (
+    attention.causal(q, q, q, k, attention.Scores(0.3), segments, window)
+    for k in ('cudnn', 'xla')
+  )
+  np.testing.assert_array_equal(got, expected)
+
+
 def test_a_cache_gives_what_all_at_once_gives():
   q, k, v = (normal((2, 8, heads, 6), heads) for heads in (4, 2, 1))
   v = np.repeat(v, 2, axis=2)

@@ -10,9 +10,10 @@ import pytest
 import tokenizers
 
 from gnlorp_jax.compose import parameters
-from gnlorp_jax.compose.settings import AdapterOptions
+from gnlorp_jax.compose.settings import AdapterOptions, MeshConfig
 from gnlorp_jax.models import hf, llama, roberta
 from gnlorp_jax.plan.settings import GluePlanConfig
+from gnlorp_jax.recipes.glue import recipe as glue_recipe
 from gnlorp_jax.recipes.glue import tasks
 from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.pretrain import data, recipe
@@ -39,7 +40,11 @@ def server(tmp_path, monkeypatch):
 def tokenizer_file():
   vocabulary = {'<s>': 0, '<pad>': 1, '</s>': 2, 'a': 3}
   words = tokenizers.models.WordLevel(vocabulary, unk_token='</s>')
-  return tokenizers.Tokenizer(words).to_str().encode()
+  backend = tokenizers.Tokenizer(words)
+  backend.post_processor = tokenizers.processors.RobertaProcessing(
+    ('</s>', 2), ('<s>', 0)
+  )
+  return backend.to_str().encode()
 
 
 def contents(folder):
@@ -95,11 +100,16 @@ def test_fine_tuning_starts_from_the_hub(server):
     'tokenizer.json': tokenizer_file(),
   }
   server.add('me/tiny', files)
-  settings = GlueConfig(task='demo', init_from=SPEC)
+  settings = GlueConfig(task='demo', init_from=SPEC, mesh=MeshConfig(data=1))
   tokenizer = tasks.load_tokenizer(settings)
   assert tokenizer.vocab_size == 4
   found = tasks.architecture(settings, tokenizer)
   assert found.hidden_size == config.hidden_size
+  (task,) = tasks.find_tasks(settings)
+  data = tasks.load_task(settings, task)
+  assert data.architecture == found
+  prepared = glue_recipe.prepare(settings, data, 'lora')
+  assert prepared.program.parameters.frozen['embed']
   planned = GluePlanConfig(init_from=SPEC)
   assert planned._tokenizer().vocab_size == 4
   assert server.downloads() == ['config.json', 'tokenizer.json']

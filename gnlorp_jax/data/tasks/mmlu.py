@@ -81,10 +81,7 @@ def _read(path: pathlib.Path, subject: str) -> list[Choice]:
     rows = rows[1:]
   found = []
   for number, row in enumerate(rows):
-    answers = {str(i): i for i in range(4)} | {
-      a: i for i, a in enumerate('ABCD')
-    }
-    if len(row) != 6 or row[5].strip() not in answers:
+    if len(row) != 6 or row[5].strip() not in _ANSWERS:
       raise ValueError(
         f'Record {number} of {path} must have a question, four options and an '
         f'answer (A to D, or 0 to 3), not {row!r}.'

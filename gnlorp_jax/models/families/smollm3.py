@@ -73,21 +73,21 @@ def preset(name: str, **overrides: Any) -> SmolLM3Config:
 
 
 def _read(hf):
-  count, fields, reasons = hf.get('num_hidden_layers') or 0, {}, []
-  every = hf['no_rope_layer_interval']
-  given = hf.get('no_rope_layers')
+  count = hf['num_hidden_layers']
+  every, given = hf['no_rope_layer_interval'], hf.get('no_rope_layers')
+  if not (isinstance(every, int) and every > 0):
+    reason = f'no_rope_layer_interval={every!r} (supported: a number > 0)'
+    return {}, [reason]
   # In spite of its name, 1 says that a layer has rotary positions.
   rotated = (
     [(i + 1) % every != 0 for i in range(count)] if given is None else given
   )
-  if len(rotated) != count:
-    reasons.append(f'no_rope_layers={given!r} (supported: {count} values)')
-  else:
-    fields['rope_layers'] = tuple(map(bool, rotated))
+  if not (isinstance(rotated, list) and len(rotated) == count):
+    return {}, [f'no_rope_layers={given!r} (supported: {count} values)']
+  windows, reasons = {}, []
   if hf.get('use_sliding_window'):
-    windows, why = decoder_hf.read_windows(hf, lambda i: not rotated[i])
-    fields, reasons = {**fields, **windows}, [*reasons, *why]
-  return fields, reasons
+    windows, reasons = decoder_hf.read_windows(hf, lambda i: not rotated[i])
+  return {'rope_layers': tuple(map(bool, rotated)), **windows}, reasons
 
 
 def _write(config):

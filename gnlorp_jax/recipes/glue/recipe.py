@@ -150,7 +150,7 @@ def build_program(
   """
   head = None
   if parameters.is_folder(config.init_from):
-    described = hf.load_config(config.init_from)
+    described = hf.load_config(parameters.folder(config.init_from, 'config'))
     head = heads.match(described, task.labels, task.name)
   return _program(
     architecture,

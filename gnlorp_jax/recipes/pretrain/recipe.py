@@ -232,6 +232,10 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
   """
   built = prepared.program
   make_batches = data.evaluation_batches(config, prepared.text)
+  # As it is exported: a context begins as the documents of the training do.
+  tokenizer = prepared.text.tokenizer
+  if prepared.tasks:
+    tokenizer = tokenizer.beginning(config.data.add_bos)
 
   def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
     batches, sums = make_batches(), []
@@ -250,7 +254,7 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
     scored = scores.evaluate_tasks(
       built.model,
       built.parameters.join(trained, frozen),
-      prepared.text.tokenizer,
+      tokenizer,
       prepared.tasks,
       batch_size=config.eval.batch_size,
     )

@@ -23,6 +23,7 @@ from gnlorp_jax.compose.settings import (
   result,
 )
 from gnlorp_jax.models.decoder_config import DecoderConfig
+from gnlorp_jax.models.generate import Sampling
 from gnlorp_jax.models.llama import LlamaConfig
 from gnlorp_jax.models.roberta import RobertaConfig
 
@@ -92,10 +93,8 @@ class SampleConfig:
   None: among all that `top_k` leaves."""
 
   def __post_init__(self):
-    check_at_least_one(self, 'top_k')
     check_between(self, 'num_tokens', 0, float('inf'))
-    check_between(self, 'temperature', 0, float('inf'))
-    check_between(self, 'top_p', 0, 1)
+    Sampling(self.temperature, self.top_k, self.top_p).check()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -341,11 +341,14 @@ def test_every_reason_is_named_at_once():
 
 def test_sizes_that_no_model_has_are_refused_by_arithmetic():
   with pytest.raises(ValueError) as error:
-    config_of('smollm3', num_hidden_layers=10**9, hidden_size='wide')
+    config_of(
+      'smollm3', num_hidden_layers=10**9, hidden_size='wide', head_dim=8.0
+    )
   assert str(error.value) == (
     "Unsupported SmolLM3 configuration: hidden_size='wide' (supported: whole "
     'numbers from 1 to 2147483647), num_hidden_layers=1000000000 (supported: '
-    'whole numbers from 1 to 10000).'
+    'whole numbers from 1 to 10000), head_dim=8.0 (supported: whole numbers '
+    'from 1 to 2147483647).'
   )
 
 
@@ -410,11 +413,10 @@ def test_gemma_3_in_old_and_new_spellings(old):
   assert found == family.config_from_hf(new)
   assert found == family.config_from_hf(family.config_to_hf(found))
   thetas = {kind: r['rope_theta'] for kind, r in new['rope_parameters'].items()}
-  # One stands for all layers.
-  ropes = found.ropes * (5 if len(found.ropes) == 1 else 1)
-  assert [r.theta for r in ropes] == [
-    thetas[kind] for kind in new['layer_types']
-  ]
+  ropes = found.ropes
+  # One stands for all layers where these are alike.
+  ropes *= found.num_layers // len(ropes)
+  assert [r.theta for r in ropes] == [thetas[k] for k in new['layer_types']]
 
 
 @pytest.mark.parametrize('max_seq_len', [64, 40])
@@ -484,6 +486,28 @@ def test_what_is_absent_means_what_it_means_to_transformers():
     assert found == expected, name
 
 
+def test_of_two_scalings_the_one_that_transformers_reads_counts():
+  transformers = pytest.importorskip('transformers')
+  both = {
+    'rope_theta': 5.0,
+    'rope_scaling': {'type': 'linear', 'factor': 2.0},
+    'rope_parameters': {'rope_type': 'linear', 'factor': 4.0},
+  }
+  theirs = transformers.LlamaConfig.from_dict({**BASE, **copy.deepcopy(both)})
+  found = config_of('llama', **both)
+  assert found.rope_scaling.factor == theirs.rope_parameters['factor'] == 2.0
+  assert found.rope_theta == theirs.rope_parameters['rope_theta'] == 5.0
+
+
+@pytest.mark.parametrize('model_type', ['qwen2', 'qwen3', 'smollm3'])
+def test_key_value_heads_of_null_are_as_many_as_queries(model_type):
+  transformers = pytest.importorskip('transformers')
+  kind = transformers.CONFIG_MAPPING[model_type]
+  theirs = kind.from_dict({**BASE, 'num_key_value_heads': None})
+  found = config_of(model_type, num_key_value_heads=None)
+  assert found.kv_heads == theirs.num_key_value_heads == 6
+
+
 def test_rope_theta_of_null_is_the_default():
   assert config_of('llama', rope_theta=None).rope_theta == 10000.0
   assert config_of('smollm3', rope_theta=None).rope_theta == 2e6
@@ -499,9 +523,20 @@ def test_rope_theta_of_null_is_the_default():
     ),
     (
       'smollm3',
-      {'no_rope_layers': [1]},
+      {'no_rope_layers': [1], 'use_sliding_window': True, 'sliding_window': 4},
       'Unsupported SmolLM3 configuration: no_rope_layers=[1] (supported: 5 '
       'values).',
+    ),
+    (
+      'smollm3',
+      {'no_rope_layer_interval': 0},
+      'Unsupported SmolLM3 configuration: no_rope_layer_interval=0 (supported: '
+      'a number > 0).',
+    ),
+    (
+      'gemma2',
+      {'layer_types': 5},
+      "Unsupported Gemma 2 configuration: layer_types=5 (supported: 'sliding_",
     ),
     (
       'llama',

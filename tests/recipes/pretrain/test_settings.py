@@ -132,7 +132,12 @@ def test_help_explains_every_field(capsys):
     ),
     (
       ['--sample.top-k', '0'],
-      'SampleConfig.top_k must be at least 1, got 0.',
+      'top_k=0 must be positive, or None for no limit.',
+    ),
+    # Not when the run is over and its sample is drawn.
+    (
+      ['--sample.top-p', '0'],
+      'top_p=0.0 must be in (0, 1], or None for no limit.',
     ),
     (
       ['--sample.num-tokens', '-5'],

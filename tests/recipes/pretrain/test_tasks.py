@@ -13,6 +13,7 @@ from gnlorp_jax.compose.settings import (
   StepConfig,
   TaskOptions,
 )
+from gnlorp_jax.models import scoring
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from tests.compose import small_lm
@@ -43,8 +44,12 @@ def config(tmp_path_factory):
   )
 
 
-def test_evaluations_score_the_tasks_too(config):
-  prepared = recipe.prepare(config)
+@pytest.fixture(scope='module')
+def prepared(config):
+  return recipe.prepare(config)
+
+
+def test_evaluations_score_the_tasks_too(config, prepared):
   assert [task.name for task in prepared.tasks] == ['openbookqa']
   built = prepared.program
   held = built.parameters.start(jax.random.key(0))
@@ -74,6 +79,30 @@ def test_evaluations_score_the_tasks_too(config):
   for name in ('acc', 'acc_norm'):
     assert found[f'openbookqa/{name}'] == expected[name]['value']
     assert found[f'openbookqa/{name}_stderr'] == expected[name]['stderr']
+
+
+@pytest.mark.parametrize('add_bos', [False, True])
+def test_contexts_begin_as_the_documents_of_the_run(
+  add_bos, config, prepared, monkeypatch
+):
+  # Whatever the tokenizer itself would do: the exported one does the same.
+  tokenizer = small_lm.tokenizer()
+  tokenizer = tokenizer.beginning(not add_bos)
+  text = prepared.text._replace(tokenizer=tokenizer)
+  data = dataclasses.replace(config.data, add_bos=add_bos)
+  contexts = []
+
+  def score(model, params, requests, **options):
+    contexts.extend(context for context, _ in requests)
+    return [scoring.Score(-1.0, True)] * len(requests)
+
+  monkeypatch.setattr(scoring, 'log_likelihoods', score)
+  evaluate = recipe.evaluation(
+    prepared._replace(text=text), dataclasses.replace(config, data=data)
+  )
+  evaluate(*prepared.program.parameters.start(jax.random.key(0)))
+  begins = {int(context[0]) == tokenizer.bos_id for context in contexts}
+  assert begins == {add_bos}
 
 
 def test_absent_files_of_a_task_are_told_before_anything_is_read(
