@@ -6,6 +6,7 @@ to what follows it, and a tokenizer that begins every text with a token does so
 before the context.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ from gnlorp_jax.models import scoring
 from gnlorp_jax.models.interface import Model
 
 Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 4096
+"""Tokens of a perplexity's window where none are asked for: scores of attention
+grow with their square, and models accept a hundred thousand."""
 
 
 def evaluate_tasks(
@@ -47,7 +54,8 @@ def evaluate_tasks(
     keep: Is called with what became of each question.
 
   Returns:
-    By task what `metrics.summarise` says.
+    By task what `metrics.summarise` says, and as ``truncated`` how many
+    questions lost their beginning, of which a warning tells too.
 
   Raises:
     ValueError: If a number is outside its interval, or an option too long for
@@ -60,7 +68,20 @@ def evaluate_tasks(
     for number, row in enumerate(rows):
       keep({'task': task.name, 'question': number, **row})
     found[task.name] = metrics.summarise(task, [row['right'] for row in rows])
+    cut = sum(row['truncated'] for row in rows)
+    found[task.name]['truncated'] = cut
+    if cut:
+      logger.warning(
+        '%d of the %d questions of %s are longer than the %d tokens that the '
+        'model is given: they lost their beginning, solved questions first.',
+        *(cut, len(rows), task.name, _accepted(model, max_length)),
+      )
   return found
+
+
+def _accepted(model: Model, max_length: int | None) -> int:
+  """Most tokens that the model is given at a time."""
+  return model.config.max_seq_len if max_length is None else max_length
 
 
 def text_perplexity(
@@ -82,7 +103,8 @@ def text_perplexity(
     tokenizer: Its tokenizer.
     text: The text, which is one document.
     batch_size: Windows per forward pass.
-    max_length: Tokens of a window; None: what the model accepts.
+    max_length: Tokens of a window; None: what the model accepts, and at most
+      `WINDOW`.
     stride: Tokens that each window scores; None is all of them.
     progress: Is called with how many windows are done, and are there.
 
@@ -93,6 +115,9 @@ def text_perplexity(
   Raises:
     ValueError: If the text is empty or a number outside its interval.
   """
+  window = max_length
+  if window is None:
+    window = min(model.config.max_seq_len, WINDOW)
   (ids,) = encode(tokenizer, [text], has_bos=False)
   total = scoring.rolling(
     model,
@@ -101,10 +126,9 @@ def text_perplexity(
     prefix_id=prefix_id(tokenizer),
     stride=stride,
     batch_size=batch_size,
-    max_length=max_length,
+    max_length=window,
     progress=progress,
   )
-  window = model.config.max_seq_len if max_length is None else max_length
   return {
     'tokens': ids.size,
     'window': window,
@@ -211,7 +235,7 @@ def generate_until(
   Raises:
     ValueError: If `max_tokens` leaves no room for a prompt.
   """
-  accepted = model.config.max_seq_len if max_length is None else max_length
+  accepted = _accepted(model, max_length)
   room = accepted - max_tokens
   if room < 1:
     raise ValueError(
@@ -262,16 +286,20 @@ def _choose(
     for question in questions
     for option in question.options
   ]
+  requests = encode_pairs(tokenizer, pairs)
   scores = iter(
     scoring.log_likelihoods(
       model,
       params,
-      encode_pairs(tokenizer, pairs),
+      requests,
       batch_size=batch_size,
       max_length=max_length,
       progress=progress,
     )
   )
+  accepted = _accepted(model, max_length)
+  # The last token is scored, not read.
+  is_cut = iter(a.size + b.size - 1 > accepted for a, b in requests)
   rows = []
   for question in questions:
     values = [next(scores).log_likelihood for _ in question.options]
@@ -283,6 +311,7 @@ def _choose(
         'group': question.group,
         'context': question.context,
         'options': question.options,
+        'truncated': any([next(is_cut) for _ in question.options]),
         'log_likelihoods': [metrics.finite(value) for value in values],
         'answer': question.answer,
         'chosen': chosen,
@@ -307,6 +336,9 @@ def _answer(
     max_length=max_length,
     progress=progress,
   )
+  room = _accepted(model, max_length) - task.max_tokens
+  prompts = encode(tokenizer, [q.prompt for q in questions], has_bos=True)
+  is_cut = iter(ids.size > room for ids in prompts)
   rows = []
   for question, answer in zip(questions, answers, strict=True):
     found = {name: extract(answer) for name, extract in task.extract.items()}
@@ -314,6 +346,7 @@ def _answer(
       {
         'group': question.group,
         'context': question.prompt,
+        'truncated': next(is_cut),
         'text': answer,
         'answer': question.answer,
         'chosen': found,

@@ -123,8 +123,7 @@ class _Attention(nn.Module):
       positions_BT = context.positions_BT
     else:
       positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-    slots = x_BTD.shape[1] if cache is None else cache.positions_BS.shape[1]
-    rotation = self.rotation(number, slots)
+    rotation = self.rotation(number, cache, x_BTD.shape[1])
     q_BTNH = rope.rotate(q_BTNH, positions_BT, *rotation)
     k_BSKH = rope.rotate(k_BSKH, positions_BT, *rotation)
     if cache is None:
@@ -165,8 +164,21 @@ class _Attention(nn.Module):
       return jnp.split(heads('qkv', sum(counts)), cuts, axis=2)
     return [heads(*each) for each in zip('qkv', counts, strict=True)]
 
-  def rotation(self, number, length):
-    """Frequencies and the factor of cosines; a layer without has zeros."""
+  def rotation(self, number, cache, seq_len):
+    """Frequencies ``[F]``, or ``[B, F]``, and the factor of cosines."""
+    if cache is None:
+      return self.rotation_at(number, seq_len)
+    limit = rope.change_at(self.config.ropes)
+    if limit is None:
+      return self.rotation_at(number, seq_len)
+    # Rows that stay within the original context, and such as outgrow it.
+    short_F, factor = self.rotation_at(number, limit)
+    long_F, _ = self.rotation_at(number, limit + 1)
+    is_long_B1 = (cache.longest_B > limit)[:, None]
+    return jnp.where(is_long_B1, long_F[None], short_F[None]), factor
+
+  def rotation_at(self, number, length):
+    """The same of rows of one length; a layer without has zeros."""
     width = self.config.rotary_width
     none = np.zeros(width // 2), 1.0
     found = [
@@ -358,23 +370,32 @@ def make(
   )
 
 
-def start_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
+def start_cache(
+  config: DecoderConfig,
+  batch: int,
+  slots: int,
+  longest_B: jax.Array | None = None,
+) -> Cache:
   """An empty cache.
 
   Args:
     config: The architecture.
     batch: Rows, B.
     slots: Tokens of a row, padding included, S.
+    longest_B: The most tokens that each row will have, int32; None: S.
 
   Returns:
     The cache, in compute dtype.
   """
   shape = config.num_layers, batch, slots, config.kv_heads, config.head_size
+  if longest_B is None:
+    longest_B = jnp.full(batch, slots, jnp.int32)
   return Cache(
     k_LBSKH=jnp.zeros(shape, config.compute_dtype),
     v_LBSKH=jnp.zeros(shape, config.compute_dtype),
     positions_BS=jnp.full((batch, slots), -1, jnp.int32),
     length=jnp.zeros((), jnp.int32),
+    longest_B=longest_B,
   )
 
 

@@ -45,7 +45,7 @@ class _Attention(nn.Module):
 
     def heads(name):
       y = self.dense(c.hidden_size, name=name)(x_BTD)
-      return y.reshape(*x_BTD.shape[:-1], c.num_heads, c.head_dim)
+      return y.reshape(*x_BTD.shape[:-1], c.num_heads, c.head_size)
 
     qkv_BTNH = heads('q_proj'), heads('k_proj'), heads('v_proj')
     mask = None if mask_BT is None else mask_BT[:, None, None, :]
@@ -310,7 +310,7 @@ def _functions(module, context, device):
   kernel = attention.kernel_for(
     jax.devices()[0] if device is None else device,
     config.compute_dtype,
-    config.head_dim,
+    config.head_size,
   )
   logits = interface.as_function(module, 'logits')
   return interface.Model(

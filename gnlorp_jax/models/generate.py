@@ -251,7 +251,9 @@ def _start(
     jnp.moveaxis(x.reshape(batch, -1, piece), 1, 0)
     for x in (tokens_BP, positions_BP)
   )
-  cache, x_NBD = jax.lax.scan(read, model.start_cache(batch, slots), pieces)
+  longest_B = positions_BP[:, -1] + 1 + limits_B
+  cache = model.start_cache(batch, slots, longest_B)
+  cache, x_NBD = jax.lax.scan(read, cache, pieces)
   state = _State(
     cache=cache,
     last_B=jnp.zeros((batch,), jnp.int32),

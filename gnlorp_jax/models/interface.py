@@ -50,12 +50,14 @@ class Cache(NamedTuple):
     positions_BS: int32, positions of what the slots hold; less than 0 where
       there is padding or nothing.
     length: int32 scalar, number of slots that are taken.
+    longest_B: int32, the most tokens that each row will have.
   """
 
   k_LBSKH: jax.Array
   v_LBSKH: jax.Array
   positions_BS: jax.Array
   length: jax.Array
+  longest_B: jax.Array
 
   def open(self, positions_BT: jax.Array) -> 'Cache':
     """Takes the next slots for tokens of these positions."""
@@ -151,7 +153,8 @@ class Model(NamedTuple):
     extend: `hidden` of new tokens behind those of a cache: maps (params, tokens
       ``[B, T]``, positions ``[B, T]``, a `Cache`) to (x ``[B, T, D]``, the
       cache). Positions less than 0 are padding. None of an encoder.
-    start_cache: Maps (batch B, slots S) to an empty cache. None of an encoder.
+    start_cache: Maps (batch B, slots S, longest_B of `Cache` = None, for as
+      many as there are slots) to an empty cache. None of an encoder.
   """
 
   config: Any
@@ -161,7 +164,7 @@ class Model(NamedTuple):
   apply: Callable[..., jax.Array]
   layer_fns: LayerFns
   extend: Callable[..., tuple[jax.Array, Cache]] | None = None
-  start_cache: Callable[[int, int], Cache] | None = None
+  start_cache: Callable[..., Cache] | None = None
 
 
 def as_function(

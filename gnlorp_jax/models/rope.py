@@ -12,6 +12,7 @@ Shape suffixes in this file:
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -135,12 +136,12 @@ class LongRope:
     Ding et al., `LongRoPE`, 2024, arXiv:2402.13753.
 
   Note:
-    A sequence is as long as the row it stands in, and with a cache as all slots
-    of the cache; transformers takes the largest position of a batch so far. So
-    a short document in a long row is turned by the long factors here, and a
-    text that grows beyond the original context by the long ones from its first
-    token, where transformers goes over to them in the middle of it, beside keys
-    that were turned by the short ones.
+    A sequence is as long as the row it stands in, and with a cache as the row
+    may get (`Cache.longest_B`); transformers takes the largest position of a
+    batch so far. So a short document in a long row is turned by the long
+    factors here, and a text that may outgrow the original context by the long
+    ones from its first token, where transformers goes over to them in the
+    middle of it, beside keys that were turned by the short ones.
   """
 
   rope_type: ClassVar[str] = 'longrope'
@@ -221,6 +222,23 @@ class Rope(NamedTuple):
     return self.scaling.scale(frequency_F, self.theta, length)
 
 
+def change_at(ropes: Sequence[Rope | None]) -> int | None:
+  """The length beyond which frequencies are others; None where there is none.
+
+  Args:
+    ropes: Those of a model's layers.
+  """
+  scalings = (rope.scaling for rope in ropes if rope is not None)
+  return next(
+    (
+      scaling.original_max_position_embeddings
+      for scaling in scalings
+      if isinstance(scaling, LongRope)
+    ),
+    None,
+  )
+
+
 def rotate(
   x_BTNH: jax.Array,
   positions_BT: jax.Array,
@@ -235,7 +253,8 @@ def rotate(
   Args:
     x_BTNH: Queries or keys, any floating dtype.
     positions_BT: Their positions; its first axis may be 1.
-    frequency_F: Radians per position; 0 leaves a pair as it is.
+    frequency_F: Radians per position, ``[F]`` or ``[B, F]``; 0 leaves a pair as
+      it is.
     factor: What cosines and sines are multiplied by.
 
   Returns:
@@ -245,11 +264,12 @@ def rotate(
     Su et al., `RoFormer: Enhanced Transformer with Rotary Position Embedding`,
     2021, arXiv:2104.09864, equation 34.
   """
-  frequency_111F = jnp.asarray(frequency_F, jnp.float32)[None, None, None]
+  frequency_F = jnp.asarray(frequency_F, jnp.float32)
+  frequency_B11F = jnp.atleast_2d(frequency_F)[:, None, None]
   positions_BT11 = positions_BT.astype(jnp.float32)[..., None, None]
-  angle_BT1F = positions_BT11 * frequency_111F
+  angle_BT1F = positions_BT11 * frequency_B11F
   cos, sin = jnp.cos(angle_BT1F) * factor, jnp.sin(angle_BT1F) * factor
-  pairs = frequency_111F.shape[-1]
+  pairs = frequency_B11F.shape[-1]
   first, second, rest = jnp.split(
     x_BTNH.astype(jnp.float32), (pairs, 2 * pairs), axis=-1
   )

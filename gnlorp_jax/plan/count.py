@@ -209,7 +209,8 @@ def _attention_workspace(step: Step) -> int:
   ``[B, T, N, H]`` in float32.
   """
   tokens = _tokens(step, step.settings.micro_batches)
-  return 4 * tokens * step.model.hidden_size // step.mesh.size
+  width = step.model.num_heads * step.model.head_size
+  return 4 * tokens * width // step.mesh.size
 
 
 def _tokens(step: Step, num_micro_batches: int) -> int:

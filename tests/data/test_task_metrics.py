@@ -40,7 +40,7 @@ def test_scores_come_with_error_and_majority():
     'metrics': {
       'acc': {
         'value': 0.4,
-        'stderr': pytest.approx(math.sqrt(0.4 * 0.6 / 5)),
+        'stderr': pytest.approx(math.sqrt(0.4 * 0.6 / 4)),
       }
     },
     'majority': 0.6,

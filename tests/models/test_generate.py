@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax.models import adapters, generate, hf, llama, roberta
+from gnlorp_jax.models import adapters, generate, hf, llama, roberta, rope
+from gnlorp_jax.models.families import phi3
 from gnlorp_jax.models.generate import Sampling
 from gnlorp_jax.optim.quantized.weights import (
   dequantize_weights,
@@ -146,6 +148,29 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning():
   found = generate.generate(model, params, [prompt], 10, temperature=0)
   expected = generate.generate(model, params, [prompt[-38:]], 10, temperature=0)
   np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_that_stay_short_are_turned_as_short_ones():
+  # Whatever stands in other rows, and however many slots there are.
+  scaling = rope.LongRope(
+    short_factor=(1.0, 1.5),
+    long_factor=(3.0, 9.0),
+    factor=3.0,
+    original_max_position_embeddings=16,
+  )
+  sizes = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+  for name in ('attention_bias', 'mlp_bias'):
+    del sizes[name]
+  model = phi3.make(phi3.Phi3Config(**sizes | {'rope_scaling': scaling}))
+  params = model.init(jax.random.key(1))
+  given = prompts(8, 20)
+  found = generate.generate(model, params, given, 8, temperature=0)
+  for prompt, new in zip(given, found, strict=True):
+    tokens = np.append(prompt, new)
+    # Every token is the likeliest of the whole row as it is in the end.
+    logits = np.asarray(jax.jit(model.apply)(params, tokens[None]))[0]
+    expected = logits.argmax(axis=-1)[len(prompt) - 1 : -1]
+    np.testing.assert_array_equal(new, expected)
 
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):

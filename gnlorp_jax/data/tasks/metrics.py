@@ -120,10 +120,11 @@ def mean(values: Sequence[bool]) -> dict[str, float]:
     values: Of each question whether it is answered rightly; at least one.
 
   Returns:
-    ``value``, in [0, 1], and ``stderr``, the standard error of a binomial.
+    ``value``, in [0, 1], and ``stderr``, the standard error of the mean, from
+    the deviation of a sample as lm_eval has it; 0 for a single question.
   """
   share = sum(values) / len(values)
-  error = math.sqrt(share * (1 - share) / len(values))
+  error = math.sqrt(share * (1 - share) / max(len(values) - 1, 1))
   return {'value': share, 'stderr': error}
 
 

@@ -11,6 +11,7 @@ from gnlorp_jax.models.decoder import num_params as num_params
 from gnlorp_jax.models.decoder_config import WindowedConfig
 from gnlorp_jax.models.decoder_hf import HF_TENSORS as HF_TENSORS
 from gnlorp_jax.models.decoder_hf import HF_UNREAD as HF_UNREAD
+from gnlorp_jax.models.families import _qwen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,30 +60,13 @@ def preset(name: str, **overrides: Any) -> Qwen2Config:
   return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
-def _read(hf):
-  if not hf.get('use_sliding_window'):
-    return {}, []
-  hf = {'sliding_window': 4096, 'max_window_layers': 28, **hf}
-  return decoder_hf.read_windows(
-    hf, lambda layer: layer >= hf['max_window_layers']
-  )
-
-
-def _write(config):
-  return {
-    'use_sliding_window': config.sliding_window is not None,
-    'sliding_window': config.sliding_window,
-    'layer_types': decoder_hf.layer_types(config),
-  }
-
-
 _LAYOUT = decoder_hf.Layout(
   config=Qwen2Config,
   name='Qwen2',
   architecture='Qwen2ForCausalLM',
   fixed={'hidden_act': 'silu'},
   defaults={'num_key_value_heads': 32},
-  read=_read,
-  write=_write,
+  read=_qwen.read,
+  write=_qwen.write,
 )
 config_from_hf, config_to_hf = _LAYOUT.config_from_hf, _LAYOUT.config_to_hf

@@ -107,7 +107,7 @@ class RobertaConfig:
     interface.check_dtypes(self)
 
   @property
-  def head_dim(self) -> int:
+  def head_size(self) -> int:
     """Width of one attention head."""
     return self.hidden_size // self.num_heads
 

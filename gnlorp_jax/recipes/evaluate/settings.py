@@ -41,8 +41,8 @@ class EvaluateConfig:
   """Options or answers per forward pass. Fewer need less memory."""
   max_length: int | None = None
   """Most tokens that the model is given at a time, and the window of a
-  perplexity. By default what it accepts. Contexts that are longer lose their
-  beginning."""
+  perplexity. By default what it accepts, and of a perplexity at most 4096.
+  Contexts that are longer lose their beginning."""
   stride: int | None = None
   """Tokens that a window of a perplexity scores; those before them are context.
   By default all of the window."""
