@@ -5,8 +5,10 @@ folder are all values of one `training.parameters.Parameters`.
 """
 
 import dataclasses
+import difflib
 import functools
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -57,23 +59,19 @@ def architecture(
     return dataclasses.replace(model, **overrides)
   if is_folder(init_from):
     path = folder(init_from, 'config')
+    _check_model_folder(path)
     found_hf = hf.load_config(path)
     family = models.family_of(found_hf)
     found = family.config_from_hf(found_hf)
     hf.check_size(path, family.num_params(found))
   else:
-    found = models.preset(init_from)
-  if found is None:
-    names = list(models.family(model).PRESETS)
-    raise ValueError(
-      f'init_from={init_from!r} is neither a folder nor a preset. Presets: '
-      f"{names}. A model of the Hugging Face hub is named 'hf:OWNER/NAME'."
-    )
+    found = _preset(init_from, model)
   if isinstance(found, DecoderConfig) != isinstance(model, DecoderConfig):
+    kinds = ('a decoder', 'an encoder')
+    asked, got = kinds if isinstance(model, DecoderConfig) else kinds[::-1]
     raise ValueError(
-      f'init_from={init_from!r} is a {type(found).__name__}, and what is asked '
-      f'for needs one like a {type(model).__name__}. Choose another folder or '
-      'objective.'
+      f'init_from={init_from!r} holds {got} ({found.model_type}), and {asked} '
+      'is asked for. Name another model, or of train_lm.py another objective.'
     )
   kept = {
     field.name: getattr(model, field.name)
@@ -82,6 +80,41 @@ def architecture(
     and (keep_dropout or not field.name.endswith('_dropout'))
   }
   return dataclasses.replace(found, **(kept | overrides))
+
+
+def _check_model_folder(path: str) -> None:
+  """Raises ValueError for the directory of a run, whose model is inside."""
+  inner = pathlib.Path(path) / 'hf'
+  if (inner / 'config.json').is_file():
+    if not (pathlib.Path(path) / 'config.json').is_file():
+      raise ValueError(
+        f'{path} is the directory of a run: its model is {inner}.'
+      )
+
+
+def _preset(init_from: str, model: models.Config) -> models.Config:
+  """The preset of that name; a ValueError says what was meant perhaps."""
+  presets = models.presets()
+  if init_from in presets:
+    return presets[init_from]
+  if pathlib.Path(init_from).is_file():
+    raise ValueError(
+      f'init_from={init_from!r} is a file: name its folder, '
+      f'{str(pathlib.Path(init_from).parent)!r}.'
+    )
+  known = [
+    name
+    for name, preset in presets.items()
+    if isinstance(preset, DecoderConfig) == isinstance(model, DecoderConfig)
+  ]
+  near = difflib.get_close_matches(init_from.lower(), known, n=1)
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', init_from):
+    near = [f'hf:{init_from}']
+  hint = f' Did you mean {near[0]!r}?' if near else ''
+  raise ValueError(
+    f'init_from={init_from!r} is neither a folder nor a preset.{hint} Presets: '
+    f"{known}. A model of the Hugging Face hub is named 'hf:OWNER/NAME'."
+  )
 
 
 def is_folder(init_from: str | None) -> bool:

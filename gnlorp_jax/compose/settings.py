@@ -312,9 +312,10 @@ class RunConfig:
   """Learning rates to search, joined by commas: the first seed runs with each,
   the others with the best of them. Nothing is compiled anew for another."""
   init_from: str | None = result(None)
-  """Hugging Face folder of a model to start from, or 'hf:OWNER/NAME' of the
-  hub; its architecture replaces `model`, except for the dtypes, remat and
-  dropout."""
+  """Hugging Face folder of a trained model to start from, or hf:OWNER/NAME of
+  the hub; or a preset (60m, 7b, llama-3.1-8b, qwen2.5-0.5b, ...), an
+  architecture that gets random weights. Its architecture replaces `model`,
+  except for the dtypes, remat and dropout."""
   eval_every: int | None = result(None)
   """Steps between two evaluations."""
   checkpoint_every: int | None = free(None)

@@ -1,12 +1,16 @@
 """Models: Flax inside, plain nested dicts outside."""
 
+import dataclasses
 import importlib
+import os
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from gnlorp_jax.models import families
+import jax
+
+from gnlorp_jax.models import families, hf
 from gnlorp_jax.models.families.gemma2 import Gemma2Config
 from gnlorp_jax.models.families.gemma3_text import Gemma3TextConfig
 from gnlorp_jax.models.families.llama import LlamaConfig
@@ -16,6 +20,7 @@ from gnlorp_jax.models.families.qwen2 import Qwen2Config
 from gnlorp_jax.models.families.qwen3 import Qwen3Config
 from gnlorp_jax.models.families.roberta import RobertaConfig
 from gnlorp_jax.models.families.smollm3 import SmolLM3Config
+from gnlorp_jax.models.interface import Model, Params
 
 Config = (
   Gemma2Config
@@ -78,10 +83,35 @@ def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
   return importlib.import_module(f'{families.__name__}.{name}')
 
 
-def preset(name: str) -> Config | None:
-  """The configuration of that name, of whichever family; None without one."""
-  for family_name in family_names():
-    module = importlib.import_module(f'{families.__name__}.{family_name}')
-    if name in module.PRESETS:
-      return module.PRESETS[name]
-  return None
+def presets() -> dict[str, Config]:
+  """The configurations of all families by their names."""
+  found: dict[str, Config] = {}
+  for name in family_names():
+    found |= importlib.import_module(f'{families.__name__}.{name}').PRESETS
+  return found
+
+
+def load(folder: str | os.PathLike, **overrides: Any) -> tuple[Model, Params]:
+  """A language model of a Hugging Face folder, and its parameters.
+
+  Args:
+    folder: What `save_pretrained` of transformers wrote, or the ``hf/`` of a
+      run.
+    **overrides: Fields of the configuration to replace, such as
+      ``compute_dtype='bfloat16'``.
+
+  Returns:
+    The model, and its parameters on the first device.
+
+  Raises:
+    ValueError: If the folder holds no model of a known family, or is damaged.
+  """
+  hf_config = hf.load_config(folder)
+  module = family_of(hf_config)
+  config = dataclasses.replace(module.config_from_hf(hf_config), **overrides)
+  model = module.make(config)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = hf.load_params(
+    folder, module.HF_TENSORS, shapes, unread=module.HF_UNREAD
+  )
+  return model, params

@@ -127,6 +127,7 @@ def generate(
       decoder.
   """
   sampling = Sampling(temperature, top_k, top_p)
+  _check_ids(model, prompts)
   prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
   _check(model, prompts, num_tokens, sampling, key, stop, decode)
   if not prompts:
@@ -163,6 +164,21 @@ def generate(
     state, block_BT = _go_on(params, state, limits_B, key, fixed=fixed)
     added = int(state.count) - new_BT.shape[1]
     new_BT = np.concatenate([new_BT, np.asarray(block_BT)[:, :added]], axis=1)
+
+
+def _check_ids(model, prompts):
+  for number, prompt in enumerate(prompts):
+    if isinstance(prompt, str):
+      raise ValueError(
+        f'Prompt {number} is text: give token ids, such as the tokenizer makes.'
+      )
+    ids = np.asarray(prompt)
+    size = model.config.vocab_size
+    if ids.size and not 0 <= ids.min() <= ids.max() < size:
+      raise ValueError(
+        f'Prompt {number} has ids from {ids.min()} to {ids.max()}, and the '
+        f'model has those of [0, {size}). Use its own tokenizer.'
+      )
 
 
 def _check(model, prompts, num_tokens, sampling, key, stop, decode):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlorp_jax import optim
+from gnlorp_jax import models, optim
 from gnlorp_jax.compose import optimizer, parameters
 from gnlorp_jax.compose.folders import is_quantized
 from gnlorp_jax.compose.settings import (
@@ -79,13 +79,40 @@ def test_dropout_of_the_run_may_be_kept(keep):
   assert found.num_layers == published.num_layers
 
 
-def test_neither_folder_nor_preset_is_told():
-  with pytest.raises(ValueError) as error:
-    parameters.architecture('6m', TINY)
-  assert str(error.value) == (
-    "init_from='6m' is neither a folder nor a preset. Presets: "
-    f'{list(llama.PRESETS)}. A model of the Hugging Face hub is named '
+def test_neither_folder_nor_preset_is_told(tmp_path):
+  def message(init_from, model=TINY):
+    with pytest.raises(ValueError) as error:
+      parameters.architecture(init_from, model)
+    return str(error.value)
+
+  decoders = [name for name in models.presets() if name not in roberta.PRESETS]
+  rest = (
+    f' Presets: {decoders}. A model of the Hugging Face hub is named '
     "'hf:OWNER/NAME'."
+  )
+  unknown = 'is neither a folder nor a preset.'
+  assert message('???') == f"init_from='???' {unknown}{rest}"
+  assert message('Qwen2.5-0.5B') == (
+    f"init_from='Qwen2.5-0.5B' {unknown} Did you mean 'qwen2.5-0.5b'?{rest}"
+  )
+  assert message('owner/name') == (
+    f"init_from='owner/name' {unknown} Did you mean 'hf:owner/name'?{rest}"
+  )
+  (tmp_path / 'hf').mkdir()
+  (tmp_path / 'hf' / 'config.json').write_text('{}')
+  file = str(tmp_path / 'hf' / 'config.json')
+  assert message(file) == (
+    f'init_from={file!r} is a file: name its folder, {str(tmp_path / "hf")!r}.'
+  )
+  assert message(str(tmp_path)) == (
+    f'{tmp_path} is the directory of a run: its model is {tmp_path / "hf"}.'
+  )
+  assert message('tiny') == (
+    "init_from='tiny' holds an encoder (roberta), and a decoder is asked for. "
+    'Name another model, or of train_lm.py another objective.'
+  )
+  assert message('7b', roberta.preset('tiny')).startswith(
+    "init_from='7b' holds a decoder (llama), and an encoder is asked for."
   )
 
 

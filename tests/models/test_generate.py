@@ -256,6 +256,19 @@ def test_no_prompts_give_nothing():
       'axis. Begin with a start- or end-of-sequence token.',
     ),
     ([[1]], 0, {}, 'num_tokens=0 must be positive.'),
+    (
+      ['hello'],
+      1,
+      {},
+      'Prompt 0 is text: give token ids, such as the tokenizer makes.',
+    ),
+    (
+      [[1], [3, 37]],
+      1,
+      {},
+      'Prompt 1 has ids from 3 to 37, and the model has those of [0, 37). Use '
+      'its own tokenizer.',
+    ),
     ([[1]], 1, {'temperature': -1}, 'temperature=-1 must not be negative.'),
     (
       [[1]],

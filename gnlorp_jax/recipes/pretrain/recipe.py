@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
 from gnlorp_jax.training import loop, objectives, sharding
+
+_logger = logging.getLogger(__name__)
 
 
 class Planned(NamedTuple):
@@ -161,8 +164,28 @@ def prepare(config: TrainConfig) -> Prepared:
   planned = plan(config)
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
+  _tell_start(planned.config)
   text = data.load(planned.config, planned.config.model)
   return Prepared(planned, text, asked)
+
+
+def _tell_start(config: TrainConfig) -> None:
+  """Says what a run starts from."""
+  model = config.model
+  size = models.family(model).num_params(model)
+  if config.init_from is not None and not parameters.is_folder(
+    config.init_from
+  ):
+    _logger.warning(
+      'init_from=%r is a preset: its architecture with random weights. For a '
+      'trained model name its folder, or hf:OWNER/NAME.',
+      config.init_from,
+    )
+  _logger.info(
+    'Starting from %s: %s, %s parameters in %s.',
+    config.init_from or 'random weights',
+    *(model.model_type, f'{size:,}', model.param_dtype),
+  )
 
 
 def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:

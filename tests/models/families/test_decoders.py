@@ -633,10 +633,6 @@ def test_impossible_layers_are_refused(model_type, changes, text):
   ],
 )
 def test_presets_of_today_have_their_published_sizes(name, billions):
-  config = models.preset(name)
+  config = models.presets()[name]
   count = models.family(config).num_params(config) / 1e9
   assert abs(count / billions - 1) < 0.005
-
-
-def test_a_name_of_no_preset_is_none():
-  assert models.preset('nobody-1b') is None
