@@ -108,6 +108,8 @@ def check(config: EvaluateConfig) -> None:
       f'{config.folder} is no Hugging Face folder: it holds no config.json. '
       'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
     )
+  for option in ('output', 'samples'):
+    _check_place(option, getattr(config, option))
   known = (*data_tasks.names(), PERPLEXITY)
   if not config.task_names:
     raise ValueError(
@@ -133,3 +135,17 @@ def check(config: EvaluateConfig) -> None:
         f'Task {name} is read from files on this machine: name their folder by '
         '--data FOLDER.'
       )
+
+
+def _check_place(option: str, file: str | None) -> None:
+  """Raises ValueError if there is no place for a file that is to be written."""
+  if file is None:
+    return
+  path = pathlib.Path(file).expanduser()
+  if path.is_dir():
+    raise ValueError(f'--{option} {file}: that is a folder. Name a file in it.')
+  if not path.parent.is_dir():
+    raise ValueError(
+      f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
+      'or name another file.'
+    )

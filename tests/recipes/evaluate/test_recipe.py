@@ -242,6 +242,20 @@ KNOWN = (*tasks.names(), 'perplexity')
       'Task piqa is read from files on this machine: name their folder by '
       '--data FOLDER.',
     ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--output', 'nodir/o.json'],
+      '--output nodir/o.json: the folder nodir does not exist. Create it, or '
+      'name another file.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--samples', '{files}/nodir/s.jsonl'],
+      '--samples {files}/nodir/s.jsonl: the folder {files}/nodir does not '
+      'exist. Create it, or name another file.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--output', '{files}'],
+      '--output {files}: that is a folder. Name a file in it.',
+    ),
   ],
 )
 def test_impossible_settings_are_refused(folder, files, args, text):
