@@ -273,6 +273,7 @@ class TaskOptions:
         f'eval.tasks={self.tasks!r} is read from files on this machine: name '
         'their folder as eval.data.'
       )
+    data_tasks.check_data(self.names, self.data, 'eval.')
 
   @property
   def names(self) -> tuple[str, ...]:

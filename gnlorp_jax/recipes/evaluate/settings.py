@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose.settings import words
 from gnlorp_jax.data import hub
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models.interface import Dtype
@@ -66,8 +67,8 @@ class EvaluateConfig:
 
   @property
   def task_names(self) -> tuple[str, ...]:
-    """What `tasks` names, one by one."""
-    return tuple(name.strip() for name in self.tasks.split(',') if name.strip())
+    """What `tasks` names, one by one and each once."""
+    return words(self.tasks)
 
 
 def parse(args: list[str], description: str) -> EvaluateConfig:
@@ -135,6 +136,7 @@ def check(config: EvaluateConfig) -> None:
         f'Task {name} is read from files on this machine: name their folder by '
         '--data FOLDER.'
       )
+  data_tasks.check_data([x for x in ours if x != PERPLEXITY], config.data)
 
 
 def _check_place(option: str, file: str | None) -> None:

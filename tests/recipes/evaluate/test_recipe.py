@@ -135,6 +135,11 @@ def test_the_table_has_a_row_for_each_metric():
   ]
 
 
+def test_tasks_that_are_named_twice_are_asked_once(folder, files):
+  config = make(folder, files, tasks='piqa, boolq,piqa')
+  assert config.task_names == ('piqa', 'boolq')
+
+
 # Mistakes.
 
 
@@ -241,6 +246,11 @@ KNOWN = (*tasks.names(), 'perplexity')
       ['{folder}', '--tasks', 'piqa'],
       'Task piqa is read from files on this machine: name their folder by '
       '--data FOLDER.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa,boolq,piqa', '--data', '{files}/words.txt'],
+      'data names one file, {files}/words.txt, and tasks 2 tasks: name their '
+      'folder.',
     ),
     (
       ['{folder}', '--tasks', 'piqa', '--output', 'nodir/o.json'],

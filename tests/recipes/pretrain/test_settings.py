@@ -150,6 +150,11 @@ def test_help_explains_every_field(capsys):
       'as eval.data.',
     ),
     (
+      ['--eval.tasks', 'piqa,boolq', '--eval.data', __file__],
+      f'eval.data names one file, {__file__}, and eval.tasks 2 tasks: name '
+      'their folder.',
+    ),
+    (
       ['--eval.tasks', 'piqa, pica', '--eval.data', 'x'],
       "eval.tasks names 'pica'; expected some of ('arc_challenge', ",
     ),
