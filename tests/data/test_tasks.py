@@ -253,6 +253,9 @@ def test_unknown_tasks_and_numbers_are_refused(tmp_path):
   assert message('arc', tmp_path) == (
     f"Unknown task 'arc'; expected one of {tasks.names()}."
   )
+  assert message('PIQ', tmp_path) == (
+    f"Unknown task 'PIQ'; expected one of {tasks.names()}. Did you mean 'piqa'?"
+  )
   assert message('piqa', tmp_path, shots=-1) == (
     'shots=-1 must not be negative.'
   )

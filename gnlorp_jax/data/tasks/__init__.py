@@ -5,6 +5,7 @@ around (`records`, and the files of the tasks), and put into the words of
 EleutherAI's lm_eval, so that scores can be compared with published ones.
 """
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -21,6 +22,7 @@ __all__ = [
   'check_data',
   'get',
   'names',
+  'suggest',
 ]
 
 
@@ -59,7 +61,10 @@ def get(
       another task, or a number is outside its interval.
   """
   if name not in names():
-    raise ValueError(f'Unknown task {name!r}; expected one of {names()}.')
+    raise ValueError(
+      f'Unknown task {name!r}; expected one of {names()}.'
+      f'{suggest(name, names())}'
+    )
   if shots is not None and shots < 0:
     raise ValueError(f'shots={shots} must not be negative.')
   if limit is not None and limit < 1:
@@ -73,6 +78,12 @@ def get(
   if path.is_file():
     _check_name(name, path)
   return _readers()[name](path, shots=shots, limit=limit)
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+  """The end of an error: which known name a misspelt one may mean, or ''."""
+  near = difflib.get_close_matches(name.lower(), known, n=1)
+  return f' Did you mean {near[0]!r}?' if near else ''
 
 
 def check_data(

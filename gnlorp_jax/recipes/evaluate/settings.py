@@ -112,6 +112,8 @@ def check(config: EvaluateConfig) -> None:
   for option in ('output', 'samples'):
     _check_place(option, getattr(config, option))
   known = (*data_tasks.names(), PERPLEXITY)
+  if not config.task_names and config.text is not None:
+    raise ValueError(f'--text alone asks nothing: add --tasks {PERPLEXITY}.')
   if not config.task_names:
     raise ValueError(
       f'tasks={config.tasks!r} asks nothing; expected some of {known} or '
@@ -125,7 +127,7 @@ def check(config: EvaluateConfig) -> None:
     if name not in known:
       raise ValueError(
         f'Unknown task {name!r}; expected one of {known}, {PERPLEXITY}:FILE or '
-        f'{HARNESS}:TASK.'
+        f'{HARNESS}:TASK.{_suggest(name)}'
       )
     ours.append(name)
   if PERPLEXITY in ours and config.text is None:
@@ -137,6 +139,15 @@ def check(config: EvaluateConfig) -> None:
         '--data FOLDER.'
       )
   data_tasks.check_data([x for x in ours if x != PERPLEXITY], config.data)
+
+
+def _suggest(name: str) -> str:
+  """Which task a misspelt one may mean, with what stands behind its colon."""
+  kind, colon, rest = name.partition(':')
+  if rest:
+    whole = (f'{PERPLEXITY}:{rest}', f'{HARNESS}:{rest}')
+    return data_tasks.suggest(f'{kind.lower()}:{rest}', whole)
+  return data_tasks.suggest(kind, (*data_tasks.names(), PERPLEXITY))
 
 
 def _check_place(option: str, file: str | None) -> None:

@@ -231,7 +231,21 @@ KNOWN = (*tasks.names(), 'perplexity')
     (
       ['{folder}', '--tasks', 'piqa,boolqa'],
       f"Unknown task 'boolqa'; expected one of {KNOWN}, perplexity:FILE or "
-      'lm_eval:TASK.',
+      "lm_eval:TASK. Did you mean 'boolq'?",
+    ),
+    (
+      ['{folder}', '--tasks', 'ARC-Easy'],
+      f"Unknown task 'ARC-Easy'; expected one of {KNOWN}, perplexity:FILE or "
+      "lm_eval:TASK. Did you mean 'arc_easy'?",
+    ),
+    (
+      ['{folder}', '--tasks', 'Perplexty:a.txt'],
+      f"Unknown task 'Perplexty:a.txt'; expected one of {KNOWN}, "
+      "perplexity:FILE or lm_eval:TASK. Did you mean 'perplexity:a.txt'?",
+    ),
+    (
+      ['{folder}', '--text', 'f.txt'],
+      '--text alone asks nothing: add --tasks perplexity.',
     ),
     (
       ['{folder}', '--tasks', 'lm_eval:'],
