@@ -27,12 +27,12 @@ def test_a_model_is_scored_from_the_command_line(folder, tmp_path, capsys):
 def test_scores_are_shown_before_they_are_written(
   tmp_path, capsys, monkeypatch
 ):
-  found = {'model': 'm', 'results': {}}
+  found = {'model': 'a model', 'results': {}}
   monkeypatch.setattr(evaluate.recipe, 'evaluate', lambda *args: found)
   config = evaluate.EvaluateConfig(output=str(tmp_path))  # It cannot be.
   with pytest.raises(OSError, match='directory'):
     evaluate.evaluate(config)
-  assert 'majority' in capsys.readouterr().out
+  assert 'a model' in capsys.readouterr().out
 
 
 def test_mistakes_end_with_one_message(folder, capsys):
