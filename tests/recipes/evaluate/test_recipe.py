@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import rich.console
@@ -246,6 +247,40 @@ def test_missing_files_are_found_before_weights_are_read(files, tmp_path):
   config = make(str(tmp_path), files, tasks='piqa')
   assert message(recipe.evaluate, config, silent).startswith(
     'Task piqa lacks its file'
+  )
+
+
+@pytest.fixture(scope='module')
+def weightless(folder, tmp_path_factory):
+  """A folder of the same model without its weights."""
+  path = tmp_path_factory.mktemp('models') / 'weightless'
+  skip = shutil.ignore_patterns('*.safetensors*')
+  return str(shutil.copytree(folder, path, ignore=skip))
+
+
+def never(title):
+  raise AssertionError(f'A progress bar began: {title}.')
+
+
+def test_answers_that_do_not_fit_are_refused_before_weights_are_read(
+  weightless, tmp_path
+):
+  line = json.dumps({'question': '1 + 1?', 'answer': '#### 2'})
+  (tmp_path / 'test.jsonl').write_text(line)
+  config = make(weightless, tmp_path, tasks='gsm8k', shots=0)
+  assert message(recipe.evaluate, config, never) == (
+    'gsm8k writes up to 256 tokens after its question; the model accepts 128 '
+    'in all: leave the task out.'
+  )
+
+
+def test_strides_longer_than_a_window_are_refused_before_weights_are_read(
+  weightless, files
+):
+  text = f'perplexity:{files}/words.txt'
+  config = make(weightless, files, tasks=text, stride=129)
+  assert message(recipe.evaluate, config, never) == (
+    'stride=129 must be in [1, 128], the length of a window.'
   )
 
 
