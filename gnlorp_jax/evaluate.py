@@ -37,9 +37,9 @@ def main(args: list[str]) -> None:
 def evaluate(config: EvaluateConfig) -> None:
   """Scores a model, and shows and writes what was found."""
   found = recipe.evaluate(config, report.bar)
+  report.show(found)  # First, so that no trouble with a file hides it.
   if config.output is not None:
     report.write(config.output, found)
-  report.show(found)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,17 @@ def test_a_model_is_scored_from_the_command_line(folder, tmp_path, capsys):
   assert results[f'perplexity:{text}']['tokens'] == 12
 
 
+def test_scores_are_shown_before_they_are_written(
+  tmp_path, capsys, monkeypatch
+):
+  found = {'model': 'a model', 'results': {}}
+  monkeypatch.setattr(evaluate.recipe, 'evaluate', lambda *args: found)
+  config = evaluate.EvaluateConfig(output=str(tmp_path))  # It cannot be.
+  with pytest.raises(OSError, match='directory'):
+    evaluate.evaluate(config)
+  assert 'a model' in capsys.readouterr().out
+
+
 def test_mistakes_end_with_one_message(folder, capsys):
   with pytest.raises(SystemExit) as stop:
     evaluate.main([folder, '--tasks', 'chess'])

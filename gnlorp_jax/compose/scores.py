@@ -58,9 +58,11 @@ def evaluate_tasks(
     questions lost their beginning, of which a warning tells too.
 
   Raises:
-    ValueError: If a number is outside its interval, or an option too long for
-      the model.
+    ValueError: If a number is outside its interval, or an option or the answers
+      of a task too long for the model.
   """
+  for task in tasks:
+    check_room(task, model.config.max_seq_len, max_length)
   found = {}
   for task in tasks:
     ask = _choose if task.is_choice else _answer
@@ -77,6 +79,38 @@ def evaluate_tasks(
         *(cut, len(rows), task.name, _accepted(model, max_length)),
       )
   return found
+
+
+def check_room(task: Task, accepted: int, max_length: int | None) -> None:
+  """Raises ValueError if the answers of a task leave no room for a question.
+
+  Args:
+    task: The task.
+    accepted: Most tokens that the model accepts.
+    max_length: Most tokens that it is given at a time; None: `accepted`.
+  """
+  if task.is_choice:
+    return
+  says = f'{task.name} writes up to {task.max_tokens} tokens after its question'
+  if task.max_tokens >= accepted:
+    raise ValueError(
+      f'{says}; the model accepts {accepted} in all: leave the task out.'
+    )
+  if max_length is not None and task.max_tokens >= max_length:
+    raise ValueError(
+      f'{says}, for which max_length={max_length} leaves no room: raise it, or '
+      'leave the task out.'
+    )
+
+
+def window_length(accepted: int, max_length: int | None) -> int:
+  """Tokens of a window of a perplexity.
+
+  Args:
+    accepted: Most tokens that the model accepts.
+    max_length: Tokens that are asked for; None: `accepted`, at most `WINDOW`.
+  """
+  return min(accepted, WINDOW) if max_length is None else max_length
 
 
 def _accepted(model: Model, max_length: int | None) -> int:
@@ -115,9 +149,7 @@ def text_perplexity(
   Raises:
     ValueError: If the text is empty or a number outside its interval.
   """
-  window = max_length
-  if window is None:
-    window = min(model.config.max_seq_len, WINDOW)
+  window = window_length(model.config.max_seq_len, max_length)
   (ids,) = encode(tokenizer, [text], has_bos=False)
   total = scoring.rolling(
     model,

@@ -246,8 +246,9 @@ class TaskOptions:
   """Tasks that a language model is asked at every evaluation of a run."""
 
   tasks: str | None = free(None)
-  """Names of tasks, joined by commas, as of python -m gnlorp_jax.evaluate; None
-  asks none."""
+  """Names of tasks (arc_challenge, arc_easy, boolq, gsm8k, mmlu, openbookqa,
+  piqa), joined by commas; None asks none. Perplexities of texts and tasks of
+  lm_eval are asked by python -m gnlorp_jax.evaluate alone."""
   data: str | None = free(None)
   """Folder with the files of the tasks, which may lie in folders in it."""
   limit: int | None = free(200)
@@ -266,13 +267,18 @@ class TaskOptions:
       if name not in data_tasks.names():
         raise ValueError(
           f'eval.tasks names {name!r}; expected some of {data_tasks.names()}, '
-          'joined by commas.'
+          'joined by commas. Perplexities of texts and tasks of lm_eval are '
+          'asked by python -m gnlorp_jax.evaluate alone.'
+          f'{data_tasks.suggest(name, data_tasks.names())}'
         )
+    if self.data is not None and not self.names:
+      raise ValueError('eval.data is given, and eval.tasks asks nothing.')
     if self.names and self.data is None:
       raise ValueError(
         f'eval.tasks={self.tasks!r} is read from files on this machine: name '
         'their folder as eval.data.'
       )
+    data_tasks.check_data(self.names, self.data, 'eval.')
 
   @property
   def names(self) -> tuple[str, ...]:

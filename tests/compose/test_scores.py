@@ -306,3 +306,20 @@ def test_perplexity_of_a_long_text_takes_windows(tokenizer):
   )
   assert strided['stride'] == 50
   assert strided['log_likelihood'] != side_by_side['log_likelihood']
+
+
+def test_answers_must_leave_room_for_a_question(tokenizer):
+  task = Task(name='sums', questions=[FreeAnswer('1?', '1')], shots=0)
+  says = 'sums writes up to 256 tokens after its question'
+  with pytest.raises(ValueError) as error:
+    scores.evaluate_tasks(*small_lm.model(), tokenizer, [task])
+  assert str(error.value) == (
+    f'{says}; the model accepts 128 in all: leave the task out.'
+  )
+  with pytest.raises(ValueError) as error:
+    scores.check_room(task, 512, 256)
+  assert str(error.value) == (
+    f'{says}, for which max_length=256 leaves no room: raise it, or leave the '
+    'task out.'
+  )
+  scores.check_room(task, 512, 257)

@@ -253,6 +253,9 @@ def test_unknown_tasks_and_numbers_are_refused(tmp_path):
   assert message('arc', tmp_path) == (
     f"Unknown task 'arc'; expected one of {tasks.names()}."
   )
+  assert message('PIQ', tmp_path) == (
+    f"Unknown task 'PIQ'; expected one of {tasks.names()}. Did you mean 'piqa'?"
+  )
   assert message('piqa', tmp_path, shots=-1) == (
     'shots=-1 must not be negative.'
   )
@@ -317,6 +320,61 @@ def test_files_that_cannot_be_understood_are_refused(
 ):
   path = write(name, content)
   assert message('arc_easy', path).startswith(text.format(path))
+
+
+@pytest.mark.parametrize(
+  'asked, name, other',
+  [
+    ('piqa', 'openbookqa.test.json', 'openbookqa'),
+    ('openbookqa', 'piqa.train.json', 'piqa'),
+    ('arc_easy', 'ARC-Challenge-Test.jsonl', 'arc_challenge'),
+    ('boolq', 'gsm8k/test.jsonl', 'gsm8k'),
+  ],
+)
+def test_files_with_the_name_of_another_task_are_refused(
+  write, asked, name, other
+):
+  path = write(name, [])
+  assert message(asked, path) == (
+    f'{path} has the name of a file of {other}, and is asked as {asked}. Name '
+    f'the file of {asked}, or the folder of both.'
+  )
+
+
+@pytest.mark.parametrize(
+  'name', ['test.jsonl', 'dev.jsonl', 'openbookqa.jsonl']
+)
+def test_files_of_names_that_all_tasks_may_have_are_read(write, name):
+  path = write(name, [{'question': '?', 'choices': ['a', 'b'], 'label': 1}])
+  assert len(tasks.get('openbookqa', path).questions) == 1
+
+
+@pytest.mark.parametrize('name', ['piqa', 'boolq'])
+@pytest.mark.parametrize(
+  'record',
+  [
+    adapters('?', ['a', 'b', 'c', 'd'], 1),
+    {'question': '?', 'choices': ['a', 'b', 'c', 'd'], 'label': 1},
+  ],
+)
+def test_records_of_another_number_of_options_are_refused(write, name, record):
+  path = write('mine.jsonl', [record])
+  assert message(name, path) == (
+    f'Record 0 of {path} has 4 options; a question of {name} has 2. Is it the '
+    'file of another task?'
+  )
+
+
+def test_one_file_is_not_several_tasks(write):
+  path = str(write('mine.jsonl', []))
+  tasks.check_data(['piqa'], path)
+  tasks.check_data(['piqa', 'boolq'], str(write.folder))
+  with pytest.raises(ValueError) as error:
+    tasks.check_data(['piqa', 'boolq'], path, 'eval.')
+  assert str(error.value) == (
+    f'eval.data names one file, {path}, and eval.tasks 2 tasks: name their '
+    'folder.'
+  )
 
 
 def test_damaged_records_of_other_tasks_are_refused(write):

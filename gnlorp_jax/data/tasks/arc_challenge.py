@@ -24,7 +24,7 @@ def arc_challenge(
   return options.make(
     'arc_challenge',
     data,
-    options.prompted('Question: {}\nAnswer:'),
+    options.prompted('arc_challenge', 'Question: {}\nAnswer:'),
     files=FILES,
     examples=EXAMPLES,
     shots=shots,

@@ -24,7 +24,7 @@ def arc_easy(
   return options.make(
     'arc_easy',
     data,
-    options.prompted('Question: {}\nAnswer:'),
+    options.prompted('arc_easy', 'Question: {}\nAnswer:'),
     files=FILES,
     examples=EXAMPLES,
     shots=shots,

@@ -43,6 +43,7 @@ def boolq(
 def _read(path: pathlib.Path, limit: int | None) -> list[Choice]:
   found = []
   for number, record in enumerate(records.read(path)[:limit]):
+    records.check_options(path, number, record, 'boolq', 2)
     try:
       found.append(_choice(record))
     except (KeyError, TypeError) as error:

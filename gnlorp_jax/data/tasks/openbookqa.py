@@ -24,7 +24,7 @@ def openbookqa(
   return options.make(
     'openbookqa',
     data,
-    options.prompted('{}'),
+    options.prompted('openbookqa', '{}'),
     files=FILES,
     examples=EXAMPLES,
     shots=shots,

@@ -55,18 +55,22 @@ def make(
   )
 
 
-def prompted(prompt: str) -> Reader:
+def prompted(task: str, prompt: str, num_options: int | None = None) -> Reader:
   """A reader of what `records.questions` reads.
 
   Args:
+    task: The task.
     prompt: What becomes of a question: its text takes the place of ``{}``.
+    num_options: Options that a question of the task has; None: any number.
 
   Returns:
     A function (path, limit).
   """
   return lambda path, limit: [
     Choice(prompt.format(question.text), question.options, question.answer)
-    for question in records.questions(path, limit)
+    for question in records.questions(
+      path, limit, task=task, num_options=num_options
+    )
   ]
 
 

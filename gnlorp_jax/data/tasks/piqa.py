@@ -20,7 +20,7 @@ def piqa(
   return options.make(
     'piqa',
     data,
-    options.prompted('Question: {}\nAnswer:'),
+    options.prompted('piqa', 'Question: {}\nAnswer:', num_options=2),
     files=FILES,
     examples=EXAMPLES,
     shots=shots,

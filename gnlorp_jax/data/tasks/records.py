@@ -90,18 +90,27 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   return found
 
 
-def questions(path: pathlib.Path, limit: int | None = None) -> list[Question]:
+def questions(
+  path: pathlib.Path,
+  limit: int | None = None,
+  *,
+  task: str,
+  num_options: int | None = None,
+) -> list[Question]:
   """The questions with options of a file.
 
   Args:
     path: The file.
     limit: Take the first ones only; None takes all.
+    task: What to call the task in an error.
+    num_options: Options that a question of the task has; None: any number.
 
   Returns:
     The questions.
 
   Raises:
-    ValueError: If the file is not readable or a record is of no known format.
+    ValueError: If the file is not readable, or a record is of no known format
+      or has another number of options.
   """
   found = []
   for number, record in enumerate(read(path)[:limit]):
@@ -111,8 +120,29 @@ def questions(path: pathlib.Path, limit: int | None = None) -> list[Question]:
       raise unknown(path, number, record) from error
     if not 0 <= question.answer < len(question.options):
       raise unknown(path, number, record)
+    if num_options is not None:
+      check_options(path, number, record, task, num_options)
     found.append(question)
   return found
+
+
+def check_options(
+  path: pathlib.Path,
+  number: int,
+  record: dict[str, Any],
+  task: str,
+  num_options: int,
+) -> None:
+  """Raises ValueError if a record has options, and another number of them."""
+  try:
+    found = len(_question(record).options)
+  except (KeyError, TypeError, ValueError, IndexError):
+    return  # It has none.
+  if found != num_options:
+    raise ValueError(
+      f'Record {number} of {path} has {found} options; a question of {task} '
+      f'has {num_options}. Is it the file of another task?'
+    )
 
 
 def unknown(

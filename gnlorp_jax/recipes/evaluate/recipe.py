@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -37,18 +37,23 @@ class Loaded(NamedTuple):
   tokenizer: tokenizers.Tokenizer
 
 
-def load(config: EvaluateConfig) -> Loaded:
+def load(
+  config: EvaluateConfig, asked: Collection[data_tasks.Task | str] = ()
+) -> Loaded:
   """Reads the model and its tokenizer.
 
   Args:
     config: The settings.
+    asked: The tasks and texts, which must fit into what the model accepts. The
+      weights are read after this is known.
 
   Returns:
     The model, its parameters on the first device, and its tokenizer.
 
   Raises:
     ValueError: If the folder holds no language model of a known family, or no
-      tokenizer, or a file is damaged.
+      tokenizer, a file is damaged, or something is asked that the model
+      cannot do.
   """
   folder = local_folder(config)
   hf_config = hf.load_config(folder)
@@ -64,6 +69,7 @@ def load(config: EvaluateConfig) -> Loaded:
       f'max_length={config.max_length} must be in [1, {accepted}], what the '
       'model accepts.'
     )
+  _check_lengths(config, asked, accepted)
   tokenizer = tokenizers.load(config.tokenizer or config.folder)
   if tokenizer.vocab_size > architecture.vocab_size:
     raise ValueError(
@@ -83,6 +89,22 @@ def load(config: EvaluateConfig) -> Loaded:
     folder, family.HF_TENSORS, shapes, unread=family.HF_UNREAD
   )
   return Loaded(model, params, tokenizer)
+
+
+def _check_lengths(
+  config: EvaluateConfig,
+  asked: Collection[data_tasks.Task | str],
+  accepted: int,
+) -> None:
+  window = scores.window_length(accepted, config.max_length)
+  for one in asked:
+    if not isinstance(one, str):
+      scores.check_room(one, accepted, config.max_length)
+    elif config.stride is not None and config.stride > window:
+      raise ValueError(
+        f'stride={config.stride} must be in [1, {window}], the length of a '
+        'window.'
+      )
 
 
 def local_folder(config: EvaluateConfig) -> pathlib.Path:
@@ -126,7 +148,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
   asked = read_tasks(config)  # Before the weights, which take longer.
   if any(name.startswith(f'{HARNESS}:') for name in config.task_names):
     harness.check_installed()
-  loaded = load(config)
+  loaded = load(config, asked.values())
   results = {}
   # GPUs would round the factors of float32 products otherwise.
   exact = jax.default_matmul_precision('float32')

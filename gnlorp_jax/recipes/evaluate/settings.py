@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose.settings import words
 from gnlorp_jax.data import hub
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models.interface import Dtype
@@ -66,8 +67,8 @@ class EvaluateConfig:
 
   @property
   def task_names(self) -> tuple[str, ...]:
-    """What `tasks` names, one by one."""
-    return tuple(name.strip() for name in self.tasks.split(',') if name.strip())
+    """What `tasks` names, one by one and each once."""
+    return words(self.tasks)
 
 
 def parse(args: list[str], description: str) -> EvaluateConfig:
@@ -108,7 +109,11 @@ def check(config: EvaluateConfig) -> None:
       f'{config.folder} is no Hugging Face folder: it holds no config.json. '
       'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
     )
+  for option in ('output', 'samples'):
+    _check_place(option, getattr(config, option))
   known = (*data_tasks.names(), PERPLEXITY)
+  if not config.task_names and config.text is not None:
+    raise ValueError(f'--text alone asks nothing: add --tasks {PERPLEXITY}.')
   if not config.task_names:
     raise ValueError(
       f'tasks={config.tasks!r} asks nothing; expected some of {known} or '
@@ -122,7 +127,7 @@ def check(config: EvaluateConfig) -> None:
     if name not in known:
       raise ValueError(
         f'Unknown task {name!r}; expected one of {known}, {PERPLEXITY}:FILE or '
-        f'{HARNESS}:TASK.'
+        f'{HARNESS}:TASK.{_suggest(name)}'
       )
     ours.append(name)
   if PERPLEXITY in ours and config.text is None:
@@ -133,3 +138,27 @@ def check(config: EvaluateConfig) -> None:
         f'Task {name} is read from files on this machine: name their folder by '
         '--data FOLDER.'
       )
+  data_tasks.check_data([x for x in ours if x != PERPLEXITY], config.data)
+
+
+def _suggest(name: str) -> str:
+  """Which task a misspelt one may mean, with what stands behind its colon."""
+  kind, colon, rest = name.partition(':')
+  if rest:
+    whole = (f'{PERPLEXITY}:{rest}', f'{HARNESS}:{rest}')
+    return data_tasks.suggest(f'{kind.lower()}:{rest}', whole)
+  return data_tasks.suggest(kind, (*data_tasks.names(), PERPLEXITY))
+
+
+def _check_place(option: str, file: str | None) -> None:
+  """Raises ValueError if there is no place for a file that is to be written."""
+  if file is None:
+    return
+  path = pathlib.Path(file).expanduser()
+  if path.is_dir():
+    raise ValueError(f'--{option} {file}: that is a folder. Name a file in it.')
+  if not path.parent.is_dir():
+    raise ValueError(
+      f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
+      'or name another file.'
+    )

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import rich.console
@@ -84,13 +85,11 @@ def test_a_folder_is_scored_and_reported(folder, files, tmp_path):
   report.show(found, rich.console.Console(file=shown, width=100))
   rows = [line.split() for line in shown.getvalue().splitlines()]
   acc = result['metrics']['acc']
-  assert [
-    *('│', 'openbookqa', '│', 'acc', '│', f'{acc["value"]:.4f}'),
-    *('│', f'{acc["stderr"]:.4f}', '│', '0.6667', '│', '3', '│', '0', '│'),
-  ] in rows
-  assert any(
-    'perplexity' in row and f'{words["tokens"]}' in row for row in rows
-  )
+  error = f'{acc["stderr"]:.4f}' if acc['stderr'] else ''
+  row = f'openbookqa acc {acc["value"]:.4f} {error} 0.6667 3 0'
+  assert row.split() in rows
+  value = f'{words["metrics"]["perplexity"]:.6g}'
+  assert ['words.txt', 'perplexity', value, '220', '128'] in rows
 
 
 def test_weights_may_be_bfloat16(folder, files):
@@ -100,39 +99,88 @@ def test_weights_may_be_bfloat16(folder, files):
   assert recipe.evaluate(config, silent)['results']['openbookqa']['questions']
 
 
-def test_the_table_has_a_row_for_each_metric():
-  group = {
-    'questions': 2,
-    'metrics': {'acc': {'value': 0.5, 'stderr': 0.25}},
-    'majority': 1.0,
-  }
-  found = {
-    'model': 'm',
-    'results': {
+def show(results, text=None):
+  shown = io.StringIO()
+  found = {'model': 'm', 'results': results, 'settings': {'text': text}}
+  report.show(found, rich.console.Console(file=shown, width=80))
+  return shown.getvalue()
+
+
+def score(value, stderr, **others):
+  metrics = {'acc': {'value': value, 'stderr': stderr}}
+  return {'questions': 2, 'metrics': metrics, **others}
+
+
+def test_the_tables_have_a_row_for_each_metric():
+  group = score(0.5, 0.25, majority=1.0)
+  long = 'a_task_of_lm_eval_whose_name_is_longer_than_most_terminals_are_wide'
+  shown = show(
+    {
       'mmlu': {**group, 'shots': 5, 'groups': {'art': group, 'law': group}},
       'lm_eval:x': {
         'tasks': {
-          'x': {
-            'questions': 9,
-            'metrics': {'f1': {'value': 0.25, 'stderr': None}},
-          }
+          'x': score(12345678.5, None),
+          long: score(0.25, None),
         }
       },
-      'perplexity:a': {'tokens': 7, 'metrics': {'word_perplexity': None}},
+      'perplexity:dir/[a].txt': {
+        'tokens': 7,
+        'window': 4,
+        'metrics': {'perplexity': 1234567.5, 'word_perplexity': None},
+      },
+      'perplexity': {'tokens': 7, 'window': 4, 'metrics': {'p': 20.48312345}},
     },
-  }
-  shown = io.StringIO()
-  report.show(found, rich.console.Console(file=shown, width=100))
-  cells = [
-    [cell.strip() for cell in line.split('│')[1:-1]]
-    for line in shown.getvalue().splitlines()
-    if line.startswith('│')
-  ]
-  assert cells == [
+    text='/home/b.txt',
+  )
+  lines = [line.split() for line in shown.splitlines() if '─' not in line]
+  assert [line for line in lines if line][:-2] == [
+    ['m'],
+    'task metric value error majority questions shots'.split(),
     ['mmlu', 'acc', '0.5000', '0.2500', '1.0000', '2', '5'],
-    ['lm_eval:x', 'f1', '0.2500', '', '', '9', ''],
-    ['perplexity:a', 'word_perplexity', 'no number', '', '', '7 tokens', ''],
+    ['lm_eval:x', 'acc', '1.23457e+07', '2'],
+    [f'lm_eval:{long}', 'acc', '0.2500', '2'],
+    'text metric value tokens window'.split(),
+    ['[a].txt', 'perplexity', '1.23457e+06', '7', '4'],
+    ['[a].txt', 'word_perplexity', 'no', 'number', '7', '4'],
+    ['b.txt', 'p', '20.4831', '7', '4'],
   ]
+  assert shown.endswith(
+    '\nerror: standard error of the mean. majority: what always giving the most'
+    ' \nfrequent answer would score; compare acc with it.\n'
+  )
+
+
+def test_the_footnote_stands_below_accuracies_alone():
+  text = {'tokens': 7, 'window': 4, 'metrics': {'perplexity': 2.0}}
+  shown = show({'perplexity:a.txt': text})
+  assert 'majority' not in shown
+  assert 'shots' not in shown
+
+
+def test_the_table_of_our_tasks_fits_a_terminal():
+  scores = {'value': 0.123456, 'stderr': 0.123456}
+  rest = {'majority': 0.123456, 'questions': 14042, 'shots': 5}
+  shown = show(
+    {
+      'arc_challenge': {'metrics': {'acc_norm': scores}, **rest},
+      'gsm8k': {'metrics': {'exact_match_flexible': scores}, **rest},
+    }
+  )
+  assert max(map(len, shown.splitlines())) <= 80
+  assert 'exact_match_flexible' in shown
+  assert shown.count('14042') == 2
+
+
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_no_error_is_shown_where_none_or_all_answers_are_right(value):
+  shown = show({'piqa': score(value, 0.0, majority=0.5, shots=0)})
+  row = ['piqa', 'acc', f'{value:.4f}', '0.5000', '2', '0']
+  assert row in [line.split() for line in shown.splitlines()]
+
+
+def test_tasks_that_are_named_twice_are_asked_once(folder, files):
+  config = make(folder, files, tasks='piqa, boolq,piqa')
+  assert config.task_names == ('piqa', 'boolq')
 
 
 # Mistakes.
@@ -202,6 +250,40 @@ def test_missing_files_are_found_before_weights_are_read(files, tmp_path):
   )
 
 
+@pytest.fixture(scope='module')
+def weightless(folder, tmp_path_factory):
+  """A folder of the same model without its weights."""
+  path = tmp_path_factory.mktemp('models') / 'weightless'
+  skip = shutil.ignore_patterns('*.safetensors*')
+  return str(shutil.copytree(folder, path, ignore=skip))
+
+
+def never(title):
+  raise AssertionError(f'A progress bar began: {title}.')
+
+
+def test_answers_that_do_not_fit_are_refused_before_weights_are_read(
+  weightless, tmp_path
+):
+  line = json.dumps({'question': '1 + 1?', 'answer': '#### 2'})
+  (tmp_path / 'test.jsonl').write_text(line)
+  config = make(weightless, tmp_path, tasks='gsm8k', shots=0)
+  assert message(recipe.evaluate, config, never) == (
+    'gsm8k writes up to 256 tokens after its question; the model accepts 128 '
+    'in all: leave the task out.'
+  )
+
+
+def test_strides_longer_than_a_window_are_refused_before_weights_are_read(
+  weightless, files
+):
+  text = f'perplexity:{files}/words.txt'
+  config = make(weightless, files, tasks=text, stride=129)
+  assert message(recipe.evaluate, config, never) == (
+    'stride=129 must be in [1, 128], the length of a window.'
+  )
+
+
 KNOWN = (*tasks.names(), 'perplexity')
 
 
@@ -226,7 +308,21 @@ KNOWN = (*tasks.names(), 'perplexity')
     (
       ['{folder}', '--tasks', 'piqa,boolqa'],
       f"Unknown task 'boolqa'; expected one of {KNOWN}, perplexity:FILE or "
-      'lm_eval:TASK.',
+      "lm_eval:TASK. Did you mean 'boolq'?",
+    ),
+    (
+      ['{folder}', '--tasks', 'ARC-Easy'],
+      f"Unknown task 'ARC-Easy'; expected one of {KNOWN}, perplexity:FILE or "
+      "lm_eval:TASK. Did you mean 'arc_easy'?",
+    ),
+    (
+      ['{folder}', '--tasks', 'Perplexty:a.txt'],
+      f"Unknown task 'Perplexty:a.txt'; expected one of {KNOWN}, "
+      "perplexity:FILE or lm_eval:TASK. Did you mean 'perplexity:a.txt'?",
+    ),
+    (
+      ['{folder}', '--text', 'f.txt'],
+      '--text alone asks nothing: add --tasks perplexity.',
     ),
     (
       ['{folder}', '--tasks', 'lm_eval:'],
@@ -241,6 +337,25 @@ KNOWN = (*tasks.names(), 'perplexity')
       ['{folder}', '--tasks', 'piqa'],
       'Task piqa is read from files on this machine: name their folder by '
       '--data FOLDER.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa,boolq,piqa', '--data', '{files}/words.txt'],
+      'data names one file, {files}/words.txt, and tasks 2 tasks: name their '
+      'folder.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--output', 'nodir/o.json'],
+      '--output nodir/o.json: the folder nodir does not exist. Create it, or '
+      'name another file.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--samples', '{files}/nodir/s.jsonl'],
+      '--samples {files}/nodir/s.jsonl: the folder {files}/nodir does not '
+      'exist. Create it, or name another file.',
+    ),
+    (
+      ['{folder}', '--tasks', 'piqa', '--output', '{files}'],
+      '--output {files}: that is a folder. Name a file in it.',
     ),
   ],
 )

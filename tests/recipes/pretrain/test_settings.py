@@ -9,6 +9,7 @@ import pytest
 from gnlorp_jax import config
 from gnlorp_jax.compose import settings as compose_settings
 from gnlorp_jax.compose.settings import OptimConfig, TaskOptions
+from gnlorp_jax.data import tasks
 from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.recipes.pretrain import settings
 from gnlorp_jax.recipes.pretrain.settings import (
@@ -150,8 +151,19 @@ def test_help_explains_every_field(capsys):
       'as eval.data.',
     ),
     (
+      ['--eval.tasks', 'piqa,boolq', '--eval.data', __file__],
+      f'eval.data names one file, {__file__}, and eval.tasks 2 tasks: name '
+      'their folder.',
+    ),
+    (
       ['--eval.tasks', 'piqa, pica', '--eval.data', 'x'],
-      "eval.tasks names 'pica'; expected some of ('arc_challenge', ",
+      f"eval.tasks names 'pica'; expected some of {tasks.names()}, joined by "
+      'commas. Perplexities of texts and tasks of lm_eval are asked by python '
+      "-m gnlorp_jax.evaluate alone. Did you mean 'piqa'?",
+    ),
+    (
+      ['--eval.data', 'x'],
+      'eval.data is given, and eval.tasks asks nothing.',
     ),
     (
       ['--objective', 'masked', '--eval.tasks', 'piqa', '--eval.data', 'x'],
