@@ -162,6 +162,8 @@ def prepare(config: TrainConfig) -> Prepared:
     for name in config.eval.names
   )
   planned = plan(config)
+  for task in asked:
+    scores.check_room(task, planned.config.model.max_seq_len, None)
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
   _tell_start(planned.config)
