@@ -278,7 +278,8 @@ def test_dropout_is_that_of_peft(kind, monkeypatch):
 def peft_llama_layers(model):
   """Our path and layer number of every adapted layer."""
   for path, name, _ in llama.HF_TENSORS:
-    if path.startswith('layers/') and path.endswith('kernel'):
+    is_fused = path.split('/')[-2] in ('qkv_proj', 'gate_up_proj')
+    if path.startswith('layers/') and path.endswith('kernel') and not is_fused:
       for number in range(SMALL['num_layers']):
         module = name.format(layer=number).removesuffix('.weight')
         layer = model.base_model.model.get_submodule(module)
