@@ -27,6 +27,7 @@ BENCHMARKS = (
   'step.layerwise_step',
   'step.measure',
   'train.finetune_step',
+  'train.generation',
   'train.measure',
 )
 """Modules with recorded figures.
