@@ -321,8 +321,8 @@ def decode(stored):
 
 
 def test_layers_that_differ_start_in_8_bits():
-  config = gemma3_text.preset(
-    'gemma-3-270m',
+  config = dataclasses.replace(
+    gemma3_text.PRESETS['gemma-3-270m'],
     vocab_size=V,
     hidden_size=D,
     intermediate_size=F,

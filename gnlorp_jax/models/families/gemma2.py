@@ -9,7 +9,7 @@ Note:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gnlorp_jax.models import decoder_hf, interface
 from gnlorp_jax.models.attention import Scores
@@ -72,15 +72,6 @@ PRESETS: dict[str, Gemma2Config] = {
   'gemma-2-9b': _published(3584, 14336, (16, 8), 42),
 }
 """Gemma 2 by size."""
-
-
-def preset(name: str, **overrides: Any) -> Gemma2Config:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 _CAPS = 'attn_logit_softcapping', 'final_logit_softcapping'

@@ -9,7 +9,7 @@ Note:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gnlorp_jax.models import decoder_hf, interface, rope
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
@@ -73,15 +73,6 @@ PRESETS: dict[str, Gemma3TextConfig] = {
   'gemma-3-1b': _published(1152, 6912, 26),
 }
 """Gemma 3 by size."""
-
-
-def preset(name: str, **overrides: Any) -> Gemma3TextConfig:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 def _prepare(hf):

@@ -1,9 +1,9 @@
 """Mistral 7B and Mistral Nemo: LLaMA's layers, with a window and free heads."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from gnlorp_jax.models import decoder_hf, interface
+from gnlorp_jax.models import decoder_hf
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
 from gnlorp_jax.models.decoder import flops_per_token as flops_per_token
 from gnlorp_jax.models.decoder import make as make
@@ -43,15 +43,6 @@ PRESETS: dict[str, MistralConfig] = {
   ),
 }
 """Mistral 7B v0.3."""
-
-
-def preset(name: str, **overrides: Any) -> MistralConfig:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 def _read(hf):

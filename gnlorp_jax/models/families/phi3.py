@@ -7,7 +7,7 @@ Note:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gnlorp_jax.models import decoder_hf, interface
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
@@ -86,15 +86,6 @@ PRESETS: dict[str, Phi3Config] = {
   ),
 }
 """Phi 3 and 4 by size."""
-
-
-def preset(name: str, **overrides: Any) -> Phi3Config:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 def _prepare(hf):

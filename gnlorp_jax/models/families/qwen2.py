@@ -1,9 +1,9 @@
 """Qwen 2 and 2.5: LLaMA's layers, with biases of queries, keys and values."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from gnlorp_jax.models import decoder_hf, interface
+from gnlorp_jax.models import decoder_hf
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
 from gnlorp_jax.models.decoder import flops_per_token as flops_per_token
 from gnlorp_jax.models.decoder import make as make
@@ -49,15 +49,6 @@ PRESETS: dict[str, Qwen2Config] = {
   ),
 }
 """Qwen 2.5 by size."""
-
-
-def preset(name: str, **overrides: Any) -> Qwen2Config:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 _LAYOUT = decoder_hf.Layout(

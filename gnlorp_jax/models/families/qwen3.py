@@ -1,9 +1,9 @@
 """Qwen 3, dense: normed queries and keys, heads of free width."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from gnlorp_jax.models import decoder_hf, interface
+from gnlorp_jax.models import decoder_hf
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
 from gnlorp_jax.models.decoder import flops_per_token as flops_per_token
 from gnlorp_jax.models.decoder import make as make
@@ -44,15 +44,6 @@ PRESETS: dict[str, Qwen3Config] = {
   'qwen3-8b': _published(4096, 12288, 32, 36),
 }
 """Qwen 3 by size."""
-
-
-def preset(name: str, **overrides: Any) -> Qwen3Config:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 _LAYOUT = decoder_hf.Layout(

@@ -1,9 +1,9 @@
 """SmolLM3: LLaMA's layers, every fourth of them without rotary positions."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from gnlorp_jax.models import decoder_hf, interface
+from gnlorp_jax.models import decoder_hf
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
 from gnlorp_jax.models.decoder import flops_per_token as flops_per_token
 from gnlorp_jax.models.decoder import make as make
@@ -61,15 +61,6 @@ PRESETS: dict[str, SmolLM3Config] = {
   ),
 }
 """SmolLM3 by size."""
-
-
-def preset(name: str, **overrides: Any) -> SmolLM3Config:
-  """A configuration of `PRESETS` with some fields replaced.
-
-  Raises:
-    ValueError: If there is no such name.
-  """
-  return dataclasses.replace(interface.find_preset(name, PRESETS), **overrides)
 
 
 def _read(hf):
