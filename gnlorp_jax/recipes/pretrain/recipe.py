@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
-  folders,
+  language_model,
   optimizer,
   parameters,
   program,
@@ -20,12 +19,9 @@ from gnlorp_jax.compose import (
 )
 from gnlorp_jax.compose.settings import fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
-from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
 from gnlorp_jax.training import loop, objectives, sharding
-
-_logger = logging.getLogger(__name__)
 
 
 class Planned(NamedTuple):
@@ -104,7 +100,9 @@ def plan(
     model_rules=family.LABEL_RULES,
     steps=config.steps,
     micro_batches=config.micro_batches,
-    read=_reader(config),
+    read=language_model.reader(
+      config.init_from, config.model, config.step.weight_bits
+    ),
     seed=config.seed,
   )
   return Planned(config, built, data.abstract_batch(config, mesh))
@@ -115,26 +113,6 @@ def plan_anywhere(config: TrainConfig) -> Planned:
   # What it reports is the same on any number of devices.
   mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
   return plan(dataclasses.replace(config, mesh=mesh), 1)
-
-
-def _reader(config: TrainConfig) -> Any:
-  """Reads the weights of the folder to start from; None if there is none."""
-  if not parameters.is_folder(config.init_from):
-    return None
-  family = models.family(config.model)
-
-  def read(key: jax.Array, shapes: Any) -> Any:
-    del key  # Nothing is drawn.
-    folder = parameters.folder(config.init_from)
-    return hf.load_params(
-      folder,
-      family.HF_TENSORS,
-      shapes,
-      folders.keeper(folder, config.step.weight_bits),
-      unread=family.HF_UNREAD,
-    )
-
-  return read
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -155,39 +133,15 @@ def prepare(config: TrainConfig) -> Prepared:
       f'This is one of {jax.process_count()} processes: train_lm.py runs in '
       'one, with all its devices.'
     )
-  asked = tuple(
-    data_tasks.get(
-      name, config.eval.data, shots=config.eval.shots, limit=config.eval.limit
-    )
-    for name in config.eval.names
-  )
+  asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   for task in asked:
     scores.check_room(task, planned.config.model.max_seq_len, None)
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
-  _tell_start(planned.config)
+  language_model.tell_start(planned.config.init_from, planned.config.model)
   text = data.load(planned.config, planned.config.model)
   return Prepared(planned, text, asked)
-
-
-def _tell_start(config: TrainConfig) -> None:
-  """Says what a run starts from."""
-  model = config.model
-  size = models.family(model).num_params(model)
-  if config.init_from is not None and not parameters.is_folder(
-    config.init_from
-  ):
-    _logger.warning(
-      'init_from=%r is a preset: its architecture with random weights. For a '
-      'trained model name its folder, or hf:OWNER/NAME.',
-      config.init_from,
-    )
-  _logger.info(
-    'Starting from %s: %s, %s parameters in %s.',
-    config.init_from or 'random weights',
-    *(model.model_type, f'{size:,}', model.param_dtype),
-  )
 
 
 def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
@@ -227,16 +181,9 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     ),
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
-    better=is_better if config.keep_best else None,
+    better=language_model.is_better if config.keep_best else None,
     renew=lambda state: built.renew(state, numbers),
   )
-
-
-def is_better(found: loop.Found, best: loop.Found) -> bool:
-  """Whether the validation loss is lower; no number is worse than any."""
-  if found['loss'] is None:
-    return False
-  return best['loss'] is None or found['loss'] < best['loss']
 
 
 def flops_per_token(config: TrainConfig) -> float:
@@ -273,22 +220,14 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
     losses, weights = np.asarray(jax.device_get(sums), np.float64).T
     loss = float(losses.sum() / max(weights.sum(), 1))
     found = {'loss': loss, 'perplexity': float(np.exp(loss))}
-    return found | ask(trained, frozen)
-
-  def ask(trained: Any, frozen: Any) -> dict[str, float]:
-    scored = scores.evaluate_tasks(
-      built.model,
-      built.parameters.join(trained, frozen),
+    return found | language_model.ask(
+      built,
+      trained,
+      frozen,
       tokenizer,
       prepared.tasks,
-      batch_size=config.eval.batch_size,
+      config.eval.batch_size,
     )
-    return {
-      f'{task}/{name}{part}': metric[key]
-      for task, summary in scored.items()
-      for name, metric in summary['metrics'].items()
-      for part, key in (('', 'value'), ('_stderr', 'stderr'))
-    }
 
   return evaluate
 

@@ -1,7 +1,6 @@
 """What a pre-training run leaves behind: plot, sample, export, summary."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -11,11 +10,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from gnlorp_jax import models
-from gnlorp_jax.compose import folders
+from gnlorp_jax.compose import language_model
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import tokenizer as tokenizers
-from gnlorp_jax.models import hf
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
@@ -133,23 +130,16 @@ def _guesses(prepared: Prepared, config: TrainConfig, params: Any) -> str:
 
 def export(prepared: Prepared, outcome: Outcome, folder: pathlib.Path) -> None:
   """Writes a Hugging Face folder, in place of that of an earlier finish."""
-  tokenizer, model = prepared.text.tokenizer, prepared.config.model
-  family = models.family(model)
-  hf_config = family.config_to_hf(
-    model,
-    bos_token_id=tokenizer.bos_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  params = prepared.program.parameters.merge(outcome.params, outcome.constants)
-  folders.export(
+  config = prepared.config
+  language_model.export(
+    prepared.program,
+    config.model,
+    prepared.text.tokenizer,
+    outcome,
     folder,
-    params,
-    functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
+    # A causal model saw plain text.
+    add_bos=None if config.is_masked else config.data.add_bos,
   )
-  # A causal model saw plain text.
-  add_bos = None if prepared.config.is_masked else prepared.config.data.add_bos
-  tokenizer.save(folder, add_bos=add_bos)
 
 
 def summarise(

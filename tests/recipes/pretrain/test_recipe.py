@@ -109,21 +109,6 @@ def test_plan_anywhere_needs_no_devices():
   assert planned.program.mesh.size == 1
 
 
-@pytest.mark.parametrize(
-  ('found', 'best', 'expected'),
-  [
-    (1.0, 2.0, True),
-    (2.0, 1.0, False),
-    (1.0, 1.0, False),
-    (1.0, None, True),
-    (None, 1.0, False),
-    (None, None, False),
-  ],
-)
-def test_lower_validation_loss_is_better(found, best, expected):
-  assert recipe.is_better({'loss': found}, {'loss': best}) == expected
-
-
 # What a checkpoint must agree with.
 
 

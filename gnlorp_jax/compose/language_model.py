@@ -1,0 +1,161 @@
+"""What every recipe that trains a language model does around its training.
+
+Weights to start from, tasks asked while it trains, a Hugging Face folder at the
+end.
+"""
+
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import folders, parameters, scores
+from gnlorp_jax.compose.program import Program
+from gnlorp_jax.compose.settings import TaskOptions
+from gnlorp_jax.data import tasks as data_tasks
+from gnlorp_jax.data.tokenizer import Tokenizer
+from gnlorp_jax.models import hf
+from gnlorp_jax.training.loop import Found, Outcome
+
+_logger = logging.getLogger(__name__)
+
+
+def reader(
+  init_from: str | None, model: models.Config, weight_bits: int | None
+) -> Callable[[jax.Array, Any], Any] | None:
+  """Reads the weights to start from, as `parameters.plan` takes it.
+
+  Args:
+    init_from: A Hugging Face folder, a name of the hub or of a preset, or None.
+    model: The architecture.
+    weight_bits: Bits of the kernels of the blocks; None keeps them as they are.
+
+  Returns:
+    A function of a key and of shapes; None where weights are random.
+  """
+  if not parameters.is_folder(init_from):
+    return None
+  family = models.family(model)
+
+  def read(key: jax.Array, shapes: Any) -> Any:
+    del key  # Nothing is drawn.
+    folder = parameters.folder(init_from)
+    return hf.load_params(
+      folder,
+      family.HF_TENSORS,
+      shapes,
+      folders.keeper(folder, weight_bits),
+      unread=family.HF_UNREAD,
+    )
+
+  return read
+
+
+def tell_start(init_from: str | None, model: models.Config) -> None:
+  """Says what a run starts from."""
+  size = models.family(model).num_params(model)
+  if init_from is not None and not parameters.is_folder(init_from):
+    _logger.warning(
+      'init_from=%r is a preset: its architecture with random weights. For a '
+      'trained model name its folder, or hf:OWNER/NAME.',
+      init_from,
+    )
+  _logger.info(
+    'Starting from %s: %s, %s parameters in %s.',
+    init_from or 'random weights',
+    *(model.model_type, f'{size:,}', model.param_dtype),
+  )
+
+
+def read_tasks(config: TaskOptions) -> tuple[data_tasks.Task, ...]:
+  """The tasks that a run asks at every evaluation.
+
+  Raises:
+    ValueError: If a file is missing or damaged.
+  """
+  return tuple(
+    data_tasks.get(name, config.data, shots=config.shots, limit=config.limit)
+    for name in config.names
+  )
+
+
+def ask(
+  program: Program,
+  trained: Any,
+  frozen: Any,
+  tokenizer: Tokenizer,
+  tasks: Sequence[data_tasks.Task],
+  batch_size: int,
+) -> dict[str, float]:
+  """What a model scores in tasks, as an evaluation of a run.
+
+  Args:
+    program: What the run computes.
+    trained: The parameters that train.
+    frozen: The others.
+    tokenizer: The tokenizer.
+    tasks: The tasks.
+    batch_size: Options or answers per forward pass.
+
+  Returns:
+    Of each task ``TASK/METRIC`` and ``TASK/METRIC_stderr``.
+  """
+  scored = scores.evaluate_tasks(
+    program.model,
+    program.parameters.join(trained, frozen),
+    tokenizer,
+    tasks,
+    batch_size=batch_size,
+  )
+  return {
+    f'{task}/{name}{part}': metric[key]
+    for task, summary in scored.items()
+    for name, metric in summary['metrics'].items()
+    for part, key in (('', 'value'), ('_stderr', 'stderr'))
+  }
+
+
+def is_better(found: Found, best: Found) -> bool:
+  """Whether the validation loss is lower; no number is worse than any."""
+  if found['loss'] is None:
+    return False
+  return best['loss'] is None or found['loss'] < best['loss']
+
+
+def export(
+  program: Program,
+  model: models.Config,
+  tokenizer: Tokenizer,
+  outcome: Outcome,
+  folder: pathlib.Path,
+  *,
+  add_bos: bool | None,
+) -> None:
+  """Writes a Hugging Face folder, in place of that of an earlier finish.
+
+  Args:
+    program: What the run computed.
+    model: The architecture.
+    tokenizer: The tokenizer.
+    outcome: What the loop left; adapters are merged.
+    folder: The folder.
+    add_bos: As in `Tokenizer.save`.
+  """
+  family = models.family(model)
+  hf_config = family.config_to_hf(
+    model,
+    bos_token_id=tokenizer.bos_id,
+    eos_token_id=tokenizer.eos_id,
+    pad_token_id=tokenizer.pad_id,
+  )
+  params = program.parameters.merge(outcome.params, outcome.constants)
+  folders.export(
+    folder,
+    params,
+    functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
+  )
+  tokenizer.save(folder, add_bos=add_bos)
