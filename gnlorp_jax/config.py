@@ -14,3 +14,6 @@ from gnlorp_jax.recipes.pretrain.settings import SampleConfig as SampleConfig
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig as TrainConfig
 from gnlorp_jax.recipes.pretrain.settings import load as load
 from gnlorp_jax.recipes.pretrain.settings import parse as parse
+from gnlorp_jax.recipes.sft.settings import ChatDataConfig as ChatDataConfig
+from gnlorp_jax.recipes.sft.settings import SftConfig as SftConfig
+from gnlorp_jax.recipes.sft.settings import SftEvalOptions as SftEvalOptions

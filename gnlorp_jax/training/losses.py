@@ -62,15 +62,7 @@ def chunked_cross_entropy(
     many chunks of a bfloat16 head would round too often. There is a first
     derivative only.
   """
-  if chunk_tokens < 1:
-    raise ValueError(f'chunk_tokens={chunk_tokens} must be at least 1.')
-  batch, positions = targets_BT.shape
-  largest = max(1, chunk_tokens // batch)
-  num_chunks = -(-positions // largest)
-  chunks = jax.tree.map(
-    lambda array: _split_positions(array, num_chunks),
-    (x_BTD, targets_BT, weights_BT.astype(jnp.float32)),
-  )
+  chunks = _in_chunks(x_BTD, targets_BT, weights_BT, chunk_tokens)
   # A function of all arrays that it differentiates is what a rule for gradients
   # needs. It is a new one each time: closure_convert remembers those it has
   # seen, with the arrays in them.
@@ -79,6 +71,61 @@ def chunked_cross_entropy(
   )
   loss_sum = _loss_of_chunks(float32_logits_fn, arrays, *chunks)
   return loss_sum, jnp.sum(weights_BT, dtype=jnp.float32)
+
+
+def chunked_guesses(
+  logits_fn: Callable[[jax.Array], jax.Array],
+  x_BTD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  *,
+  chunk_tokens: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The cross-entropies of all positions, and which guesses are right.
+
+  For evaluation: a gradient would keep the logits of every chunk.
+
+  Args:
+    logits_fn: As in `chunked_cross_entropy`, as are the others.
+    x_BTD: Features.
+    targets_BT: Integers.
+    weights_BT: Weights.
+    chunk_tokens: Largest number of positions in a chunk.
+
+  Returns:
+    The weighted sum of the losses, the sum of the weights, and the weighted sum
+    of the positions whose likeliest token is the target, float32 scalars.
+
+  Raises:
+    ValueError: If `chunk_tokens` is less than 1.
+  """
+
+  def add_chunk(
+    sums: jax.Array, chunk: tuple[jax.Array, ...]
+  ) -> tuple[jax.Array, None]:
+    x_BCD, targets_BC, weights_BC = chunk
+    logits_BCV = logits_fn(x_BCD).astype(jnp.float32)
+    losses_BC, _ = _losses_and_slopes(logits_BCV, targets_BC)
+    is_right_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    found = (losses_BC, jnp.ones_like(losses_BC), is_right_BC)
+    return sums + jnp.stack([jnp.sum(x * weights_BC) for x in found]), None
+
+  chunks = _in_chunks(x_BTD, targets_BT, weights_BT, chunk_tokens)
+  sums, _ = jax.lax.scan(add_chunk, jnp.zeros((3,), jnp.float32), chunks)
+  return sums[0], sums[1], sums[2]
+
+
+def _in_chunks(x_BTD, targets_BT, weights_BT, chunk_tokens):
+  """Features, targets and weights, each ``[N, B, C, ...]``."""
+  if chunk_tokens < 1:
+    raise ValueError(f'chunk_tokens={chunk_tokens} must be at least 1.')
+  batch, positions = targets_BT.shape
+  largest = max(1, chunk_tokens // batch)
+  num_chunks = -(-positions // largest)
+  return jax.tree.map(
+    lambda array: _split_positions(array, num_chunks),
+    (x_BTD, targets_BT, weights_BT.astype(jnp.float32)),
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -71,7 +71,8 @@ class Objective(NamedTuple):
     loss: Maps (params, a batch) to the weighted sum of the losses and the sum
       of the weights, float32 scalars: the whole model, in training.
     evaluate: Maps the same, without dropout, to the same two sums of a language
-      model, or to the outputs ``[B, C]`` of a classifier.
+      model and, where that is asked for, the weighted sum of its right guesses;
+      or to the outputs ``[B, C]`` of a classifier.
     pieces: `loss`, layer by layer.
   """
 
@@ -81,7 +82,11 @@ class Objective(NamedTuple):
 
 
 def language_model(
-  model: Any, chunk_tokens: int, *, dropout: bool = False
+  model: Any,
+  chunk_tokens: int,
+  *,
+  dropout: bool = False,
+  accuracy: bool = False,
 ) -> Objective:
   """The cross-entropy of a language model, causal or masked.
 
@@ -89,24 +94,33 @@ def language_model(
     model: The model.
     chunk_tokens: As in `losses.chunked_cross_entropy`.
     dropout: Whether training drops features; the batch then needs seeds.
+    accuracy: Whether evaluations count right guesses too.
 
   Returns:
     The objective. The head is computed without dropout.
   """
+  sums = functools.partial(_sums_of, chunk_tokens=chunk_tokens)
 
-  def hidden_loss(params: Any, batch: Batch, key: jax.Array | None) -> Sums:
+  def hidden_sums(
+    params: Any, batch: Batch, key: jax.Array | None, loss: Callable[..., Any]
+  ) -> Any:
     x_BTD = model.hidden(params, batch['inputs'], key, batch.get('segments'))
     logits_fn = functools.partial(model.logits, params)
-    return _cross_entropy(logits_fn, x_BTD, batch, chunk_tokens)
+    return sums(loss, logits_fn, x_BTD, batch)
 
   def loss_after_blocks(params: Any, x_BTD: jax.Array, batch: Batch) -> Sums:
     head = functools.partial(model.layer_fns.head, params)
-    return _cross_entropy(head, x_BTD, batch, chunk_tokens)
+    return sums(losses.chunked_cross_entropy, head, x_BTD, batch)
 
   key_of = dropout_key if dropout else _no_key
   return Objective(
-    loss=lambda params, batch: hidden_loss(params, batch, key_of(batch)),
-    evaluate=lambda params, batch: hidden_loss(params, batch, None),
+    loss=lambda params, batch: hidden_sums(
+      params, batch, key_of(batch), losses.chunked_cross_entropy
+    ),
+    evaluate=lambda params, batch: hidden_sums(
+      *(params, batch, None),
+      losses.chunked_guesses if accuracy else losses.chunked_cross_entropy,
+    ),
     pieces=_pieces(model.layer_fns, key_of, loss_after_blocks),
   )
 
@@ -177,16 +191,18 @@ def _pieces(
   return Pieces(embed, block, loss, embed_keys=('embed',))
 
 
-def _cross_entropy(
+def _sums_of(
+  loss: Callable[..., Any],
   logits_fn: Callable[[jax.Array], jax.Array],
   x_BTD: jax.Array,
   batch: Batch,
+  *,
   chunk_tokens: int,
-) -> Sums:
-  """The loss at all positions, or at those that the batch names."""
+) -> Any:
+  """What `loss` adds up over all positions, or those that the batch names."""
   if 'positions' in batch:
     x_BTD = jnp.take_along_axis(x_BTD, batch['positions'][:, :, None], axis=1)
-  return losses.chunked_cross_entropy(
+  return loss(
     logits_fn,
     x_BTD,
     batch['targets'],

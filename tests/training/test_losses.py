@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from gnlorp_jax.training import sharding
 from gnlorp_jax.training.losses import (
   chunked_cross_entropy,
+  chunked_guesses,
   cross_entropy,
   squared_error,
 )
@@ -53,6 +54,29 @@ def float64_oracle(x_BTD, head_DV, targets_BT, weights_BT):
   grad_BTV = weights_BT[..., None] * (probs_BTV - one_hot_BTV)
   grad_head_DV = np.einsum('BTD,BTV->DV', x_BTD, grad_BTV)
   return loss, grad_BTV @ head_DV.T, grad_head_DV
+
+
+@pytest.mark.parametrize('chunk_tokens', [1, 5 * B + 3, 10**6])
+def test_guesses_add_up_to_the_loss_and_to_those_that_are_right(
+  problem, chunk_tokens
+):
+  x_BTD, head_DV, targets_BT, weights_BT = problem.values()
+  likeliest_BT = (np.float64(x_BTD) @ head_DV).argmax(-1)
+  # Every third guess is right.
+  is_right_BT = np.arange(B * T).reshape(B, T) % 3 == 0
+  targets_BT = np.where(is_right_BT, likeliest_BT, (likeliest_BT + 1) % V)
+  loss, weight, right = chunked_guesses(
+    lambda x_BCD: x_BCD @ head_DV,
+    x_BTD,
+    targets_BT,
+    weights_BT,
+    chunk_tokens=chunk_tokens,
+  )
+  expected, *_ = float64_oracle(x_BTD, head_DV, targets_BT, weights_BT)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(weight, weights_BT.sum(), rtol=1e-6)
+  expected = (weights_BT * is_right_BT).sum()
+  np.testing.assert_allclose(right, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,23 @@ def test_language_model_loss_is_that_of_a_plain_formula(language_model):
   assert count == batch['weights'].sum()
 
 
+def test_language_model_counts_right_guesses_where_asked(language_model):
+  params, batch = language_model.init(jax.random.key(0)), lm_batch(False)
+  likeliest_BT = language_model.apply(params, batch['inputs']).argmax(-1)
+  batch['targets'] = np.array(batch['targets'])
+  batch['targets'][0] = likeliest_BT[0]
+  asked = objectives.language_model(language_model, CHUNK, accuracy=True)
+  loss, weight, right = asked.evaluate(params, batch)
+  np.testing.assert_allclose(
+    (loss, weight), asked.loss(params, batch), rtol=1e-6
+  )
+  is_right_BT = likeliest_BT == batch['targets']
+  assert is_right_BT[0].all() and not is_right_BT.all()
+  np.testing.assert_allclose(
+    right, (batch['weights'] * is_right_BT).sum(), rtol=1e-6
+  )
+
+
 @pytest.mark.parametrize('is_regression', [False, True])
 def test_classifier_is_the_same_layer_by_layer(
   sequence_classifier, is_regression

@@ -6,13 +6,11 @@ command line.
 """
 
 import dataclasses
-import difflib
-import importlib.util
 import pathlib
 from typing import Literal, TypeVar
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, config_file
 from gnlorp_jax.compose.settings import (
   OptimConfig,
   RunConfig,
@@ -225,34 +223,12 @@ MASKED = TrainConfig(
 
 
 def load(path: str | pathlib.Path) -> TrainConfig:
-  """Reads a configuration file.
-
-  Args:
-    path: A Python file that defines ``config = TrainConfig(...)``.
-
-  Returns:
-    The configuration.
+  """Reads a file that defines ``config = TrainConfig(...)``.
 
   Raises:
     ValueError: If there is no such file or it defines no configuration.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    beside = sorted(str(p) for p in path.parent.glob('*.py'))
-    near = difflib.get_close_matches(str(path), beside, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else f' Files there: {beside}.'
-    raise ValueError(f'No configuration file {str(path)!r}.{hint}')
-  spec = importlib.util.spec_from_file_location('run_config', path)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = getattr(module, 'config', None)
-  if not isinstance(config, TrainConfig):
-    raise ValueError(
-      f'{str(path)!r} defines no configuration: it must assign a TrainConfig '
-      "to the name 'config'."
-    )
-  return config
+  return config_file.load(path, TrainConfig)
 
 
 Config = TypeVar('Config', bound=TrainConfig)
@@ -288,14 +264,10 @@ def parse(
 
 
 def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:
-  """Takes ``--config FILE`` or ``--config=FILE`` off the command line."""
-  for i, word in enumerate(args):
-    if word == '--config':
-      if i + 1 == len(args):
-        raise ValueError('--config needs the path of a configuration file.')
-      return load(args[i + 1]), args[:i] + args[i + 2 :]
-    if word.startswith('--config='):
-      return load(word.split('=', 1)[1]), args[:i] + args[i + 1 :]
+  """What overrides start from, and the words that are left."""
+  path, args = config_file.take(args)
+  if path is not None:
+    return load(path), args
   masked = any(
     words in (['--objective', 'masked'], ['--objective=masked'])
     for i in range(len(args))

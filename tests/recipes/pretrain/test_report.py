@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gnlorp_jax.compose import program
+from gnlorp_jax.compose import folders, program
 from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
 from gnlorp_jax.data import tokenizer as tokenizer_lib
 from gnlorp_jax.models import llama, roberta
@@ -149,7 +149,7 @@ def test_exported_tokenizer_encodes_as_in_training(
     ),
   )
   # The weights are another matter.
-  monkeypatch.setattr(report.folders, 'export', lambda *args, **kwargs: None)
+  monkeypatch.setattr(folders, 'export', lambda *args, **kwargs: None)
   report.export(prepared, outcome((3.0, 20.1)), tmp_path)
   pretrained = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
   assert pretrained('a b')['input_ids'] == expected

@@ -1,0 +1,179 @@
+"""Conversations to batches, as an instruction-tuning run asks for them."""
+
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from gnlorp_jax.compose import parameters
+from gnlorp_jax.data import chat, text
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.data.chat import demo
+from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.training import sharding
+
+_logger = logging.getLogger(__name__)
+
+
+class Chat(NamedTuple):
+  """What a run learns from and is evaluated on."""
+
+  tokenizer: tokenizers.Tokenizer
+  template: chat.Template
+  examples: chat.Prepared
+
+
+def load_tokenizer(config: SftConfig) -> tokenizers.Tokenizer:
+  """The tokenizer of the model, the one that is named, or that of the demo.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  if config.data.tokenizer is not None:
+    return tokenizers.load(config.data.tokenizer)
+  if config.init_from is None:
+    return demo.tokenizer()
+  if not parameters.is_folder(config.init_from):
+    raise ValueError(
+      f'init_from={config.init_from!r} is a preset, which has no tokenizer: '
+      'name one as data.tokenizer.'
+    )
+  folder = parameters.folder(config.init_from, 'tokenizer')
+  if not (pathlib.Path(folder) / 'tokenizer.json').is_file():
+    raise ValueError(
+      f'{config.init_from} has no tokenizer.json, and its weights fit no other '
+      'tokens: name the tokenizer as data.tokenizer.'
+    )
+  return tokenizers.load(folder)
+
+
+def load(config: SftConfig) -> Chat:
+  """Reads the conversations and makes tokens of them.
+
+  Args:
+    config: The resolved settings of a run.
+
+  Raises:
+    ValueError: If a file is missing or damaged, the tokenizer does not fit the
+      model, or nothing is left to train on.
+  """
+  settings = config.data
+  tokenizer = load_tokenizer(config)
+  text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
+  template = load_template(settings.template, tokenizer)
+  if config.is_demo:
+    sources, held_out = demo.sources(config.seed)
+  else:
+    sources, held_out = chat.read(settings.source), ()
+    if settings.validation_source is not None:
+      held_out = chat.read(settings.validation_source)
+  examples = chat.prepare(
+    sources,
+    template,
+    train_on=settings.train_on,
+    max_length=settings.max_length,
+    overflow=settings.overflow,
+    val_size=0 if held_out else settings.val_size,
+    validation=held_out,
+    seed=config.seed,
+  )
+  if settings.limit is not None:
+    examples = examples._replace(training=examples.training[: settings.limit])
+  _tell(examples, template, tokenizer)
+  return Chat(tokenizer, template, examples)
+
+
+def _tell(
+  examples: chat.Prepared,
+  template: chat.Template,
+  tokenizer: tokenizers.Tokenizer,
+) -> None:
+  """Says what became of the records, and what may be wrong with them."""
+  for name, counts in examples.report.items():
+    lost = counts.skipped | counts.dropped
+    _logger.info(
+      '%s: %d records, %d examples to train on (%d tokens, %d of them '
+      'learned), %d held out%s%s.',
+      *(name, counts.read, counts.examples, counts.tokens),
+      *(counts.trained_tokens, counts.validation),
+      f', {counts.truncated} cut off' if counts.truncated else '',
+      f', left out: {lost}' if lost else '',
+    )
+  if not set(template.stop_ids) & set(tokenizer.eos_ids):
+    names = [tokenizer.backend.id_to_token(i) for i in tokenizer.eos_ids]
+    _logger.warning(
+      'The template ends answers with none of the tokens that end a generation '
+      '(%s): other programs may not stop where an answer is complete.',
+      ', '.join(map(repr, names)),
+    )
+
+
+def load_template(
+  name: str | None, tokenizer: tokenizers.Tokenizer
+) -> chat.Template:
+  """The template of that name; None is the tokenizer's, or else alpaca's."""
+  if name is None:
+    name = 'alpaca' if tokenizer.chat_template is None else 'tokenizer'
+    if name == 'alpaca':
+      _logger.warning(
+        'There is no chat template beside the tokenizer: conversations are put '
+        "in the words of Alpaca. Name another as data.template: 'none' or a "
+        'Jinja file.'
+      )
+  return chat.load_template(name, tokenizer)
+
+
+def training_batches(config: SftConfig, data: Chat) -> chat.TrainingBatches:
+  """An endless iterator with a position: get_state() and set_state()."""
+  return chat.TrainingBatches(
+    data.examples.training,
+    seed=config.seed,
+    with_seeds=has_dropout(config),
+    **_options(config, data),
+  )
+
+
+def evaluation_batches(
+  config: SftConfig, data: Chat
+) -> Iterator[dict[str, np.ndarray]]:
+  """The validation examples, each once."""
+  return chat.evaluation_batches(
+    data.examples.validation, **_options(config, data)
+  )
+
+
+def _options(config: SftConfig, data: Chat) -> dict[str, Any]:
+  return {
+    'batch_size': config.batch_size,
+    'max_length': config.data.max_length,
+    'packing': config.data.packing,
+    'pad_id': data.tokenizer.pad_id,
+  }
+
+
+def abstract_batch(
+  config: SftConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of the largest batch."""
+  rows = (config.batch_size, config.data.max_length)
+  shapes = {'inputs': (rows, np.int32)}
+  if has_dropout(config):
+    shapes['seeds'] = (rows[:1], np.uint32)
+  if config.data.packing:
+    shapes['segments'] = (rows, np.int32)
+  shapes |= {'targets': (rows, np.int32), 'weights': (rows, np.float32)}
+  return {
+    name: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def has_dropout(config: SftConfig) -> bool:
+  """Whether training drops features: an adapter's inputs."""
+  return config.adapter.kind is not None and bool(config.adapter.dropout)

@@ -1,0 +1,172 @@
+"""What a fine-tuned model says of held-out conversations, and to them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from gnlorp_jax.compose import language_model
+from gnlorp_jax.data import chat
+from gnlorp_jax.models.generate import generate
+from gnlorp_jax.models.interface import Model
+from gnlorp_jax.recipes.grid import write_atomically
+from gnlorp_jax.recipes.sft import data
+from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.training import sharding
+
+if TYPE_CHECKING:
+  from gnlorp_jax.recipes.sft.recipe import Prepared
+
+SAMPLES_FILE = 'samples.jsonl'
+
+
+def evaluator(
+  prepared: Prepared, config: SftConfig
+) -> Callable[[Any, Any, int], dict[str, float]]:
+  """What a run finds out about its model every now and then.
+
+  Args:
+    prepared: What the runs of a command share.
+    config: The settings of this one.
+
+  Returns:
+    A function of trained and frozen weights and of the step, which returns the mean ``loss``
+    of the held-out tokens that count, the ``perplexity``, the share of them
+    that is the likeliest (``token_accuracy``), the share of generated answers
+    that are the expected ones (``exact_match``), and of each task
+    ``TASK/METRIC`` and ``TASK/METRIC_stderr``. The answers are added to
+    ``samples.jsonl``.
+  """
+  built = prepared.program
+
+  def evaluate(trained: Any, frozen: Any, step: int) -> dict[str, float]:
+    found = {}
+    if prepared.evaluates:
+      found |= _losses(prepared, config, trained, frozen)
+      found |= _answers(prepared, config, trained, frozen, step)
+    return found | language_model.ask(
+      built,
+      trained,
+      frozen,
+      prepared.chat.tokenizer,
+      prepared.tasks,
+      config.eval.batch_size,
+    )
+
+  return evaluate
+
+
+def _losses(
+  prepared: Prepared, config: SftConfig, trained: Any, frozen: Any
+) -> dict[str, float]:
+  built, sums = prepared.program, []
+  for batch in data.evaluation_batches(config, prepared.chat):
+    placed = sharding.put_batch(batch, built.mesh)
+    sums.append(built.eval_step(trained, placed, frozen))
+  loss, weight, right = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+  return {
+    'loss': float(loss / weight),
+    'perplexity': float(np.exp(loss / weight)),
+    'token_accuracy': float(right / weight),
+  }
+
+
+def _answers(
+  prepared: Prepared, config: SftConfig, trained: Any, frozen: Any, step: int
+) -> dict[str, float]:
+  """Answers held-out prompts, and keeps what it says."""
+  built, found = prepared.program, prepared.chat
+  asked = [
+    conversation
+    for conversation in found.examples.validation_conversations
+    if conversation.kind == 'chat'
+  ][: config.eval.generate]
+  if not asked:
+    return {}
+  texts = answer(
+    built.model,
+    built.parameters.join(trained, frozen),
+    found,
+    [conversation.messages[:-1] for conversation in asked],
+    [conversation.tools for conversation in asked],
+    config,
+  )
+  rows = [
+    {
+      'step': step,
+      'messages': [
+        {'role': message.role, 'content': message.content}
+        for message in conversation.messages[:-1]
+      ],
+      'answer': text,
+      'expected': conversation.messages[-1].content,
+      'exact_match': text == conversation.messages[-1].content.strip(),
+    }
+    for conversation, text in zip(asked, texts, strict=True)
+  ]
+  keep_samples(pathlib.Path(config.run_dir) / SAMPLES_FILE, step, rows)
+  return {'exact_match': float(np.mean([row['exact_match'] for row in rows]))}
+
+
+def answer(
+  model: Model,
+  params: Any,
+  found: data.Chat,
+  conversations: Sequence[Sequence[chat.Message]],
+  tools: Sequence[Sequence[dict[str, Any]]],
+  config: SftConfig,
+) -> list[str]:
+  """What a model answers, white space around it removed.
+
+  Args:
+    model: The model.
+    params: Its parameters.
+    found: Tokenizer and template.
+    conversations: The messages before each answer.
+    tools: The functions that may be called in each.
+    config: The settings: how many tokens, how random, how many at a time.
+  """
+  prompts = [
+    found.template.prompt(messages, functions)
+    for messages, functions in zip(conversations, tools, strict=True)
+  ]
+  size = config.eval.batch_size
+  stop_ids = found.template.stop_ids
+  texts = []
+  for start in range(0, len(prompts), size):
+    answers = generate(
+      model,
+      params,
+      prompts[start : start + size],
+      min(config.eval.max_tokens, model.config.max_seq_len - 1),
+      temperature=config.eval.temperature,
+      key=jax.random.fold_in(jax.random.key(config.seed), start),
+      eos_ids=stop_ids,
+    )
+    texts += [found.tokenizer.decode(ids).strip() for ids in answers]
+  return texts
+
+
+def keep_samples(
+  path: pathlib.Path, step: int, rows: Sequence[dict[str, Any]]
+) -> None:
+  """Adds the rows of a step to a file of JSON lines, which stays whole.
+
+  Args:
+    path: The file.
+    step: The step. What is there of it and of later ones, which a run that was
+      interrupted left, is replaced.
+    rows: Its rows.
+  """
+  kept = []
+  if path.is_file():
+    lines = path.read_text(encoding='utf-8').splitlines()
+    kept = [line for line in lines if json.loads(line)['step'] < step]
+  kept += [json.dumps(row, ensure_ascii=False) for row in rows]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, '\n'.join(kept) + '\n')

@@ -1,0 +1,101 @@
+"""What an instruction-tuning run takes where the user gives nothing."""
+
+import dataclasses
+
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.compose.methods import Method, get_method
+from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
+from gnlorp_jax.recipes.sft.settings import SftConfig
+
+# Learning rates by kind of method, of a trained model of a hundred million
+# parameters and more. `full` and `lora` are what users of other programs start
+# from; larger models want lower ones.
+_RATES = {'full': 1e-5, 'lora': 2e-4, 'projected': 2e-4, 'other': 2e-5}
+# The generated set trains a small random model: chosen by trial.
+_DEMO_RATES = {'full': 2e-3, 'lora': 5e-3, 'projected': 1e-2, 'other': 2e-3}
+_RANK, _ADAPTER_RANK = 32, 8
+
+
+def resolve(config: SftConfig) -> SftConfig:
+  """The settings of a run: what is given, or else what suits the method.
+
+  Args:
+    config: What the user asks for; None stands for what this decides.
+
+  Returns:
+    Settings without None where the optimizer, the adapters or the length of the
+    run need a number; without a learning rate where rates are searched.
+
+  Raises:
+    ValueError: If there is no such method.
+  """
+  method, is_demo = get_method(config.method), config.is_demo
+  adapter = _adapter(config.adapter, method)
+  return dataclasses.replace(
+    config,
+    batch_size=_or(config.batch_size, 16 if is_demo else 8),
+    epochs=_or(config.epochs, 12 if is_demo else 1),
+    optim=_optimizer(config, method, adapter),
+    adapter=adapter,
+    data=dataclasses.replace(
+      config.data, max_length=_or(config.data.max_length, _length(config))
+    ),
+    eval=dataclasses.replace(
+      config.eval, generate=_or(config.eval.generate, 64 if is_demo else 8)
+    ),
+  )
+
+
+def _or(given, default):
+  return default if given is None else given
+
+
+def _length(config: SftConfig) -> int:
+  return min(1024, config.model.max_seq_len)
+
+
+def _adapter(given: AdapterOptions, method: Method) -> AdapterOptions:
+  kind = given.kind or method.adapter
+  if kind is None:
+    return given
+  return dataclasses.replace(
+    given,
+    kind=kind,
+    rank=_or(given.rank, _ADAPTER_RANK),
+    alpha=_or(given.alpha, 2.0 * _or(given.rank, _ADAPTER_RANK)),
+    dropout=_or(given.dropout, 0.0),
+  )
+
+
+def _optimizer(
+  given: SftConfig, method: Method, adapter: AdapterOptions
+) -> OptimConfig:
+  config = dataclasses.replace(
+    given.optim, name=given.optim.name or method.optimizer
+  )
+  if config.learning_rate is None and given.learning_rates is None:
+    rates = _DEMO_RATES if given.is_demo else _RATES
+    rate = rates[_rates_of(config, adapter)]
+    config = dataclasses.replace(config, learning_rate=rate)
+  # A rank of pieces of rows is another number: the optimizer's own.
+  is_of_pieces = config.name in ('vlorp', 'projfactor')
+  rank = _RANK if adapter.kind is None else adapter.rank
+  numbers = {
+    'rank': config.rank if is_of_pieces else _or(config.rank, rank),
+    'update_proj_gap': _or(config.update_proj_gap, 100),
+  }
+  return dataclasses.replace(
+    config,
+    **{
+      name: value if optimizer.accepts(config, name) else None
+      for name, value in numbers.items()
+    },
+  )
+
+
+def _rates_of(config: OptimConfig, adapter: AdapterOptions) -> str:
+  if adapter.kind is not None:
+    return 'lora'
+  if optimizer.has_subspaces(config):
+    return 'projected'
+  return 'full' if config.name == 'adamw' else 'other'

@@ -1,0 +1,241 @@
+"""Instruction tuning: from settings to runs of the training loop."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import (
+  language_model,
+  optimizer,
+  parameters,
+  program,
+  scores,
+)
+from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.data import tasks as data_tasks
+from gnlorp_jax.data.chat import demo
+from gnlorp_jax.recipes.sft import data, evaluation, protocol
+from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.training import loop, objectives
+
+
+class Planned(NamedTuple):
+  """What follows from settings alone: no examples, no arrays."""
+
+  config: SftConfig  # Nothing in it None that a run needs.
+  program: program.Program
+  abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Prepared(NamedTuple):
+  """What all runs of a command share."""
+
+  config: SftConfig  # As in `Planned`, with the number of steps.
+  program: program.Program
+  chat: data.Chat
+  tasks: tuple[data_tasks.Task, ...]  # Asked at every evaluation.
+  steps_per_epoch: int
+
+  @property
+  def evaluates(self) -> bool:
+    """Whether there are held-out examples."""
+    return bool(self.chat.examples.validation)
+
+
+def resolve(config: SftConfig) -> SftConfig:
+  """The settings with the architecture, and all else that a run needs.
+
+  Raises:
+    ValueError: If there is no such model or method, or it is shorter than the
+      examples may be.
+  """
+  overrides = {}
+  if config.is_demo and config.init_from is None:
+    overrides['vocab_size'] = demo.tokenizer().vocab_size
+  architecture = parameters.architecture(
+    config.init_from, config.model, **overrides
+  )
+  config = dataclasses.replace(
+    config, model=architecture, seed=config.seed_numbers[0]
+  )
+  config = protocol.resolve(config)
+  if config.data.max_length > architecture.max_seq_len:
+    raise ValueError(
+      f'data.max_length={config.data.max_length} is more than the model '
+      f'accepts: {architecture.max_seq_len} tokens. Lower it.'
+    )
+  return config
+
+
+def plan(
+  config: SftConfig, devices: Sequence[jax.Device] | int | None = None
+) -> Planned:
+  """Builds what a run computes; reads no examples, allocates nothing.
+
+  Args:
+    config: The settings.
+    devices: The devices to compile for, real or described; None means all of
+      this process. A number is enough for shapes and shardings.
+
+  Raises:
+    ValueError: If parts of the settings do not fit each other or the devices.
+  """
+  config = resolve(config)
+  return Planned(
+    config,
+    built := _build(config, config.steps or 0, devices),
+    data.abstract_batch(config, built.mesh),
+  )
+
+
+def _build(
+  config: SftConfig,
+  steps: int,
+  devices: Sequence[jax.Device] | int | None = None,
+) -> program.Program:
+  mesh = program.make_mesh(
+    config.mesh, config.batch_size, config.micro_batches, devices
+  )
+  family = models.family(config.model)
+  return program.build(
+    functools.partial(family.make, device=program.first_device(mesh)),
+    config.model,
+    functools.partial(
+      objectives.language_model,
+      chunk_tokens=config.loss_chunk_tokens,
+      dropout=data.has_dropout(config),
+      accuracy=True,
+    ),
+    mesh,
+    optim_config=config.optim,
+    adapter=config.adapter,
+    step_config=config.step,
+    model_rules=family.LABEL_RULES,
+    steps=steps,
+    micro_batches=config.micro_batches,
+    read=language_model.reader(
+      config.init_from, config.model, config.step.weight_bits
+    ),
+    seed=config.seed,
+  )
+
+
+def plan_anywhere(config: SftConfig) -> Planned:
+  """`plan` for one device that need not be there: enough for a report."""
+  # What it reports is the same on any number of devices.
+  mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
+  return plan(dataclasses.replace(config, mesh=mesh), 1)
+
+
+def prepare(config: SftConfig) -> Prepared:
+  """Builds what all runs of a command share; cheap checks come first.
+
+  Args:
+    config: The settings.
+
+  Returns:
+    The parts. No parameter is allocated yet.
+
+  Raises:
+    ValueError: If parts of the settings do not fit each other, the examples or
+      the devices.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'This is one of {jax.process_count()} processes: train_sft.py runs in '
+      'one, with all its devices.'
+    )
+  tasks = language_model.read_tasks(config.eval)
+  config = resolve(config)
+  for task in tasks:
+    scores.check_room(task, config.model.max_seq_len, None)
+  found = data.load(config)
+  # The schedule needs to know how long the run is.
+  per_epoch = data.training_batches(config, found).batches_per_epoch
+  steps = math.ceil(config.epochs * per_epoch)
+  if config.steps is not None:
+    steps = min(steps, config.steps)
+  built = _build(config, steps)
+  language_model.tell_start(config.init_from, config.model)
+  return Prepared(
+    dataclasses.replace(config, steps=steps),
+    built,
+    found,
+    tasks,
+    per_epoch,
+  )
+
+
+def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
+  """A run of the training loop.
+
+  Args:
+    prepared: What the runs share.
+    config: The settings of this one, which differ from those of `prepared` in
+      learning rate, seed and folder at most.
+  """
+  built = prepared.program
+  key = jax.random.key(config.seed)
+  numbers = optimizer.numbers(config.optim, config.steps)
+  folder = pathlib.Path(config.run_dir)
+  every = config.eval_every or prepared.steps_per_epoch
+  return loop.Run(
+    name='' if prepared.config.is_single else folder.name,
+    folder=folder,
+    steps=config.steps,
+    mesh=built.mesh,
+    abstract_state=built.abstract_state,
+    start=lambda: built.start(key, numbers),
+    train_step=built.train_step,
+    batches=data.training_batches(config, prepared.chat),
+    evaluate=evaluation.evaluator(prepared, config),
+    instruments=built.instruments(
+      config.optim,
+      config.steps,
+      tokens_per_step=_tokens_per_step(config),
+      flops_per_token=models.family(config.model).flops_per_token(
+        config.model, config.data.max_length
+      ),
+    ),
+    metadata=metadata(prepared, config),
+    every=loop.Every(
+      log=config.log_every,
+      evaluate=every,
+      checkpoint=config.checkpoint_every or every,
+      evaluate_first=True,
+    ),
+    keep=config.checkpoint_keep,
+    constants=lambda: built.parameters.start_frozen(key),
+    better=language_model.is_better if _keeps_best(prepared, config) else None,
+    renew=lambda state: built.renew(state, numbers),
+  )
+
+
+def _tokens_per_step(config: SftConfig) -> int | None:
+  """Tokens of a step where all have the same, padding among them."""
+  if not config.data.packing:
+    return None
+  return config.batch_size * config.data.max_length
+
+
+def _keeps_best(prepared: Prepared, config: SftConfig) -> bool:
+  return config.keep_best and prepared.evaluates
+
+
+def metadata(prepared: Prepared, config: SftConfig) -> dict[str, Any]:
+  """What cannot change within a run: it decides shapes or the order of data."""
+  is_grid = not prepared.config.is_single
+  found = fixed_settings(config, compared=is_grid)
+  if prepared.program.parameters.frozen:
+    # They are in no checkpoint.
+    found['init_from'] = parameters.pinned(config.init_from)
+  return found | {
+    'examples': prepared.chat.examples.fingerprint,
+    'tokenizer': prepared.chat.tokenizer.fingerprint,
+  }

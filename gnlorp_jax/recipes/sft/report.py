@@ -1,0 +1,231 @@
+"""What an instruction-tuning run leaves behind: samples, export, summary."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import rich.console
+import rich.padding
+import rich.text
+
+from gnlorp_jax.compose import folders, language_model
+from gnlorp_jax.compose.report import memory, memory_table, num_params
+from gnlorp_jax.data import chat
+from gnlorp_jax.optim.inspect import tree_bytes
+from gnlorp_jax.recipes import grid
+from gnlorp_jax.recipes.grid import Result
+from gnlorp_jax.recipes.sft import data
+from gnlorp_jax.recipes.sft.evaluation import SAMPLES_FILE
+from gnlorp_jax.recipes.sft.recipe import Prepared, make_run
+from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.training import metrics
+from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.loop import Outcome
+
+_SHOWN = 3  # Examples of a preview, answers at the end of a run.
+
+
+def finish(
+  prepared: Prepared, config: SftConfig, outcome: Outcome
+) -> dict[str, Any]:
+  """Writes plot, export and summary.
+
+  Args:
+    prepared: What the runs of the command share.
+    config: The settings of this run.
+    outcome: What the loop left.
+
+  Returns:
+    The summary.
+  """
+  folder = pathlib.Path(config.run_dir)
+  metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  export(prepared, config, outcome)
+  summary = summarise(prepared, config, outcome)
+  (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  return summary
+
+
+def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
+  """Writes the model, or its adapters, in place of those of an earlier finish."""
+  folder = pathlib.Path(config.run_dir)
+  tokenizer = prepared.chat.tokenizer.with_chat_template(
+    prepared.chat.template.jinja, prepared.chat.template.stop_ids
+  )
+  if config.export == 'merged':
+    language_model.export(
+      prepared.program,
+      config.model,
+      tokenizer,
+      outcome,
+      folder / 'hf',
+      add_bos=tokenizer.adds_bos,
+    )
+  elif config.export == 'adapter':
+    folders.export_peft(
+      folder / 'adapter',
+      outcome.params,
+      prepared.program.parameters,
+      config.adapter,
+      config.model,
+      base=config.init_from,
+    )
+    tokenizer.save(folder / 'adapter', add_bos=tokenizer.adds_bos)
+
+
+def summarise(
+  prepared: Prepared, config: SftConfig, outcome: Outcome
+) -> dict[str, Any]:
+  """The run in numbers: what it found, what it took."""
+  rows = metrics.read_metrics(pathlib.Path(config.run_dir) / 'metrics.jsonl')
+  # A number that was not finite is None in a row, and stays None here.
+  first = next((row for row in rows if _is_evaluation(row)), {})
+  record, built = outcome.record, prepared.program
+  return {
+    'method': config.method,
+    'optimizer': config.optim.name,
+    'adapter': config.adapter.kind,
+    'learning_rate': config.optim.learning_rate,
+    'parameters': num_params(built),
+    'trained_parameters': sum(
+      leaf.size for leaf in jax.tree.leaves(built.parameters.trained)
+    ),
+    'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
+    'steps': config.steps,
+    'epochs': config.steps / prepared.steps_per_epoch,
+    'data': {
+      name: dataclasses.asdict(counts)
+      for name, counts in prepared.chat.examples.report.items()
+    },
+    'first': {
+      name.removeprefix('eval/'): value
+      for name, value in first.items()
+      if name.startswith('eval/')
+    },
+    'last': record['best'] or record['last'],
+    'seconds_per_step': record['seconds_per_step'],
+    'memory_bytes': memory(built, config.step, config.optim),
+    'peak_device_bytes': record['peak_device_bytes'],
+    'device': jax.devices()[0].device_kind,
+  }
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+  return any(name.startswith('eval/') for name in row)
+
+
+def show(config: SftConfig, summary: dict[str, Any]) -> None:
+  """Prints the end of a run for the person who waited for it."""
+  console = rich.console.Console()
+  console.print(memory_table(summary['memory_bytes'], summary['optimizer']))
+  _show_answers(console, config, summary['last']['step'])
+  first, last = summary['first'], summary['last']
+  for name, text in (
+    ('loss', 'Validation loss'),
+    ('token_accuracy', 'Tokens guessed right'),
+    ('exact_match', 'Answers as expected'),
+  ):
+    if last.get(name) is not None and first.get(name) is not None:
+      console.print(
+        f'{text}: {first[name]:.3f} -> {last[name]:.3f}', highlight=False
+      )
+  for name, score in last.items():
+    error = last.get(f'{name}_stderr')
+    if error is not None:
+      console.print(f'{name}: {score:.3f} ± {error:.3f}', highlight=False)
+  left = {'merged': 'the model (hf/)', 'adapter': 'the adapters (adapter/)'}
+  things = ['Plot', 'metrics', *filter(None, [left.get(config.export)])]
+  console.print(
+    f'{", ".join(things)} and {SAMPLES_FILE} are in {config.run_dir}.',
+    highlight=False,
+  )
+  if config.export == 'merged':
+    console.print(
+      f'Talk to it: python -m gnlorp_jax.chat {config.run_dir}/hf',
+      highlight=False,
+    )
+
+
+def _show_answers(
+  console: rich.console.Console, config: SftConfig, step: int
+) -> None:
+  """Prints some of the answers that the model gave at a step."""
+  path = pathlib.Path(config.run_dir) / SAMPLES_FILE
+  if not path.is_file():
+    return
+  rows = [
+    row
+    for line in path.read_text(encoding='utf-8').splitlines()
+    if (row := json.loads(line))['step'] == step
+  ]
+  for row in rows[:_SHOWN]:
+    console.rule(f'{row["messages"][-1]["role"]}', align='left')
+    for text, style in (
+      (row['messages'][-1]['content'], ''),
+      (row['answer'], 'bold'),
+    ):
+      console.print(rich.padding.Padding(rich.text.Text(text, style), (0, 2)))
+  if rows:
+    console.rule()
+
+
+def show_preview(config: SftConfig, found: data.Chat) -> None:
+  """Prints the first examples, what is learned of them marked."""
+  console = rich.console.Console()
+  for number, example in enumerate(found.examples.training[:_SHOWN], 1):
+    learned = int((example.weights > 0).sum())
+    console.rule(
+      f'example {number}: {len(example.ids)} tokens, {learned} of them learned',
+      align='left',
+    )
+    console.print(chat.preview(example, found.tokenizer))
+  console.rule()
+  console.print(
+    'Bold is learned, faint is given, in reverse are control tokens. Rows have '
+    f'{config.data.max_length} tokens'
+    f'{", several examples in each" if config.data.packing else ""}.',
+    highlight=False,
+  )
+
+
+def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
+  """Runs the first seed with every learning rate, the others with the best.
+
+  Args:
+    prepared: What the runs share.
+    stop: Tells of signals.
+
+  Returns:
+    The results, which are in the run directory's ``results.json`` as well.
+  """
+  config = prepared.config
+
+  def member(rate: float | None, seed: int) -> grid.Member:
+    chosen = rate or config.optim.learning_rate
+    one = dataclasses.replace(
+      config,
+      run_dir=str(pathlib.Path(config.run_dir) / f'lr{chosen:g}_seed{seed}'),
+      seed=seed,
+      optim=dataclasses.replace(config.optim, learning_rate=chosen),
+    )
+
+    def leave(outcome: Outcome) -> None:
+      finish(prepared, one, outcome)
+
+    return grid.Member(
+      run=make_run(prepared, one),
+      finish=leave,
+      describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
+      metric='loss',
+      higher_is_better=False,
+    )
+
+  return grid.run_all(
+    pathlib.Path(config.run_dir),
+    config.searched_rates,
+    config.seed_numbers,
+    member,
+    stop,
+  )

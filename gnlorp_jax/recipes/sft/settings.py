@@ -1,0 +1,256 @@
+"""What an instruction-tuning program is asked for.
+
+The docstring under a field is its help text on the command line.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import command_line, config_file, methods
+from gnlorp_jax.compose.settings import (
+  AdapterOptions,
+  OptimConfig,
+  RunConfig,
+  TaskOptions,
+  check_at_least_one,
+  free,
+  result,
+)
+from gnlorp_jax.models.llama import LlamaConfig
+
+DEMO = 'demo'  # The generated instructions, which need no files.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatDataConfig:
+  """Conversations and how they become tokens; they decide about a resume."""
+
+  source: str = free(DEMO)
+  """Files (.json, .jsonl, .parquet), folders and globs, joined by commas:
+  alpaca, sharegpt, messages, prompt and completion, or plain text, told apart
+  by their keys. NAME=FILE names a source, FILE@0.5 takes half of it in every
+  epoch, FILE@2 takes it twice. 'demo' is a generated set."""
+  validation_source: str | None = free(None)
+  """Conversations to evaluate on, named like `source`; None holds out
+  `val_size` of it."""
+  val_size: float = free(0.02)
+  """Examples of `source` held out: a number of them, or below 1 a share; 0
+  holds out none, and then nothing is evaluated but tasks."""
+  template: str | None = free(None)
+  """How a conversation becomes text: 'tokenizer' (the template beside the
+  model's tokenizer), 'alpaca', 'none' (prompt and answer alone), or a Jinja
+  file; None is 'tokenizer' where there is one, or else 'alpaca'. It is exported
+  with the model."""
+  tokenizer: str | None = free(None)
+  """A tokenizer.json, a folder with one, or 'hf:OWNER/NAME'; None is that of
+  the model. The demo makes its own."""
+  train_on: Literal['assistant', 'last', 'all'] = free('assistant')
+  """What of a conversation is learned: every answer of the assistant, the last
+  one alone, or all text. A message's own `train` or `weight` counts more."""
+  max_length: int | None = None
+  """Most tokens of an example, and of a packed row; None: 1024, or as much as
+  the model accepts."""
+  overflow: Literal['truncate', 'drop', 'raise'] = free('truncate')
+  """What becomes of longer examples: their end is cut off, they are left out,
+  or the first one ends the program."""
+  packing: bool = True
+  """Put several examples into a row, none of which attends to another; without,
+  every row is one example and padding."""
+  limit: int | None = free(None)
+  """Train on the first so many examples; None takes all."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'max_length', 'limit')
+    if self.val_size < 0 or (self.val_size > 1 and self.val_size % 1):
+      raise ValueError(
+        f'data.val_size={self.val_size} must be a number of examples, such as '
+        '100, a share below 1, such as 0.02, or 0 for none.'
+      )
+    if self.validation_source is not None and self.source == DEMO:
+      raise ValueError(
+        f'data.validation_source={self.validation_source!r} is given, and '
+        "data.source is 'demo', which holds out some of its own. Name the "
+        'conversations to train on as data.source.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftEvalOptions(TaskOptions):
+  """What a model is asked at every evaluation beside its validation loss."""
+
+  generate: int | None = free(None)
+  """Answers to write to the first so many held-out prompts, to samples.jsonl;
+  0 writes none; None: 8, and 64 of the demo."""
+  max_tokens: int = free(128)
+  """Most tokens of such an answer."""
+  temperature: float = free(0.0)
+  """Randomness of the answers: 0 takes the likeliest token."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_at_least_one(self, 'max_tokens')
+    for name in ('generate', 'temperature'):
+      value = getattr(self, name)
+      if value is not None and value < 0:
+        raise ValueError(f'eval.{name}={value} must not be negative.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig(RunConfig):
+  """Fine-tuning on conversations, each field an option of the program.
+
+  Attributes:
+    needs_model: Whether examples must come with a model.
+  """
+
+  needs_model: ClassVar[bool] = True
+
+  method: str = 'gradnormlorp'
+  """What trains and how: full (AdamW), lora, dora, gradnormlorp_adapter, or an
+  optimizer that trains all weights (galore, q_galore, apollo, fira,
+  gradnormlorp, vlorp, ...). A method is an optimizer and a kind of adapter:
+  optim.name and adapter.kind replace them."""
+  init_from: str | None = result(None)
+  """Hugging Face folder of the model to fine-tune, or hf:OWNER/NAME of the hub
+  (also --model); or a preset with random weights. None, for the demo, is the
+  small `model`."""
+  run_dir: str = free('runs/sft')
+  """Where checkpoints, metrics, samples and export go. A run directory that
+  holds checkpoints is resumed."""
+  epochs: float | None = result(None)
+  """Passes over the training examples; None: 1, and of the demo 12."""
+  steps: int | None = result(None)
+  """Ends a run after so many steps, if the epochs are not over before; the
+  learning rate decays over the steps that are taken."""
+  batch_size: int | None = None
+  """Rows per step, over all devices; None: 8, and 16 of the demo."""
+  eval_every: int | None = result(None)
+  """Steps between two evaluations; None evaluates after every epoch."""
+  checkpoint_every: int | None = free(None)
+  """Steps between two checkpoints; None saves with every evaluation."""
+  checkpoint_keep: int = free(2)
+  """Number of checkpoints kept."""
+  keep_best: bool = result(True)
+  """Keep the parameters with the lowest validation loss as well; they are what
+  is exported and told of at the end."""
+  export: Literal['merged', 'adapter', 'none'] = free('merged')
+  """What is left at the end: 'merged' is a Hugging Face folder of the whole
+  model (hf/), 'adapter' a PEFT folder of the adapters alone (adapter/)."""
+  preview: bool = free(False)
+  """Only print the first examples as the model reads them, what is learned
+  marked."""
+  loss_chunk_tokens: int = free(1024)
+  """Tokens whose logits exist at once in the loss."""
+  model: models.Config = LlamaConfig(
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+  )
+  """Architecture and dtypes. With `init_from` only param_dtype, compute_dtype,
+  remat and dropout count; of the demo the vocabulary is the tokenizer's."""
+  data: ChatDataConfig = ChatDataConfig()
+  """Conversations."""
+  optim: OptimConfig = OptimConfig(
+    name=None,
+    learning_rate=None,
+    warmup_fraction=0.05,
+    final_fraction=0.0,
+    decay_norms_and_biases=False,
+  )
+  """Optimizer and schedule; None takes the method's. Learning rates are those
+  of docs/instruction-tuning.md: search around them."""
+  adapter: AdapterOptions = AdapterOptions()
+  """Low-rank changes beside frozen kernels."""
+  eval: SftEvalOptions = SftEvalOptions()
+  """Answers and tasks asked at every evaluation."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_at_least_one(self, 'loss_chunk_tokens')
+    if self.epochs is not None and not self.epochs > 0:
+      raise ValueError(f'epochs={self.epochs} must be positive.')
+    chosen = methods.get_method(self.method)
+    if self.optim.learning_rate is not None and self.learning_rates is not None:
+      raise ValueError(
+        f'optim.learning_rate={self.optim.learning_rate} and learning_rates='
+        f'{self.learning_rates!r} exclude each other: give one rate, or '
+        'several to choose from.'
+      )
+    if self.learning_rates is not None and self.data.val_size == 0:
+      if self.data.validation_source is None:
+        raise ValueError(
+          f'learning_rates={self.learning_rates!r} are chosen by the '
+          'validation loss, and data.val_size=0 holds out nothing.'
+        )
+    kind = self.adapter.kind or chosen.adapter
+    if self.export == 'adapter' and kind not in ('lora', 'dora'):
+      trains = 'all weights' if kind is None else f'adapters of kind {kind!r}'
+      raise ValueError(
+        "export='adapter' writes adapters of kind lora or dora for PEFT, and "
+        f"method={self.method!r} trains {trains}. Use export='merged', or "
+        'another method.'
+      )
+    if self.needs_model and self.data.source != DEMO and self.init_from is None:
+      raise ValueError(
+        f'data.source={self.data.source!r} needs a model: give its Hugging '
+        'Face folder, or hf:OWNER/NAME, as init_from (or --model).'
+      )
+
+  @property
+  def is_demo(self) -> bool:
+    """Whether the instructions are generated."""
+    return self.data.source == DEMO
+
+
+ALIASES: command_line.Aliases = {
+  'data': ('data.source',),
+  'learning_rate': ('optim.learning_rate',),
+  'model': ('init_from',),
+  'rank': ('optim.rank', 'adapter.rank'),
+}
+"""Short names of options, and the fields that they set."""
+
+
+def parse(
+  args: list[str], description: str, kind: type[SftConfig] = SftConfig
+) -> SftConfig:
+  """Makes a configuration from the command line.
+
+  ``--config FILE`` names the file that overrides start from. ``--data`` takes
+  several files, with spaces between them.
+
+  Args:
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+    kind: `SftConfig`, or a program's own extension of it, whose further fields
+      have defaults.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If a field does not exist or a value is not allowed.
+  """
+  path, args = config_file.take(args)
+  loaded = SftConfig() if path is None else config_file.load(path, SftConfig)
+  default = kind(
+    **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+  )
+  return command_line.override(default, _join_files(args), description, ALIASES)
+
+
+def _join_files(args: list[str]) -> list[str]:
+  """The words after ``--data`` up to the next option as one."""
+  if '--data' not in args:
+    return args
+  start = args.index('--data') + 1
+  is_option = (word.startswith('--') for word in args[start:])
+  end = next((i for i, x in enumerate(is_option, start) if x), len(args))
+  if start == end:
+    return args
+  return [*args[:start], ','.join(args[start:end]), *args[end:]]
