@@ -25,6 +25,7 @@ import sys
 
 from gnlorp_jax.compose import command_line, program
 from gnlorp_jax.optim import format_report
+from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.pretrain import recipe, report
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig, parse
 from gnlorp_jax.training import loop, metrics
@@ -55,7 +56,7 @@ def pretrain(config: TrainConfig) -> None:
     return
   with StopRequest() as stop:
     results = report.run_grid(prepared, stop)
-  report.show_grid(config.run_dir, results)
+  grid.show(config.run_dir, results)
 
 
 if __name__ == '__main__':

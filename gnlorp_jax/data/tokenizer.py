@@ -227,6 +227,21 @@ class Tokenizer:
     other.adds_bos = add_bos
     return other
 
+  def with_chat_template(
+    self, template: str, stop_ids: Iterable[int] = ()
+  ) -> 'Tokenizer':
+    """A copy with another chat template.
+
+    Args:
+      template: Jinja template of a conversation.
+      stop_ids: Ids with which it ends answers: they join `eos_ids`.
+    """
+    other = copy.copy(self)
+    other._beside = self._beside.with_chat_template(template)
+    other.chat_template = template
+    other.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *stop_ids)))
+    return other
+
   def check_bos(self) -> int:
     """The id that documents begin with where `add_bos` is asked for.
 

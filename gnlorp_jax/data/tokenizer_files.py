@@ -101,6 +101,12 @@ class Beside:
       if key not in _NOT_KEPT
     }
 
+  def with_chat_template(self, template: str) -> 'Beside':
+    """The same with another template of a conversation."""
+    config = {k: v for k, v in self.config.items() if k != 'chat_template'}
+    templates = {**self.templates, _TEMPLATE: template}
+    return dataclasses.replace(self, config=config, templates=templates)
+
   def write_templates(self, folder: pathlib.Path) -> None:
     """Writes the templates that are files."""
     for path, text in self.templates.items():

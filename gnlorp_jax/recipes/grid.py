@@ -14,6 +14,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import rich.console
+import rich.table
+
 from gnlorp_jax.training import loop
 from gnlorp_jax.training.checkpoint import check_compatible
 from gnlorp_jax.training.interrupt import StopRequest
@@ -216,3 +219,62 @@ def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
   for path in (run.folder / 'best').glob('*'):
     if keep == 'none' or path.name != str(result['best']['step']):
       shutil.rmtree(path)
+
+
+def run_all(
+  folder: pathlib.Path,
+  rates: Sequence[float] | None,
+  seeds: Sequence[int],
+  member: Callable[[float | None, int], Member],
+  stop: StopRequest,
+) -> list[Result]:
+  """Searches over learning rates and runs the other seeds with the best.
+
+  Args:
+    folder: That of all the runs, whose folders are directly in it.
+    rates: Learning rates to search; None is the one that is configured.
+    seeds: The seeds.
+    member: The run of a learning rate and a seed.
+    stop: Tells of signals.
+
+  Returns:
+    The results, which are in ``results.json`` in the folder as well.
+  """
+
+  def run(rate: float | None, seed: int) -> Result:
+    result = run_once(member(rate, seed), stop, keep='all', is_single=False)
+    text = json.dumps(read_results(folder, '*'), indent=2, allow_nan=False)
+    write_atomically(folder / 'results.json', text + '\n')
+    return result
+
+  return search(rates, seeds, run)
+
+
+def show(run_dir: str, results: Sequence[Result]) -> None:
+  """Prints what a search over learning rates and seeds found.
+
+  Args:
+    run_dir: The folder of the runs.
+    results: Their results, with the ``loss`` of the validation.
+  """
+  console = rich.console.Console()
+  table = rich.table.Table(title='Runs', title_justify='left')
+  for name in (
+    'learning rate',
+    'seed',
+    'validation loss',
+    'perplexity',
+    'step',
+  ):
+    table.add_column(name, justify='right')
+  for result in results:
+    best = result['best']
+    values = (best.get('loss'), best.get('perplexity'))
+    table.add_row(
+      f'{result["learning_rate"]:g}',
+      str(result['seed']),
+      *('no number' if v is None else f'{v:.4f}' for v in values),
+      str(best['step']),
+    )
+  console.print(table)
+  console.print(f'results.json and the runs are in {run_dir}.', highlight=False)

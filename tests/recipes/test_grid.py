@@ -267,3 +267,20 @@ def test_results_are_read_in_the_order_of_their_folders(tmp_path):
   (tmp_path / 'a/unfinished').mkdir()
   found = grid.read_results(tmp_path, '*/*')
   assert [one['name'] for one in found] == ['a/x', 'a/y', 'b/x']
+
+
+def test_shown_grid_has_a_row_for_every_run(capsys):
+  found = [
+    {
+      'learning_rate': 3e-4,
+      'seed': 0,
+      'best': {'step': 4, 'loss': 3.25, 'perplexity': 25.79},
+    },
+    {'learning_rate': 0.1, 'seed': 0, 'best': {'step': None, 'loss': None}},
+  ]
+  grid.show('runs/x', found)
+  shown = capsys.readouterr().out.replace('│', ' ')
+  rows = [line.split() for line in shown.splitlines()]
+  assert ['0.0003', '0', '3.2500', '25.7900', '4'] in rows
+  assert ['0.1', '0', 'no', 'number', 'no', 'number', 'None'] in rows
+  assert 'results.json and the runs are in runs/x.' in shown

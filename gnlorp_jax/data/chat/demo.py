@@ -12,7 +12,7 @@ import tokenizers
 
 from gnlorp_jax.data import tokenizer_files
 from gnlorp_jax.data.chat.conversations import Conversation, Message
-from gnlorp_jax.data.chat.files import Source
+from gnlorp_jax.data.chat.reading import Source
 from gnlorp_jax.data.tokenizer import Tokenizer
 
 _SYLLABLES = (
@@ -29,7 +29,12 @@ _TASKS: tuple[tuple[str, Callable[[str], str]], ...] = (
   ('How many letters has {}?', lambda word: str(len(word))),
 )
 
-_PAD, _USER, _ASSISTANT, _END = '<|pad|>', '<|user|>', '<|assistant|>', '<|end|>'
+_PAD, _USER, _ASSISTANT, _END = (
+  '<|pad|>',
+  '<|user|>',
+  '<|assistant|>',
+  '<|end|>',
+)
 _TEMPLATE = (
   '{% for message in messages %}'
   "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"

@@ -5,9 +5,10 @@ Shape suffixes: T tokens.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -74,6 +75,7 @@ def prepare(
   max_length: int,
   overflow: Overflow = 'truncate',
   val_size: float = 0,
+  validation: Sequence[Source] = (),
   seed: int = 0,
 ) -> Prepared:
   """Encodes conversations, holds some out and mixes the rest.
@@ -87,6 +89,7 @@ def prepare(
       are an error. What holds no token that counts is left out in any case.
     val_size: How many to hold out: a share below 1, or a number. They are drawn
       from all sources, before weights apply.
+    validation: Sources of which all is held out besides; weights do not count.
     seed: Decides which are held out, and which half a weight of 0.5 takes.
 
   Returns:
@@ -97,45 +100,70 @@ def prepare(
       `overflow` is `'raise'`, or nothing is left to train on.
   """
   _check(max_length, overflow, val_size)
+  encode = functools.partial(
+    _encode,
+    template=template,
+    train_on=train_on,
+    max_length=max_length,
+    overflow=overflow,
+  )
   report = {s.name: Counts() for s in sources}
-  encoded = []  # Number of the source, conversation, example.
-  for number, source in enumerate(sources):
-    counts = report[source.name]
-    counts.skipped = dict(source.skipped)
-    counts.read = len(source.conversations) + sum(source.skipped.values())
-    dropped: collections.Counter[str] = collections.Counter()
-    for conversation in source.conversations:
-      try:
-        example = template.encode(conversation, train_on)
-        example = _fit(example, conversation, max_length, overflow, counts)
-      except SkippedError as skip:
-        dropped[skip.reason] += 1
-      else:
-        encoded.append((number, conversation, example))
-    counts.dropped = dict(dropped)
-    if dropped:
-      logger.warning('Dropped from source %r: %s.', source.name, counts.dropped)
+  encoded = [
+    (number, conversation, example)
+    for number, source in enumerate(sources)
+    for conversation, example in encode(source, counts=report[source.name])
+  ]
   held_out = _held_out(len(encoded), val_size, seed, report)
   training = _mix(sources, encoded, held_out, seed)
-  validation = [encoded[i] for i in sorted(held_out)]
   for number, _, example in training:
     counts = report[sources[number].name]
     counts.examples += 1
     counts.tokens += len(example.ids)
     counts.trained_tokens += int(np.count_nonzero(example.weights))
-  for number, _, _ in validation:
+  tried = []
+  for number, conversation, example in (encoded[i] for i in sorted(held_out)):
     report[sources[number].name].validation += 1
+    tried.append((conversation, example))
+  for source in validation:
+    counts = report[f'validation {source.name}'] = Counts()
+    found = list(encode(source, counts=counts))
+    counts.validation = len(found)
+    tried += found
   if not training:
     raise _nothing_left(report)
-  examples = [example for _, _, example in training]
-  tried = [example for _, _, example in validation]
+  parts = ([x for _, _, x in training], [x for _, x in tried])
   return Prepared(
-    examples,
-    tried,
-    [conversation for _, conversation, _ in validation],
+    *parts,
+    [conversation for conversation, _ in tried],
     report,
-    _fingerprint((examples, tried)),
+    _fingerprint(parts),
   )
+
+
+def _encode(
+  source: Source,
+  *,
+  counts: Counts,
+  template: Template,
+  train_on: TrainOn,
+  max_length: int,
+  overflow: Overflow,
+) -> Iterator[tuple[Conversation, Example]]:
+  """Conversations of a source that are left, and the examples made of them."""
+  counts.skipped = dict(source.skipped)
+  counts.read = len(source.conversations) + sum(source.skipped.values())
+  dropped: collections.Counter[str] = collections.Counter()
+  for conversation in source.conversations:
+    try:
+      example = template.encode(conversation, train_on)
+      example = _fit(example, conversation, max_length, overflow, counts)
+    except SkippedError as skip:
+      dropped[skip.reason] += 1
+    else:
+      yield conversation, example
+  counts.dropped = dict(dropped)
+  if dropped:
+    logger.warning('Dropped from source %r: %s.', source.name, counts.dropped)
 
 
 _Encoded = list[tuple[int, Conversation, Example]]

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.table
 
 from gnlorp_jax.compose import language_model
 from gnlorp_jax.compose.report import memory, memory_table, num_params
@@ -223,7 +222,7 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
   config = prepared.config
   folder = pathlib.Path(config.run_dir)
 
-  def run(rate: float | None, seed: int) -> Result:
+  def member(rate: float | None, seed: int) -> grid.Member:
     chosen = rate or config.optim.learning_rate
     one = dataclasses.replace(
       config,
@@ -235,42 +234,14 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
     def leave(outcome: Outcome) -> None:
       finish(prepared, one, outcome)
 
-    member = grid.Member(
+    return grid.Member(
       run=make_run(prepared, one),
       finish=leave,
       describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
       metric='loss',
       higher_is_better=False,
     )
-    result = grid.run_once(member, stop, keep='all', is_single=False)
-    results = grid.read_results(folder, '*')
-    text = json.dumps(results, indent=2, allow_nan=False)
-    grid.write_atomically(folder / 'results.json', text + '\n')
-    return result
 
-  return grid.search(config.searched_rates, config.seed_numbers, run)
-
-
-def show_grid(run_dir: str, results: list[Result]) -> None:
-  """Prints what a search over learning rates and seeds found."""
-  console = rich.console.Console()
-  table = rich.table.Table(title='Runs', title_justify='left')
-  for name in (
-    'learning rate',
-    'seed',
-    'validation loss',
-    'perplexity',
-    'step',
-  ):
-    table.add_column(name, justify='right')
-  for result in results:
-    best = result['best']
-    values = (best.get('loss'), best.get('perplexity'))
-    table.add_row(
-      f'{result["learning_rate"]:g}',
-      str(result['seed']),
-      *('no number' if v is None else f'{v:.4f}' for v in values),
-      str(best['step']),
-    )
-  console.print(table)
-  console.print(f'results.json and the runs are in {run_dir}.', highlight=False)
+  return grid.run_all(
+    folder, config.searched_rates, config.seed_numbers, member, stop
+  )

@@ -66,7 +66,7 @@ def load(config: SftConfig) -> Chat:
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   template = load_template(settings.template, tokenizer)
   if config.is_demo:
-    sources, held_out = demo.sources(config.seed)
+    sources, held_out = ([one] for one in demo.sources(config.seed))
   else:
     sources, held_out = chat.read(settings.source), ()
     if settings.validation_source is not None:
@@ -95,14 +95,21 @@ def _tell(
   """Says what became of the records, and what may be wrong with them."""
   for name, counts in examples.report.items():
     lost = counts.skipped | counts.dropped
-    _logger.info(
-      '%s: %d records, %d examples to train on (%d tokens, %d of them '
-      'learned), %d held out%s%s.',
-      *(name, counts.read, counts.examples, counts.tokens),
-      *(counts.trained_tokens, counts.validation),
-      f', {counts.truncated} cut off' if counts.truncated else '',
-      f', left out: {lost}' if lost else '',
-    )
+    facts = [f'{counts.read} records']
+    if counts.examples:
+      facts.append(
+        f'{counts.examples} examples to train on ({counts.tokens} tokens, '
+        f'{counts.trained_tokens} of them learned)'
+      )
+    for number, what in (
+      (counts.validation, 'held out'),
+      (counts.truncated, 'cut off'),
+    ):
+      if number:
+        facts.append(f'{number} {what}')
+    if lost:
+      facts.append(f'left out: {lost}')
+    _logger.info('%s: %s.', name, ', '.join(facts))
   if not set(template.stop_ids) & set(tokenizer.eos_ids):
     names = [tokenizer.backend.id_to_token(i) for i in tokenizer.eos_ids]
     _logger.warning(

@@ -26,16 +26,17 @@ SAMPLES_FILE = 'samples.jsonl'
 
 
 def evaluator(
-  prepared: Prepared, config: SftConfig
-) -> Callable[[Any, Any, int], dict[str, float]]:
+  prepared: Prepared, config: SftConfig, steps_taken: Callable[[], int]
+) -> Callable[[Any, Any], dict[str, float]]:
   """What a run finds out about its model every now and then.
 
   Args:
     prepared: What the runs of a command share.
     config: The settings of this one.
+    steps_taken: Tells how many steps were taken.
 
   Returns:
-    A function of trained and frozen weights and of the step, which returns the mean ``loss``
+    A function of trained and frozen weights, which returns the mean ``loss``
     of the held-out tokens that count, the ``perplexity``, the share of them
     that is the likeliest (``token_accuracy``), the share of generated answers
     that are the expected ones (``exact_match``), and of each task
@@ -44,11 +45,11 @@ def evaluator(
   """
   built = prepared.program
 
-  def evaluate(trained: Any, frozen: Any, step: int) -> dict[str, float]:
+  def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
     found = {}
     if prepared.evaluates:
       found |= _losses(prepared, config, trained, frozen)
-      found |= _answers(prepared, config, trained, frozen, step)
+      found |= _answers(prepared, config, trained, frozen, steps_taken())
     return found | language_model.ask(
       built,
       trained,

@@ -34,7 +34,7 @@ def resolve(config: SftConfig) -> SftConfig:
   return dataclasses.replace(
     config,
     batch_size=_or(config.batch_size, 16 if is_demo else 8),
-    epochs=_or(config.epochs, 12 if is_demo else 1),
+    epochs=_or(config.epochs, 4 if is_demo else 1),
     optim=_optimizer(config, method, adapter),
     adapter=adapter,
     data=dataclasses.replace(

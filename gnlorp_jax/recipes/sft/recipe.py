@@ -87,11 +87,8 @@ def plan(
     ValueError: If parts of the settings do not fit each other or the devices.
   """
   config = resolve(config)
-  return Planned(
-    config,
-    built := _build(config, config.steps or 0, devices),
-    data.abstract_batch(config, built.mesh),
-  )
+  built = _build(config, config.steps or 0, devices)
+  return Planned(config, built, data.abstract_batch(config, built.mesh))
 
 
 def _build(
@@ -185,6 +182,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
   numbers = optimizer.numbers(config.optim, config.steps)
   folder = pathlib.Path(config.run_dir)
   every = config.eval_every or prepared.steps_per_epoch
+  batches = data.training_batches(config, prepared.chat)
   return loop.Run(
     name='' if prepared.config.is_single else folder.name,
     folder=folder,
@@ -193,8 +191,11 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     abstract_state=built.abstract_state,
     start=lambda: built.start(key, numbers),
     train_step=built.train_step,
-    batches=data.training_batches(config, prepared.chat),
-    evaluate=evaluation.evaluator(prepared, config),
+    batches=batches,
+    evaluate=evaluation.evaluator(
+      # Each step takes a batch.
+      *(prepared, config, lambda: batches.get_state()['taken']),
+    ),
     instruments=built.instruments(
       config.optim,
       config.steps,

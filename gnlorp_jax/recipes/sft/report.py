@@ -49,7 +49,7 @@ def finish(
 
 
 def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
-  """Writes the model, or its adapters, in place of those of an earlier finish."""
+  """Writes the model, or its adapters, in place of what was there."""
   folder = pathlib.Path(config.run_dir)
   tokenizer = prepared.chat.tokenizer.with_chat_template(
     prepared.chat.template.jinja, prepared.chat.template.stop_ids

@@ -57,7 +57,7 @@ class ChatDataConfig:
   packing: bool = True
   """Put several examples into a row, none of which attends to another; without,
   every row is one example and padding."""
-  limit: int | None = free(None)
+  limit: int | None = None
   """Train on the first so many examples; None takes all."""
 
   def __post_init__(self):
@@ -119,7 +119,7 @@ class SftConfig(RunConfig):
   """Where checkpoints, metrics, samples and export go. A run directory that
   holds checkpoints is resumed."""
   epochs: float | None = result(None)
-  """Passes over the training examples; None: 1, and of the demo 12."""
+  """Passes over the training examples; None: 1, and of the demo 4."""
   steps: int | None = result(None)
   """Ends a run after so many steps, if the epochs are not over before; the
   learning rate decays over the steps that are taken."""

@@ -240,20 +240,3 @@ def test_summary_of_a_run_that_keeps_the_best_tells_of_it(tmp_path):
   assert summary['adapter'] == 'dora'
   # Those of the model, adapters left out: what is exported.
   assert summary['parameters'] == PROJECTED + FULL
-
-
-def test_shown_grid_has_a_row_for_every_run(capsys):
-  found = [
-    {
-      'learning_rate': 3e-4,
-      'seed': 0,
-      'best': {'step': 4, 'loss': 3.25, 'perplexity': 25.79},
-    },
-    {'learning_rate': 0.1, 'seed': 0, 'best': {'step': None, 'loss': None}},
-  ]
-  report.show_grid('runs/x', found)
-  shown = capsys.readouterr().out.replace('│', ' ')
-  rows = [line.split() for line in shown.splitlines()]
-  assert ['0.0003', '0', '3.2500', '25.7900', '4'] in rows
-  assert ['0.1', '0', 'no', 'number', 'no', 'number', 'None'] in rows
-  assert 'results.json and the runs are in runs/x.' in shown
