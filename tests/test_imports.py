@@ -15,7 +15,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'gnlorp_jax'
 WINGS = ('optim', 'models', 'data', 'training')
 # What is above the package. Benchmarks are folders and modules of one name.
-ABOVE = ('benchmarks', 'configs', 'tests', 'train_lm', 'train_glue')
+ABOVE = (
+  'benchmarks',
+  'configs',
+  'tests',
+  'train_lm',
+  'train_glue',
+  'train_sft',
+)
 
 
 @functools.cache

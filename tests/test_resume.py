@@ -20,6 +20,7 @@ import pytest
 
 import train_glue
 import train_lm
+import train_sft
 from gnlorp_jax.compose import program
 from gnlorp_jax.data import tokenizer
 from gnlorp_jax.models import hf, llama
@@ -28,6 +29,8 @@ from gnlorp_jax.recipes.glue import settings as glue_settings
 from gnlorp_jax.recipes.glue import tasks
 from gnlorp_jax.recipes.pretrain import recipe as pretrain_recipe
 from gnlorp_jax.recipes.pretrain import settings as pretrain_settings
+from gnlorp_jax.recipes.sft import recipe as sft_recipe
+from gnlorp_jax.recipes.sft import settings as sft_settings
 from gnlorp_jax.training import metrics
 from gnlorp_jax.training.checkpoint import Checkpointer
 
@@ -51,6 +54,12 @@ LM = f"""
   --model.vocab-size 300 --model.max-seq-len 16 --data.seq-len 16
 """
 # Moments of 4,096 elements, the fewest that are kept in 8 bits.
+SFT = f"""
+  --steps {STEPS} --batch-size 8 --log-every 1 --checkpoint-every 2
+  --mesh.data 1 --eval-every 3 --eval.generate 2 --eval.max-tokens 4
+  --eval.temperature 1 --data.template none --data.limit 300 --method lora
+  --adapter.rank 2 --adapter.dropout 0.1 --step.weight-bits 8
+"""
 GLUE = f"""
   {USUAL} --eval-batch-size 8 --epochs 3 --seeds 0,1 --keep all --export True
   --data.max-train-examples 24 --data.max-dev-examples 20 --dropout 0.1
@@ -115,14 +124,9 @@ SCENES = {
     ],
     5,
   ),
-  'LoRA with dropout, on an 8-bit base from a folder': Scene(
-    'train_lm',
-    [
-      *(*LM.split(), '--init-from', 'FOLDER'),
-      *('--adapter.kind', 'lora'),
-      *('--adapter.rank', '2', '--adapter.dropout', '0.1'),
-      *('--step.weight-bits', '8', '--optim.name', 'adamw'),
-    ],
+  'conversations, LoRA with dropout on an 8-bit base of a folder': Scene(
+    'train_sft',
+    [*SFT.split(), '--model', 'FOLDER'],
     5,
   ),
   'GLUE: two seeds, in 8 bits, layer by layer': Scene(
@@ -157,7 +161,7 @@ def model_folder(text):
     intermediate_size=32,
     num_layers=2,
     num_heads=2,
-    max_seq_len=16,
+    max_seq_len=64,
   )
   params = jax.jit(llama.make(config).init)(jax.random.key(0))
   hf.export(folder, params, llama.HF_TENSORS, llama.config_to_hf(config))
@@ -169,7 +173,11 @@ def model_folder(text):
   return str(folder)
 
 
-MAINS = {'train_glue': train_glue.main, 'train_lm': train_lm.main}
+MAINS = {
+  'train_glue': train_glue.main,
+  'train_lm': train_lm.main,
+  'train_sft': train_sft.main,
+}
 
 
 def run_killed(scene, args, environment):
@@ -192,6 +200,8 @@ def built(scene, args) -> program.Program:
   if scene.script == 'train_lm':
     config = pretrain_settings.parse(args, '')
     return pretrain_recipe.prepare(config).planned.program
+  if scene.script == 'train_sft':
+    return sft_recipe.prepare(sft_settings.parse(args, '')).program
   config = glue_settings.parse(args, '')
   data = tasks.load_task(config, tasks.find_tasks(config)[0])
   return glue_recipe.prepare(config, data, config.method_names[0]).program
@@ -254,10 +264,11 @@ def test_killed_and_stopped_run_ends_as_the_whole_one(
     for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
       assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), path
     assert rows_of(found / run) == rows_of(whole / run)
-    weights = 'hf/model.safetensors'
-    assert (found / run / weights).read_bytes() == (
-      whole / run / weights
-    ).read_bytes()
+    for left in ('hf/model.safetensors', 'samples.jsonl'):
+      if (whole / run / left).exists():
+        expected = (whole / run / left).read_bytes()
+        assert (found / run / left).read_bytes() == expected
+    assert (whole / run / 'hf/model.safetensors').exists()
 
   # A finished run is not repeated.
   before = (last / 'metrics.jsonl').read_bytes()

@@ -1,0 +1,163 @@
+"""Instruction tuning in this process: what a run learns, says and leaves.
+
+One short run on conversations from files is made once and shared.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gnlorp_jax.compose import optimizer
+from gnlorp_jax.compose.settings import MeshConfig
+from gnlorp_jax.recipes.sft import data, evaluation, recipe, report
+from gnlorp_jax.recipes.sft.settings import (
+  ChatDataConfig,
+  SftConfig,
+  SftEvalOptions,
+)
+from gnlorp_jax.training import loop
+from gnlorp_jax.training.interrupt import StopRequest
+from tests.compose import small_lm
+
+TEMPLATE = (
+  "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}"
+  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+RECORDS = [
+  {'prompt': f'Say {word}.', 'completion': word}
+  for word in ('one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
+]
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  lines = [json.dumps(record) for record in RECORDS]
+  (path / 'train.jsonl').write_text('\n'.join(lines[:6]))
+  (path / 'valid.jsonl').write_text('\n'.join(lines[6:]))
+  (path / 'chat.jinja').write_text(TEMPLATE)
+  return SftConfig(
+    run_dir=str(path / 'run'),
+    init_from=small_lm.write(path / 'model'),
+    method='full',
+    mesh=MeshConfig(data=1),
+    batch_size=2,
+    epochs=3,
+    eval_every=3,
+    log_every=1,
+    optim=dataclasses.replace(SftConfig().optim, learning_rate=1e-2),
+    data=ChatDataConfig(
+      source=str(path / 'train.jsonl'),
+      validation_source=str(path / 'valid.jsonl'),
+      template=str(path / 'chat.jinja'),
+      max_length=40,
+    ),
+    eval=SftEvalOptions(max_tokens=4, batch_size=2),
+  )
+
+
+@pytest.fixture(scope='module')
+def prepared(config):
+  return recipe.prepare(config)
+
+
+@pytest.fixture(scope='module')
+def finished(prepared):
+  run = recipe.make_run(prepared, prepared.config)
+  with StopRequest() as stop:
+    outcome = loop.train(run, stop)
+  return outcome, report.finish(prepared, prepared.config, outcome)
+
+
+def test_a_run_is_as_long_as_its_epochs(prepared):
+  # Six examples, of which two fill a row.
+  lengths = [len(x.ids) for x in prepared.chat.examples.training]
+  assert 2 * max(lengths) <= 40 < 3 * min(lengths)
+  assert prepared.steps_per_epoch == 2
+  assert prepared.config.steps == 6
+
+
+def test_steps_end_a_run_before_its_epochs(config):
+  shorter = recipe.prepare(dataclasses.replace(config, steps=4))
+  assert shorter.config.steps == 4
+
+
+def test_it_learns_and_tells(finished):
+  _, summary = finished
+  assert summary['last']['loss'] < 0.8 * summary['first']['loss']
+  assert summary['first']['token_accuracy'] <= summary['last']['token_accuracy']
+  assert summary['epochs'] == 3
+  assert summary['data']['train']['examples'] == 6
+  assert summary['data']['validation valid']['validation'] == 2
+
+
+def test_answers_are_kept_by_step(config, finished):
+  path = f'{config.run_dir}/{evaluation.SAMPLES_FILE}'
+  with open(path, encoding='utf-8') as file:
+    rows = [json.loads(line) for line in file]
+  assert [row['step'] for row in rows] == [0, 0, 3, 3, 6, 6]
+  assert [row['expected'] for row in rows[:2]] == ['seven', 'eight']
+  assert rows[0]['messages'] == [{'role': 'user', 'content': 'Say seven.'}]
+  assert all(
+    row['exact_match'] == (row['answer'] == row['expected']) for row in rows
+  )
+
+
+def test_export_is_read_by_transformers_with_template_and_ends(
+  config, finished, prepared
+):
+  transformers = pytest.importorskip('transformers')
+  folder = f'{config.run_dir}/hf'
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  conversation = prepared.chat.examples.validation_conversations[0]
+  messages = [
+    {'role': m.role, 'content': m.content} for m in conversation.messages
+  ]
+  found = tokenizer.apply_chat_template(messages, return_dict=False)
+  assert found == prepared.chat.examples.validation[0].ids.tolist()
+  generation = transformers.GenerationConfig.from_pretrained(folder)
+  assert generation.eos_token_id == tokenizer.eos_token_id
+
+
+def test_loss_is_that_of_learned_tokens_of_all_examples(prepared):
+  """Packed, in micro-batches or alone: the mean over the same tokens."""
+  config = prepared.config
+  state, frozen = prepared.program.start(
+    jax.random.key(0), optimizer.numbers(config.optim, config.steps)
+  )
+  model, examples = prepared.program.model, prepared.chat.examples.validation
+  total = count = 0.0
+  for example in examples:
+    logits_TV = np.float64(model.apply(state.params, example.ids[None]))[0]
+    log_z = np.log(np.exp(logits_TV).sum(-1))
+    ahead = logits_TV[np.arange(len(example.ids) - 1), example.ids[1:]]
+    total += (example.weights[1:] * (log_z[:-1] - ahead)).sum()
+    count += example.weights.sum()
+  run = recipe.make_run(prepared, config)
+  found = run.evaluate(state.params, frozen)
+  assert found['loss'] == pytest.approx(total / count, rel=1e-5)
+
+
+def step_of(prepared, **changes):
+  """Loss and gradient norm of the first step."""
+  config = dataclasses.replace(prepared.config, **changes)
+  built = recipe.plan(config, jax.devices()[: config.mesh.data]).program
+  state, frozen = built.start(
+    jax.random.key(0), optimizer.numbers(config.optim, config.steps)
+  )
+  batch = next(data.training_batches(config, prepared.chat))
+  _, metrics = built.train_step(state, batch, frozen)
+  return [float(metrics[name]) for name in ('loss', 'grad_norm')]
+
+
+@pytest.mark.parametrize(
+  'changes', [{'micro_batches': 2}, {'mesh': MeshConfig(data=2)}]
+)
+def test_micro_batches_and_devices_change_nothing(prepared, changes):
+  expected = step_of(prepared, batch_size=4)
+  found = step_of(prepared, **{'batch_size': 4} | changes)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
