@@ -324,6 +324,9 @@ class RunConfig:
   except for the dtypes, remat and dropout."""
   eval_every: int | None = result(None)
   """Steps between two evaluations."""
+  patience: int | None = result(None)
+  """End a run early, after so many evaluations in a row that were no better
+  than the best; needs a run that keeps the best. None takes all steps."""
   checkpoint_every: int | None = free(None)
   """Steps between two checkpoints."""
   checkpoint_keep: int = free(3)
@@ -349,6 +352,7 @@ class RunConfig:
       'batch_size',
       'micro_batches',
       'eval_every',
+      'patience',
       'checkpoint_every',
       'checkpoint_keep',
       'log_every',

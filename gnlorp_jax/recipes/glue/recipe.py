@@ -305,6 +305,7 @@ def make_run(
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=lambda found, best: quality(found[metric]) > quality(best[metric]),
+    patience=config.patience,
   )
   return Member(
     run,

@@ -228,6 +228,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=is_better if config.keep_best else None,
+    patience=config.patience,
     renew=lambda state: built.renew(state, numbers),
   )
 
