@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
+from gnlorp_jax.training import metrics
 
 ON_RESUME = 'on_resume'
 
@@ -333,6 +334,10 @@ class RunConfig:
   """Number of checkpoints kept."""
   log_every: int = free(10)
   """Steps between two lines of metrics."""
+  log: Literal['wandb'] | None = free(None)
+  """Where metrics go beside the files of the run: 'wandb' is Weights & Biases
+  (needs the extra wandb; with WANDB_MODE=offline in the environment nothing
+  leaves this machine)."""
   dry_run: bool = free(False)
   """Only report what would happen to every parameter, and how many bytes the
   optimizer takes."""
@@ -357,6 +362,7 @@ class RunConfig:
       'checkpoint_keep',
       'log_every',
     )
+    metrics.check_log(self.log)
     for name in ('seeds', 'learning_rates'):
       text = getattr(self, name)
       if text is not None and not words(text):

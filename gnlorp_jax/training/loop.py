@@ -73,6 +73,7 @@ class Run(NamedTuple):
     select: ``select(state, candidates)``: the batch to train on, chosen from a
       larger one on the devices.
     context: ``context(number)``: a pytree that varies from step to step.
+    log: Where rows of metrics go beside the folder.
     renew: ``renew(state)``: a state that was read, with what the settings of
       now decide in it, such as learning rates.
   """
@@ -93,6 +94,7 @@ class Run(NamedTuple):
   constants: Callable[[], Any] = dict
   better: Callable[[Found, Found], bool] | None = None
   patience: int | None = None
+  log: metrics.Log | None = None
   select: Callable[[TrainState, Any], Any] | None = None
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
@@ -191,7 +193,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     health = Health(first, int(state.skipped))
     keeper = stack.enter_context(_Keeper(run, record))
     writer = stack.enter_context(
-      metrics.MetricsWriter(run.folder, first or None)
+      metrics.MetricsWriter(run.folder, first or None, run.name, run.log)
     )
     show_progress = stack.enter_context(
       metrics.progress(

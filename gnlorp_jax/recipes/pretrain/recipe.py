@@ -23,7 +23,7 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
-from gnlorp_jax.training import loop, objectives, sharding
+from gnlorp_jax.training import loop, metrics, objectives, sharding
 
 _logger = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     constants=lambda: built.parameters.start_frozen(key),
     better=is_better if config.keep_best else None,
     patience=config.patience,
+    log=metrics.Log(config.log, dataclasses.asdict(config)),
     renew=lambda state: built.renew(state, numbers),
   )
 

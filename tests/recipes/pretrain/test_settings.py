@@ -289,7 +289,7 @@ KINDS = {
     'result': 'steps micro_batches init_from eval_every patience eval_batches '
     'keep_best',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
-    'log_every dry_run loss_chunk_tokens',
+    'log_every log dry_run loss_chunk_tokens',
   },
   DataConfig: {
     'fixed': 'source mode add_bos document_mask seq_len',
