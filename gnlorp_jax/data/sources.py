@@ -72,6 +72,11 @@ class Tally:
   first_bad: str = ''
   fraction: float = 0.0
 
+  @property
+  def too_many(self) -> bool:
+    """Whether more than 10 and more than 1 % of the records are bad."""
+    return self.bad > max(_BAD_ALLOWED, _BAD_FRACTION_ALLOWED * self.records)
+
   def report(self, place: str, fault: Exception) -> None:
     """Counts a bad record and warns about the first few by name."""
     self.bad += 1
@@ -130,7 +135,7 @@ def _read(source: str, parts: Sequence['_Part'], tally: Tally) -> Iterator[str]:
       if text and not text.isspace():
         empty = False
         yield text
-    if tally.bad > max(_BAD_ALLOWED, _BAD_FRACTION_ALLOWED * tally.records):
+    if tally.too_many:
       raise ValueError(
         f'Data source {source!r} has {tally.bad} bad records among the first '
         f'{tally.records}; at most 1 % may be bad. The first is '

@@ -162,6 +162,16 @@ class Tokenizer:
     """Returns the text of token ids, control tokens left out."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  @property
+  def special_tokens(self) -> dict[str, str]:
+    """Control tokens by the names that chat templates know them by."""
+    config = self._config()
+    return {
+      name: config[name]
+      for name in tokenizer_files.TOKEN_NAMES
+      if isinstance(config.get(name), str)
+    }
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """A hash of everything that decides how text becomes ids."""

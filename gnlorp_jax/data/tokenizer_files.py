@@ -15,6 +15,17 @@ import tokenizers
 
 logger = logging.getLogger(__name__)
 
+# What transformers calls them, and chat templates with it.
+TOKEN_NAMES = (
+  'bos_token',
+  'eos_token',
+  'unk_token',
+  'sep_token',
+  'pad_token',
+  'cls_token',
+  'mask_token',
+)
+
 CONFIG, GENERATION = 'tokenizer_config.json', 'generation_config.json'
 _SPECIAL, _MODEL = 'special_tokens_map.json', 'config.json'
 _TEMPLATE, _TEMPLATES = 'chat_template.jinja', 'additional_chat_templates'

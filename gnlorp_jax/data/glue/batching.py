@@ -10,13 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tokenizers
 
+from gnlorp_jax.data import ordering
 from gnlorp_jax.data.glue.files import Examples
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
-
-# Batches whose examples are sorted together. More would save little padding and
-# make the order less random.
-_WINDOW_BATCHES = 50
 
 
 def encode(
@@ -160,7 +157,7 @@ def batches(
     )
   rng = np.random.default_rng([seed, epoch])
   if shuffle:
-    plan = _shuffled(lengths_N, batch_size, rng, drop_remainder)
+    plan = ordering.shuffled(lengths_N, batch_size, rng, drop_remainder)
   else:
     order_N = np.argsort(-lengths_N, kind='stable')
     plan = np.split(order_N, range(batch_size, len(order_N), batch_size))
@@ -170,27 +167,6 @@ def batches(
     _batch(encoded, labels, index, batch_size, pad_id, buckets, offset)
     for index in plan[start:]
   )
-
-
-def _shuffled(
-  lengths_N: np.ndarray,
-  batch_size: int,
-  rng: np.random.Generator,
-  drop_remainder: bool,
-) -> list[np.ndarray]:
-  """Returns the examples of each batch, in random order."""
-  order_N = rng.permutation(len(lengths_N))
-  full = len(order_N) // batch_size * batch_size
-  window = _WINDOW_BATCHES * batch_size
-  plan = []
-  for first in range(0, full, window):
-    part = order_N[first : min(first + window, full)]
-    part = part[np.argsort(lengths_N[part], kind='stable')]
-    plan += list(part.reshape(-1, batch_size))
-  plan = [plan[i] for i in rng.permutation(len(plan))]
-  if full < len(order_N) and not drop_remainder:
-    plan.append(order_N[full:])
-  return plan
 
 
 def _batch(
@@ -212,21 +188,15 @@ def _batch(
   batch = {
     'inputs': tokens_BT,
     'weights': (np.arange(batch_size) < len(index)).astype(np.float32),
-    'seeds': _mix(offset, np.concatenate([index, len(encoded) + filled])),
+    'seeds': ordering.mix(
+      offset, np.concatenate([index, len(encoded) + filled])
+    ),
     'index': np.concatenate([index, np.full_like(filled, -1)]).astype(np.int32),
   }
   if labels is not None:
     batch['labels'] = np.zeros(batch_size, labels.dtype)
     batch['labels'][: len(index)] = labels[index]
   return batch
-
-
-def _mix(offset: np.uint32, positions_B: np.ndarray) -> np.ndarray:
-  """Hashes positions to seeds, one to one: the final mixer of MurmurHash3."""
-  x_B = positions_B.astype(np.uint32) + offset
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-    x_B = (x_B ^ (x_B >> np.uint32(shift))) * np.uint32(factor)
-  return x_B ^ (x_B >> np.uint32(16))
 
 
 class TrainingBatches:

@@ -1,0 +1,227 @@
+"""Examples to batches, one a row or several.
+
+Shape suffixes: R rows of an epoch, B rows of a batch, T positions.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gnlorp_jax.data import ordering
+from gnlorp_jax.data.chat.packing import pack
+from gnlorp_jax.data.chat.templates import Example
+
+_SHORTEST = 32
+
+
+class _Rows:
+  """The rows of an epoch, in an order of their own."""
+
+  def __init__(
+    self,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_length: int,
+    packing: bool,
+    pad_id: int,
+  ):
+    if min(batch_size, max_length) < 1:
+      raise ValueError(
+        f'batch_size={batch_size} and max_length={max_length} must be at least '
+        '1.'
+      )
+    if not examples:
+      raise ValueError('There are no examples, so there is no batch of them.')
+    lengths = [len(example.ids) for example in examples]
+    if not 1 <= min(lengths) <= max(lengths) <= max_length:
+      raise ValueError(
+        f'Examples have {min(lengths)} to {max(lengths)} tokens; expected 1 to '
+        f'max_length={max_length}. Prepare them with that max_length.'
+      )
+    self._examples = examples
+    self._batch_size = batch_size
+    self._max_length = max_length
+    self.packing = packing
+    self._pad_id = pad_id
+    if packing:
+      self._members = pack(lengths, max_length)
+    else:
+      self._members = [[i] for i in range(len(examples))]
+    self.lengths_R = np.array(
+      [sum(lengths[i] for i in row) for row in self._members]
+    )
+
+  def __len__(self) -> int:
+    return len(self._members)
+
+  def batch(self, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch of these rows, filled up with rows that count nothing."""
+    length = self._max_length
+    if not self.packing:
+      longest, length = int(self.lengths_R[index].max()), _SHORTEST
+      while length < longest:
+        length *= 2
+      length = min(length, self._max_length)
+    shape = (self._batch_size, length)
+    batch = {
+      'inputs': np.full(shape, self._pad_id, np.int32),
+      'targets': np.full(shape, self._pad_id, np.int32),
+      'weights': np.zeros(shape, np.float32),
+    }
+    segments_BT = np.ones(shape, np.int32)
+    for b, row in enumerate(index):
+      start = 0
+      for number, member in enumerate(self._members[row], 1):
+        ids, weights = self._examples[member]
+        end = start + len(ids)
+        batch['inputs'][b, start:end] = ids
+        # The last position of a document has nothing to guess.
+        batch['targets'][b, start : end - 1] = ids[1:]
+        batch['weights'][b, start : end - 1] = weights[1:]
+        segments_BT[b, start:end] = number
+        segments_BT[b, end:] = number + 1
+        start = end
+    if self.packing:
+      batch['segments'] = segments_BT
+    return batch
+
+
+class TrainingBatches:
+  """Batches of shuffled examples, epoch after epoch, from any position.
+
+  Each is a dict with
+
+  * `inputs`: int32 ``[B, T]``, ids;
+  * `targets`: int32 ``[B, T]``, the id that follows in the same document, and
+    `pad_id` where none does;
+  * `weights`: float32 ``[B, T]``, how much the target counts: 0 at the last
+    position of a document and in padding;
+  * `segments`: int32 ``[B, T]``, if packed: 1 for the first document of a row,
+    2 for the next, and so on, the padding behind them last;
+  * `seeds`: uint32 ``[B]``, if asked for: a function of seed, epoch and row,
+    distinct within an epoch, for dropout.
+
+  Packed, T is `max_length` and a row holds what `pack` puts into it, the same
+  in every epoch. Otherwise a row is one example and T the smallest of 32, 64,
+  128, ..., `max_length` that holds the longest of the batch; a batch holds
+  examples of similar length (`ordering.shuffled`). The order of rows follows
+  from seed and epoch alone. The last batch of an epoch is filled up with rows
+  of weight 0.
+
+  Attributes:
+    batches_per_epoch: Batches that hold every example once.
+  """
+
+  def __init__(
+    self,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_length: int,
+    packing: bool,
+    pad_id: int,
+    seed: int = 0,
+    with_seeds: bool = False,
+  ):
+    """Packs the examples.
+
+    Args:
+      examples: The examples.
+      batch_size: B.
+      max_length: Most tokens of an example, and of a row.
+      packing: Whether rows hold several examples.
+      pad_id: Fills up rows.
+      seed: At least 0; decides the order.
+      with_seeds: Whether batches have `seeds`.
+
+    Raises:
+      ValueError: If there are no examples or one is too long.
+    """
+    self._rows = _Rows(
+      examples,
+      batch_size=batch_size,
+      max_length=max_length,
+      packing=packing,
+      pad_id=pad_id,
+    )
+    self._batch_size = batch_size
+    self._seed = seed
+    self._with_seeds = with_seeds
+    self.batches_per_epoch = math.ceil(len(self._rows) / batch_size)
+    self.set_state({'taken': 0})
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    epoch, number = divmod(self._taken, self.batches_per_epoch)
+    if epoch != self._epoch:
+      self._begin(epoch)
+    index = self._plan[number]
+    batch = self._rows.batch(index)
+    if self._with_seeds:
+      filled = np.arange(self._batch_size - len(index)) + len(self._rows)
+      batch['seeds'] = ordering.mix(
+        self._offset, np.concatenate([index, filled])
+      )
+    self._taken += 1
+    return batch
+
+  def _begin(self, epoch: int) -> None:
+    self._epoch = epoch
+    # Packed rows are all full, as far as computing goes.
+    lengths_R = self._rows.lengths_R * (not self._rows.packing)
+    rng = np.random.default_rng([self._seed, epoch])
+    self._plan = ordering.shuffled(lengths_R, self._batch_size, rng, False)
+    mixed = np.random.SeedSequence([self._seed, epoch])
+    self._offset = mixed.generate_state(1)[0]
+
+  def get_state(self) -> dict[str, Any]:
+    """The position: the number of batches taken, fit for JSON."""
+    return {'taken': self._taken}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on behind the position that `get_state` returned."""
+    self._taken = state['taken']
+    self._epoch = -1
+
+  def close(self) -> None:
+    """Ends the iterator, which holds nothing open."""
+
+
+def evaluation_batches(
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  max_length: int,
+  packing: bool,
+  pad_id: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches that hold every example once, the longest first.
+
+  Args:
+    examples: As in `TrainingBatches`, as are the others.
+    batch_size: B.
+    max_length: Most tokens of an example, and of a row.
+    packing: Whether rows hold several examples.
+    pad_id: Fills up rows.
+
+  Returns:
+    An iterator over batches like those of `TrainingBatches`.
+
+  Raises:
+    ValueError: If there are no examples or one is too long.
+  """
+  rows = _Rows(
+    examples,
+    batch_size=batch_size,
+    max_length=max_length,
+    packing=packing,
+    pad_id=pad_id,
+  )
+  order_R = np.argsort(-rows.lengths_R, kind='stable')
+  starts = range(0, len(rows), batch_size)
+  return (rows.batch(order_R[i : i + batch_size]) for i in starts)

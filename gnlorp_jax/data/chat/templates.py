@@ -1,0 +1,339 @@
+"""Conversations to token ids, and which of them are to be learnt.
+
+Shape suffixes: T tokens.
+"""
+
+import difflib
+import logging
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jinja2
+import numpy as np
+import tokenizers
+
+from gnlorp_jax.data.chat import rendering, styles
+from gnlorp_jax.data.chat.conversations import (
+  Conversation,
+  Message,
+  SkippedError,
+)
+from gnlorp_jax.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+TrainOn = Literal['assistant', 'last', 'all']
+
+# Reasons not to encode a conversation.
+SPELLS, TOOLS, REFUSED = (
+  'spells a control token',
+  'tools unknown to the template',
+  'refused by the template',
+)
+_PROBE = (Message('user', 'question'), Message('assistant', 'answer'))
+
+
+class Example(NamedTuple):
+  """What a model reads, and how much guessing each token of it counts.
+
+  Attributes:
+    ids: int32 ``[T]``.
+    weights: float32 ``[T]``; that of the first token is 0, as nothing tells it.
+  """
+
+  ids: np.ndarray
+  weights: np.ndarray
+
+
+class Template:
+  """A way to write conversations down, and the tokenizer that reads it.
+
+  Attributes:
+    name: What `load_template` was asked for.
+    jinja: The template itself: what makes `apply_chat_template` of transformers
+      write the same.
+    stop_ids: Ids that end an answer: the control token that the template puts
+      behind one, and those of the tokenizer.
+  """
+
+  def __init__(self, name: str, jinja: str, tokenizer: Tokenizer, apart: bool):
+    """Compiles a template.
+
+    Args:
+      name: What to call it in errors.
+      jinja: The template.
+      tokenizer: Reads what it writes.
+      apart: Whether answers are encoded apart from what is before them. No
+        token then has a part of both. transformers encodes the whole.
+
+    Raises:
+      ValueError: If it is no Jinja.
+    """
+    self.name = name
+    self.jinja = jinja
+    self._tokenizer = tokenizer
+    self._apart = apart
+    self._render = rendering.Renderer(jinja, tokenizer.special_tokens, name)
+    # Control tokens that the template writes become what they are.
+    self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    self._backend.encode_special_tokens = False
+    self._control, self._control_ids = control_tokens(tokenizer)
+    self._forbidden = re.compile(
+      '|'.join(map(re.escape, (*self._control, *rendering.MARKS)))
+    )
+    self.stop_ids = self._find_stop_ids()
+
+  def encode(
+    self, conversation: Conversation, train_on: TrainOn = 'assistant'
+  ) -> Example:
+    """Encodes a conversation.
+
+    Args:
+      conversation: The conversation.
+      train_on: Which tokens count where messages do not say it themselves:
+        those of answers (`'assistant'`), of the last answer (`'last'`), or of
+        all messages and what is around them (`'all'`). An answer reaches from
+        what `prompt` ends with to its end-of-turn token, included. In a plain
+        text every token counts, and the end-of-sequence token behind it.
+
+    Returns:
+      The example, at least one token.
+
+    Raises:
+      ValueError: If `train_on` is unknown, or the template writes earlier
+        messages otherwise once others follow, so that their tokens cannot be
+        told.
+      SkippedError: If the text of a message spells a control token, the
+        template refuses the messages, or it would leave out tools.
+    """
+    if train_on not in get_args(TrainOn):
+      raise ValueError(
+        f'Unknown train_on={train_on!r}; expected one of {get_args(TrainOn)}.'
+      )
+    if conversation.kind == 'text':
+      return self._plain(conversation.messages[0].content)
+    self._check(conversation.messages, conversation.tools)
+    try:
+      rendered, spans = self._spans(conversation, train_on)
+    except jinja2.TemplateError as error:
+      raise SkippedError(_refused(error)) from error
+    ids_T, offsets_T2 = self._ids(rendered)
+    weights_T = np.full(len(ids_T), float(train_on == 'all'), np.float32)
+    for start, end, weight in spans:
+      inside_T = (offsets_T2[:, 1] > start) & (offsets_T2[:, 0] < end)
+      weights_T[inside_T] = weight
+    weights_T[:1] = 0
+    return Example(ids_T.astype(np.int32), weights_T)
+
+  def prompt(
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+  ) -> np.ndarray:
+    """What a model reads before it answers.
+
+    Args:
+      messages: The messages so far.
+      tools: Functions that it may call.
+
+    Returns:
+      Ids, int64 ``[T]``, with the beginning of an answer.
+
+    Raises:
+      SkippedError: A ValueError, as in `encode`.
+    """
+    self._check(messages, tools)
+    try:
+      rendered = self._render(messages, tools, prompt=True)
+    except jinja2.TemplateError as error:
+      raise SkippedError(_refused(error)) from error
+    return self._ids(rendered)[0]
+
+  def _plain(self, text: str) -> Example:
+    tokenizer = self._tokenizer
+    ids_T = np.append(tokenizer.encode(text), tokenizer.eos_id)
+    if tokenizer.adds_bos:
+      ids_T = np.insert(ids_T, 0, tokenizer.bos_id)
+    weights_T = np.ones(len(ids_T), np.float32)
+    weights_T[:1] = 0
+    return Example(ids_T.astype(np.int32), weights_T)
+
+  def _check(
+    self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+  ) -> None:
+    """Raises SkippedError where tokens would not say what the messages do."""
+    calls = any(m.calls_tools or m.role == 'tool' for m in messages)
+    if tools and 'tools' not in self._render.variables:
+      raise SkippedError(TOOLS)
+    if calls and 'tool_calls' not in self.jinja:
+      raise SkippedError(TOOLS)
+    said = [(m.content, m.extra) for m in messages]
+    if any(self._forbidden.search(text) for text in _texts((said, tools))):
+      raise SkippedError(SPELLS)
+
+  def _ids(self, rendered: rendering.Rendered) -> tuple[np.ndarray, np.ndarray]:
+    """Ids ``[T]``, and the characters of each, ``[T, 2]``, both int64."""
+    borders = [0, len(rendered.text)]
+    if self._apart:
+      borders += [start for start, _ in rendered.generated]
+    borders = sorted(set(borders))
+    ids, offsets = [], []
+    for start, end in zip(borders, borders[1:], strict=False):
+      encoding = self._backend.encode(
+        rendered.text[start:end], add_special_tokens=False
+      )
+      ids += encoding.ids
+      offsets += [(start + a, start + b) for a, b in encoding.offsets]
+    return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+
+  def _spans(
+    self, conversation: Conversation, train_on: TrainOn
+  ) -> tuple[rendering.Rendered, list[tuple[int, int, float]]]:
+    """The text, and begin, end and weight of what is not as the rest of it."""
+    messages = conversation.messages
+    rendered = self._render(messages, conversation.tools)
+    rest = float(train_on == 'all')
+    wanted = {}
+    for i, message in enumerate(messages):
+      weight = rest
+      if message.role == 'assistant' and train_on != 'last':
+        weight = 1.0
+      if i == len(messages) - 1:
+        weight = 1.0
+      weight = weight if message.weight is None else message.weight
+      if weight != rest:
+        wanted[i] = weight
+    answers = [i for i, m in enumerate(messages) if m.role == 'assistant']
+    marked = self._render.marks_generation
+    if marked and all(wanted.get(i) == 1.0 for i in answers):
+      # All that is marked, whichever message it belongs to.
+      spans = [(*span, 1.0) for span in rendered.generated]
+      wanted = {i: w for i, w in wanted.items() if i not in answers}
+    else:
+      spans = []
+    for i, weight in wanted.items():
+      parts = self._span(conversation, i, rendered)
+      spans += [(start, end, weight) for start, end in parts]
+    return rendered, spans
+
+  def _span(
+    self, conversation: Conversation, i: int, rendered: rendering.Rendered
+  ) -> list[tuple[int, int]]:
+    """Where a message stands in the text of its conversation."""
+    messages, tools = conversation.messages, conversation.tools
+    answers = messages[i].role == 'assistant'
+    before = self._render(messages[:i], tools, prompt=answers).text if i else ''
+    text, generated = self._render(messages[: i + 1], tools)
+    whole = rendered.text
+    if i == len(messages) - 1:
+      text = whole
+    if not (whole.startswith(before) and whole.startswith(text)):
+      raise ValueError(
+        f'{conversation.where or "A conversation"}: template {self.name!r} '
+        f'writes message {i + 1} otherwise when others follow, or an answer '
+        'otherwise than it prompts for one, so that the tokens to train on '
+        "cannot be told. Use train_on='last', one answer a conversation, or a "
+        'copy of the template with {% generation %} around answers.'
+      )
+    if answers and self._render.marks_generation:
+      start = len(before)
+      return [(a, b) for a, b in generated if b > start]
+    end = len(text)
+    if answers and text.rstrip().endswith(self._control):
+      end = len(text.rstrip())  # A model need not learn what is never read.
+    return [(len(before), end)]
+
+  def _find_stop_ids(self) -> tuple[int, ...]:
+    """Tries the template on an exchange."""
+    known = self._tokenizer.eos_ids
+    try:
+      example = self.encode(Conversation(_PROBE))
+    except (jinja2.TemplateError, ValueError):
+      return known  # It wants other messages. Encoding them tells of faults.
+    learnt = example.ids[np.flatnonzero(example.weights)]
+    ends = [int(i) for i in learnt if int(i) in self._control_ids]
+    if not ends:
+      logger.warning(
+        'Template %r ends no answer with a control token that is trained, so '
+        'nothing teaches a model to stop. Put one behind the answer, inside '
+        'of {%% generation %%} if the template has that.',
+        self.name,
+      )
+    return tuple(dict.fromkeys((*ends[-1:], *known)))
+
+
+def _refused(error: jinja2.TemplateError) -> str:
+  return f'{REFUSED}: {error}'
+
+
+def control_tokens(
+  tokenizer: Tokenizer,
+) -> tuple[tuple[str, ...], frozenset[int]]:
+  """Special tokens, and those that the tokenizer has for an end."""
+  added = tokenizer.backend.get_added_tokens_decoder()
+  found = {token.content: i for i, token in added.items() if token.special}
+  for i in (*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.bos_id):
+    if i is not None:
+      found[tokenizer.backend.id_to_token(i)] = i
+  return tuple(found), frozenset(found.values())
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """All texts in nested lists and objects."""
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, dict):
+    yield from _texts(list(value.items()))
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      yield from _texts(inner)
+
+
+def load_template(spec: str, tokenizer: Tokenizer) -> Template:
+  """Finds a template.
+
+  Args:
+    spec: `'none'` writes messages as they are and ends answers by the
+      end-of-sequence token; `'alpaca'` puts the headings of Stanford's Alpaca
+      before them; `'tokenizer'` is the tokenizer's own; or a file, Jinja, as
+      transformers has it in `chat_template.jinja`.
+    tokenizer: Reads what it writes.
+
+  Returns:
+    The template.
+
+  Raises:
+    ValueError: If there is no such template or it is no Jinja.
+  """
+  if spec in styles.NAMES:
+    jinja = styles.jinja(spec, adds_bos=tokenizer.adds_bos)
+    return Template(spec, jinja, tokenizer, apart=True)
+  if spec == 'tokenizer':
+    jinja = tokenizer.chat_template
+    if jinja is None:
+      raise ValueError(
+        "template='tokenizer' needs a chat template, and the tokenizer has "
+        "none. Use template='alpaca', a FILE.jinja, or the tokenizer of a "
+        'model that was made for chat.'
+      )
+  else:
+    path = pathlib.Path(spec).expanduser()
+    if not path.is_file():
+      choices = (*styles.NAMES, 'tokenizer')
+      close = difflib.get_close_matches(spec, choices, 1)
+      hint = f' Did you mean {close[0]!r}?' if close else ''
+      raise ValueError(
+        f'Unknown template {spec!r}; expected one of {choices}, or the path of '
+        f'a FILE.jinja.{hint}'
+      )
+    jinja = path.read_text(encoding='utf-8')
+  if 'strftime_now' in jinja:
+    logger.warning(
+      'Template %r writes the date of the day, so examples made tomorrow '
+      'differ from those of today, which a resumed run refuses. Write a date '
+      'into a copy of the template.',
+      spec,
+    )
+  return Template(spec, jinja, tokenizer, apart=False)
