@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
+from gnlorp_jax.training import metrics
 
 ON_RESUME = 'on_resume'
 
@@ -324,12 +325,19 @@ class RunConfig:
   except for the dtypes, remat and dropout."""
   eval_every: int | None = result(None)
   """Steps between two evaluations."""
+  patience: int | None = result(None)
+  """End a run early, after so many evaluations in a row that were no better
+  than the best; needs a run that keeps the best. None takes all steps."""
   checkpoint_every: int | None = free(None)
   """Steps between two checkpoints."""
   checkpoint_keep: int = free(3)
   """Number of checkpoints kept."""
   log_every: int = free(10)
   """Steps between two lines of metrics."""
+  log: Literal['wandb'] | None = free(None)
+  """Where metrics go beside the files of the run: 'wandb' is Weights & Biases
+  (needs the extra wandb; with WANDB_MODE=offline in the environment nothing
+  leaves this machine)."""
   dry_run: bool = free(False)
   """Only report what would happen to every parameter, and how many bytes the
   optimizer takes."""
@@ -349,10 +357,12 @@ class RunConfig:
       'batch_size',
       'micro_batches',
       'eval_every',
+      'patience',
       'checkpoint_every',
       'checkpoint_keep',
       'log_every',
     )
+    metrics.check_log(self.log)
     for name in ('seeds', 'learning_rates'):
       text = getattr(self, name)
       if text is not None and not words(text):

@@ -15,7 +15,7 @@ Shape suffixes in this file:
 import bisect
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from gnlorp_jax.models.interface import Cache, Model
 # Prompts are padded to multiples, so that few lengths are compiled, and long
 # ones read in pieces, so that the scores of a piece exist at a time.
 _MULTIPLE, _PIECE = 32, 256
-# Tokens between two looks at what was written.
+# Tokens between two looks at what was written, where nobody waits for them.
 _STRIDE = 32
 
 
@@ -127,31 +127,20 @@ def generate(
       decoder.
   """
   sampling = Sampling(temperature, top_k, top_p)
-  _check_ids(model, prompts)
-  prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  _check(model, prompts, num_tokens, sampling, key, stop, decode)
+  if stop and decode is None:
+    raise ValueError(
+      f'stop={tuple(stop)} is looked for in text, and decode is None. Give the '
+      "tokenizer's decode."
+    )
+  _check(model, prompts, num_tokens, sampling, key)
   if not prompts:
     return []
-  longest = model.config.max_seq_len
-  room = max(longest - num_tokens, 1)
-  prompts = [p if p.size < longest else p[-room:] for p in prompts]
-  limits_B = np.array([min(num_tokens, longest - p.size) for p in prompts])
+  prompts, limits_B = _fitted(model, prompts, num_tokens)
   end_of = functools.partial(_end_of, frozenset(eos_ids), tuple(stop), decode)
-  key = jax.random.key(0) if key is None else key
-  tokens_BP, positions_BP, piece = _padded(prompts, longest)
-  fixed = model, sampling, tuple(sorted(set(eos_ids)))
-  blocks = math.ceil(int(limits_B.max()) / _STRIDE)
-  state = _start(
-    params,
-    tokens_BP,
-    positions_BP,
-    limits_B,
-    key,
-    fixed=fixed,
-    piece=piece,
-    slots=tokens_BP.shape[1] + blocks * _STRIDE,
+  blocks = _blocks(
+    model, params, prompts, limits_B, sampling, key, eos_ids, _STRIDE
   )
-  new_BT = np.asarray(state.last_B)[:, None]
+  new_BT = next(blocks)
   ends: list[int | None] = [None] * len(prompts)
   while True:
     ends = [
@@ -160,10 +149,59 @@ def generate(
     ]
     if None not in ends:
       return [row[:end] for row, end in zip(new_BT, ends, strict=True)]
-    state = state._replace(done_B=np.array([e is not None for e in ends]))
-    state, block_BT = _go_on(params, state, limits_B, key, fixed=fixed)
-    added = int(state.count) - new_BT.shape[1]
-    new_BT = np.concatenate([new_BT, np.asarray(block_BT)[:, :added]], axis=1)
+    done_B = np.array([end is not None for end in ends])
+    new_BT = np.concatenate([new_BT, blocks.send(done_B)], axis=1)
+
+
+def stream(
+  model: Model,
+  params: Any,
+  prompt: np.ndarray,
+  num_tokens: int,
+  *,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  key: jax.Array | None = None,
+  eos_ids: Sequence[int] = (),
+) -> Iterator[int]:
+  """Continues one prompt, and gives each token as soon as it is drawn.
+
+  Args:
+    model: As in `generate`, as are the others.
+    params: Its parameters.
+    prompt: Token ids.
+    num_tokens: Most tokens to add.
+    temperature: Logits are divided by it.
+    top_k: Only the k likeliest tokens are candidates.
+    top_p: Only tokens that together have at least this probability are.
+    key: Random key.
+    eos_ids: The last token is one of these, if it comes.
+
+  Returns:
+    The tokens that `generate` returns for the same arguments. Who stops asking
+    for them stops the model.
+
+  Raises:
+    ValueError: As `generate`, before the first token is asked for.
+  """
+  sampling = Sampling(temperature, top_k, top_p)
+  _check(model, [prompt], num_tokens, sampling, key)
+  prompts, limits_B = _fitted(model, [prompt], num_tokens)
+
+  def tokens() -> Iterator[int]:
+    blocks = _blocks(
+      model, params, prompts, limits_B, sampling, key, eos_ids, 1
+    )
+    token = int(next(blocks).item())
+    yield token
+    for _ in range(limits_B[0] - 1):
+      if token in eos_ids:
+        return
+      token = int(blocks.send(np.zeros(1, bool)).item())
+      yield token
+
+  return tokens()
 
 
 def _check_ids(model, prompts):
@@ -181,13 +219,14 @@ def _check_ids(model, prompts):
       )
 
 
-def _check(model, prompts, num_tokens, sampling, key, stop, decode):
+def _check(model, prompts, num_tokens, sampling, key):
+  _check_ids(model, prompts)
   if model.extend is None:
     raise ValueError(
       f'A {type(model.config).__name__} writes no text: it is no decoder. Use '
       'a language model that guesses the next token.'
     )
-  for number, prompt in enumerate(prompts):
+  for number, prompt in enumerate(map(np.asarray, prompts)):
     if prompt.ndim != 1 or prompt.size == 0:
       raise ValueError(
         f'Prompt {number} has shape {prompt.shape}; it must hold at least one '
@@ -205,11 +244,63 @@ def _check(model, prompts, num_tokens, sampling, key, stop, decode):
       f'temperature={sampling.temperature} draws tokens at random, and key is '
       'None. Give a random key, or a temperature of 0.'
     )
-  if stop and decode is None:
-    raise ValueError(
-      f'stop={tuple(stop)} is looked for in text, and decode is None. Give the '
-      "tokenizer's decode."
+
+
+def _fitted(
+  model: Model, prompts: Sequence[np.ndarray], num_tokens: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """Prompts that leave room, and how many tokens each gets at most."""
+  longest = model.config.max_seq_len
+  room = max(longest - num_tokens, 1)
+  arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
+  arrays = [p if p.size < longest else p[-room:] for p in arrays]
+  return arrays, np.array([min(num_tokens, longest - p.size) for p in arrays])
+
+
+def _blocks(
+  model: Model,
+  params: Any,
+  prompts: list[np.ndarray],
+  limits_B: np.ndarray,
+  sampling: Sampling,
+  key: jax.Array | None,
+  eos_ids: Sequence[int],
+  stride: int,
+) -> Generator[np.ndarray, np.ndarray, None]:
+  """Writes, and waits after each block to be sent which rows have ended.
+
+  Yields:
+    New tokens, int32 ``[B, T]``: the first of each row, then `stride` at most.
+  """
+  key = jax.random.key(0) if key is None else key
+  tokens_BP, positions_BP, piece = _padded(prompts, model.config.max_seq_len)
+  fixed = model, sampling, tuple(sorted(set(eos_ids)))
+  # Whatever the stride: the same shapes round sums in the same way.
+  slots = math.ceil(int(limits_B.max()) / _STRIDE) * _STRIDE
+  state = _start(
+    params,
+    tokens_BP,
+    positions_BP,
+    limits_B,
+    key,
+    fixed=fixed,
+    piece=piece,
+    slots=tokens_BP.shape[1] + slots,
+  )
+  count = 1
+  done_B = yield np.asarray(state.last_B)[:, None]
+  while True:
+    state, block_BT = _go_on(
+      params,
+      state._replace(done_B=done_B),
+      limits_B,
+      key,
+      fixed=fixed,
+      stride=stride,
     )
+    added = int(state.count) - count
+    count += added
+    done_B = yield np.asarray(block_BT)[:, :added]
 
 
 def _padded(
@@ -302,15 +393,17 @@ def _draw(fixed, params, x_BD, state, limits_B, key):
   )
 
 
-@functools.partial(jax.jit, static_argnames='fixed', donate_argnames='state')
-def _go_on(params, state, limits_B, key, *, fixed):
-  """Adds tokens until all rows are done, `_STRIDE` at most."""
+@functools.partial(
+  jax.jit, static_argnames=('fixed', 'stride'), donate_argnames='state'
+)
+def _go_on(params, state, limits_B, key, *, fixed, stride):
+  """Adds tokens until all rows are done, `stride` at most."""
   model = fixed[0]
   first = state.count
 
   def goes_on(loop):
     state, _ = loop
-    return (state.count - first < _STRIDE) & ~jnp.all(state.done_B)
+    return (state.count - first < stride) & ~jnp.all(state.done_B)
 
   def step(loop):
     state, block_BT = loop
@@ -323,5 +416,5 @@ def _go_on(params, state, limits_B, key, *, fixed):
     block_BT = jax.lax.dynamic_update_slice(block_BT, state.last_B[:, None], at)
     return state, block_BT
 
-  block_BT = jnp.zeros((len(limits_B), _STRIDE), jnp.int32)
+  block_BT = jnp.zeros((len(limits_B), stride), jnp.int32)
   return jax.lax.while_loop(goes_on, step, (state, block_BT))

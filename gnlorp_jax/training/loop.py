@@ -10,6 +10,7 @@ import logging
 import math
 import pathlib
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -66,9 +67,13 @@ class Run(NamedTuple):
       resumes; a pytree that steps neither differentiate nor change.
     better: ``better(found, best)``: whether an evaluation is better than the
       best so far. With it, the best parameters are kept in ``best/``.
+    patience: The run ends early after so many evaluations in a row of which
+      none is better than the best; None: it takes all its steps. Needs
+      `better`.
     select: ``select(state, candidates)``: the batch to train on, chosen from a
       larger one on the devices.
     context: ``context(number)``: a pytree that varies from step to step.
+    log: Where rows of metrics go beside the folder.
     renew: ``renew(state)``: a state that was read, with what the settings of
       now decide in it, such as learning rates.
   """
@@ -88,6 +93,8 @@ class Run(NamedTuple):
   keep: int = 3
   constants: Callable[[], Any] = dict
   better: Callable[[Found, Found], bool] | None = None
+  patience: int | None = None
+  log: metrics.Log | None = None
   select: Callable[[TrainState, Any], Any] | None = None
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
@@ -101,7 +108,8 @@ class Outcome(NamedTuple):
       otherwise the last.
     constants: What the steps took beside them.
     record: ``last`` and ``best`` evaluation with their ``step`` (None before
-      the first), ``wall_seconds``, ``seconds_per_step``, ``skipped_steps`` and
+      the first), ``since_best`` (evaluations after the best one),
+      ``wall_seconds``, ``seconds_per_step``, ``skipped_steps`` and
       ``peak_device_bytes``.
   """
 
@@ -158,7 +166,7 @@ def steps(
 
 
 def train(run: Run, stop: StopRequest) -> Outcome:
-  """Trains to the last step, or to a signal that asks to stop.
+  """Trains to the last step, to the end of patience, or to a signal to stop.
 
   Args:
     run: The run. A folder that holds checkpoints is resumed.
@@ -170,8 +178,10 @@ def train(run: Run, stop: StopRequest) -> Outcome:
   Raises:
     SystemExit: After a signal, when everything is saved; 128 plus its number.
     DivergedError: If going on is pointless.
-    ValueError: If the folder holds a run with other settings.
+    ValueError: If the folder holds a run with other settings, or there is
+      patience and no best evaluation.
   """
+  _check(run)
   peak = peak_bytes()
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(
@@ -183,7 +193,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     health = Health(first, int(state.skipped))
     keeper = stack.enter_context(_Keeper(run, record))
     writer = stack.enter_context(
-      metrics.MetricsWriter(run.folder, first or None)
+      metrics.MetricsWriter(run.folder, first or None, run.name, run.log)
     )
     show_progress = stack.enter_context(
       metrics.progress(
@@ -214,7 +224,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       state,
       run.batches,
       run.mesh,
-      range(first + 1, run.steps + 1),
+      () if keeper.gives_up else range(first + 1, run.steps + 1),
       constants,
       select=run.select,
       context=run.context,
@@ -228,28 +238,45 @@ def train(run: Run, stop: StopRequest) -> Outcome:
         row = _row(run.instruments, number, state, values, clock)
         writer.write(number, row)
         health.check(number, row)
-        if 'train/tokens_per_second' in row:
-          show_progress(
-            number, row['train/loss'], row['train/tokens_per_second']
-          )
+        if (speed := row.get('train/tokens_per_second')) is not None:
+          show_progress(number, row['train/loss'], speed)
       if number % run.every.evaluate == 0 or is_last:
         evaluate(number)
+        is_last = is_last or keeper.gives_up
       if number % run.every.checkpoint == 0 or is_last:
         save(number)
         clock.restart()
       if stop.received and not is_last:
         save(number, wait=True)
-        _logger.warning(
-          '%s: saved step %d of %d in %s. The same command continues.',
-          *(stop.received.name, number, run.steps, run.folder),
-        )
-        raise SystemExit(128 + stop.received)
+        raise _stopped(run, number, stop.received)
+      if is_last:
+        break
+    if keeper.gives_up:
+      _tell_early_end(run, keeper.record)
     record = clock.update(keeper.record) | {
       'skipped_steps': int(state.skipped),
       'peak_device_bytes': risen(peak, peak_bytes()),
     }
     params = keeper.best_params(state)
   return Outcome(params, constants, record)
+
+
+def _check(run: Run) -> None:
+  """Raises ValueError if parts of a run do not fit each other."""
+  if run.patience is not None and run.better is None:
+    raise ValueError(
+      f'patience={run.patience} counts evaluations since the best one, and '
+      'this run keeps no best. Keep it, or leave patience out.'
+    )
+
+
+def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
+  """Says that a run stops after a signal; what ends the program."""
+  _logger.warning(
+    '%s: saved step %d of %d in %s. The same command continues.',
+    *(received.name, number, run.steps, run.folder),
+  )
+  return SystemExit(128 + received)
 
 
 def _tell(name: str, number: int, found: dict[str, float]) -> None:
@@ -259,6 +286,16 @@ def _tell(name: str, number: int, found: dict[str, float]) -> None:
     f'{name}: ' if name else '',
     number,
     ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
+  )
+
+
+def _tell_early_end(run: Run, record: Record) -> None:
+  """Says that a run ends before its last step, and why."""
+  _logger.info(
+    '%sends at step %d of %d: no evaluation was better than that of step %d '
+    'for patience=%d of them. Raise patience to go on.',
+    f'{run.name} ' if run.name else '',
+    *(record['last']['step'], run.steps, record['best']['step'], run.patience),
   )
 
 
@@ -285,8 +322,9 @@ def _resume_or_start(
   metadata = saved.latest_metadata()
   if metadata is None:
     state, constants = run.start()
-    record = {'best': None, 'last': None, 'seconds_per_step': None}
-    return state, constants, record | {'wall_seconds': 0.0}
+    record = {'best': None, 'last': None, 'since_best': 0}
+    times = {'seconds_per_step': None, 'wall_seconds': 0.0}
+    return state, constants, record | times
   check_compatible(metadata, run.metadata, run.folder)
   state, position, _ = saved.restore_latest(run.abstract_state)
   if run.renew is not None:
@@ -314,12 +352,14 @@ class _Keeper:
   """Remembers evaluations, and keeps the best parameters if a run asks to."""
 
   def __init__(self, run: Run, record: Record):
-    self.record = record
+    # Checkpoints did not always count.
+    self.record = {'since_best': 0} | record
     self._run = run
     self._folder = run.folder / 'best'
     self._best: Checkpointer | None = None
     if run.better is None:
-      self.record['best'] = None  # Of an earlier process that kept it.
+      # Of an earlier process that kept it.
+      self.record |= {'best': None, 'since_best': 0}
       return
     # An interrupted run finds once more what came after its checkpoint.
     _remove_later(self._folder, record['last'])
@@ -332,6 +372,12 @@ class _Keeper:
     if self._best is not None:
       self._best.close()
 
+  @property
+  def gives_up(self) -> bool:
+    """Whether so many evaluations were no better that the run ends."""
+    patience = self._run.patience
+    return patience is not None and self.record['since_best'] >= patience
+
   def note(self, number: int, found: dict[str, float], params: Any) -> bool:
     """Takes in an evaluation; whether it is the best so far, and kept."""
     values = {n: v if math.isfinite(v) else None for n, v in found.items()}
@@ -340,8 +386,9 @@ class _Keeper:
       return False
     best = self.record['best']
     if best is not None and not self._run.better(values, best):
+      self.record['since_best'] += 1
       return False
-    self.record['best'] = self.record['last']
+    self.record |= {'best': self.record['last'], 'since_best': 0}
     self._best.save(
       number, params, {'step': number}, self._run.metadata, wait=True
     )

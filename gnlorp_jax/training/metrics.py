@@ -1,15 +1,17 @@
 """What a run tells while it trains: metrics on disk, a progress bar, a plot."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -20,6 +22,33 @@ import rich.progress
 _logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
+_WANDB_FILE = 'wandb_id.txt'
+
+
+class Log(NamedTuple):
+  """Where else rows of metrics go.
+
+  Attributes:
+    kind: ``wandb`` for Weights & Biases, or None for nowhere else.
+    settings: The run's settings, which are shown beside its rows there.
+  """
+
+  kind: str | None = None
+  settings: Mapping[str, Any] = {}
+
+
+def check_log(kind: str | None) -> None:
+  """Raises ValueError if rows cannot go where a `Log` says."""
+  if kind not in (None, 'wandb'):
+    raise ValueError(f"Unknown log {kind!r}; expected 'wandb' or None.")
+  if kind is None:
+    return
+  spec = importlib.util.find_spec('wandb')
+  # A folder that wandb wrote is called as it is, and is no package.
+  if spec is None or spec.origin is None:
+    raise ValueError(
+      "log='wandb' needs the package wandb: pip install 'gnlorp_jax[wandb]'"
+    )
 
 
 class MetricsWriter:
@@ -34,10 +63,19 @@ class MetricsWriter:
     resume_step: The step of the checkpoint that training goes on from. What
       was written for later steps is dropped, as it will be written again. None
       starts afresh.
+    name: What to call the run beside others; the folder's name, if empty.
+    log: Where else rows go; None: nowhere.
+
+  Raises:
+    ValueError: If they cannot go there.
   """
 
   def __init__(
-    self, run_dir: str | pathlib.Path, resume_step: int | None = None
+    self,
+    run_dir: str | pathlib.Path,
+    resume_step: int | None = None,
+    name: str = '',
+    log: Log | None = None,
   ):
     # Who only builds programs need not have it.
     from tensorboardX.event_file_writer import EventsWriter
@@ -46,6 +84,8 @@ class MetricsWriter:
     self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
     run_dir = pathlib.Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    # First, as it is what may fail.
+    self._wandb = _start_wandb(run_dir, resume_step, name, log or Log())
     path = run_dir / METRICS_FILE
     _drop_later_lines(path, -1 if resume_step is None else resume_step)
     self._file = path.open('a', encoding='utf-8')
@@ -60,8 +100,8 @@ class MetricsWriter:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self.close()
+  def __exit__(self, kind, *exception):
+    self._close(1 if kind else 0)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes the metrics of one step.
@@ -81,6 +121,9 @@ class MetricsWriter:
       if value is not None
     ]
     self._write_event(step, summary=summary(value=scalars))
+    if self._wandb is not None:
+      numbers = {n: value for n, value in values.items() if value is not None}
+      self._wandb.log(numbers, step=int(step))
 
   def _write_event(self, step: int, **content: Any) -> None:
     self._events.write_event(
@@ -89,9 +132,51 @@ class MetricsWriter:
     self._events.flush()
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes what is written to."""
+    self._close(0)
+
+  def _close(self, status: int) -> None:
     self._file.close()
     self._events.close()
+    if self._wandb is not None:
+      self._wandb.finish(exit_code=status)
+
+
+def _start_wandb(
+  run_dir: pathlib.Path, resume_step: int | None, name: str, log: Log
+) -> Any:
+  """The run of Weights & Biases; None if rows do not go there.
+
+  Its id is kept in the folder: a run that is resumed goes on under it. Rows of
+  steps that it has already are not taken again.
+  """
+  check_log(log.kind)
+  if log.kind is None:
+    return None
+  import wandb
+
+  path = run_dir / _WANDB_FILE
+  if resume_step is None or not path.is_file():
+    path.write_text(f'{secrets.token_hex(4)}\n', encoding='utf-8')
+  try:
+    return wandb.init(
+      project=os.environ.get('WANDB_PROJECT', 'gnlorp_jax'),
+      name=name or run_dir.resolve().name,
+      id=path.read_text(encoding='utf-8').strip(),
+      resume='allow',
+      dir=str(run_dir),
+      config=dict(log.settings),
+      # What resumes may have other settings.
+      allow_val_change=True,
+      # The terminal belongs to the progress bar.
+      settings=wandb.Settings(console='off'),
+    )
+  except wandb.Error as error:
+    raise ValueError(
+      f'Weights & Biases did not take the run: {error} To keep its rows on '
+      'this machine, set WANDB_MODE=offline in the environment; the command '
+      'wandb sync sends them later.'
+    ) from error
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

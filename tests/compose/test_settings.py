@@ -18,9 +18,9 @@ from gnlorp_jax.compose.settings import (
 KINDS = {
   RunConfig: {
     'fixed': 'batch_size seed',
-    'result': 'steps micro_batches init_from eval_every',
+    'result': 'steps micro_batches init_from eval_every patience',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
-    'log_every dry_run',
+    'log_every log dry_run',
   },
   # Fixed is what decides what the optimizer's state holds.
   OptimConfig: {

@@ -102,6 +102,36 @@ def test_adapters_and_codes_write_what_the_model_without_them_does():
     np.testing.assert_array_equal(new, expected)
 
 
+def test_stream_gives_the_tokens_of_generate_when_asked(monkeypatch):
+  model, params = build()
+  strides, go_on = [], generate._go_on
+
+  def count(*args, stride, **options):
+    strides.append(stride)
+    return go_on(*args, stride=stride, **options)
+
+  monkeypatch.setattr(generate, '_go_on', count)
+  sizes = []
+  # The last one does not fit.
+  for prompt in prompts(3, 5, 60):
+    arguments = (model, params, prompt, 34)
+    options = {'temperature': 0.9, 'key': KEY, 'eos_ids': (7,)}
+    (whole,) = generate.generate(model, params, [prompt], 34, **options)
+    strides.clear()
+    found = generate.stream(*arguments, **options)
+    assert [next(found), next(found), next(found)] == whole[:3].tolist()
+    assert strides == [1, 1]
+    assert [*whole[:3], *found] == whole.tolist()
+    sizes.append(whole.size)
+  assert min(sizes) < max(sizes) == 34  # Ended by a token, and by the number.
+
+
+def test_stream_refuses_before_it_is_asked():
+  model, params = build()
+  with pytest.raises(ValueError, match='num_tokens=0 must be positive.'):
+    generate.stream(model, params, *prompts(3), 0, temperature=0)
+
+
 def test_a_row_ends_with_eos_and_the_others_go_on():
   model, params = build()
   given = prompts(4, 6)

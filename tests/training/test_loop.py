@@ -5,6 +5,7 @@ Shape suffixes in this file: B rows of a batch, D features.
 
 import json
 import logging
+import shutil
 import signal
 
 import jax
@@ -522,6 +523,76 @@ def test_run_that_no_longer_keeps_the_best_ends_with_the_last(tmp_path):
   outcome = loop.train(run._replace(better=None, batches=Batches()), Stop())
   assert outcome.record['best'] is None
   np.testing.assert_allclose(outcome.params['w'], simulate()[-1], rtol=1e-5)
+
+
+# Patience.
+
+EARLY = {
+  'steps': 20,
+  'better': lower,
+  'evaluate': up_and_down,
+  'every': loop.Every(log=3, evaluate=2, checkpoint=5),
+  'patience': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def ended_early(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('early') / 'whole'
+  return folder, loop.train(make_run(folder, **EARLY), Stop())
+
+
+def test_run_ends_when_evaluations_were_no_better(ended_early):
+  folder, outcome = ended_early
+  assert outcome.record['best']['step'] == 8
+  assert outcome.record['last']['step'] == 12
+  assert outcome.record['since_best'] == 2
+  np.testing.assert_allclose(outcome.params['w'], simulate()[8], rtol=1e-5)
+  state, position = read_state(folder)
+  assert int(state.step) == position['batches']['taken'] == 12
+  assert read_rows(folder)[-1]['step'] == 12
+
+
+# Stopped at a checkpoint of the signal's; killed, it begins again before that.
+@pytest.mark.parametrize('killed', [False, True])
+def test_interrupted_run_ends_early_where_the_whole_one_does(
+  ended_early, tmp_path, killed
+):
+  stop = Stop()
+  batches = Batches(at=11, do=kill if killed else stop)
+  with pytest.raises((SystemExit, RuntimeError)):
+    loop.train(make_run(tmp_path, **EARLY, batches=batches), stop)
+  state, position = read_state(tmp_path)
+  assert int(state.step) == (10 if killed else 11)
+  assert position['record']['since_best'] == 1
+  loop.train(make_run(tmp_path, **EARLY), Stop())
+  assert_ends_alike(tmp_path, ended_early[0])
+
+
+def test_ended_run_stays_ended_until_patience_is_raised(
+  ended_early, tmp_path, caplog
+):
+  folder = tmp_path / 'copy'
+  shutil.copytree(ended_early[0], folder)
+  with caplog.at_level(logging.INFO, logger='gnlorp_jax.training.loop'):
+    outcome = loop.train(make_run(folder, **EARLY), Stop())
+  assert outcome.record['last'] == ended_early[1].record['last']
+  np.testing.assert_array_equal(outcome.params['w'], ended_early[1].params['w'])
+  assert told(caplog)[-1] == (
+    'toy ends at step 12 of 20: no evaluation was better than that of step 8 '
+    'for patience=2 of them. Raise patience to go on.'
+  )
+  outcome = loop.train(make_run(folder, **EARLY | {'patience': 3}), Stop())
+  assert outcome.record['last']['step'] == 14
+
+
+def test_patience_needs_the_best(tmp_path):
+  with pytest.raises(ValueError) as error:
+    loop.train(make_run(tmp_path, patience=2), Stop())
+  assert str(error.value) == (
+    'patience=2 counts evaluations since the best one, and this run keeps no '
+    'best. Keep it, or leave patience out.'
+  )
 
 
 # What is watched.

@@ -1,8 +1,10 @@
+import importlib
 import io
 import json
 import logging
 import math
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +102,97 @@ def test_fresh_run_starts_an_empty_file(tmp_path):
     writer.write(0, {'eval/loss': 3.0})
   write_steps(tmp_path, [1])
   assert [line['step'] for line in read_lines(tmp_path)] == [1]
+
+
+# Weights & Biases, by a module that writes down what it is told.
+
+FAKE_WANDB = """
+told = []
+
+
+class Error(Exception):
+  pass
+
+
+def Settings(**settings):
+  return settings
+
+
+def init(**options):
+  if options['config'].get('refused'):
+    raise Error('no key.')
+  told.append(options)
+  return Run()
+
+
+class Run:
+  def log(self, values, step):
+    told.append((step, values))
+
+  def finish(self, exit_code):
+    told.append(exit_code)
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+  (tmp_path / 'modules').mkdir()
+  (tmp_path / 'modules' / 'wandb.py').write_text(FAKE_WANDB)
+  monkeypatch.syspath_prepend(tmp_path / 'modules')
+  monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+  monkeypatch.delenv('WANDB_PROJECT', raising=False)
+  yield importlib.import_module('wandb')
+  monkeypatch.delitem(sys.modules, 'wandb')
+
+
+def test_rows_go_to_weights_and_biases_under_one_id(wandb, tmp_path):
+  log = metrics.Log('wandb', {'optim': {'rank': 4}})
+  folder = tmp_path / 'run'
+  with MetricsWriter(folder, log=log) as writer:
+    writer.write(1, {'train/loss': 2.5, 'train/grad_norm': math.nan})
+  with pytest.raises(SystemExit):
+    with MetricsWriter(folder, 1, name='again', log=log) as writer:
+      writer.write(2, {'eval/loss': 2.25})
+      raise SystemExit(130)
+  start, *first, resumed, second, status = wandb.told
+  assert first == [(1, {'train/loss': 2.5}), 0]
+  assert (second, status) == ((2, {'eval/loss': 2.25}), 1)
+  assert start['id'] == resumed['id'] != ''
+  assert (folder / 'wandb_id.txt').read_text() == start['id'] + '\n'
+  assert (start['name'], resumed['name']) == ('run', 'again')
+  assert start['config'] == log.settings
+  assert start['dir'] == str(folder)
+  assert len(read_lines(folder)) == 2
+  MetricsWriter(folder, log=log).close()  # Afresh: another run.
+  assert wandb.told[-2]['id'] != start['id']
+
+
+def test_refusal_of_weights_and_biases_is_a_message(wandb, tmp_path):
+  with pytest.raises(ValueError) as error:
+    MetricsWriter(tmp_path, log=metrics.Log('wandb', {'refused': True}))
+  assert str(error.value) == (
+    'Weights & Biases did not take the run: no key. To keep its rows on this '
+    'machine, set WANDB_MODE=offline in the environment; the command wandb '
+    'sync sends them later.'
+  )
+
+
+def test_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+  monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+  (tmp_path / 'wandb').mkdir()  # What it wrote elsewhere is no package.
+  monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+  with pytest.raises(ValueError) as error:
+    metrics.check_log('wandb')
+  assert str(error.value) == (
+    "log='wandb' needs the package wandb: pip install 'gnlorp_jax[wandb]'"
+  )
+
+
+def test_other_logs_are_unknown():
+  metrics.check_log(None)
+  with pytest.raises(ValueError) as error:
+    metrics.check_log('mlflow')
+  assert str(error.value) == "Unknown log 'mlflow'; expected 'wandb' or None."
 
 
 def test_terminal_shows_a_bar():

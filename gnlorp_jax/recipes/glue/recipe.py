@@ -29,7 +29,7 @@ from gnlorp_jax.recipes.glue import evaluation, tasks
 from gnlorp_jax.recipes.glue.protocol import resolve
 from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.grid import Member, Result, quality
-from gnlorp_jax.training import loop, objectives, sharding
+from gnlorp_jax.training import loop, metrics, objectives, sharding
 
 
 class Planned(NamedTuple):
@@ -305,6 +305,8 @@ def make_run(
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=lambda found, best: quality(found[metric]) > quality(best[metric]),
+    patience=config.patience,
+    log=metrics.Log(config.log, dataclasses.asdict(config)),
   )
   return Member(
     run,

@@ -21,7 +21,7 @@ from gnlorp_jax.compose.settings import fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
-from gnlorp_jax.training import loop, objectives, sharding
+from gnlorp_jax.training import loop, metrics, objectives, sharding
 
 
 class Planned(NamedTuple):
@@ -182,6 +182,8 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=language_model.is_better if config.keep_best else None,
+    patience=config.patience,
+    log=metrics.Log(config.log, dataclasses.asdict(config)),
     renew=lambda state: built.renew(state, numbers),
   )
 

@@ -159,7 +159,7 @@ def summarise(
     'optimizer': config.optim.name,
     'adapter': config.adapter.kind,
     'parameters': num_params(built),
-    'steps': config.steps,
+    'steps': outcome.record['last']['step'],
     'first_eval_loss': first['eval/loss'],
     'last_eval_loss': last['loss'],
     'last_eval_perplexity': last['perplexity'],

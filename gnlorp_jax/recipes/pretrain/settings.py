@@ -144,6 +144,11 @@ class TrainConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     check_at_least_one(self, 'eval_batches', 'loss_chunk_tokens')
+    if self.patience is not None and not self.keep_best:
+      raise ValueError(
+        f'patience={self.patience} counts evaluations since the best one, and '
+        'with keep_best=False there is none. Add --keep-best.'
+      )
     for name in ('name', 'learning_rate'):
       if getattr(self.optim, name) is None:
         raise ValueError(

@@ -22,7 +22,7 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.chat import demo
 from gnlorp_jax.recipes.sft import data, evaluation, protocol
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import loop, objectives
+from gnlorp_jax.training import loop, metrics, objectives
 
 
 class Planned(NamedTuple):
@@ -214,6 +214,8 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     keep=config.checkpoint_keep,
     constants=lambda: built.parameters.start_frozen(key),
     better=language_model.is_better if _keeps_best(prepared, config) else None,
+    patience=config.patience,
+    log=metrics.Log(config.log, dataclasses.asdict(config)),
     renew=lambda state: built.renew(state, numbers),
   )
 

@@ -93,8 +93,8 @@ def summarise(
       leaf.size for leaf in jax.tree.leaves(built.parameters.trained)
     ),
     'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
-    'steps': config.steps,
-    'epochs': config.steps / prepared.steps_per_epoch,
+    'steps': record['last']['step'],
+    'epochs': record['last']['step'] / prepared.steps_per_epoch,
     'data': {
       name: dataclasses.asdict(counts)
       for name, counts in prepared.chat.examples.report.items()

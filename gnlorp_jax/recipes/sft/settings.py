@@ -74,6 +74,11 @@ class ChatDataConfig:
         'conversations to train on as data.source.'
       )
 
+  @property
+  def holds_out(self) -> bool:
+    """Whether there are examples to evaluate on."""
+    return bool(self.val_size or self.validation_source or self.source == DEMO)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftEvalOptions(TaskOptions):
@@ -173,6 +178,11 @@ class SftConfig(RunConfig):
     check_at_least_one(self, 'loss_chunk_tokens')
     if self.epochs is not None and not self.epochs > 0:
       raise ValueError(f'epochs={self.epochs} must be positive.')
+    if self.patience is not None and not self._finds_best:
+      raise ValueError(
+        f'patience={self.patience} counts evaluations since the best one; that '
+        'needs keep_best=True and held-out examples (data.val_size).'
+      )
     chosen = methods.get_method(self.method)
     if self.optim.learning_rate is not None and self.learning_rates is not None:
       raise ValueError(
@@ -180,12 +190,11 @@ class SftConfig(RunConfig):
         f'{self.learning_rates!r} exclude each other: give one rate, or '
         'several to choose from.'
       )
-    if self.learning_rates is not None and self.data.val_size == 0:
-      if self.data.validation_source is None:
-        raise ValueError(
-          f'learning_rates={self.learning_rates!r} are chosen by the '
-          'validation loss, and data.val_size=0 holds out nothing.'
-        )
+    if self.learning_rates is not None and not self.data.holds_out:
+      raise ValueError(
+        f'learning_rates={self.learning_rates!r} are chosen by the validation '
+        'loss, and data.val_size=0 holds out nothing.'
+      )
     kind = self.adapter.kind or chosen.adapter
     if self.export == 'adapter' and kind not in ('lora', 'dora'):
       trains = 'all weights' if kind is None else f'adapters of kind {kind!r}'
@@ -199,6 +208,10 @@ class SftConfig(RunConfig):
         f'data.source={self.data.source!r} needs a model: give its Hugging '
         'Face folder, or hf:OWNER/NAME, as init_from (or --model).'
       )
+
+  @property
+  def _finds_best(self) -> bool:
+    return self.keep_best and self.data.holds_out
 
   @property
   def is_demo(self) -> bool:

@@ -271,14 +271,25 @@ def test_masked_sequences_begin_with_a_token_anyway():
   )
 
 
+def test_patience_needs_the_best():
+  with pytest.raises(ValueError) as error:
+    TrainConfig(patience=2)
+  assert str(error.value) == (
+    'patience=2 counts evaluations since the best one, and with '
+    'keep_best=False there is none. Add --keep-best.'
+  )
+  assert TrainConfig(patience=2, keep_best=True).patience == 2
+
+
 # What a run may change when it is resumed. A new field must be judged here.
 
 KINDS = {
   TrainConfig: {
     'fixed': 'objective mask_rate batch_size seed',
-    'result': 'steps micro_batches init_from eval_every eval_batches keep_best',
+    'result': 'steps micro_batches init_from eval_every patience eval_batches '
+    'keep_best',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
-    'log_every dry_run loss_chunk_tokens',
+    'log_every log dry_run loss_chunk_tokens',
   },
   DataConfig: {
     'fixed': 'source mode add_bos document_mask seq_len',
