@@ -58,23 +58,25 @@ def dot(a, b):
   return sum(jax.tree.leaves(products))
 
 
-def assert_derivative(outcome, target, at, direction):
-  """``jax.grad`` of <outcome, target> agrees with a central difference."""
+def assert_derivatives(outcome, target, at, *directions):
+  """``jax.grad`` of <outcome, target> agrees with central differences."""
 
   @jax.jit
   def gradient(at):
     _, pull_back = jax.vjp(outcome, at)
     return pull_back(target)[0]
 
-  outcome = jax.jit(outcome)
+  outcome, found = jax.jit(outcome), gradient(at)
   size = 3e-3
-  above, below = (
-    dot(outcome(along(at, direction, sign * size)), target) for sign in (1, -1)
-  )
-  # Rounded outcomes, and what is of third order in the size: up to 1e-3 each.
-  np.testing.assert_allclose(
-    dot(gradient(at), direction), (above - below) / (2 * size), rtol=5e-3
-  )
+  for direction in directions:
+    above, below = (
+      dot(outcome(along(at, direction, sign * size)), target)
+      for sign in (1, -1)
+    )
+    # Rounded outcomes, and what is of third order in the size: up to 1e-3 each.
+    np.testing.assert_allclose(
+      dot(found, direction), (above - below) / (2 * size), rtol=5e-3
+    )
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -105,8 +107,13 @@ def test_derivatives_in_rate_and_gradients(name):
 
   at = np.float32(RATE), grads
   none = jax.tree.map(np.zeros_like, at)
-  assert_derivative(outcome, random_tree(3), at, (np.float32(1), none[1]))
-  assert_derivative(outcome, random_tree(3), at, (none[0], direction))
+  assert_derivatives(
+    outcome,
+    random_tree(3),
+    at,
+    (np.float32(1), none[1]),
+    (none[0], direction),
+  )
 
 
 @pytest.mark.parametrize('mode', ['keep', 'reset', 'rotate'])
@@ -139,4 +146,4 @@ def test_moments_keep_their_derivative_at_a_refresh(mode):
     return
   # Second moments stay positive.
   direction = normal_like(moments[0], 8), jax.tree.map(np.asarray, moments[1])
-  assert_derivative(outcome, target, moments, direction)
+  assert_derivatives(outcome, target, moments, direction)

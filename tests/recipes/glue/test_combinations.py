@@ -28,6 +28,11 @@ COMMON = """
   --optim.learning-rate 0.003
 """
 STEPS = 3
+# Of all kernels, or of what adapts them, two are projected: more of them take
+# longer to compile.
+FEW_PROJECTED = (
+  ' --optim.param-labels layers/.*(q|down)_proj/(kernel|lora_) low_rank .* full'
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -214,6 +219,7 @@ def test_kind_of_adapter_replaces_the_methods():
 )
 @pytest.mark.slow
 def test_layer_by_layer_is_the_way_of_whole_steps(words):
+  words += FEW_PROJECTED
   whole, layerwise = taken(words), taken(f'{words} --step.mode layerwise')
   # Sums in another order: float32 rounding, which Adam makes larger.
   assert_same_way(layerwise, whole, rtol=2e-3)
@@ -277,7 +283,7 @@ def test_steps_beside_8_bits_are_those_beside_the_numbers_they_stand_for():
 @pytest.mark.slow
 def test_kernels_that_train_in_8_bits_move_layer_by_layer():
   words = '--method gradnormlorp --step.mode layerwise --step.weight-bits 8'
-  found = taken(words)
+  found = taken(words + FEW_PROJECTED)
   codes = codes_of(found.params)
   assert len(codes) == 6 and not found.frozen
   before = codes_of(found.start)
