@@ -19,6 +19,8 @@ from gnlorp_jax.recipes.glue import recipe as glue
 from gnlorp_jax.recipes.glue import settings as glue_settings
 from gnlorp_jax.recipes.pretrain import recipe as pretrain
 from gnlorp_jax.recipes.pretrain import settings as pretrain_settings
+from gnlorp_jax.recipes.sft import recipe as sft
+from gnlorp_jax.recipes.sft import settings as sft_settings
 
 Devices = Sequence[jax.Device] | int
 
@@ -128,7 +130,37 @@ class GluePlanConfig(Target, glue_settings.GlueConfig):
     return tasks.load_tokenizer(self)
 
 
-RECIPES = {'pretrain': PlanConfig, 'glue': GluePlanConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftPlanConfig(Target, sft_settings.SftConfig):
+  """Fine-tuning on conversations, and the GPUs to plan it for."""
+
+  init_from: str | None = result('llama-3.1-8b')
+  """Hugging Face folder of the model to fine-tune (also --model), 'hf:OWNER/
+  NAME', or a preset: 7b, llama-3.1-8b, qwen2.5-7b, ..."""
+
+  @classmethod
+  def parse(cls, args: list[str], description: str) -> 'SftPlanConfig':
+    """Makes the settings, with the recipe's numbers for what is not given."""
+    return sft.resolve(sft_settings.parse(args, description, cls))
+
+  @property
+  def title(self) -> str:
+    """The model, the method and the batch."""
+    return (
+      f'{self.init_from or "the demo"} with {self.method}: {self.batch_size} '
+      f'rows of {self.data.max_length} tokens'
+    )
+
+  def build(self, devices: Devices) -> sft.Planned:
+    """What the run computes on these devices, described or just a number."""
+    return sft.plan(self, devices)
+
+
+RECIPES = {
+  'pretrain': PlanConfig,
+  'glue': GluePlanConfig,
+  'sft': SftPlanConfig,
+}
 """What can be planned, by the first word of the command line."""
 
-Settings = PlanConfig | GluePlanConfig
+Settings = PlanConfig | GluePlanConfig | SftPlanConfig

@@ -13,7 +13,7 @@ from gnlorp_jax.compose import parameters
 from gnlorp_jax.data import chat, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.data.chat import demo
-from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.recipes.sft.settings import DEMO, SftConfig
 from gnlorp_jax.training import sharding
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def load(config: SftConfig) -> Chat:
   tokenizer = load_tokenizer(config)
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   template = load_template(settings.template, tokenizer)
-  if config.is_demo:
+  if settings.source == DEMO:
     sources, held_out = ([one] for one in demo.sources(config.seed))
   else:
     sources, held_out = chat.read(settings.source), ()

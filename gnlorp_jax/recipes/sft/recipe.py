@@ -56,7 +56,7 @@ def resolve(config: SftConfig) -> SftConfig:
       examples may be.
   """
   overrides = {}
-  if config.is_demo and config.init_from is None:
+  if config.is_demo:
     overrides['vocab_size'] = demo.tokenizer().vocab_size
   architecture = parameters.architecture(
     config.init_from, config.model, **overrides

@@ -4,7 +4,7 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import command_line, config_file, methods
@@ -103,13 +103,7 @@ class SftEvalOptions(TaskOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig(RunConfig):
-  """Fine-tuning on conversations, each field an option of the program.
-
-  Attributes:
-    needs_model: Whether examples must come with a model.
-  """
-
-  needs_model: ClassVar[bool] = True
+  """Fine-tuning on conversations, each field an option of the program."""
 
   method: str = 'gradnormlorp'
   """What trains and how: full (AdamW), lora, dora, gradnormlorp_adapter, or an
@@ -203,7 +197,7 @@ class SftConfig(RunConfig):
         f"method={self.method!r} trains {trains}. Use export='merged', or "
         'another method.'
       )
-    if self.needs_model and self.data.source != DEMO and self.init_from is None:
+    if self.data.source != DEMO and self.init_from is None:
       raise ValueError(
         f'data.source={self.data.source!r} needs a model: give its Hugging '
         'Face folder, or hf:OWNER/NAME, as init_from (or --model).'
@@ -215,8 +209,8 @@ class SftConfig(RunConfig):
 
   @property
   def is_demo(self) -> bool:
-    """Whether the instructions are generated."""
-    return self.data.source == DEMO
+    """Whether a small model of its own learns the generated instructions."""
+    return self.data.source == DEMO and self.init_from is None
 
 
 ALIASES: command_line.Aliases = {
