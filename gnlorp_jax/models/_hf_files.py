@@ -5,7 +5,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,40 @@ _COMPARED = 2**24
 def has_weights(folder: pathlib.Path) -> bool:
   """Whether there are weights, or an index of them."""
   return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def check_absent(folder: pathlib.Path) -> None:
+  """Raises ValueError if there is anything but an empty folder."""
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise ValueError(
+      f'Cannot export to {folder}: it exists, and an export overwrites '
+      'nothing. Choose another folder or remove it.'
+    )
+
+
+@contextlib.contextmanager
+def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write to, which gets its name when it is complete.
+
+  Args:
+    folder: Folder to create.
+
+  Yields:
+    A folder in the same place under another name.
+
+  Raises:
+    ValueError: If `folder` holds something already.
+  """
+  folder = folder.absolute()
+  check_absent(folder)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{folder.name}.', dir=folder.parent
+  ) as temporary:
+    stage = pathlib.Path(temporary) / folder.name
+    stage.mkdir()
+    yield stage
+    stage.rename(folder)
 
 
 def open_tensors(

@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -223,12 +222,7 @@ def check_export_folder(folder: str | os.PathLike) -> None:
   Raises:
     ValueError: If something other than an empty folder is there already.
   """
-  path = pathlib.Path(folder)
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise ValueError(
-      f'Cannot export to {path}: it exists, and an export overwrites nothing. '
-      'Choose another folder or remove it.'
-    )
+  _hf_files.check_absent(pathlib.Path(folder))
 
 
 def export(
@@ -255,16 +249,9 @@ def export(
   Raises:
     ValueError: If the folder holds something already.
   """
-  folder = pathlib.Path(folder).absolute()
-  check_export_folder(folder)
   leaves = traverse_util.flatten_dict(params, sep='/')
-  shards = _shards(_tensors(table, leaves), max_shard_bytes)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{folder.name}.', dir=folder.parent
-  ) as temporary:
-    stage = pathlib.Path(temporary) / folder.name
-    stage.mkdir()
+  with _hf_files.staged(pathlib.Path(folder)) as stage:
+    shards = _shards(_tensors(table, leaves), max_shard_bytes)
     for name, shard in shards.items():
       safetensors.numpy.save_file(
         {
@@ -277,7 +264,6 @@ def export(
     if len(shards) > 1:
       _hf_files.write_object(stage / _hf_files.INDEX, _index(shards))
     _hf_files.write_object(stage / _CONFIG, hf_config)
-    stage.rename(folder)
 
 
 class _Tensor(NamedTuple):
