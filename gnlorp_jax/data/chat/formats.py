@@ -47,7 +47,7 @@ def name_of(record: Any) -> str:
       'JSON list of objects, or one object a line'
     )
   for name, keys in _KEYS.items():
-    if all(record.get(key) is not None for key in keys):
+    if all(key in record for key in keys):
       return name
   listed = '; '.join(f'{name}: {", ".join(k)}' for name, k in _KEYS.items())
   raise ValueError(

@@ -87,15 +87,19 @@ class Renderer:
     Raises:
       jinja2.TemplateError: If the template does not take them.
     """
-    marked = self._template.render(
-      messages=[
-        {'role': m.role, 'content': m.content, **m.extra} for m in messages
-      ],
-      tools=list(tools) or None,
-      documents=None,
-      add_generation_prompt=prompt,
-      **self._tokens,
-    )
+    try:
+      marked = self._template.render(
+        messages=[
+          {'role': m.role, 'content': m.content, **m.extra} for m in messages
+        ],
+        tools=list(tools) or None,
+        documents=None,
+        add_generation_prompt=prompt,
+        **self._tokens,
+      )
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+      # Of its expressions, such as a text plus a number.
+      raise jinja2.TemplateRuntimeError(str(error)) from error
     parts = _MARK.split(marked)
     borders = [0]
     for part in parts:
