@@ -184,6 +184,9 @@ class AdapterOptions:
   """Rank of the change of a kernel; None is 8."""
   alpha: float | None = None
   """The change is multiplied by alpha / rank; None is 16."""
+  rank_stabilized: bool = False
+  """Whether it is multiplied by alpha / sqrt(rank) instead (rsLoRA), so that a
+  higher rank changes no less."""
   dropout: float | None = result(None)
   """Share of the adapters' inputs that is dropped in training; None is the
   recipe's: 0 in pre-training, 0.1 on GLUE."""

@@ -2,7 +2,8 @@ r"""What a layer with an adapter computes: LoRA, DoRA and GradNormLoRP.
 
 A kernel :math:`W_0` stays as it is; what trains are the factors A and B of a
 change of rank r and, in two of the three, one magnitude m per output unit. With
-:math:`V = W_0 + s A B` and :math:`s = \alpha / r` the layer computes with
+:math:`V = W_0 + s A B` and :math:`s = \alpha / r`, or
+:math:`\alpha / \sqrt r` where it is rank-stabilised, the layer computes with
 
 * ``lora``: :math:`W = V`,
 * ``dora``: :math:`W = m V / |V|`, the norm a constant in the backward pass,
@@ -44,6 +45,9 @@ class AdapterConfig:
   """Rank of the change of a kernel, at least 1."""
   alpha: float = 16.0
   """The change is multiplied by alpha / rank; greater than 0."""
+  rank_stabilized: bool = False
+  """Whether it is multiplied by alpha / sqrt(rank) instead, so that a higher
+  rank changes no less (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732)."""
   dropout: float = 0.0
   """Share of the adapter's inputs that is dropped in training, in [0, 1)."""
   rules: tuple[str, ...] = ('layers/(attn|mlp)/.*/kernel',)
@@ -76,7 +80,9 @@ class AdapterConfig:
 
   @property
   def scale(self) -> float:
-    """What the product of the factors is multiplied by, alpha / rank."""
+    """What the product of the factors is multiplied by."""
+    if self.rank_stabilized:
+      return self.alpha / math.sqrt(self.rank)
     return self.alpha / self.rank
 
 

@@ -230,7 +230,7 @@ def _fields(config: AdapterConfig) -> dict[str, Any]:
     'lora_alpha': int(config.alpha) if is_whole else config.alpha,
     'lora_dropout': config.dropout,
     'use_dora': config.kind == 'dora',
-    'use_rslora': False,
+    'use_rslora': config.rank_stabilized,
     'bias': 'none',
     'fan_in_fan_out': False,
     'init_lora_weights': True,
@@ -286,6 +286,7 @@ def _opened(
         rank=fields.get('r', 8),
         alpha=fields.get('lora_alpha', 8),
         dropout=fields.get('lora_dropout', 0.0),
+        rank_stabilized=bool(fields.get('use_rslora')),
         rules=tuple(f'^{layer}/kernel$' for layer in sorted(layers)),
       )
     except (TypeError, ValueError) as error:

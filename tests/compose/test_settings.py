@@ -32,7 +32,10 @@ KINDS = {
     'param_labels',
   },
   # Fixed is what decides the arrays, and what they stand for.
-  AdapterOptions: {'fixed': 'kind rank alpha rules', 'result': 'dropout'},
+  AdapterOptions: {
+    'fixed': 'kind rank alpha rank_stabilized rules',
+    'result': 'dropout',
+  },
   # A state of either mode is one of the other.
   StepConfig: {
     'fixed': 'weight_bits',

@@ -179,6 +179,7 @@ def peft_model(base, config, target_modules):
       lora_alpha=config.alpha,
       lora_dropout=config.dropout,
       use_dora=config.kind == 'dora',
+      use_rslora=config.rank_stabilized,
       target_modules=target_modules,
     ),
   )
@@ -223,10 +224,13 @@ def peft_dense(config, params):
   return model, model.base_model.model['dense']
 
 
-@pytest.mark.parametrize('kind', ['lora', 'dora'])
-def test_layer_is_that_of_peft(kind):
+@pytest.mark.parametrize(
+  ('kind', 'is_stabilized'),
+  [('lora', False), ('lora', True), ('dora', False)],
+)
+def test_layer_is_that_of_peft(kind, is_stabilized):
   pytest.importorskip('peft')
-  config = config_of(kind, rules=('kernel',))
+  config = config_of(kind, rules=('kernel',), rank_stabilized=is_stabilized)
   params = dense_params(kind)
   model, layer = peft_dense(config, params)
   start = init(config, params)['dense']

@@ -117,7 +117,9 @@ def test_peft_reads_an_export_and_gives_the_same_logits(
   theirs = pytest.importorskip('peft')
   # The head of LLaMA is adapted, too.
   rules = ('kernel',) if family is llama else ('layers/.*/kernel',)
-  config = config_of(kind, rules=rules, dropout=0.25)
+  config = config_of(
+    kind, rules=rules, dropout=0.25, rank_stabilized=family is qwen2
+  )
   arrays = adapters_of(config, family)
   folder = tmp_path / 'adapter'
   peft.export(folder, config, arrays, family.HF_TENSORS, base=str(base.root))
@@ -133,6 +135,7 @@ def test_peft_reads_an_export_and_gives_the_same_logits(
   assert_same(found, arrays)
   assert (again.kind, again.rank, again.scale) == (kind, R, config.scale)
   assert again.dropout == 0.25
+  assert again.rank_stabilized == fields.use_rslora == (family is qwen2)
   # The rules choose the same kernels.
   assert_same(adapters_of(again, family), arrays)
   assert peft.read_config(folder, family.HF_TENSORS) == again
@@ -148,6 +151,7 @@ def test_what_peft_saves_is_read(base, tmp_path):
       r=R,
       lora_alpha=5,
       use_dora=True,
+      use_rslora=True,
       target_modules='all-linear',
       init_lora_weights=False,
       task_type='CAUSAL_LM',
@@ -156,6 +160,7 @@ def test_what_peft_saves_is_read(base, tmp_path):
   model.save_pretrained(tmp_path / 'adapter')
   config, arrays = peft.read(tmp_path / 'adapter', llama.HF_TENSORS)
   assert (config.kind, config.alpha, len(config.rules)) == ('dora', 5, 7)
+  assert config.rank_stabilized
   expected = their_logits(model)
   np.testing.assert_allclose(logits_of(config, arrays), expected, atol=1e-5)
   with model.disable_adapter():

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 
-from gnlorp_jax import models
-from gnlorp_jax.compose import memory, parameters, scores
+from gnlorp_jax.compose import pretrained, scores
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data import tokenizer as tokenizers
-from gnlorp_jax.models import hf
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.evaluate import harness
 from gnlorp_jax.recipes.evaluate.settings import (
@@ -55,40 +53,17 @@ def load(
       tokenizer, a file is damaged, or something is asked that the model
       cannot do.
   """
-  folder = local_folder(config)
-  hf_config = hf.load_config(folder)
-  family = models.family_of(hf_config)
-  architecture = dataclasses.replace(
-    family.config_from_hf(hf_config),
-    param_dtype=config.dtype,
-    compute_dtype=config.dtype,
+  found = pretrained.find(
+    config.folder, dtype=config.dtype, tokenizer=config.tokenizer
   )
-  accepted = architecture.max_seq_len
+  accepted = found.model.config.max_seq_len
   if config.max_length is not None and config.max_length > accepted:
     raise ValueError(
       f'max_length={config.max_length} must be in [1, {accepted}], what the '
       'model accepts.'
     )
   _check_lengths(config, asked, accepted)
-  tokenizer = tokenizers.load(config.tokenizer or config.folder)
-  if tokenizer.vocab_size > architecture.vocab_size:
-    raise ValueError(
-      f'The tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has '
-      f'{architecture.vocab_size} tokens. Name the tokenizer that the model '
-      'was trained with by --tokenizer.'
-    )
-  model = family.make(architecture)
-  if model.extend is None:
-    raise ValueError(
-      f'{config.folder} holds a {architecture.model_type}, which sees the '
-      'whole of a text and continues none. Name a causal language model.'
-    )
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  memory.check(shapes)
-  params = hf.load_params(
-    folder, family.HF_TENSORS, shapes, unread=family.HF_UNREAD
-  )
-  return Loaded(model, params, tokenizer)
+  return Loaded(found.model, found.read(), found.tokenizer)
 
 
 def _check_lengths(
@@ -105,11 +80,6 @@ def _check_lengths(
         f'stride={config.stride} must be in [1, {window}], the length of a '
         'window.'
       )
-
-
-def local_folder(config: EvaluateConfig) -> pathlib.Path:
-  """The folder of the model, downloaded where it is named of the hub."""
-  return pathlib.Path(parameters.folder(config.folder)).expanduser()
 
 
 def read_tasks(config: EvaluateConfig) -> dict[str, data_tasks.Task | str]:

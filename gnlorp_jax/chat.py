@@ -1,0 +1,51 @@
+"""Talks to a language model, whose answers appear as it writes them.
+
+The first word is a Hugging Face folder, such as the hf/ of a run that was
+fine-tuned on conversations or what save_pretrained of transformers wrote; or
+hf:OWNER/NAME of the hub. The folder's chat template writes the conversation
+down. On a terminal /reset begins anew, /quit or Ctrl-D ends, and Ctrl-C stops
+an answer; where questions come through a pipe, each line is one. With
+CHAT_TRACEBACK set in the environment, an error shows where it arose.
+
+  python -m gnlorp_jax.chat FOLDER
+  python -m gnlorp_jax.chat FOLDER --system 'Answer in one sentence.'
+  python -m gnlorp_jax.chat FOLDER --prompt 'What is JAX?' --temperature 0
+  python -m gnlorp_jax.chat FOLDER < questions.txt > answers.txt
+"""
+
+import os
+
+# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
+# XLA's own.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+import signal
+import sys
+
+import rich.console
+
+from gnlorp_jax.compose import command_line
+from gnlorp_jax.recipes.chat import recipe, terminal
+from gnlorp_jax.recipes.chat.settings import ChatConfig, parse
+
+
+def main(args: list[str] | None = None) -> None:
+  """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
+  try:
+    command_line.run(
+      lambda: chat(parse(words, __doc__)), traceback_variable='CHAT_TRACEBACK'
+    )
+  except KeyboardInterrupt:
+    raise SystemExit(128 + signal.SIGINT) from None
+
+
+def chat(config: ChatConfig) -> None:
+  """Loads a model and talks."""
+  with rich.console.Console(stderr=True).status('Reading the model ...'):
+    dialogue = recipe.load(config)
+  terminal.run(dialogue, config.prompt)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,80 @@
+"""A language model of a Hugging Face folder: checked first, then read."""
+
+import dataclasses
+import pathlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from gnlorp_jax import models
+from gnlorp_jax.compose import memory, parameters
+from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.models import hf
+from gnlorp_jax.models.interface import Dtype, Model
+
+
+class Found(NamedTuple):
+  """What a folder holds, before its weights are read.
+
+  Attributes:
+    folder: Where it is on this machine.
+    family: The module of the model's family.
+    model: The model.
+    tokenizer: Its tokenizer.
+  """
+
+  folder: pathlib.Path
+  family: ModuleType
+  model: Model
+  tokenizer: tokenizers.Tokenizer
+
+  def read(self) -> Any:
+    """The model's parameters, on the first device.
+
+    Raises:
+      ValueError: If they have no room, or a file is damaged.
+    """
+    shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+    memory.check(shapes)
+    return hf.load_params(
+      self.folder,
+      self.family.HF_TENSORS,
+      shapes,
+      unread=self.family.HF_UNREAD,
+    )
+
+
+def find(name: str, *, dtype: Dtype, tokenizer: str | None = None) -> Found:
+  """Finds a language model and its tokenizer.
+
+  Args:
+    name: Its folder, or hf:OWNER/NAME of the hub, from where it is downloaded
+      unless it is there.
+    dtype: Of the weights and of the arithmetic.
+    tokenizer: Folder or file of a tokenizer; None is that of the folder.
+
+  Raises:
+    ValueError: If the folder holds no language model of a known family, or no
+      tokenizer, or one of another model.
+  """
+  folder = pathlib.Path(parameters.folder(name)).expanduser()
+  hf_config = hf.load_config(folder)
+  family = models.family_of(hf_config)
+  architecture = dataclasses.replace(
+    family.config_from_hf(hf_config), param_dtype=dtype, compute_dtype=dtype
+  )
+  found = tokenizers.load(tokenizer or name)
+  if found.vocab_size > architecture.vocab_size:
+    raise ValueError(
+      f'The tokenizer has ids up to {found.vocab_size - 1}, the model has '
+      f'{architecture.vocab_size} tokens. Name the tokenizer that the model '
+      'was trained with by --tokenizer.'
+    )
+  model = family.make(architecture)
+  if model.extend is None:
+    raise ValueError(
+      f'{name} holds a {architecture.model_type}, which sees the whole of a '
+      'text and continues none. Name a causal language model.'
+    )
+  return Found(folder, family, model, found)

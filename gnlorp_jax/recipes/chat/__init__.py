@@ -1,0 +1,1 @@
+"""Talking to a language model of a Hugging Face folder."""

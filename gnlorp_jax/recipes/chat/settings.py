@@ -1,0 +1,88 @@
+"""What can be asked of a conversation."""
+
+import dataclasses
+import pathlib
+
+from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose.settings import check_at_least_one
+from gnlorp_jax.data import hub
+from gnlorp_jax.models.generate import Sampling
+from gnlorp_jax.models.interface import Dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+  """A conversation with one model."""
+
+  folder: str = ''
+  """Hugging Face folder of a language model, such as the hf/ of a run, or
+  hf:OWNER/NAME of the hub; on the command line the first word."""
+  prompt: str | None = None
+  """Ask this alone, write the answer and end. By default questions are asked
+  for; where standard input is no terminal, each line of it is one."""
+  system: str | None = None
+  """What the model is told before the first question. By default what its
+  template says itself, if anything."""
+  template: str = 'tokenizer'
+  """How a conversation is written down: 'tokenizer' as the folder says,
+  'alpaca' with the headings of Stanford's Alpaca, 'none' without any; or a
+  FILE.jinja."""
+  max_tokens: int = 512
+  """Most tokens of an answer."""
+  temperature: float = 0.7
+  """Randomness: 0 takes the likeliest token."""
+  top_k: int | None = None
+  """Tokens to choose among at each position. By default all."""
+  top_p: float | None = 0.9
+  """Choose among the likeliest tokens that together have this probability;
+  None: among all."""
+  seed: int = 0
+  """Decides what is drawn."""
+  tokenizer: str | None = None
+  """Folder or file of a tokenizer. By default that of the model's folder."""
+  dtype: Dtype = 'float32'
+  """Dtype of the weights and of the arithmetic."""
+
+  def __post_init__(self):
+    check_at_least_one(self, 'max_tokens')
+    Sampling(self.temperature, self.top_k, self.top_p).check()
+    if self.seed < 0:
+      raise ValueError(f'seed={self.seed} must not be less than 0.')
+    if self.prompt is not None and not self.prompt.strip():
+      raise ValueError(
+        'prompt asks nothing: it is empty. Leave it out to talk.'
+      )
+
+
+def parse(args: list[str], description: str) -> ChatConfig:
+  """The settings of a command line, whose first word is the folder.
+
+  Args:
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+
+  Returns:
+    The settings.
+
+  Raises:
+    SystemExit: After `--help`.
+    ValueError: If an option does not exist or a value is not allowed, or there
+      is no folder.
+  """
+  default = ChatConfig()
+  if args and not args[0].startswith('-'):
+    default = dataclasses.replace(default, folder=args[0])
+    args = args[1:]
+  config = command_line.override(default, args, description)
+  if not config.folder:
+    raise ValueError(
+      'No model is named. Begin with its Hugging Face folder: '
+      'python -m gnlorp_jax.chat FOLDER'
+    )
+  folder = pathlib.Path(config.folder).expanduser()
+  if not hub.is_hub(config.folder) and not (folder / 'config.json').is_file():
+    raise ValueError(
+      f'{config.folder} is no Hugging Face folder: it holds no config.json. '
+      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
+    )
+  return config
