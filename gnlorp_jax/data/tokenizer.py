@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from gnlorp_jax.data import cache, hub, sources, tokenizer_files
+from gnlorp_jax.data import bpe, cache, hub, sources, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ _UNKNOWN_TOKENS = ('<unk>', '[UNK]')
 _BPE_PAD, _BPE_EOS = '<|pad|>', '<|endoftext|>'
 # Those of RoBERTa, with the ids it gives to the first four.
 _ROBERTA_TOKENS = ('<s>', '<pad>', '</s>', '<unk>', '<mask>')
-_BPE_CHARACTERS = 2**25
 
 
 class Tokenizer:
@@ -395,8 +394,7 @@ def _load_bpe(
 
   def train(folder: pathlib.Path) -> None:
     logger.info('Training a BPE tokenizer of %d on %s.', vocab_size, source)
-    texts = _first(sources.documents(source), _BPE_CHARACTERS)
-    backend = _train_bpe(texts, vocab_size, special)
+    backend = bpe.train(sources.documents(source), vocab_size, special)
     if masked:
       backend.post_processor = tokenizers.processors.RobertaProcessing(
         ('</s>', 2), ('<s>', 0), add_prefix_space=False
@@ -409,36 +407,6 @@ def _load_bpe(
 
   folder = pathlib.Path(cache_dir) / f'bpe-{digest}'
   return _load_file(cache.cached_folder(folder, train) / 'tokenizer.json')
-
-
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-  for text in texts:
-    yield text[:characters]
-    characters -= len(text)
-    if characters <= 0:
-      return
-
-
-def _train_bpe(
-  texts: Iterator[str], vocab_size: int, special: Sequence[str]
-) -> tokenizers.Tokenizer:
-  """Trains a byte-level BPE tokenizer (the same for the same texts)."""
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  backend.train_from_iterator(
-    texts,
-    tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size,
-      min_frequency=2,
-      special_tokens=list(special),
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False,
-    ),
-  )
-  return backend
 
 
 def _find(

@@ -1,17 +1,17 @@
 """What a fine-tuned model says of held-out conversations, and to them."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from gnlorp_jax.compose import language_model
+from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import chat
+from gnlorp_jax.data.tasks.questions import Task
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.grid import write_atomically
@@ -19,20 +19,23 @@ from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import sharding
 
-if TYPE_CHECKING:
-  from gnlorp_jax.recipes.sft.recipe import Prepared
-
 SAMPLES_FILE = 'samples.jsonl'
 
 
 def evaluator(
-  prepared: Prepared, config: SftConfig, steps_taken: Callable[[], int]
+  program: Program,
+  found: data.Chat,
+  tasks: Sequence[Task],
+  config: SftConfig,
+  steps_taken: Callable[[], int],
 ) -> Callable[[Any, Any], dict[str, float]]:
   """What a run finds out about its model every now and then.
 
   Args:
-    prepared: What the runs of a command share.
-    config: The settings of this one.
+    program: What the run computes.
+    found: Its examples.
+    tasks: What it is asked.
+    config: Its settings.
     steps_taken: Tells how many steps were taken.
 
   Returns:
@@ -43,32 +46,31 @@ def evaluator(
     ``TASK/METRIC`` and ``TASK/METRIC_stderr``. The answers are added to
     ``samples.jsonl``.
   """
-  built = prepared.program
 
   def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
-    found = {}
-    if prepared.evaluates:
-      found |= _losses(prepared, config, trained, frozen)
-      found |= _answers(prepared, config, trained, frozen, steps_taken())
-    return found | language_model.ask(
-      built,
-      trained,
-      frozen,
-      prepared.chat.tokenizer,
-      prepared.tasks,
-      config.eval.batch_size,
+    weights = (trained, frozen)
+    result = {}
+    if found.examples.validation:
+      result |= _losses(program, found, config, *weights)
+      result |= _answers(program, found, config, *weights, steps_taken())
+    return result | language_model.ask(
+      program, *weights, found.tokenizer, tasks, config.eval.batch_size
     )
 
   return evaluate
 
 
 def _losses(
-  prepared: Prepared, config: SftConfig, trained: Any, frozen: Any
+  program: Program,
+  found: data.Chat,
+  config: SftConfig,
+  trained: Any,
+  frozen: Any,
 ) -> dict[str, float]:
-  built, sums = prepared.program, []
-  for batch in data.evaluation_batches(config, prepared.chat):
-    placed = sharding.put_batch(batch, built.mesh)
-    sums.append(built.eval_step(trained, placed, frozen))
+  sums = []
+  for batch in data.evaluation_batches(config, found):
+    placed = sharding.put_batch(batch, program.mesh)
+    sums.append(program.eval_step(trained, placed, frozen))
   loss, weight, right = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
   return {
     'loss': float(loss / weight),
@@ -78,10 +80,14 @@ def _losses(
 
 
 def _answers(
-  prepared: Prepared, config: SftConfig, trained: Any, frozen: Any, step: int
+  program: Program,
+  found: data.Chat,
+  config: SftConfig,
+  trained: Any,
+  frozen: Any,
+  step: int,
 ) -> dict[str, float]:
   """Answers held-out prompts, and keeps what it says."""
-  built, found = prepared.program, prepared.chat
   asked = [
     conversation
     for conversation in found.examples.validation_conversations
@@ -90,8 +96,8 @@ def _answers(
   if not asked:
     return {}
   texts = answer(
-    built.model,
-    built.parameters.join(trained, frozen),
+    program.model,
+    program.parameters.join(trained, frozen),
     found,
     [conversation.messages[:-1] for conversation in asked],
     [conversation.tools for conversation in asked],

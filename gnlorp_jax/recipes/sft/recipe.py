@@ -193,8 +193,9 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     train_step=built.train_step,
     batches=batches,
     evaluate=evaluation.evaluator(
+      *(built, prepared.chat, prepared.tasks, config),
       # Each step takes a batch.
-      *(prepared, config, lambda: batches.get_state()['taken']),
+      lambda: batches.get_state()['taken'],
     ),
     instruments=built.instruments(
       config.optim,

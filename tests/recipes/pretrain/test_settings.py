@@ -7,6 +7,7 @@ import re
 import pytest
 
 from gnlorp_jax import config
+from gnlorp_jax.compose import config_file
 from gnlorp_jax.compose import settings as compose_settings
 from gnlorp_jax.compose.settings import OptimConfig, TaskOptions
 from gnlorp_jax.data import tasks
@@ -18,6 +19,7 @@ from gnlorp_jax.recipes.pretrain.settings import (
   SampleConfig,
   TrainConfig,
 )
+from gnlorp_jax.recipes.sft.settings import SftConfig
 
 CONFIGS = pathlib.Path(__file__).parents[3] / 'configs'
 
@@ -38,10 +40,11 @@ def message_of(args, capsys):
   'path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem
 )
 def test_every_configuration_file_loads_and_says_how_to_run_it(path):
-  loaded = settings.load(path)
-  assert isinstance(loaded, TrainConfig)
-  command = f'python train_lm.py --config configs/{path.name}'
-  assert command in path.read_text()
+  is_sft = path.stem.startswith('sft_')
+  loaded = config_file.load(path, SftConfig if is_sft else TrainConfig)
+  assert loaded.run_dir.startswith('runs/')
+  program = 'train_sft.py' if is_sft else 'train_lm.py'
+  assert f'python {program} --config configs/{path.name}' in path.read_text()
 
 
 def test_file_is_the_default_and_options_override_it():
