@@ -150,16 +150,44 @@ def pinned(init_from: str | None) -> str | None:
   return f'{init_from.partition("@")[0]}@{commit}'
 
 
-def adapter_config(options: AdapterOptions) -> adapters.AdapterConfig | None:
-  """The adapters that are asked for; None trains the model's own weights."""
+def adapter_config(
+  options: AdapterOptions, architecture: models.Config
+) -> adapters.AdapterConfig | None:
+  """The adapters that are asked for, or those in the folder to start from.
+
+  Args:
+    options: What is asked for.
+    architecture: The model's.
+
+  Returns:
+    Their configuration; None trains the model's own weights.
+
+  Raises:
+    ValueError: If the folder cannot be read, or holds others than are asked
+      for.
+  """
   if options.kind is None:
     return None
   given = {
     field.name: getattr(options, field.name)
     for field in dataclasses.fields(options)
-    if getattr(options, field.name) is not None
+    if getattr(options, field.name) is not None and field.name != 'init_from'
   }
-  return adapters.AdapterConfig(**given)
+  if options.init_from is None:
+    return adapters.AdapterConfig(**given)
+  found = folders.peft_config(options.init_from, architecture)
+  for name, value in given.items():
+    has = getattr(found, name)
+    if name != 'dropout' and value not in (
+      has,
+      getattr(AdapterOptions(), name),
+    ):
+      raise ValueError(
+        f'adapter.{name}={value!r} is asked for, and the adapters in '
+        f'{options.init_from} have {has!r}. '
+        + (f'Give adapter.kind={has!r}.' if name == 'kind' else 'Leave it out.')
+      )
+  return dataclasses.replace(found, dropout=given.get('dropout', 0.0))
 
 
 def plan(
@@ -172,6 +200,7 @@ def plan(
   rules: LabelRules,
   beside_adapters: tuple[str, ...] = (),
   read: Callable[..., Params] | None = None,
+  adapter_from: str | None = None,
   seed: int = 0,
 ) -> tuple[parameters.Parameters, LabelRules]:
   """Says how a run holds a model's weights; allocates nothing.
@@ -188,6 +217,8 @@ def plan(
       of a new head.
     read: ``read(key, shapes)`` reads the weights to start from as they are
       stored, kernels as `folders.keeper` keeps them; None draws them.
+    adapter_from: Folder of PEFT with the adapters to start from, of which
+      `adapter` is the configuration; None draws them.
     seed: Decides how weights in 8 bits are rounded.
 
   Returns:
@@ -198,7 +229,15 @@ def plan(
       or rules match nothing.
   """
   layout = _Layout(
-    make, config, mesh, adapter, step, beside_adapters, rules, seed
+    make,
+    config,
+    mesh,
+    adapter,
+    step,
+    beside_adapters,
+    rules,
+    adapter_from,
+    seed,
   )
   trained, frozen, trained_rules = layout.abstract
   if step.mode == 'whole':
@@ -252,6 +291,7 @@ class _Layout:
   step: StepConfig
   beside_adapters: tuple[str, ...]
   rules: LabelRules
+  adapter_from: str | None
   seed: int
 
   @property
@@ -327,8 +367,11 @@ class _Layout:
 
   def adapters(self, base: Any, key: jax.Array | None) -> Any:
     """The arrays of the adapters beside these weights."""
-    if key is None:
-      return jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
+    if key is None or self.adapter_from is not None:
+      shapes = jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
+      if key is None:
+        return shapes
+      return folders.read_peft(self.adapter_from, self.config, shapes)
     return self.draw_adapters(base, jax.random.fold_in(key, 1))
 
   # Compiled once, however many runs draw their weights.

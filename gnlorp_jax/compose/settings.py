@@ -193,8 +193,16 @@ class AdapterOptions:
   rules: tuple[str, ...] | None = None
   """Regexes over paths of kernels, of which one must occur in the path of a
   kernel for it to be adapted; None adapts all matrices of the blocks."""
+  init_from: str | None = None
+  """Folder of PEFT with the adapters to start from, of the same kind; None
+  draws them. Rank, alpha and what is adapted are those of the folder."""
 
   def __post_init__(self):
+    if self.init_from is not None and self.kind not in ('lora', 'dora'):
+      raise ValueError(
+        f'AdapterOptions.init_from={self.init_from!r} needs the kind of the '
+        f"adapters there, 'lora' or 'dora', got kind={self.kind!r}."
+      )
     check_at_least_one(self, 'rank')
     check_between(self, 'dropout', 0, 1)
     if self.alpha is not None and not self.alpha > 0:
