@@ -40,9 +40,14 @@ def test_they_change_nothing_for_the_others(name, caplog):
 
   @jax.jit
   def run(params, grads):
-    updates, state = tx.update(grads, tx.init(params), params)
-    params = optax.apply_updates(params, updates)
-    return tx.update(grads, state, params)[0]
+    def step(carry, _):
+      params, state = carry
+      updates, state = tx.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), updates
+
+    carry = params, tx.init(params)
+    _, updates = jax.lax.scan(step, carry, length=2)
+    return jax.tree.map(lambda u: u[-1], updates)
 
   found = run(tree(0) | EMPTY, tree(1) | EMPTY)
   expected = run(tree(0), tree(1))
