@@ -167,6 +167,11 @@ def adapter_config(
       for.
   """
   if options.kind is None:
+    if options.init_from is not None:
+      raise ValueError(
+        f'adapter.init_from={options.init_from!r} needs adapter.kind: lora or '
+        'dora, as the adapters there are.'
+      )
     return None
   given = {
     field.name: getattr(options, field.name)

@@ -198,7 +198,7 @@ class AdapterOptions:
   draws them. Rank, alpha and what is adapted are those of the folder."""
 
   def __post_init__(self):
-    if self.init_from is not None and self.kind not in ('lora', 'dora'):
+    if self.init_from is not None and self.kind == 'gradnormlorp':
       raise ValueError(
         f'AdapterOptions.init_from={self.init_from!r} needs the kind of the '
         f"adapters there, 'lora' or 'dora', got kind={self.kind!r}."

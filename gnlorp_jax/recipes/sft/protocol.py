@@ -58,12 +58,12 @@ def _adapter(given: AdapterOptions, method: Method) -> AdapterOptions:
   kind = given.kind or method.adapter
   if kind is None:
     return given
+  found = dataclasses.replace(given, kind=kind, dropout=_or(given.dropout, 0.0))
+  if given.init_from is not None:  # What is there has a rank of its own.
+    return found
+  rank = _or(given.rank, _ADAPTER_RANK)
   return dataclasses.replace(
-    given,
-    kind=kind,
-    rank=_or(given.rank, _ADAPTER_RANK),
-    alpha=_or(given.alpha, 2.0 * _or(given.rank, _ADAPTER_RANK)),
-    dropout=_or(given.dropout, 0.0),
+    found, rank=rank, alpha=_or(given.alpha, 2.0 * rank)
   )
 
 
@@ -79,7 +79,7 @@ def _optimizer(
     config = dataclasses.replace(config, learning_rate=rate)
   # A rank of pieces of rows is another number: the optimizer's own.
   is_of_pieces = config.name in ('vlorp', 'projfactor')
-  rank = _RANK if adapter.kind is None else adapter.rank
+  rank = _RANK if adapter.kind is None else _or(adapter.rank, _ADAPTER_RANK)
   numbers = {
     'rank': config.rank if is_of_pieces else _or(config.rank, rank),
     'update_proj_gap': _or(config.update_proj_gap, 100),

@@ -10,7 +10,7 @@ import rich.console
 import rich.padding
 import rich.text
 
-from gnlorp_jax.compose import folders, language_model
+from gnlorp_jax.compose import folders, language_model, parameters
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import chat
 from gnlorp_jax.optim.inspect import tree_bytes
@@ -67,10 +67,10 @@ def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
     folders.export_peft(
       folder / 'adapter',
       outcome.params,
-      prepared.program.parameters,
-      config.adapter,
+      outcome.constants,
+      prepared.program.adapter,
       config.model,
-      base=config.init_from,
+      base=parameters.pinned(config.init_from),
     )
     tokenizer.save(folder / 'adapter', add_bos=tokenizer.adds_bos)
 
