@@ -96,7 +96,7 @@ def _replace_aliases(
     options = [_option(field, negated=is_negated) for field in fields]
     for new in options:
       replaced += [new, *values]
-    _logger.info('%s is now %s.', option, ' and '.join(options))
+    _logger.info('%s means %s.', option, ' and '.join(options))
   return replaced
 
 

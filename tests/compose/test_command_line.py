@@ -48,52 +48,52 @@ def override(*args):
     (
       ['--old-rate', '0.3'],
       Outer(inner=Inner(rate=0.3)),
-      '--old-rate is now --inner.rate.',
+      '--old-rate means --inner.rate.',
     ),
     (
       ['--old-rate=0.3'],
       Outer(inner=Inner(rate=0.3)),
-      '--old-rate is now --inner.rate.',
+      '--old-rate means --inner.rate.',
     ),
     (
       ['--old_rate=-3e-1', '--title', 'x'],
       Outer(inner=Inner(rate=-0.3), title='x'),
-      '--old_rate is now --inner.rate.',
+      '--old_rate means --inner.rate.',
     ),
     (
       ['--both-rates', '2'],
       Outer(final_rate=2.0, inner=Inner(rate=2.0)),
-      '--both-rates is now --inner.rate and --final-rate.',
+      '--both-rates means --inner.rate and --final-rate.',
     ),
     (
       ['--both-rates=2'],
       Outer(final_rate=2.0, inner=Inner(rate=2.0)),
-      '--both-rates is now --inner.rate and --final-rate.',
+      '--both-rates means --inner.rate and --final-rate.',
     ),
     (
       ['--name=a=b'],  # The first sign alone parts option and value.
       Outer(title='a=b'),
-      '--name is now --title.',
+      '--name means --title.',
     ),
     (
       ['--remat', '--title', 'x'],  # A switch takes no word.
       Outer(title='x', inner=Inner(remat=True)),
-      '--remat is now --inner.remat.',
+      '--remat means --inner.remat.',
     ),
     (
       ['--no-remat'],
       Outer(),
-      '--no-remat is now --inner.no-remat.',
+      '--no-remat means --inner.no-remat.',
     ),
     (
       ['--no-spread', '--title', 'x'],
       Outer(title='x', inner=Inner(spread=False)),
-      '--no-spread is now --inner.no-spread.',
+      '--no-spread means --inner.no-spread.',
     ),
     (
       ['--spread'],
       Outer(),
-      '--spread is now --inner.spread.',
+      '--spread means --inner.spread.',
     ),
   ],
 )

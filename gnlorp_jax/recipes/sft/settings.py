@@ -216,6 +216,7 @@ class SftConfig(RunConfig):
 ALIASES: command_line.Aliases = {
   'data': ('data.source',),
   'learning_rate': ('optim.learning_rate',),
+  'max_length': ('data.max_length',),
   'model': ('init_from',),
   'rank': ('optim.rank', 'adapter.rank'),
 }

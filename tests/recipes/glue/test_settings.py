@@ -120,7 +120,7 @@ def test_every_earlier_name_is_an_option_no_more_and_is_told(caplog):
         node = getattr(node, part)
       assert str(node) == (value or 'True'), target
       new = target.replace('_', '-')
-      assert f'{option} is now --' in caplog.text and new in caplog.text
+      assert f'{option} means --' in caplog.text and new in caplog.text
 
 
 def test_groups_are_no_earlier_names():
