@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face folders, also those kept in 8 bits.
+"""Weights from and to Hugging Face folders, also those kept in few bits.
 
 Adapters go from and to folders of PEFT, without the weights beside them.
 
@@ -51,7 +51,8 @@ def keeper(
 
   Args:
     folder: A Hugging Face folder of a model.
-    weight_bits: 8 quantises the kernels of the blocks; None keeps all as it is.
+    weight_bits: 8 or 4 quantises the kernels of the blocks; None keeps all as
+      it is.
 
   Returns:
     A function (path, array), as `hf.load_params` takes it. Quantised kernels
@@ -64,16 +65,19 @@ def keeper(
   """
   if weight_bits is None:
     return lambda path, array: array
-  grid = _read_grid(pathlib.Path(folder) / GRID_FILE)
+  codec = optim.quantized_weights.CODECS[weight_bits]
+  # Only evenly spaced values have a grid; the others are found without.
+  is_even = codec.kind == 'affine'
+  grid = _read_grid(pathlib.Path(folder) / GRID_FILE) if is_even else {}
 
   def keep(path: str, array: jax.Array) -> Any:
     if not (path.startswith('layers/') and path.endswith('/kernel')):
       return array
     scale, zero = (grid.get(f'{path}/{part}') for part in ('scale', 'zero'))
     if scale is None or zero is None:
-      kept = _nearest(array)
+      kept = _nearest(array, codec=codec)
     else:
-      wanted = jax.eval_shape(_nearest, array).scale.shape
+      wanted = _nearest.eval_shape(array, codec=codec).scale.shape
       if not scale.shape == zero.shape == wanted:
         raise ValueError(
           f'{path} has scales {scale.shape} and zeros {zero.shape} in '
@@ -89,9 +93,7 @@ def keeper(
 
 # Compiled once for all the runs of a comparison.
 _nearest = jax.jit(
-  functools.partial(
-    quantize, codec=optim.quantized_weights.CODEC, matrix_axes=2
-  )
+  functools.partial(quantize, matrix_axes=2), static_argnames='codec'
 )
 _onto = jax.jit(
   functools.partial(quantize_onto, codec=optim.quantized_weights.CODEC)
@@ -119,8 +121,9 @@ class LayerByLayer:
   @property
   def shape(self) -> tuple[int, ...]:
     """Of the whole stack."""
-    codes = self.stored.codes if is_quantized(self.stored) else self.stored
-    return codes.shape
+    if is_quantized(self.stored):
+      return (*self.stored.codes.shape[:-2], *self.stored.shape)
+    return self.stored.shape
 
   def __getitem__(self, layer: int) -> jax.Array:
     """The kernel of a layer, its adapter folded in."""
@@ -192,6 +195,7 @@ def export(
     for path, leaf in traverse_util.flatten_dict(params).items()
     if isinstance(leaf, LayerByLayer)
     and is_quantized(leaf.stored)
+    and leaf.stored.zero is not None
     and not leaf.arrays
     for part in ('scale', 'zero')
   }

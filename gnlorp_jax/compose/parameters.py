@@ -1,6 +1,6 @@
 """How a run holds a model's weights: what trains, what stays, in how many bits.
 
-Adapters, weights in 8 bits, frozen weights and weights from a Hugging Face
+Adapters, weights in few bits, frozen weights and weights from a Hugging Face
 folder are all values of one `training.parameters.Parameters`.
 """
 
@@ -230,8 +230,8 @@ def plan(
     The parameters, and the label rules of what trains.
 
   Raises:
-    ValueError: If weights that train in whole steps should be kept in 8 bits,
-      or rules match nothing.
+    ValueError: If weights that train should be kept in 4 bits, or in whole
+      steps in 8, or rules match nothing.
   """
   layout = _Layout(
     make,
@@ -245,7 +245,7 @@ def plan(
     seed,
   )
   trained, frozen, trained_rules = layout.abstract
-  if step.mode == 'whole':
+  if step.weight_bits == 4 or step.mode == 'whole':
     _check_weight_bits(step, trained, adapter)
   return parameters.Parameters(
     trained=trained,
@@ -265,9 +265,10 @@ def plan(
 def _check_weight_bits(
   step: StepConfig, trained: Any, adapter: adapters.AdapterConfig | None
 ) -> None:
-  """Whole steps would have a full-precision gradient of every such kernel."""
-  if step.weight_bits is None:
-    return
+  """No step can train kernels of 4 bits; whole steps those of none.
+
+  They would have a full-precision gradient of every such kernel.
+  """
   names = [
     path_name(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -276,9 +277,13 @@ def _check_weight_bits(
     if folders.is_quantized(leaf)
   ]
   if names:
+    layerwise = (
+      "step.mode='layerwise', which rounds the updates of kernels "
+      'stochastically, or '
+    )
     raise ValueError(
-      f"step.weight_bits={step.weight_bits} needs step.mode='layerwise', "
-      'which rounds the updates of kernels stochastically, or adapters '
+      f'step.weight_bits={step.weight_bits} needs '
+      f'{layerwise if step.weight_bits == 8 else ""}adapters '
       "(adapter.kind='lora') beside kernels that stay as they are; got "
       f'step.mode={step.mode!r} and adapter.kind='
       f'{None if adapter is None else adapter.kind!r}.'
@@ -399,14 +404,15 @@ class _Layout:
   # Arrays.
 
   def random(self, key: jax.Array) -> Any:
-    """Random weights as they are stored; in 8 bits, layer after layer."""
+    """Random weights as they are stored; in codes, layer after layer."""
     if not self.is_quantized:
       return self.make(self.config).init(key)
     single = self.make(first_layers(self.config, 1))
 
     def layer(key: jax.Array) -> Any:
       stored = optim.quantized_weights.quantize_weights(
-        single.init(key)['layers']
+        single.init(key)['layers'],
+        optim.quantized_weights.CODECS[self.step.weight_bits],
       )
       return jax.tree.map(lambda x: x[0], stored)
 

@@ -231,10 +231,11 @@ class StepConfig:
   gradient always take that."""
   offload: bool = free(False)
   """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
-  weight_bits: Literal[8] | None = None
+  weight_bits: Literal[8, 4] | None = None
   """8 keeps the kernels of the blocks in 8 bits: those that train, layerwise,
-  round their updates stochastically; those beside adapters stay as they are.
-  None keeps them in model.param_dtype."""
+  round their updates stochastically; those beside adapters stay as they are. 4
+  keeps those beside adapters in NF4, as QLoRA does. None keeps them in
+  model.param_dtype."""
 
   def __post_init__(self):
     if self.accumulate == 'projected' and self.clipping == 'recompute':

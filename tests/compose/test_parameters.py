@@ -358,6 +358,12 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
     "kernels that stay as they are; got step.mode='whole' and "
     'adapter.kind=None.'
   )
+  with pytest.raises(ValueError) as error:
+    plan(settings(step=StepConfig(mode='layerwise', weight_bits=4)))
+  assert str(error.value) == (
+    "step.weight_bits=4 needs adapters (adapter.kind='lora') beside kernels "
+    "that stay as they are; got step.mode='layerwise' and adapter.kind=None."
+  )
   # Nothing that is kept in 8 bits trains: then whole steps may be.
   labels = (('layers/.*/kernel', 'frozen'), ('.*', 'full'))
   found = plan(
@@ -368,13 +374,15 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
   assert names(found.frozen) == KERNELS
 
 
-def test_base_of_adapters_may_be_in_8_bits():
-  step = StepConfig(weight_bits=8)
+@pytest.mark.parametrize('bits', [8, 4])
+def test_base_of_adapters_may_be_in_few_bits(bits):
+  step = StepConfig(weight_bits=bits)
   adapter = AdapterOptions(kind='gradnormlorp', rank=2)
   found = plan(settings(step=step, adapter=adapter))
   assert not any(map(is_quantized, leaves(found.trained)))
   quantized = [x for x in leaves(found.frozen) if is_quantized(x)]
   assert len(quantized) == len(KERNELS)
+  assert {x.codec.bits for x in quantized} == {bits}
   trained, frozen = found.start(jax.random.key(3))
   again = found.start_frozen(jax.random.key(3))
   assert_same(frozen, again)
