@@ -284,3 +284,18 @@ def test_tokenizer_of_the_hub_is_that_of_its_folder(bpe, tmp_path, monkeypatch):
     tokenizer.encode_batch(TEXTS)[2], bpe.encode_batch(TEXTS)[2]
   )
   assert (tokenizer.eos_id, tokenizer.pad_id) == (bpe.eos_id, bpe.pad_id)
+
+
+def test_special_tokens_have_the_names_that_templates_use(bpe, masked_bpe):
+  assert bpe.special_tokens == {
+    'eos_token': '<|endoftext|>',
+    'pad_token': '<|pad|>',
+  }
+  assert masked_bpe.special_tokens == {
+    'bos_token': '<s>',
+    'eos_token': '</s>',
+    'sep_token': '</s>',
+    'pad_token': '<pad>',
+    'cls_token': '<s>',
+    'mask_token': '<mask>',
+  }

@@ -1,5 +1,6 @@
 """Which documents share a row."""
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -30,8 +31,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
       f'{capacity}; lengths must be in [1, {capacity}].'
     )
   rows: list[list[int]] = []
-  # By how much room they have, the oldest last; and bit r is set where some row
-  # has room r.
+  # Heaps of rows by how much room they have; bit r is set where one has room r.
   with_room: dict[int, list[int]] = {}
   rooms = 0
   for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -39,7 +39,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     fitting = rooms >> length
     if fitting:
       room = length + (fitting & -fitting).bit_length() - 1
-      row = with_room[room].pop(0)
+      row = heapq.heappop(with_room[room])
       if not with_room[room]:
         rooms ^= 1 << room
     else:
@@ -47,6 +47,6 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
       rows.append([])
     rows[row].append(i)
     left = room - length
-    with_room.setdefault(left, []).append(row)
+    heapq.heappush(with_room.setdefault(left, []), row)
     rooms |= 1 << left
   return rows

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens.
 """
 
+import dataclasses
 import difflib
 import logging
 import pathlib
@@ -32,6 +33,7 @@ SPELLS, TOOLS, REFUSED = (
   'tools unknown to the template',
   'refused by the template',
 )
+_BLANK = rendering.Rendered('', [])
 _PROBE = (Message('user', 'question'), Message('assistant', 'answer'))
 
 
@@ -80,9 +82,9 @@ class Template:
     self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     self._backend.encode_special_tokens = False
     self._control, self._control_ids = control_tokens(tokenizer)
-    self._forbidden = re.compile(
-      '|'.join(map(re.escape, (*self._control, *rendering.MARKS)))
-    )
+    control = '|'.join(map(re.escape, self._control))
+    self._forbidden = re.compile('|'.join((control, *rendering.MARKS)))
+    self._ends = re.compile(rf'\s*(?:{control})')
     self.stop_ids = self._find_stop_ids()
 
   def encode(
@@ -224,12 +226,15 @@ class Template:
     """Where a message stands in the text of its conversation."""
     messages, tools = conversation.messages, conversation.tools
     answers = messages[i].role == 'assistant'
-    before = self._render(messages[:i], tools, prompt=answers).text if i else ''
-    text, generated = self._render(messages[: i + 1], tools)
-    whole = rendered.text
-    if i == len(messages) - 1:
-      text = whole
-    if not (whole.startswith(before) and whole.startswith(text)):
+    before = self._render(messages[:i], tools, prompt=answers) if i else _BLANK
+    after = self._render(messages[: i + 1], tools)
+    if answers and self._render.marks_generation:
+      return rendered.generated[len(before.generated) : len(after.generated)]
+    whole, start = rendered.text, len(before.text)
+    end: int | None = len(after.text)
+    if not whole.startswith(after.text):
+      end = self._end(conversation, i, whole) if answers else None
+    if end is None or not whole.startswith(before.text):
       raise ValueError(
         f'{conversation.where or "A conversation"}: template {self.name!r} '
         f'writes message {i + 1} otherwise when others follow, or an answer '
@@ -237,13 +242,31 @@ class Template:
         "cannot be told. Use train_on='last', one answer a conversation, or a "
         'copy of the template with {% generation %} around answers.'
       )
-    if answers and self._render.marks_generation:
-      start = len(before)
-      return [(a, b) for a, b in generated if b > start]
-    end = len(text)
-    if answers and text.rstrip().endswith(self._control):
-      end = len(text.rstrip())  # A model need not learn what is never read.
-    return [(len(before), end)]
+    stripped = whole[:end].rstrip()
+    if answers and stripped.endswith(self._control):
+      end = len(stripped)  # A model need not learn what is never read.
+    return [(start, end)]
+
+  def _end(self, conversation: Conversation, i: int, whole: str) -> int | None:
+    """Where an answer ends that is written otherwise where it is the last one.
+
+    Some templates put something before the last answer, such as an empty
+    thought. None if its words are not all there, or no control token follows.
+    """
+    words = conversation.messages[i].content
+    bare = words.rstrip()
+    messages = list(conversation.messages)
+    # One mark, so that what is behind it counts as generated.
+    marked = bare + rendering.MARKS[0] + words[len(bare) :]
+    messages[i] = dataclasses.replace(messages[i], content=marked)
+    text, behind = self._render(messages, conversation.tools)
+    if text != whole or len(behind) != 1:
+      return None
+    at = behind[0][0]
+    control = self._ends.match(whole, at)
+    if control is None or not whole[:at].endswith(bare.lstrip()):
+      return None
+    return control.end()
 
   def _find_stop_ids(self) -> tuple[int, ...]:
     """Tries the template on an exchange."""

@@ -2,10 +2,14 @@
 
 import json
 
+import hypothesis
 import tokenizers
 
 from gnlorp_jax.data import tokenizer_files
 from gnlorp_jax.data.tokenizer import Tokenizer
+
+# The same examples every time.
+FEW = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 
 START, END, PAD, BOS, THINK = range(256, 261)
 TOKENS = ('<|start|>', '<|end|>', '<|pad|>', '<|bos|>', '<think>')

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 from gnlorp_jax.data import chat
+from tests.data.chat import small_chat
 
 PAD, LONGEST = 7, 40
-FEW = hypothesis.settings(max_examples=25, deadline=None)
 
 
 def example(length, number):
@@ -53,7 +53,7 @@ def expected(examples):
 
 
 @pytest.mark.parametrize('packing', [False, True])
-@FEW
+@small_chat.FEW
 @hypothesis.given(examples=EXAMPLES, epochs=st.integers(1, 2))
 def test_every_token_is_learnt_once_an_epoch(packing, examples, epochs):
   made = chat.TrainingBatches(examples, **options(packing), seed=1)
@@ -63,7 +63,7 @@ def test_every_token_is_learnt_once_an_epoch(packing, examples, epochs):
   assert learnt(tried) == expected(examples)
 
 
-@FEW
+@small_chat.FEW
 @hypothesis.given(examples=EXAMPLES)
 def test_segments_separate_documents(examples):
   for batch in chat.evaluation_batches(examples, **options(True)):
@@ -133,7 +133,7 @@ def test_rows_of_a_batch_are_of_similar_length():
 
 
 @pytest.mark.parametrize('packing', [False, True])
-@FEW
+@small_chat.FEW
 @hypothesis.given(
   examples=EXAMPLES, stop=st.integers(0, 9), seed=st.integers(0, 3)
 )

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gnlorp_jax.data.chat import conversations
 from gnlorp_jax.data.chat.conversations import Message
+from tests.data.chat import small_chat
 
 CALL = {'tool_calls': [{'function': {'name': 'f', 'arguments': {}}}]}
 
@@ -53,7 +54,7 @@ def test_speaker_out_of_order_is_told():
     'of tools between a call of the assistant and its answer. Join messages of '
     'one speaker, or leave the record out'
   )
-  for letters in ('a', 'aua', 'usa', 'ssua', 'uat', 'ut', 'uCu', 'uCa'):
+  for letters in ('a', 'aua', 'usa', 'ssua', 'uat', 'ut', 'uCu', 'uCtua'):
     with pytest.raises(ValueError, match='A conversation is'):
       conversations.answered(spoken(letters))
 
@@ -70,7 +71,7 @@ def test_what_teaches_nothing_is_skipped():
     assert skip.value.reason == reason
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@small_chat.FEW
 @hypothesis.given(st.text('suatC', max_size=7))
 def test_what_is_kept_ends_with_an_answer(letters):
   try:

@@ -13,7 +13,6 @@ from gnlorp_jax.data.chat import templates
 from tests.data.chat import small_chat
 from tests.data.chat.small_chat import BOS, END, START, THINK
 
-FEW = hypothesis.settings(max_examples=25, deadline=None)
 U, A = 'user\n', 'assistant\n'
 
 
@@ -54,6 +53,9 @@ TWO_TURNS = said(
   ('user', '1+1?'),
   ('assistant', '2'),
 )
+
+
+TWO_TURNS_ALONE = said(*TWO_TURNS.messages[1:])
 
 
 @pytest.mark.parametrize('source', ['PLAIN', 'MARKED'])
@@ -291,6 +293,56 @@ def test_template_that_forgets_thoughts_trains_the_last_answer():
   assert trained == small_chat.ids('er</think>d', END)
 
 
+def test_thought_before_the_last_answer_alone_disturbs_no_other():
+  # As Qwen 3 does; words are trimmed as well.
+  made = own(
+    small_chat.FORGETFUL.replace(
+      '{{ words }}',
+      "{% if loop.last and message['role'] == 'assistant' %}"
+      '<think></think>{% endif %}{{ words | trim }}',
+    )
+  )
+  turns = (
+    ('user', 'a'),
+    ('assistant', ' b\n'),
+    ('user', 'c'),
+    ('assistant', 'd'),
+  )
+  check(
+    made.encode(said(*turns)),
+    (START, 0), (U + 'a', 0), (END, 0), ('\n', 0),
+    (START, 0), (A, 0), ('b', 1), (END, 1), ('\n', 0),
+    (START, 0), (U + 'c', 0), (END, 0), ('\n', 0),
+    (START, 0), (A, 0), (THINK, 1), ('</think>d', 1), (END, 1), ('\n', 0),
+  )  # fmt: skip
+
+
+def test_template_that_measures_words_cannot_be_searched_for_them():
+  source = small_chat.FORGETFUL.replace(
+    '{{ words }}',
+    "{{ words | length if not loop.last and message['role'] == 'assistant' }}"
+    '{{ words }}',
+  )
+  with pytest.raises(
+    ValueError, match='writes message 2 otherwise when others'
+  ):
+    own(source).encode(TWO_TURNS_ALONE)
+
+
+def test_template_that_prompts_otherwise_is_refused():
+  # Prompts with a thought begun, as DeepSeek R1 does, which answers lack.
+  made = own(
+    small_chat.PLAIN.replace(
+      'assistant\n{% endif -%}', 'assistant\n<think>{% endif -%}'
+    )
+  )
+  with pytest.raises(
+    ValueError, match='or an answer otherwise than it prompts'
+  ):
+    made.encode(said(('user', 'a'), ('assistant', 'b')))
+  made.encode(said(('user', 'a'), ('assistant', '<think>b')))
+
+
 def test_template_that_forgets_thoughts_may_mark_its_answers():
   words = '{{ words }}<|end|>\n'
   assert words in small_chat.FORGETFUL
@@ -305,6 +357,13 @@ def test_template_that_forgets_thoughts_may_mark_its_answers():
   example = made.encode(THOUGHTFUL, 'assistant')
   trained = example.ids[example.weights > 0].tolist()
   assert trained == small_chat.ids('b', END, 'er</think>d', END)
+  weights = 0.5, 1.0
+  for part, weight in zip((1, 3), weights, strict=True):
+    messages = list(THOUGHTFUL.messages)
+    messages[part] = chat.Message('assistant', messages[part].content, weight)
+    example = made.encode(said(*messages), 'last')
+    found = sorted(set(example.weights.tolist()))
+    assert found == ([0, 0.5, 1] if part == 1 else [0, 1])
 
 
 def test_what_a_template_refuses_is_told():
@@ -429,7 +488,7 @@ def both(tokenizer):
   return found
 
 
-@FEW
+@small_chat.FEW
 @hypothesis.given(conversation=CONVERSATIONS)
 def test_ids_and_mask_are_those_of_transformers(both, conversation):
   mine, theirs = both['MARKED']
@@ -444,7 +503,7 @@ def test_ids_and_mask_are_those_of_transformers(both, conversation):
   assert example.weights.tolist() == expected['assistant_masks']
 
 
-@FEW
+@small_chat.FEW
 @hypothesis.given(conversation=CONVERSATIONS)
 def test_prefixes_find_what_marks_say(both, conversation):
   marked = both['MARKED'][0].encode(conversation)
@@ -454,7 +513,7 @@ def test_prefixes_find_what_marks_say(both, conversation):
 
 
 @pytest.mark.parametrize('name', ['PLAIN', 'MARKED', 'TOOLS', 'none', 'alpaca'])
-@FEW
+@small_chat.FEW
 @hypothesis.given(conversation=CONVERSATIONS)
 def test_prompts_are_those_of_transformers(both, name, conversation):
   mine, theirs = both[name]
@@ -487,7 +546,7 @@ def test_tools_are_written_as_transformers_does(both):
   assert mine.encode(ASKED).ids.tolist() == expected
 
 
-@FEW
+@small_chat.FEW
 @hypothesis.given(
   words=st.text(st.sampled_from(string.printable + 'é漢😀'), max_size=30)
 )
@@ -496,6 +555,26 @@ def test_trained_tokens_spell_the_answer(both, words):
   example = mine.encode(said(('user', 'q'), ('assistant', f'b{words}b')))
   trained = example.ids[example.weights > 0]
   assert theirs.decode(trained) == f'b{words}b<|end|>'
+
+
+def test_functions_and_spaces_are_those_of_transformers():
+  source = """\
+{% for message in messages %}
+  {% if loop.index > 2 %}
+    {% break %}
+  {% endif %}
+ {{ message | tojson }} {{ tools is none }} {{ strftime_now('%Y') }}
+    {% set kept = namespace(x=eos_token ~ bos_token ~ pad_token ~ unk_token) %}
+ {{ kept.x }} {{ add_generation_prompt }} {{ message | tojson(indent=2) }}
+{% endfor %}
+"""
+  conversation = said(('user', 'é<&>"'), ('assistant', "'b"))
+  tokenizer = small_chat.tokenizer()
+  mine = templates.Template('spaced', source, tokenizer, apart=False)
+  expected = of_transformers(source, tokenizer).apply_chat_template(
+    as_dicts(conversation.messages), return_dict=False
+  )
+  assert mine.encode(conversation, 'all').ids.tolist() == expected
 
 
 def test_a_real_tokenizer_makes_what_transformers_does(shared):
