@@ -1,6 +1,6 @@
 """How a run holds a model's weights: what trains, what stays, in how many bits.
 
-Adapters, weights in 8 bits, frozen weights and weights from a Hugging Face
+Adapters, weights in few bits, frozen weights and weights from a Hugging Face
 folder are all values of one `training.parameters.Parameters`.
 """
 
@@ -150,16 +150,44 @@ def pinned(init_from: str | None) -> str | None:
   return f'{init_from.partition("@")[0]}@{commit}'
 
 
-def adapter_config(options: AdapterOptions) -> adapters.AdapterConfig | None:
-  """The adapters that are asked for; None trains the model's own weights."""
+def adapter_config(
+  options: AdapterOptions, architecture: models.Config
+) -> adapters.AdapterConfig | None:
+  """The adapters that are asked for, or those in the folder to start from.
+
+  Args:
+    options: What is asked for.
+    architecture: The model's.
+
+  Returns:
+    Their configuration; None trains the model's own weights.
+
+  Raises:
+    ValueError: If the folder cannot be read, or holds others than are asked
+      for.
+  """
   if options.kind is None:
     return None
   given = {
     field.name: getattr(options, field.name)
     for field in dataclasses.fields(options)
-    if getattr(options, field.name) is not None
+    if getattr(options, field.name) is not None and field.name != 'init_from'
   }
-  return adapters.AdapterConfig(**given)
+  if options.init_from is None:
+    return adapters.AdapterConfig(**given)
+  found = folders.peft_config(options.init_from, architecture)
+  for name, value in given.items():
+    has = getattr(found, name)
+    if name != 'dropout' and value not in (
+      has,
+      getattr(AdapterOptions(), name),
+    ):
+      raise ValueError(
+        f'adapter.{name}={value!r} is asked for, and the adapters in '
+        f'{options.init_from} have {has!r}. '
+        + (f'Give adapter.kind={has!r}.' if name == 'kind' else 'Leave it out.')
+      )
+  return dataclasses.replace(found, dropout=given.get('dropout', 0.0))
 
 
 def plan(
@@ -172,6 +200,7 @@ def plan(
   rules: LabelRules,
   beside_adapters: tuple[str, ...] = (),
   read: Callable[..., Params] | None = None,
+  adapter_from: str | None = None,
   seed: int = 0,
 ) -> tuple[parameters.Parameters, LabelRules]:
   """Says how a run holds a model's weights; allocates nothing.
@@ -188,20 +217,30 @@ def plan(
       of a new head.
     read: ``read(key, shapes)`` reads the weights to start from as they are
       stored, kernels as `folders.keeper` keeps them; None draws them.
+    adapter_from: Folder of PEFT with the adapters to start from, of which
+      `adapter` is the configuration; None draws them.
     seed: Decides how weights in 8 bits are rounded.
 
   Returns:
     The parameters, and the label rules of what trains.
 
   Raises:
-    ValueError: If weights that train in whole steps should be kept in 8 bits,
-      or rules match nothing.
+    ValueError: If weights that train should be kept in 4 bits, or in whole
+      steps in 8, or rules match nothing.
   """
   layout = _Layout(
-    make, config, mesh, adapter, step, beside_adapters, rules, seed
+    make,
+    config,
+    mesh,
+    adapter,
+    step,
+    beside_adapters,
+    rules,
+    adapter_from,
+    seed,
   )
   trained, frozen, trained_rules = layout.abstract
-  if step.mode == 'whole':
+  if step.weight_bits == 4 or step.mode == 'whole':
     _check_weight_bits(step, trained, adapter)
   return parameters.Parameters(
     trained=trained,
@@ -221,9 +260,10 @@ def plan(
 def _check_weight_bits(
   step: StepConfig, trained: Any, adapter: adapters.AdapterConfig | None
 ) -> None:
-  """Whole steps would have a full-precision gradient of every such kernel."""
-  if step.weight_bits is None:
-    return
+  """No step can train kernels of 4 bits; whole steps those of none.
+
+  They would have a full-precision gradient of every such kernel.
+  """
   names = [
     path_name(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -232,9 +272,13 @@ def _check_weight_bits(
     if folders.is_quantized(leaf)
   ]
   if names:
+    layerwise = (
+      "step.mode='layerwise', which rounds the updates of kernels "
+      'stochastically, or '
+    )
     raise ValueError(
-      f"step.weight_bits={step.weight_bits} needs step.mode='layerwise', "
-      'which rounds the updates of kernels stochastically, or adapters '
+      f'step.weight_bits={step.weight_bits} needs '
+      f'{layerwise if step.weight_bits == 8 else ""}adapters '
       "(adapter.kind='lora') beside kernels that stay as they are; got "
       f'step.mode={step.mode!r} and adapter.kind='
       f'{None if adapter is None else adapter.kind!r}.'
@@ -252,6 +296,7 @@ class _Layout:
   step: StepConfig
   beside_adapters: tuple[str, ...]
   rules: LabelRules
+  adapter_from: str | None
   seed: int
 
   @property
@@ -327,8 +372,11 @@ class _Layout:
 
   def adapters(self, base: Any, key: jax.Array | None) -> Any:
     """The arrays of the adapters beside these weights."""
-    if key is None:
-      return jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
+    if key is None or self.adapter_from is not None:
+      shapes = jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
+      if key is None:
+        return shapes
+      return folders.read_peft(self.adapter_from, self.config, shapes)
     return self.draw_adapters(base, jax.random.fold_in(key, 1))
 
   # Compiled once, however many runs draw their weights.
@@ -351,14 +399,15 @@ class _Layout:
   # Arrays.
 
   def random(self, key: jax.Array) -> Any:
-    """Random weights as they are stored; in 8 bits, layer after layer."""
+    """Random weights as they are stored; in codes, layer after layer."""
     if not self.is_quantized:
       return self.make(self.config).init(key)
     single = self.make(first_layers(self.config, 1))
 
     def layer(key: jax.Array) -> Any:
       stored = optim.quantized_weights.quantize_weights(
-        single.init(key)['layers']
+        single.init(key)['layers'],
+        optim.quantized_weights.CODECS[self.step.weight_bits],
       )
       return jax.tree.map(lambda x: x[0], stored)
 

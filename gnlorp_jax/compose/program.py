@@ -36,6 +36,7 @@ class Program(NamedTuple):
       and trained ones joined.
     objective: What is minimised and evaluated.
     parameters: How the weights are held.
+    adapter: The configuration of the adapters among them, if there are any.
     tx: The optimizer of what trains.
     rules: The label rules it was built with.
     abstract_state: Shapes and shardings of the training state.
@@ -49,6 +50,7 @@ class Program(NamedTuple):
   model: Model
   objective: Objective
   parameters: Parameters
+  adapter: adapters.AdapterConfig | None
   tx: optax.GradientTransformation
   rules: optimizer.LabelRules
   abstract_state: state.TrainState
@@ -185,7 +187,7 @@ def build(
   Raises:
     ValueError: If parts do not fit each other.
   """
-  adapter_config = parameters.adapter_config(adapter)
+  adapter_config = parameters.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
   held, rules = parameters.plan(
@@ -202,6 +204,7 @@ def build(
     ),
     beside_adapters=beside_adapters,
     read=read,
+    adapter_from=adapter.init_from,
     seed=seed,
   )
   model = make(architecture)
@@ -235,6 +238,7 @@ def build(
     model=model,
     objective=objective,
     parameters=held,
+    adapter=adapter_config,
     tx=tx,
     rules=rules,
     abstract_state=abstract,

@@ -193,8 +193,16 @@ class AdapterOptions:
   rules: tuple[str, ...] | None = None
   """Regexes over paths of kernels, of which one must occur in the path of a
   kernel for it to be adapted; None adapts all matrices of the blocks."""
+  init_from: str | None = None
+  """Folder of PEFT with the adapters to start from, of the same kind; None
+  draws them. Rank, alpha and what is adapted are those of the folder."""
 
   def __post_init__(self):
+    if self.init_from is not None and self.kind not in ('lora', 'dora'):
+      raise ValueError(
+        f'AdapterOptions.init_from={self.init_from!r} needs the kind of the '
+        f"adapters there, 'lora' or 'dora', got kind={self.kind!r}."
+      )
     check_at_least_one(self, 'rank')
     check_between(self, 'dropout', 0, 1)
     if self.alpha is not None and not self.alpha > 0:
@@ -223,10 +231,11 @@ class StepConfig:
   gradient always take that."""
   offload: bool = free(False)
   """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
-  weight_bits: Literal[8] | None = None
+  weight_bits: Literal[8, 4] | None = None
   """8 keeps the kernels of the blocks in 8 bits: those that train, layerwise,
-  round their updates stochastically; those beside adapters stay as they are.
-  None keeps them in model.param_dtype."""
+  round their updates stochastically; those beside adapters stay as they are. 4
+  keeps those beside adapters in NF4, as QLoRA does. None keeps them in
+  model.param_dtype."""
 
   def __post_init__(self):
     if self.accumulate == 'projected' and self.clipping == 'recompute':

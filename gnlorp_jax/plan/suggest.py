@@ -155,13 +155,14 @@ def changes(settings: Settings) -> Iterator[list[Change]]:
     yield _fresh(settings, *family)
   is_adapted = settings.adapter.kind is not None
   if is_adapted and settings.step.mode == 'whole':
-    yield _fresh(settings, {'step.weight_bits': 8})
+    yield _fresh(settings, *({'step.weight_bits': n} for n in (8, 4)))
   if rank := settings.optim.rank:
     yield [{'optim.rank': max(rank // by, 1)} for by in (2, 4)]
   # Weights that are drawn at random have to train themselves.
   if settings.init_from is not None and not is_adapted:
     lora: Change = {'adapter.kind': 'lora'}
-    yield _fresh(settings, lora, {**lora, 'step.weight_bits': 8})
+    bits = ({**lora, 'step.weight_bits': n} for n in (8, 4))
+    yield _fresh(settings, lora, *bits)
   mesh = sharding.make_mesh(
     settings.mesh.data, settings.mesh.fsdp, devices=settings.devices
   )
@@ -179,10 +180,12 @@ def changes(settings: Settings) -> Iterator[list[Change]]:
 
 
 def _fresh(settings: Settings, *family: Change) -> list[Change]:
-  """The changes without what is so already."""
+  """The changes without what is so already, or of more bits than there are."""
+  bits = field(settings, 'step.weight_bits') or 32
   fresh = [
     {name: v for name, v in change.items() if field(settings, name) != v}
     for change in family
+    if change.get('step.weight_bits', 0) <= bits
   ]
   return [change for change in fresh if change]
 

@@ -18,6 +18,8 @@ from gnlorp_jax.compose import folders, optimizer
 from gnlorp_jax.compose.folders import is_quantized
 from gnlorp_jax.compose.settings import OptimConfig, StepConfig
 from gnlorp_jax.models import adapters, hf, llama
+from gnlorp_jax.optim.parts.plain import path_name
+from gnlorp_jax.optim.quantized.arrays import dequantize
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 
@@ -303,13 +305,18 @@ def with_adapters(adapter, bits):
   )
   stored = plain
   if bits is not None:
-    layers = jax.jit(optim.quantized_weights.quantize_weights)(plain['layers'])
+    layers = jax.jit(
+      functools.partial(
+        optim.quantized_weights.quantize_weights,
+        codec=optim.quantized_weights.CODECS[bits],
+      )
+    )(plain['layers'])
     stored = {**plain, 'layers': layers}
   return plain, adapters.combine(stored, beside)
 
 
 @pytest.mark.parametrize(
-  ('kind', 'bits'), [('lora', 8), ('gradnormlorp', None)]
+  ('kind', 'bits'), [('lora', 8), ('lora', 4), ('gradnormlorp', None)]
 )
 def test_export_folds_adapters_into_their_kernels(tmp_path, kind, bits):
   """Also beside codes: what is written is the plain model, with no grid."""
@@ -330,6 +337,36 @@ def test_export_folds_adapters_into_their_kernels(tmp_path, kind, bits):
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
     found,
     merge(params),
+  )
+
+
+def test_folder_is_read_in_4_bits_and_what_is_written_has_the_same_codes(
+  full, tmp_path
+):
+  """Without a grid; of bfloat16 the scales are rounded to its digits."""
+  dtype = full.config.model.param_dtype
+  adapter = adapters.AdapterConfig(kind='lora', rank=2, rules=('q_proj',))
+  keep = folders.keeper(str(full.folder), 4)
+  kernel = full.params['layers']['mlp']['up_proj']['kernel']
+  kept = keep('layers/mlp/up_proj/kernel', kernel)
+  assert kept.codes.shape == (L, D, F // 2) and kept.codec.bits == 4
+  error = np.abs(dequantize(kept) - kernel.astype(jnp.float32))
+  # Half of the widest gap, of a block's largest.
+  largest = np.repeat(kept.scale[..., None], 64, -1).reshape(kernel.shape)
+  assert np.all(error <= 0.1525 * largest)
+  stored = {**full.params}
+  stored['layers'] = jax.tree.map_with_path(
+    lambda path, x: keep(f'layers/{path_name(path)}', x), stored['layers']
+  )
+  export(tmp_path / 'hf', stored, full.config.model, adapter)
+  assert not (tmp_path / 'hf' / folders.GRID_FILE).exists()
+  written = hf.load_params(
+    tmp_path / 'hf', llama.HF_TENSORS, jax.eval_shape(lambda: full.params)
+  )['layers']['mlp']['up_proj']['kernel']
+  again = keep('layers/mlp/up_proj/kernel', written)
+  np.testing.assert_array_equal(again.codes, kept.codes)
+  np.testing.assert_array_equal(
+    again.scale, kept.scale.astype(dtype).astype(jnp.float32)
   )
 
 

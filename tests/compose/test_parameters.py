@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import optimizer, parameters
+from gnlorp_jax.compose import folders, optimizer, parameters
 from gnlorp_jax.compose.folders import is_quantized
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
   StepConfig,
 )
-from gnlorp_jax.models import hf, llama, roberta
+from gnlorp_jax.models import adapters, hf, llama, peft, roberta
 from gnlorp_jax.models.families import gemma3_text
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.recipes.pretrain import recipe
@@ -117,15 +118,72 @@ def test_neither_folder_nor_preset_is_told(tmp_path):
 
 
 def test_adapters_have_what_is_given_and_the_usual_otherwise():
-  assert parameters.adapter_config(AdapterOptions(rank=3)) is None
-  found = parameters.adapter_config(AdapterOptions(kind='dora', rank=3))
+  assert parameters.adapter_config(AdapterOptions(rank=3), TINY) is None
+  found = parameters.adapter_config(AdapterOptions(kind='dora', rank=3), TINY)
   assert (found.kind, found.rank, found.alpha) == ('dora', 3, 16)
   assert found.dropout == 0
   rules = ('q_proj/kernel',)
   found = parameters.adapter_config(
-    AdapterOptions(kind='lora', dropout=0.1, rules=rules)
+    AdapterOptions(kind='lora', dropout=0.1, rules=rules), TINY
   )
   assert (found.rank, found.dropout, found.rules) == (8, 0.1, rules)
+
+
+def message(call, *args, **options):
+  with pytest.raises(ValueError) as error:
+    call(*args, **options)
+  return str(error.value)
+
+
+@pytest.fixture(scope='module')
+def peft_folder(tmp_path_factory):
+  """PEFT's folder of DoRA for two of the kernels, and what it holds."""
+  config = adapters.AdapterConfig(
+    kind='dora', rank=2, alpha=5, rules=('q_proj', 'lm_head'), dropout=0.5
+  )
+  shapes = jax.eval_shape(llama.make(TINY).init, jax.random.key(0))
+  arrays = jax.tree.map(
+    lambda leaf: np.sin(np.arange(leaf.size, dtype='f')).reshape(leaf.shape),
+    jax.eval_shape(
+      functools.partial(adapters.init, config), shapes, jax.random.key(0)
+    ),
+  )
+  folder = tmp_path_factory.mktemp('peft') / 'adapter'
+  peft.export(folder, config, arrays, llama.HF_TENSORS)
+  return str(folder), arrays
+
+
+def test_adapters_to_start_from_say_what_they_are(peft_folder):
+  folder, _ = peft_folder
+  options = AdapterOptions(kind='dora', dropout=0.1, init_from=folder)
+  find = parameters.adapter_config
+  found = find(options, TINY)
+  assert (found.kind, found.rank, found.alpha) == ('dora', 2, 5)
+  # Dropout is a matter of the run.
+  assert (found.dropout, len(found.rules)) == (0.1, 2)
+  agreed = dataclasses.replace(options, rank=2, alpha=5.0)
+  assert find(agreed, TINY) == found
+  assert message(find, dataclasses.replace(options, rank=4), TINY) == (
+    f'adapter.rank=4 is asked for, and the adapters in {folder} have 2. Leave '
+    'it out.'
+  )
+  other = dataclasses.replace(options, rank_stabilized=True)
+  assert 'have False. Leave it out.' in message(find, other, TINY)
+  lora = AdapterOptions(kind='lora', init_from=folder)
+  assert message(find, lora, TINY) == (
+    f"adapter.kind='lora' is asked for, and the adapters in {folder} have "
+    "'dora'. Give adapter.kind='dora'."
+  )
+  assert message(find, options, roberta.preset('tiny')) == (
+    'Folders of PEFT are read and written of decoders alone, and this is '
+    "'roberta'. Export or name a merged model."
+  )
+  none = AdapterOptions(kind='lora', init_from=f'{folder}/none')
+  assert 'is no folder.' in message(find, none, TINY)
+  assert message(AdapterOptions, init_from=folder) == (
+    f'AdapterOptions.init_from={folder!r} needs the kind of the adapters '
+    "there, 'lora' or 'dora', got kind=None."
+  )
 
 
 # What trains.
@@ -223,6 +281,65 @@ def test_labels_and_adapters_go_together():
   }
 
 
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_adapters_start_from_a_folder_and_return_to_one(
+  peft_folder, tmp_path, is_frozen
+):
+  """Also those that label rules freeze, which no checkpoint holds."""
+  folder, arrays = peft_folder
+  labels = (('q_proj', 'frozen'), ('.*', 'full')) if is_frozen else None
+  config = settings(
+    adapter=AdapterOptions(kind='dora', init_from=folder),
+    optim=OptimConfig(name='adamw', param_labels=labels),
+  )
+  built = program_of(config)
+  found = built.parameters
+  trained, frozen = found.start(jax.random.key(0))
+  assert names(trained) == names(found.trained)
+  assert names(frozen) == names(found.frozen)
+  both = {
+    path_name(p): x
+    for p, x in jax.tree.leaves_with_path(found.join(trained, frozen))
+  }
+  for path, expected in jax.tree.leaves_with_path(arrays):
+    assert both[path_name(path)].dtype == np.float32
+    np.testing.assert_array_equal(both[path_name(path)], expected)
+  assert_same(found.start_frozen(jax.random.key(0)), frozen)
+  for base, name in (
+    ('60m', None),
+    ('hf:owner/name@0123', 'owner/name'),
+    (str(tmp_path), str(tmp_path)),
+  ):
+    folders.export_peft(
+      tmp_path / 'out', trained, frozen, built.adapter, TINY, base=base
+    )
+    fields = json.loads((tmp_path / 'out' / peft.CONFIG).read_text())
+    assert fields['base_model_name_or_path'] == name
+    assert fields['revision'] == ('0123' if 'hf:' in base else None)
+  again, there = peft.read(tmp_path / 'out', llama.HF_TENSORS)
+  assert_same(there, arrays)
+  assert again == built.adapter
+  deeper = dataclasses.replace(config.model, num_layers=L + 1)
+  start = program_of(dataclasses.replace(config, model=deeper)).parameters.start
+  text = message(start, jax.random.key(0))
+  assert text.startswith(f'The adapters in {folder} are of another model.')
+  assert "'layers/attn/q_proj/lora_a': ((3, 32, 2), (4, 32, 2))" in text
+
+
+def test_what_else_trains_is_no_adapter_for_peft(tmp_path):
+  config = adapters.AdapterConfig(kind='lora')
+  write = functools.partial(message, folders.export_peft, tmp_path / 'out')
+  beside = {'classifier': {'kernel': np.ones((2, 2))}}
+  assert write(beside, {}, config, TINY, base=None) == (
+    "['classifier/kernel'] train beside the adapters, and a folder of PEFT has "
+    'no place for them. Export the merged model.'
+  )
+  assert write({}, {}, None, TINY, base=None) == (
+    'The run has no adapters, so that there is nothing to write for PEFT. '
+    'Export the model.'
+  )
+
+
 def test_rule_that_matches_nothing_is_told():
   with pytest.raises(ValueError, match="'atn'"):
     plan(settings(optim=OptimConfig(param_labels=(('atn', 'full'),))))
@@ -241,6 +358,12 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
     "kernels that stay as they are; got step.mode='whole' and "
     'adapter.kind=None.'
   )
+  with pytest.raises(ValueError) as error:
+    plan(settings(step=StepConfig(mode='layerwise', weight_bits=4)))
+  assert str(error.value) == (
+    "step.weight_bits=4 needs adapters (adapter.kind='lora') beside kernels "
+    "that stay as they are; got step.mode='layerwise' and adapter.kind=None."
+  )
   # Nothing that is kept in 8 bits trains: then whole steps may be.
   labels = (('layers/.*/kernel', 'frozen'), ('.*', 'full'))
   found = plan(
@@ -251,13 +374,15 @@ def test_weights_in_8_bits_that_train_in_whole_steps_are_told():
   assert names(found.frozen) == KERNELS
 
 
-def test_base_of_adapters_may_be_in_8_bits():
-  step = StepConfig(weight_bits=8)
+@pytest.mark.parametrize('bits', [8, 4])
+def test_base_of_adapters_may_be_in_few_bits(bits):
+  step = StepConfig(weight_bits=bits)
   adapter = AdapterOptions(kind='gradnormlorp', rank=2)
   found = plan(settings(step=step, adapter=adapter))
   assert not any(map(is_quantized, leaves(found.trained)))
   quantized = [x for x in leaves(found.frozen) if is_quantized(x)]
   assert len(quantized) == len(KERNELS)
+  assert {x.codec.bits for x in quantized} == {bits}
   trained, frozen = found.start(jax.random.key(3))
   again = found.start_frozen(jax.random.key(3))
   assert_same(frozen, again)
@@ -295,7 +420,7 @@ def test_prefixes_beside_adapters_train_too():
     llama.make,
     TINY,
     mesh=mesh,
-    adapter=parameters.adapter_config(AdapterOptions(kind='lora')),
+    adapter=parameters.adapter_config(AdapterOptions(kind='lora'), TINY),
     step=StepConfig(),
     rules=(('.*', 'full'),),
     beside_adapters=('lm_head/',),

@@ -75,6 +75,33 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(mode):
   )
 
 
+def test_adapters_train_beside_4_bits_in_whole_and_layerwise_steps():
+  """As beside the values that the codes stand for, which stay as they are."""
+  losses, fields = {}, {'adapter': AdapterOptions(kind='lora', rank=2)}
+  adam = OptimConfig(name='adamw', learning_rate=0.02, warmup_fraction=0)
+  for mode in ('whole', 'layerwise', 'decoded'):
+    step = StepConfig(
+      mode='layerwise' if mode == 'layerwise' else 'whole',
+      weight_bits=None if mode == 'decoded' else 4,
+    )
+    found = planned(optim=adam, step=step, steps=20, **fields)
+    state, frozen = start(found)
+    if mode == 'whole':
+      decode, kept = found.program.parameters.decode_exact, frozen
+      codes = [np.asarray(x) for x in jax.tree.leaves(frozen)]
+    if mode == 'decoded':
+      frozen = jax.jit(decode)(kept)
+    losses[mode] = []
+    for _ in range(6):
+      state, metrics = found.program.train_step(state, ones(found), frozen)
+      losses[mode].append(float(metrics['loss']))
+  assert losses['whole'][-1] < losses['whole'][0] - 0.01
+  for mode in ('layerwise', 'decoded'):
+    np.testing.assert_allclose(losses[mode], losses['whole'], rtol=1e-5)
+  for leaf, before in zip(jax.tree.leaves(kept), codes, strict=True):
+    np.testing.assert_array_equal(leaf, before)
+
+
 def test_nothing_is_frozen_without_a_reason():
   found = planned().program
   assert found.parameters.frozen == {}

@@ -33,7 +33,7 @@ KINDS = {
   },
   # Fixed is what decides the arrays, and what they stand for.
   AdapterOptions: {
-    'fixed': 'kind rank alpha rank_stabilized rules',
+    'fixed': 'kind rank alpha rank_stabilized rules init_from',
     'result': 'dropout',
   },
   # A state of either mode is one of the other.

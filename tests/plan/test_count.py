@@ -164,14 +164,18 @@ def test_adapters_beside_frozen_weights_by_hand(bound_of):
   assert found['saved_activations'] == INPUTS
 
 
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
-def test_adapters_beside_8_bits_by_hand(mode, bound_of):
-  step = StepConfig(mode=mode, weight_bits=8)
+@pytest.mark.parametrize(
+  ('mode', 'bits'), [('whole', 8), ('layerwise', 8), ('whole', 4)]
+)
+def test_adapters_beside_few_bits_by_hand(mode, bits, bound_of):
+  step = StepConfig(mode=mode, weight_bits=bits)
   found = bound_of(adapter=LORA, optim=ADAMW, step=step, micro_batches=2)
   assert found['weights'] == 4 * FACTORS
   rest = 4 * (2 * TABLE + SCALES)
-  assert rest + KERNELS < found['frozen_weights']
-  assert found['frozen_weights'] <= rest + KERNELS * (1 + 8 / 256)
+  # Codes, and of 256 of them a scale and a zero, or of 64 a scale.
+  each = bits / 8 + (8 / 256 if bits == 8 else 4 / 64)
+  assert rest + KERNELS * bits // 8 < found['frozen_weights']
+  assert found['frozen_weights'] <= rest + KERNELS * each
   # Layer by layer that of one factor; else also sums over micro-batches.
   gradients = {'whole': 2 * 4 * FACTORS, 'layerwise': 4 * 4 * 256}
   assert found['gradients'] == gradients[mode]

@@ -69,6 +69,10 @@ def test_adapters_are_suggested_where_there_are_weights_to_start_from(settings):
   adapted = plan.replace(fine_tuning, lora)
   assert not any('adapter.kind' in change for change in offered(adapted))
   assert {'step.weight_bits': 8} in offered(adapted)
+  assert {'step.weight_bits': 4} in offered(adapted)
+  assert {**lora, 'step.weight_bits': 4} in offered(fine_tuning)
+  few = plan.replace(adapted, {'step.weight_bits': 4})
+  assert not any('step.weight_bits' in change for change in offered(few))
   assert {'step.weight_bits': 8} not in offered(fine_tuning)
 
 

@@ -1,14 +1,15 @@
 r"""Codes of 8 or 4 bits: which numbers a block of an array can hold."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnlorp_jax.optim.parts.checks import check_choice
 
-Kind = Literal['dynamic', 'linear', 'affine']
+Kind = Literal['dynamic', 'linear', 'affine', 'nf4']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,47 @@ def affine(bits: int, *, block: int | None = 256) -> Codec:
   return Codec('affine', bits, True, block)
 
 
+def nf4(*, block: int = 64) -> Codec:
+  """The code of 16 values that normal numbers take about equally often.
+
+  Elements are divided by the largest absolute value of their block and take the
+  nearest value, of two that are equally near the lower one. It is meant for
+  weights that stay as they are.
+
+  Args:
+    block: Elements that share a scale.
+
+  Returns:
+    The codec.
+
+  Raises:
+    ValueError: If `block` is below 1.
+
+  References:
+    Dettmers et al., `QLoRA`, 2023, arXiv:2305.14314; the values are those of
+    bitsandbytes.
+
+  Note:
+    Codes, scales and values are those of bitsandbytes on a CPU, bit by bit,
+    where blocks are whole: of a short last block it takes another quotient. It
+    puts the first of two codes into a byte's high bits, here it is in the low
+    ones.
+  """
+  return Codec('nf4', 4, True, block)
+
+
+_NF4 = np.array(
+  [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+  ],
+  np.float32,
+)
+
+
 class _Piece(NamedTuple):
   """Values ``centre + step * (number - first)`` of a `dynamic` code.
 
@@ -213,10 +255,31 @@ def _decode_dynamic(codes: jax.Array, codec: Codec) -> jax.Array:
   return jnp.where(number < 0, -size, size)
 
 
+def _encode_nf4(x: jax.Array) -> jax.Array:
+  """Codes of elements in [-1, 1]: how many borders lie below."""
+  borders = (_NF4[1:] + _NF4[:-1]) / 2
+  number = jnp.zeros(x.shape, jnp.uint8)
+  for border in borders:
+    number += (x > border).astype(jnp.uint8)
+  return number
+
+
+def _decode_nf4(codes: jax.Array) -> jax.Array:
+  """Elements of codes, float32: selected bit by bit, for which see above."""
+  values: list[Any] = list(_NF4)
+  for bit in range(4):
+    is_set = (codes >> bit) & 1 == 1
+    pairs = zip(values[::2], values[1::2], strict=True)
+    values = [jnp.where(is_set, odd, even) for even, odd in pairs]
+  return values[0]
+
+
 def encode(x: jax.Array, codec: Codec) -> jax.Array:
   """Codes of scaled elements, uint8."""
   if codec.kind == 'dynamic':
     return _encode_dynamic(x, codec)
+  if codec.kind == 'nf4':
+    return _encode_nf4(x)
   number = jnp.round(x * 2**codec.bits) - 1
   return jnp.maximum(number, 0).astype(jnp.uint8)
 
@@ -225,4 +288,6 @@ def decode(codes: jax.Array, codec: Codec) -> jax.Array:
   """Scaled elements of codes, float32."""
   if codec.kind == 'dynamic':
     return _decode_dynamic(codes, codec)
+  if codec.kind == 'nf4':
+    return _decode_nf4(codes)
   return (codes.astype(jnp.float32) + 1) / 2**codec.bits

@@ -1,4 +1,4 @@
-"""Keeps the kernels of a model in 8 bits while it trains.
+"""Keeps the kernels of a model in few bits while it trains, or adapters do.
 
 A kernel of few bits cannot hold a small update: rounded to nearest, most are
 lost. Rounded at random, with the probability of the remainder, none is lost on
@@ -18,9 +18,11 @@ from gnlorp_jax.optim.quantized.arrays import (
   quantize,
   requantize,
 )
-from gnlorp_jax.optim.quantized.codecs import Codec, affine
+from gnlorp_jax.optim.quantized.codecs import Codec, affine, nf4
 
 CODEC: Codec = affine(8, block=256)
+CODECS: dict[int, Codec] = {8: CODEC, 4: nf4()}
+"""By bits. In 4 no kernel can train: it is rounded to nearest alone."""
 
 
 def _is_quantized(node: Any) -> bool:

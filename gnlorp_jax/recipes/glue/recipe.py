@@ -364,17 +364,14 @@ def describe(prepared: Prepared, learning_rate: float, seed: int) -> Result:
 
 def describe_sizes(built: program.Program) -> dict[str, int]:
   """Numbers of parameters, and bytes of the optimizer's state."""
-  trained = _count(built.parameters.trained)
+  held = built.parameters
+  # In codes, of which one may be half a byte, there are as many as decoded.
+  trained, frozen = (
+    sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for tree in jax.eval_shape(held.decode_exact, (held.trained, held.frozen))
+  )
   return {
     'trainable_parameters': trained,
-    'parameters': trained + _count(built.parameters.frozen),
+    'parameters': trained + frozen,
     'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
   }
-
-
-def _count(tree: Any) -> int:
-  """Number of parameters, of those in codes as of others."""
-  nodes = jax.tree.leaves(tree, is_leaf=folders.is_quantized)
-  return sum(
-    (node.codes if folders.is_quantized(node) else node).size for node in nodes
-  )

@@ -9,7 +9,13 @@ import pytest
 
 from gnlorp_jax.optim.quantized import arrays
 from gnlorp_jax.optim.quantized.arrays import QuantizedArray
-from gnlorp_jax.optim.quantized.codecs import Codec, affine, dynamic, linear
+from gnlorp_jax.optim.quantized.codecs import (
+  Codec,
+  affine,
+  dynamic,
+  linear,
+  nf4,
+)
 
 # Compiled, a call is one program and not one per operation.
 quantize = jax.jit(arrays.quantize, static_argnames=('codec', 'matrix_axes'))
@@ -20,6 +26,7 @@ CODECS = {
   'unsigned8': dynamic(8, signed=False),
   'signed4': dynamic(4, signed=True, block=128),
   'linear4': linear(4),
+  'nf4': nf4(),
   'affine8': affine(8),
   'affine4': affine(4),
   'rows8': affine(8, block=None),
@@ -179,6 +186,37 @@ def test_compiled_bitsandbytes_is_within_a_cell_of_its_table(signed):
   cell = 2 / 65536
   assert (theirs.numpy() >= np.searchsorted(middles, scaled - cell)).all()
   assert (theirs.numpy() <= np.searchsorted(middles, scaled + cell)).all()
+
+
+@pytest.mark.parametrize('kind', ['normal', 'borders'])
+def test_nf4_is_that_of_bitsandbytes(kind):
+  """Codes, scales and values, bit by bit; also right between two values."""
+  torch = pytest.importorskip('torch')
+  functional = bitsandbytes_functional()
+  values = functional.get_4bit_type('nf4', device='cpu').numpy()
+  np.testing.assert_array_equal(all_values(CODECS['nf4']), values)
+  x = normal((96, 64)) * np.exp(normal((96, 1), 1))
+  if kind == 'borders':
+    borders = (values[1:] + values[:-1]) / 2
+    near = [np.nextafter(borders, np.float32(side)) for side in (-2, 2)]
+    row = np.concatenate([borders, *near, values, [-1, 1, 0]])
+    assert row.shape == (64,)
+    x = row[None] * 2.0 ** np.arange(-3, 3)[:, None]
+  x = x.astype(np.float32)
+  packed, state = functional.quantize_4bit(
+    torch.from_numpy(x), quant_type='nf4', blocksize=64
+  )
+  expected = functional.dequantize_4bit(packed, state).numpy()
+  packed = packed.numpy().ravel()
+  codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(x.shape)
+  q = quantize(x, CODECS['nf4'])
+  np.testing.assert_array_equal(unpacked(q), codes)
+  np.testing.assert_array_equal(q.scale, state.absmax.numpy())
+  np.testing.assert_array_equal(dequantize(q), expected)
+  # What is decoded has the same codes again.
+  again = quantize(dequantize(q), CODECS['nf4'])
+  np.testing.assert_array_equal(again.codes, q.codes)
+  np.testing.assert_array_equal(again.scale, q.scale)
 
 
 def test_four_bit_second_moments_have_no_zero():
