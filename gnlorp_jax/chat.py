@@ -8,6 +8,7 @@ an answer; where questions come through a pipe, each line is one. With
 CHAT_TRACEBACK set in the environment, an error shows where it arose.
 
   python -m gnlorp_jax.chat FOLDER
+  python -m gnlorp_jax.chat FOLDER --adapter ADAPTER
   python -m gnlorp_jax.chat FOLDER --system 'Answer in one sentence.'
   python -m gnlorp_jax.chat FOLDER --prompt 'What is JAX?' --temperature 0
   python -m gnlorp_jax.chat FOLDER < questions.txt > answers.txt

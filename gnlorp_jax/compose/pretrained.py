@@ -6,11 +6,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+from flax import traverse_util
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import memory, parameters
 from gnlorp_jax.data import tokenizer as tokenizers
-from gnlorp_jax.models import hf
+from gnlorp_jax.models import adapters, hf, peft
 from gnlorp_jax.models.interface import Dtype, Model
 
 
@@ -22,30 +23,66 @@ class Found(NamedTuple):
     family: The module of the model's family.
     model: The model.
     tokenizer: Its tokenizer.
+    adapter: Folder of the adapters that the model uses, if any.
   """
 
   folder: pathlib.Path
   family: ModuleType
   model: Model
   tokenizer: tokenizers.Tokenizer
+  adapter: str | None = None
 
   def read(self) -> Any:
-    """The model's parameters, on the first device.
+    """The model's parameters, with its adapters, on the first device.
 
     Raises:
-      ValueError: If they have no room, or a file is damaged.
+      ValueError: If they have no room, a file is damaged, or the adapters are
+        of another model.
     """
     shapes = jax.eval_shape(self.model.init, jax.random.key(0))
     memory.check(shapes)
-    return hf.load_params(
+    arrays = {} if self.adapter is None else self._read_adapter(shapes)
+    params = hf.load_params(
       self.folder,
       self.family.HF_TENSORS,
       shapes,
       unread=self.family.HF_UNREAD,
     )
+    return adapters.combine(params, arrays)
+
+  def _read_adapter(self, shapes: Any) -> Any:
+    config, arrays = peft.read(self.adapter, self.family.HF_TENSORS)
+    wanted, given = (
+      {path: leaf.shape for path, leaf in _flat(tree).items()}
+      for tree in (
+        jax.eval_shape(
+          lambda params: adapters.init(config, params, jax.random.key(0)),
+          shapes,
+        ),
+        arrays,
+      )
+    )
+    for path, shape in wanted.items():
+      if given.get(path) != shape:
+        raise ValueError(
+          f'{self.adapter} is no adapter of {self.folder}: {path} has the '
+          f'shape {given.get(path)}, and there it must be {shape}. Name the '
+          'model that it was trained beside.'
+        )
+    return jax.device_put(arrays, jax.devices()[0])
 
 
-def find(name: str, *, dtype: Dtype, tokenizer: str | None = None) -> Found:
+def _flat(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def find(
+  name: str,
+  *,
+  dtype: Dtype,
+  tokenizer: str | None = None,
+  adapter: str | None = None,
+) -> Found:
   """Finds a language model and its tokenizer.
 
   Args:
@@ -53,10 +90,11 @@ def find(name: str, *, dtype: Dtype, tokenizer: str | None = None) -> Found:
       unless it is there.
     dtype: Of the weights and of the arithmetic.
     tokenizer: Folder or file of a tokenizer; None is that of the folder.
+    adapter: Folder of PEFT with adapters of the model; None uses none.
 
   Raises:
     ValueError: If the folder holds no language model of a known family, or no
-      tokenizer, or one of another model.
+      tokenizer, or one of another model, or there are no such adapters.
   """
   folder = pathlib.Path(parameters.folder(name)).expanduser()
   hf_config = hf.load_config(folder)
@@ -77,4 +115,8 @@ def find(name: str, *, dtype: Dtype, tokenizer: str | None = None) -> Found:
       f'{name} holds a {architecture.model_type}, which sees the whole of a '
       'text and continues none. Name a causal language model.'
     )
-  return Found(folder, family, model, found)
+  if adapter is not None:
+    adapter = str(pathlib.Path(adapter).expanduser())
+    config = peft.read_config(adapter, family.HF_TENSORS)
+    model = adapters.adapt(config, model)
+  return Found(folder, family, model, found, adapter)

@@ -1,5 +1,6 @@
 """From a Hugging Face folder to answers whose text arrives as it is written."""
 
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,11 +30,15 @@ def load(config: ChatConfig) -> 'Dialogue':
     ValueError: If the folder holds no language model of a known family, a file
       is damaged, or there is no such template.
   """
+  tokenizer_name, template_name = _names(config)
   found = pretrained.find(
-    config.folder, dtype=config.dtype, tokenizer=config.tokenizer
+    config.folder,
+    dtype=config.dtype,
+    tokenizer=tokenizer_name,
+    adapter=config.adapter,
   )
   tokenizer = found.tokenizer
-  if config.template == 'tokenizer' and tokenizer.chat_template is None:
+  if template_name == 'tokenizer' and tokenizer.chat_template is None:
     raise ValueError(
       f'{config.folder} has no chat template: it is a base model, which '
       'continues a text and was not taught to answer. Fine-tune it with '
@@ -41,8 +46,22 @@ def load(config: ChatConfig) -> 'Dialogue':
       'made for chat. If it was taught by another program, say in which form: '
       '--template alpaca, or --template FILE.jinja.'
     )
-  template = chat.load_template(config.template, tokenizer)
+  template = chat.load_template(template_name, tokenizer)
   return Dialogue(config, found.model, found.read(), tokenizer, template)
+
+
+def _names(config: ChatConfig) -> tuple[str | None, str]:
+  """The tokenizer and the template: those saved with the adapters, if any."""
+  tokenizer, template = config.tokenizer, config.template
+  if config.adapter is None:
+    return tokenizer, template
+  folder = pathlib.Path(config.adapter).expanduser()
+  if tokenizer is None and (folder / 'tokenizer.json').is_file():
+    tokenizer = str(folder)
+  file = folder / 'chat_template.jinja'
+  if template == 'tokenizer' and file.is_file():
+    template = str(file)
+  return tokenizer, template
 
 
 class Dialogue:

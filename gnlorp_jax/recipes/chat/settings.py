@@ -20,6 +20,10 @@ class ChatConfig:
   prompt: str | None = None
   """Ask this alone, write the answer and end. By default questions are asked
   for; where standard input is no terminal, each line of it is one."""
+  adapter: str | None = None
+  """Folder of PEFT with adapters to use; `folder` is the model that they were
+  trained beside. A tokenizer or a chat template in it goes before that of the
+  model."""
   system: str | None = None
   """What the model is told before the first question. By default what its
   template says itself, if anything."""

@@ -125,6 +125,17 @@ def test_base_model_is_told_what_to_do(tmp_path):
   )
 
 
+def test_what_is_saved_with_adapters_goes_before_the_models_own(tmp_path):
+  config = ChatConfig(folder='f', adapter=str(tmp_path))
+  assert recipe._names(config) == (None, 'tokenizer')
+  for name in ('tokenizer.json', 'chat_template.jinja'):
+    (tmp_path / name).touch()
+  file = str(tmp_path / 'chat_template.jinja')
+  assert recipe._names(config) == (str(tmp_path), file)
+  given = dataclasses.replace(config, tokenizer='t', template='alpaca')
+  assert recipe._names(given) == ('t', 'alpaca')
+
+
 # Pieces of text.
 
 TEXT = 'aé漢🙂👩\u200d👧 \n x'
