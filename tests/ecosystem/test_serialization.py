@@ -1,4 +1,7 @@
-"""States through Flax's serialization and through Orbax, to the last bit."""
+"""States through Flax's serialization, to the last bit.
+
+tests/optim/test_conformance.py takes those of every optimizer through Orbax.
+"""
 
 import functools
 import inspect
@@ -16,7 +19,6 @@ from gnlorp_jax.optim import methods, projections
 from gnlorp_jax.optim.projections.dct import Columns
 from gnlorp_jax.optim.projections.random import RandomBasis
 from gnlorp_jax.optim.quantized.arrays import QuantizedArray
-from gnlorp_jax.training.checkpoint import Checkpointer
 
 RECORDS = (Columns, QuantizedArray, RandomBasis)
 # Moments [512, 8] of a kernel, and tables, are large enough for few bits.
@@ -81,45 +83,19 @@ def assert_same(actual, expected):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def assert_continues(name, restored):
-  """The state is as it was saved, and so is the step that follows."""
-  _, update, state = halfway(name)
-  assert_same(restored, state)
-  restored = on_host(restored)
-  assert_same(update(random_tree(3), restored), update(random_tree(3), state))
-  assert update._cache_size() == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', methods.names())
 def test_flax_restores_every_optimizer(name):
-  tx, _, state = halfway(name)
+  tx, update, state = halfway(name)
   like = jax.eval_shape(tx.init, random_tree(0))
   read = flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
-  assert_continues(name, read)
+  assert_same(read, state)
+  # And so is the step that follows.
+  read, grads = on_host(read), random_tree(3)
+  assert_same(update(grads, read), update(grads, state))
+  assert update._cache_size() == 1
   as_dict = flax.serialization.to_state_dict(state)
   assert_same(flax.serialization.from_state_dict(like, as_dict), state)
-
-
-@pytest.fixture(scope='module')
-def from_orbax(tmp_path_factory):
-  states = {
-    name: jax.device_put(halfway(name).state) for name in methods.names()
-  }
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    states,
-  )
-  with Checkpointer(tmp_path_factory.mktemp('saved')) as checkpointer:
-    checkpointer.save(2, states, {}, {})
-    found, _, _ = checkpointer.restore_latest(abstract)
-  return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', methods.names())
-def test_orbax_restores_every_optimizer(name, from_orbax):
-  assert_continues(name, from_orbax[name])
 
 
 @pytest.mark.slow

@@ -490,7 +490,10 @@ def test_map_params_is_the_identity(name):
 
 @pytest.fixture(scope='module')
 def restored(tmp_path_factory):
-  """Parameters and states of all variants half-way, out of one checkpoint."""
+  """Parameters and states of all variants half-way, out of one checkpoint.
+
+  Among them are records of every kind: codes, seeds, and columns of the DCT.
+  """
   saved = on_device({name: trained(name, STEPS // 2) for name in VARIANTS})
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
