@@ -180,9 +180,12 @@ def test_adapters_to_start_from_say_what_they_are(peft_folder):
   )
   none = AdapterOptions(kind='lora', init_from=f'{folder}/none')
   assert 'is no folder.' in message(find, none, TINY)
-  assert message(AdapterOptions, init_from=folder) == (
-    f'AdapterOptions.init_from={folder!r} needs the kind of the adapters '
-    "there, 'lora' or 'dora', got kind=None."
+  assert message(find, AdapterOptions(init_from=folder), TINY) == (
+    f'adapter.init_from={folder!r} needs adapter.kind: lora or dora, as the '
+    'adapters there are.'
+  )
+  assert 'needs the kind of the adapters there' in message(
+    AdapterOptions, kind='gradnormlorp', init_from=folder
   )
 
 
