@@ -6,12 +6,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from flax import traverse_util
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import memory, parameters
+from gnlorp_jax.compose import folders, memory, parameters
 from gnlorp_jax.data import tokenizer as tokenizers
-from gnlorp_jax.models import adapters, hf, peft
+from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.interface import Dtype, Model
 
 
@@ -51,29 +50,12 @@ class Found(NamedTuple):
     return adapters.combine(params, arrays)
 
   def _read_adapter(self, shapes: Any) -> Any:
-    config, arrays = peft.read(self.adapter, self.family.HF_TENSORS)
-    wanted, given = (
-      {path: leaf.shape for path, leaf in _flat(tree).items()}
-      for tree in (
-        jax.eval_shape(
-          lambda params: adapters.init(config, params, jax.random.key(0)),
-          shapes,
-        ),
-        arrays,
-      )
+    architecture = self.model.config
+    config = folders.peft_config(self.adapter, architecture)
+    like = jax.eval_shape(
+      lambda params: adapters.init(config, params, jax.random.key(0)), shapes
     )
-    for path, shape in wanted.items():
-      if given.get(path) != shape:
-        raise ValueError(
-          f'{self.adapter} is no adapter of {self.folder}: {path} has the '
-          f'shape {given.get(path)}, and there it must be {shape}. Name the '
-          'model that it was trained beside.'
-        )
-    return jax.device_put(arrays, jax.devices()[0])
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  return traverse_util.flatten_dict(tree, sep='/')
+    return folders.read_peft(self.adapter, architecture, like)
 
 
 def find(
@@ -117,6 +99,6 @@ def find(
     )
   if adapter is not None:
     adapter = str(pathlib.Path(adapter).expanduser())
-    config = peft.read_config(adapter, family.HF_TENSORS)
+    config = folders.peft_config(adapter, architecture)
     model = adapters.adapt(config, model)
   return Found(folder, family, model, found, adapter)

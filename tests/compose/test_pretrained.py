@@ -50,8 +50,6 @@ def test_adapters_are_used(tmp_path):
   found = pretrained.find(folder, dtype='float32', adapter=str(beside))
   with pytest.raises(ValueError) as error:
     found.read()
-  assert str(error.value) == (
-    f'{beside} is no adapter of {folder}: layers/mlp/down_proj/lora_a has the '
-    'shape (2, 44, 2), and there it must be (2, 40, 2). Name the model that it '
-    'was trained beside.'
+  assert str(error.value).startswith(
+    f'The adapters in {beside} are of another model. Shapes there and here: '
   )

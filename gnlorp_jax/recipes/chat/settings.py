@@ -89,4 +89,11 @@ def parse(args: list[str], description: str) -> ChatConfig:
       f'{config.folder} is no Hugging Face folder: it holds no config.json. '
       'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
     )
+  if config.adapter is not None:
+    file = pathlib.Path(config.adapter).expanduser() / 'adapter_config.json'
+    if not file.is_file():
+      raise ValueError(
+        f'--adapter {config.adapter}: there is no {file.name} in it. Name a '
+        'folder that save_pretrained of peft wrote, or a run.'
+      )
   return config

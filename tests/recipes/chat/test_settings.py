@@ -29,6 +29,14 @@ def test_folders_that_are_none_are_refused(tmp_path):
   )
 
 
+def test_folders_without_adapters_are_refused(tmp_path):
+  words = ['hf:a/b', '--adapter', str(tmp_path)]
+  assert message(settings.parse, words, 'Talks.') == (
+    f'--adapter {tmp_path}: there is no adapter_config.json in it. Name a '
+    'folder that save_pretrained of peft wrote, or a run.'
+  )
+
+
 @pytest.mark.parametrize(
   'options, text',
   [
