@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.common import cases, harness, pages
 
 BENCHMARKS = (
+  'quality.document_mask',
   'quality.glue',
   'quality.int8_weights',
   'quality.measure',

@@ -12,15 +12,13 @@ are not repeated.
 
 The table has a row for each way to train: the loss, nats per token, mean and
 standard deviation over the seeds, where documents see each other and where each
-stands alone (there, the first token of a document is not counted), and the
-training tokens per second.
+stands alone (there, the first token of a document is not counted).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -66,7 +64,7 @@ def train(
   config = dataclasses.replace(prepared.config, seed=seed)
   run = recipe.make_run(prepared, config)
   state, constants = run.start()
-  began, losses = time.perf_counter(), []
+  losses = []
   taken = loop.steps(
     *(run.train_step, state, run.batches, run.mesh, range(1, run.steps + 1)),
     constants,
@@ -77,8 +75,6 @@ def train(
       losses.append(metrics['loss'])
       if number % 100 == 0:
         harness.progress(f'  step {number}: {float(metrics["loss"]):.4f}')
-  seconds = time.perf_counter() - began
-  tokens = config.steps * config.batch_size * config.data.seq_len
   evals = {
     way: recipe.evaluation(other, other.config)(state.params, constants)['loss']
     for way, other in others.items()
@@ -87,7 +83,6 @@ def train(
     'seed': seed,
     'eval': evals,
     'train': record.curve([float(x) for x in jax.device_get(losses)]),
-    'tokens_per_second': tokens / seconds,
   }
 
 
@@ -104,10 +99,9 @@ def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
       f'{np.mean(x):.4f} ± {np.std(x, ddof=len(x) > 1):.4f}'
       for x in losses.values()
     ]
-    speed = np.median([row['tokens_per_second'] for row in found])
-    lines.append([way, *cells, f'{speed:.0f}', str(len(found))])
+    lines.append([way, *cells, str(len(found))])
   heads = ['documents see', *(f'loss, {way}' for way in WAYS)]
-  return {'document_mask': markdown([*heads, 'tokens/s', 'seeds'], lines)}
+  return {'document_mask': markdown([*heads, 'seeds'], lines)}
 
 
 def main() -> None:
