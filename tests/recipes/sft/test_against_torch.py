@@ -6,6 +6,7 @@ GNLORP_SMOLLM2 names the Hugging Face folder of a real one, such as
 SmolLM2-135M in float32: that one is tried by hand.
 """
 
+import dataclasses
 import json
 import os
 
@@ -15,8 +16,8 @@ import pytest
 import safetensors.numpy
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import optimizer
-from gnlorp_jax.compose.settings import MeshConfig
+from gnlorp_jax.compose import folders, optimizer
+from gnlorp_jax.compose.settings import AdapterOptions, MeshConfig
 from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.sft import data, recipe
 from gnlorp_jax.recipes.sft.settings import ChatDataConfig, SftConfig
@@ -129,4 +130,41 @@ def test_full_gradients_are_those_of_pytorch(config, torch, tmp_path):
   found = safetensors.numpy.load_file(tmp_path / 'grads/model.safetensors')
   wanted = {n: p.grad.numpy() for n, p in model.named_parameters()}
   # Float32 sums over a hundred tokens, in another order.
+  assert_equal(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize('kind', ['lora', 'dora'])
+def test_gradients_of_adapters_are_those_of_peft(config, torch, tmp_path, kind):
+  import transformers
+
+  theirs = pytest.importorskip('peft')
+  config = dataclasses.replace(
+    config, method=kind, adapter=AdapterOptions(kind=kind, rank=4)
+  )
+  prepared = recipe.prepare(config)
+  model = prepared.config.model
+  loss, grads, trained, built = gradients(config, prepared)
+  for folder, tree in (('adapter', trained), ('grads', grads)):
+    folders.export_peft(
+      tmp_path / folder, tree, {}, built.adapter, model, base=None
+    )
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    config.init_from, dtype=torch.float32, attn_implementation='eager'
+  )
+  adapted = theirs.PeftModel.from_pretrained(
+    base, str(tmp_path / 'adapter'), is_trainable=True
+  )
+  expected = torch_loss(torch, adapted, prepared.chat.examples.training)
+  assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+  expected.backward()
+  found = safetensors.numpy.load_file(
+    tmp_path / 'grads/adapter_model.safetensors'
+  )
+  wanted = {
+    name.replace('.default', '').replace(
+      'vector.weight', 'vector'
+    ): p.grad.numpy()
+    for name, p in adapted.named_parameters()
+    if p.requires_grad
+  }
   assert_equal(found, wanted, 1e-4)
