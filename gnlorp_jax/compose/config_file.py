@@ -33,11 +33,10 @@ def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
   spec.loader.exec_module(module)
   config = getattr(module, 'config', None)
   if not isinstance(config, kind):
-    is_other = '' if config is None else f', not a {type(config).__name__}'
-    article = 'an' if kind.__name__[0] in 'AEIOS' else 'a'
+    found = '' if config is None else f', which is of {type(config).__name__}'
     raise ValueError(
-      f'{str(path)!r} defines no configuration: it must assign {article} '
-      f"{kind.__name__} to the name 'config'{is_other}."
+      f'{str(path)!r} defines no configuration: it must assign a '
+      f"{kind.__name__} to the name 'config'{found}."
     )
   return config
 

@@ -123,9 +123,9 @@ def test_export_is_read_by_transformers_with_template_and_ends(
   assert generation.eos_token_id == tokenizer.eos_token_id
 
 
-def test_loss_is_that_of_learned_tokens_of_all_examples(prepared):
+def test_loss_is_that_of_learned_tokens_of_all_examples(prepared, tmp_path):
   """Packed, in micro-batches or alone: the mean over the same tokens."""
-  config = prepared.config
+  config = dataclasses.replace(prepared.config, run_dir=str(tmp_path))
   state, frozen = prepared.program.start(
     jax.random.key(0), optimizer.numbers(config.optim, config.steps)
   )
@@ -161,3 +161,53 @@ def test_micro_batches_and_devices_change_nothing(prepared, changes):
   expected = step_of(prepared, batch_size=4)
   found = step_of(prepared, **{'batch_size': 4} | changes)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_demo_has_a_model_of_its_own():
+  config = SftConfig(mesh=MeshConfig(data=1))
+  planned = recipe.plan_anywhere(config)
+  assert planned.config.model.vocab_size == 260
+  assert planned.abstract_batch['segments'].shape == (16, 128)
+
+
+def test_examples_that_may_be_too_long_for_the_model_are_refused(config):
+  longer = dataclasses.replace(config.data, max_length=999)
+  with pytest.raises(ValueError) as error:
+    recipe.resolve(dataclasses.replace(config, data=longer))
+  assert str(error.value) == (
+    'data.max_length=999 is more than the model accepts: 128 tokens. Lower it.'
+  )
+
+
+def test_a_preset_has_no_tokenizer(config):
+  preset = dataclasses.replace(config, init_from='60m')
+  with pytest.raises(
+    ValueError, match="init_from='60m' is a preset, which has"
+  ):
+    data.load(recipe.resolve(preset))
+
+
+def test_samples_of_a_step_replace_those_that_an_interrupted_run_left(tmp_path):
+  path = tmp_path / 'samples.jsonl'
+  for step in (0, 3, 6, 3):
+    evaluation.keep_samples(path, step, [{'step': step, 'n': step}])
+  found = [json.loads(line)['step'] for line in path.read_text().splitlines()]
+  assert found == [0, 3]
+
+
+def test_preview_shows_examples_as_the_model_reads_them(
+  config, prepared, capsys
+):
+  report.show_preview(prepared.config, prepared.chat)
+  shown = capsys.readouterr().out
+  assert 'example 1: ' in shown and 'u:Say ' in shown and 'a:' in shown
+  assert 'several examples in each' in shown
+
+
+def test_the_end_of_a_run_is_told(prepared, finished, capsys):
+  _, summary = finished
+  report.show(prepared.config, summary)
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert 'Validation loss: ' in shown, shown
+  assert 'Say seven.' in shown, shown
+  assert f'python -m gnlorp_jax.chat {prepared.config.run_dir}/hf' in shown
