@@ -413,7 +413,8 @@ def test_error_is_within_half_a_cell(name, bound):
     ),
     (
       lambda: Codec('log', 8, True, 256),
-      "Unknown kind 'log'; expected one of ('dynamic', 'linear', 'affine').",
+      "Unknown kind 'log'; expected one of ('dynamic', 'linear', 'affine', "
+      "'nf4').",
     ),
     (
       lambda: quantize(np.ones(4), affine(8), matrix_axes=2),
