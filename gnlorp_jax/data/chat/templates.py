@@ -272,8 +272,9 @@ class Template:
       stop = self._stop.search(whole, start)
       names = [call['function']['name'] for call in calls]
       names.append(conversation.messages[i].content.strip())
-      there = stop and all(n in whole[start : stop.start()] for n in names)
-      return stop.end() if there else None
+      if stop and all(n in whole[start : stop.start()] for n in names):
+        return stop.end()
+      return None
     words = conversation.messages[i].content
     bare = words.rstrip()
     messages = list(conversation.messages)
