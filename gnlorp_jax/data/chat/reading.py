@@ -228,13 +228,13 @@ def _listed(path: pathlib.Path, raw: bytes) -> Iterator[tuple[int, Any]]:
       'list of objects, or one object a line. Repair the file.'
     ) from error
   text = raw.decode()
-  scan, space = json.JSONDecoder().scan_once, re.compile(r'[\s,]*')
+  decoder, between = json.JSONDecoder(), re.compile(r'[\s,]*')
   position, line, counted = text.index('[') + 1, 1, 0
   for element in elements:
-    position = space.match(text, position).end()
+    position = between.match(text, position).end()
     line += text.count('\n', counted, position)
     counted = position
-    _, position = scan(text, position)
+    _, position = decoder.raw_decode(text, position)
     yield line, element
 
 

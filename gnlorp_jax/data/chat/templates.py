@@ -33,6 +33,7 @@ SPELLS, TOOLS, REFUSED = (
   'tools unknown to the template',
   'refused by the template',
 )
+_MARK_THEM = 'or a copy of the template with {% generation %} around answers.'
 _BLANK = rendering.Rendered('', [])
 _PROBE = (Message('user', 'question'), Message('assistant', 'answer'))
 
@@ -56,8 +57,8 @@ class Template:
     name: What `load_template` was asked for.
     jinja: The template itself: what makes `apply_chat_template` of transformers
       write the same.
-    stop_ids: Ids that end an answer: the control token that the template puts
-      behind one, and those of the tokenizer.
+    stop_ids: Ids that end an answer: the control tokens that the template puts
+      behind one, in order, and those of the tokenizer.
   """
 
   def __init__(self, name: str, jinja: str, tokenizer: Tokenizer, apart: bool):
@@ -86,6 +87,8 @@ class Template:
     self._forbidden = re.compile('|'.join((control, *rendering.MARKS)))
     self._ends = re.compile(rf'\s*(?:{control})')
     self.stop_ids = self._find_stop_ids()
+    stops = (tokenizer.backend.id_to_token(i) for i in self.stop_ids)
+    self._stop = re.compile('|'.join(map(re.escape, stops)))
 
   def encode(
     self, conversation: Conversation, train_on: TrainOn = 'assistant'
@@ -231,28 +234,47 @@ class Template:
     if answers and self._render.marks_generation:
       return rendered.generated[len(before.generated) : len(after.generated)]
     whole, start = rendered.text, len(before.text)
+    place = f'{conversation.where or "A conversation"}: template {self.name!r}'
+    if not whole.startswith(before.text):
+      remedy = 'Use answers that begin as the prompt ends, '
+      if i < len(messages) - 1:
+        remedy = "Use train_on='last', one answer a conversation, "
+      raise ValueError(
+        f'{place} prompts for message {i + 1} by '
+        f'{_differing(before.text, whole)!r} and then writes '
+        f'{_differing(whole, before.text)!r}, so that the tokens to train on '
+        f'cannot be told. {remedy}{_MARK_THEM}'
+      )
     end: int | None = len(after.text)
     if not whole.startswith(after.text):
-      end = self._end(conversation, i, whole) if answers else None
-    if end is None or not whole.startswith(before.text):
+      end = self._end(conversation, i, whole, start) if answers else None
+    if end is None:
       raise ValueError(
-        f'{conversation.where or "A conversation"}: template {self.name!r} '
-        f'writes message {i + 1} otherwise when others follow, or an answer '
-        'otherwise than it prompts for one, so that the tokens to train on '
-        "cannot be told. Use train_on='last', one answer a conversation, or a "
-        'copy of the template with {% generation %} around answers.'
+        f'{place} writes message {i + 1} otherwise once others follow, so that '
+        "the tokens to train on cannot be told. Use train_on='last', one "
+        f'answer a conversation, {_MARK_THEM}'
       )
     stripped = whole[:end].rstrip()
     if answers and stripped.endswith(self._control):
       end = len(stripped)  # A model need not learn what is never read.
     return [(start, end)]
 
-  def _end(self, conversation: Conversation, i: int, whole: str) -> int | None:
+  def _end(
+    self, conversation: Conversation, i: int, whole: str, start: int
+  ) -> int | None:
     """Where an answer ends that is written otherwise where it is the last one.
 
     Some templates put something before the last answer, such as an empty
     thought. None if its words are not all there, or no control token follows.
     """
+    calls = conversation.messages[i].extra.get('tool_calls') or ()
+    if calls:
+      stop = self._stop.search(whole, start)
+      names = [call['function']['name'] for call in calls]
+      names.append(conversation.messages[i].content.strip())
+      if stop and all(n in whole[start : stop.start()] for n in names):
+        return stop.end()
+      return None
     words = conversation.messages[i].content
     bare = words.rstrip()
     messages = list(conversation.messages)
@@ -275,8 +297,12 @@ class Template:
       example = self.encode(Conversation(_PROBE))
     except (jinja2.TemplateError, ValueError):
       return known  # It wants other messages. Encoding them tells of faults.
-    learnt = example.ids[np.flatnonzero(example.weights)]
-    ends = [int(i) for i in learnt if int(i) in self._control_ids]
+    ends: list[int] = []
+    for i in example.ids[np.flatnonzero(example.weights)][::-1].tolist():
+      if i in self._control_ids:
+        ends.insert(0, i)
+      elif self._backend.decode([i]).strip():
+        break
     if not ends:
       logger.warning(
         'Template %r ends no answer with a control token that is trained, so '
@@ -284,7 +310,15 @@ class Template:
         'of {%% generation %%} if the template has that.',
         self.name,
       )
-    return tuple(dict.fromkeys((*ends[-1:], *known)))
+    return tuple(dict.fromkeys((*ends, *known)))
+
+
+def _differing(text: str, other: str) -> str:
+  """What follows in a text from where another one is different."""
+  pairs = enumerate(zip(text, other, strict=False))
+  shorter = min(len(text), len(other))
+  at = next((i for i, (a, b) in pairs if a != b), shorter)
+  return text[at : at + 30]
 
 
 def _refused(error: jinja2.TemplateError) -> str:

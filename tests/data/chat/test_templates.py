@@ -282,11 +282,10 @@ def test_template_that_forgets_thoughts_trains_the_last_answer():
   with pytest.raises(ValueError) as error:
     made.encode(THOUGHTFUL, 'assistant')
   assert str(error.value) == (
-    "chat.jsonl:3: template 'tokenizer' writes message 2 otherwise when others "
-    'follow, or an answer otherwise than it prompts for one, so that the '
-    "tokens to train on cannot be told. Use train_on='last', one answer a "
-    'conversation, or a copy of the template with {% generation %} around '
-    'answers.'
+    "chat.jsonl:3: template 'tokenizer' writes message 2 otherwise once others "
+    'follow, so that the tokens to train on cannot be told. Use '
+    "train_on='last', one answer a conversation, or a copy of the template "
+    'with {% generation %} around answers.'
   )
   example = made.encode(THOUGHTFUL, 'last')
   trained = example.ids[example.weights > 0].tolist()
@@ -317,6 +316,21 @@ def test_thought_before_the_last_answer_alone_disturbs_no_other():
   )  # fmt: skip
 
 
+def test_thought_before_the_last_call_alone_disturbs_no_other():
+  made = own(
+    small_chat.TOOLS.replace(
+      "{{ message['content'] }}",
+      "{% if loop.last and message['role'] == 'assistant' %}<think>{% endif %}"
+      "{{ message['content'] }}",
+    )
+  )
+  example = made.encode(ASKED)
+  trained = example.ids[example.weights > 0].tolist()
+  assert trained == small_chat.ids(
+    '[weather {"at": "Ulm"}]', END, THINK, 'Yes.', END
+  )
+
+
 def test_template_that_measures_words_cannot_be_searched_for_them():
   source = small_chat.FORGETFUL.replace(
     '{{ words }}',
@@ -324,7 +338,7 @@ def test_template_that_measures_words_cannot_be_searched_for_them():
     '{{ words }}',
   )
   with pytest.raises(
-    ValueError, match='writes message 2 otherwise when others'
+    ValueError, match='writes message 2 otherwise once others'
   ):
     own(source).encode(TWO_TURNS_ALONE)
 
@@ -336,10 +350,14 @@ def test_template_that_prompts_otherwise_is_refused():
       'assistant\n{% endif -%}', 'assistant\n<think>{% endif -%}'
     )
   )
-  with pytest.raises(
-    ValueError, match='or an answer otherwise than it prompts'
-  ):
-    made.encode(said(('user', 'a'), ('assistant', 'b')))
+  with pytest.raises(ValueError) as error:
+    made.encode(said(('user', 'a'), ('assistant', 'b'), where='f:1'))
+  assert str(error.value) == (
+    "f:1: template 'tokenizer' prompts for message 2 by '<think>' and then "
+    "writes 'b<|end|>\\n', so that the tokens to train on cannot be told. Use "
+    'answers that begin as the prompt ends, or a copy of the template with {% '
+    'generation %} around answers.'
+  )
   made.encode(said(('user', 'a'), ('assistant', '<think>b')))
 
 
@@ -385,6 +403,8 @@ def test_stop_ids_are_what_ends_an_answer():
   assert own(small_chat.PLAIN).stop_ids == (END,)
   other = small_chat.PLAIN.replace('<|end|>', '<|pad|>')
   assert own(other).stop_ids == (small_chat.PAD, END)
+  both = small_chat.PLAIN.replace('<|end|>', '<|bos|>\n<|pad|>')
+  assert own(both).stop_ids == (BOS, small_chat.PAD, END)
   # Some templates want a system message, or tools.
   picky = "{{ raise_exception('Never.') }}"
   assert own(picky).stop_ids == (END,)
