@@ -34,11 +34,12 @@ from gnlorp_jax.training.interrupt import StopRequest
 _logger = logging.getLogger('train_glue')
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
   metrics.log_to_terminal()
   command_line.run(
-    lambda: finetune(parse(args, __doc__)),
+    lambda: finetune(parse(words, __doc__)),
     traceback_variable='TRAIN_GLUE_TRACEBACK',
   )
 
@@ -80,4 +81,4 @@ def finetune(config: GlueConfig) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

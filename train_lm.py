@@ -32,11 +32,12 @@ from gnlorp_jax.training import loop, metrics
 from gnlorp_jax.training.interrupt import StopRequest
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
   metrics.log_to_terminal()
   command_line.run(
-    lambda: pretrain(parse(args, __doc__)),
+    lambda: pretrain(parse(words, __doc__)),
     traceback_variable='TRAIN_LM_TRACEBACK',
   )
 
@@ -60,4 +61,4 @@ def pretrain(config: TrainConfig) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

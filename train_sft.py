@@ -33,11 +33,12 @@ from gnlorp_jax.training import loop, metrics
 from gnlorp_jax.training.interrupt import StopRequest
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
   metrics.log_to_terminal()
   command_line.run(
-    lambda: fine_tune(parse(args, __doc__)),
+    lambda: fine_tune(parse(words, __doc__)),
     traceback_variable='TRAIN_SFT_TRACEBACK',
   )
 
@@ -64,4 +65,4 @@ def fine_tune(config: SftConfig) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

@@ -11,7 +11,8 @@ What it takes:
 The kernels of the blocks stay as they are, in 8 bits; adapters stand beside all
 of them, and the step goes layer by layer. It has not been run yet.
 
-PLAN
+As planned for 16 rows of 2048 tokens: 19.7 GiB of the 22.9 that
+XLA gets of a card of 24 GB.
 """
 
 import dataclasses

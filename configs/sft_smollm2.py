@@ -3,10 +3,10 @@
 Command:
   python train_sft.py --config configs/sft_smollm2.py --data CHATS.jsonl
 
-What it takes:
+What it takes, where the model is at hand:
   python -m gnlorp_jax.plan sft --config configs/sft_smollm2.py --device rtx4090
 
-PLAN
+The search over learning rates for your data: --learning-rates 1e-4,3e-4,1e-3.
 """
 
 from gnlorp_jax.config import ChatDataConfig, SftConfig

@@ -26,10 +26,11 @@ from gnlorp_jax.recipes.evaluate import recipe, report
 from gnlorp_jax.recipes.evaluate.settings import EvaluateConfig, parse
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
   command_line.run(
-    lambda: evaluate(parse(args, __doc__)),
+    lambda: evaluate(parse(words, __doc__)),
     traceback_variable='EVALUATE_TRACEBACK',
   )
 
@@ -43,4 +44,4 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

@@ -1,9 +1,9 @@
 """Runs that are killed and stopped end as if they never were, bit for bit.
 
-One scene for every recipe, and among them every kind of step and of weights.
-The whole run is made in this process, and so is the other but for its
-beginning, which is killed in a process of its own. Then a signal stops it, and
-it goes on.
+Scenes for every recipe, and among them every kind of step and of weights. The
+whole run is made in this process, and so is the other but for its beginning,
+which, in one scene of a recipe, is killed in a process of its own. Then a
+signal stops it, and it goes on.
 """
 
 import json
@@ -104,13 +104,14 @@ class Scene(NamedTuple):
     script: The program.
     words: Of its command line.
     killed: The step in which it is killed: with its checkpoint half written if
-      it is even, before its metrics are written if it is odd.
+      it is even, before its metrics are written if it is odd. None: it is only
+      stopped.
     runs: Folders of its runs in the run directory. The last one is killed.
   """
 
   script: str
   words: list[str]
-  killed: int
+  killed: int | None
   runs: tuple[str, ...] = ('.',)
 
 
@@ -122,7 +123,7 @@ SCENES = {
       *('--objective', 'masked', *LM.split(), *LABELS),
       *('--model.hidden-dropout', '0.1'),
     ],
-    5,
+    None,
   ),
   'conversations, LoRA with dropout on an 8-bit base of a folder': Scene(
     'train_sft',
@@ -180,9 +181,9 @@ MAINS = {
 }
 
 
-def run_killed(scene, args, environment):
-  """Runs a scene in a process that is killed."""
-  return subprocess.run(
+def run_killed(scene, args, environment, last):
+  """Runs a scene in a process that is killed, in the folder `last` at last."""
+  done = subprocess.run(
     [
       *(sys.executable, '-c', KILLED, scene.script),
       *(str(scene.killed), scene.runs[-1].removeprefix('.'), *args),
@@ -193,6 +194,12 @@ def run_killed(scene, args, environment):
     text=True,
     timeout=600,
   )
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  written = [row['step'] for row in rows_of(last)]
+  assert written[-1] == scene.killed - scene.killed % 2
+  # That of step 2 is whole; the next one may be.
+  held = {path.name for path in (last / 'checkpoints').iterdir()}
+  assert '2' in held and not held & {'6', '8'}
 
 
 def built(scene, args) -> program.Program:
@@ -236,20 +243,14 @@ def test_killed_and_stopped_run_ends_as_the_whole_one(
   whole, found = tmp_path / 'whole', tmp_path / 'found'
   main([*words, '--run-dir', str(whole)])
   args = [*words, '--run-dir', str(found)]
-  last, number = found / scene.runs[-1], scene.killed
-
-  done = run_killed(scene, args, compiled_once)
-  assert done.returncode == -signal.SIGKILL, done.stderr
-  written = [row['step'] for row in rows_of(last)]
-  assert written[-1] == (number if number % 2 == 0 else number - 1)
-  # That of step 2 is whole; the next one may be.
-  held = {path.name for path in (last / 'checkpoints').iterdir()}
-  assert '2' in held and not held & {'6', '8'}
-
+  last = found / scene.runs[-1]
+  if scene.killed is not None:
+    run_killed(scene, args, compiled_once, last)
   capsys.readouterr()
   stopped_by_a_signal(main, args, 7)
   said = ' '.join(''.join(capsys.readouterr()).split())
-  assert 'Resuming ' in said and f'SIGTERM: saved step 7 of {STEPS}' in said
+  assert ('Resuming ' in said) == (scene.killed is not None)
+  assert f'SIGTERM: saved step 7 of {STEPS}' in said
   assert 'The same command continues.' in said
   main(args)
 

@@ -13,8 +13,9 @@ from gnlorp_jax.plan.report import report
 from gnlorp_jax.plan.settings import RECIPES, Settings
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
+  words = sys.argv[1:] if args is None else args
   logging.basicConfig(format='%(message)s', stream=sys.stderr, force=True)
   # XLA warns of programs larger than it likes; the table says so too. JAX has
   # set '1' already, and what a user sets stays.
@@ -23,7 +24,7 @@ def main(args: list[str]) -> None:
   # Nothing runs here: a GPU of this machine stays free for others.
   jax.config.update('jax_platforms', 'cpu')
   command_line.run(
-    lambda: report(parse(args), args), traceback_variable='PLAN_TRACEBACK'
+    lambda: report(parse(words), words), traceback_variable='PLAN_TRACEBACK'
   )
 
 
@@ -47,4 +48,4 @@ def parse(args: list[str]) -> Settings:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  main()

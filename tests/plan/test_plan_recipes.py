@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from gnlorp_jax import plan, recipes
+from gnlorp_jax import models, plan, recipes
 from gnlorp_jax.models import roberta
 from gnlorp_jax.plan.__main__ import main, parse
 from gnlorp_jax.plan.settings import RECIPES
@@ -122,3 +122,20 @@ def test_mistakes_get_the_value_the_rule_and_the_fix(words, text, capsys):
     main(words)
   assert stop.value.code == 2
   assert text in ' '.join(capsys.readouterr().err.replace('│', ' ').split())
+
+
+def test_adapters_of_a_chat_model_by_hand():
+  words = ['sft', '--model', 'qwen2.5-0.5b', '--method', 'lora', '--rank', '4']
+  run = parse([*words, '--max-length', '64', '--batch-size', '2'])
+  assert run.title == 'qwen2.5-0.5b with lora: 2 rows of 64 tokens'
+  found = plan.lower_bound(run).components
+  config = models.presets()['qwen2.5-0.5b']
+  width, inner = config.hidden_size, config.intermediate_size
+  kv = config.num_kv_heads * width // config.num_heads
+  # Of q, k, v, o, gate, up and down.
+  sides = 2 * 2 * width + 2 * (width + kv) + 3 * (width + inner)
+  trained = config.num_layers * 4 * sides
+  assert found['weights'] == 4 * trained
+  assert found['frozen_weights'] == 4 * models.family(config).num_params(config)
+  # Inputs, documents, targets and weights.
+  assert found['batch'] == 2 * 64 * 4 * 4
