@@ -1,7 +1,5 @@
 """Weights from and to Hugging Face folders, also those kept in few bits.
 
-Adapters go from and to folders of PEFT, without the weights beside them.
-
 Hugging Face's files hold the values that 8-bit weights stand for. Beside them
 lie the scales and zeros of their blocks: values alone do not tell a block's
 grid, and on another grid the weights would be rounded again.
@@ -21,10 +19,8 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from gnlorp_jax import models, optim
-from gnlorp_jax.data import hub
-from gnlorp_jax.models import adapters, hf, peft
-from gnlorp_jax.models.decoder_config import DecoderConfig
+from gnlorp_jax import optim
+from gnlorp_jax.models import adapters
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,
@@ -33,7 +29,6 @@ from gnlorp_jax.optim.quantized.arrays import (
 )
 
 GRID_FILE = 'grid_8bit.safetensors'
-_ADAPTER_ARRAYS = ('lora_a', 'lora_b', 'magnitude')
 
 
 def is_quantized(node: Any) -> bool:
@@ -158,7 +153,7 @@ def merged(
   flat = traverse_util.flatten_dict(params)
   beside: dict[tuple[str, ...], dict[str, Any]] = {}
   for (*layer, name), leaf in flat.items():
-    if adapter is not None and name in _ADAPTER_ARRAYS:
+    if adapter is not None and name in adapters.NAMES:
       beside.setdefault(tuple(layer), {})[name] = leaf
   found = {}
   for path, leaf in flat.items():
@@ -201,128 +196,3 @@ def export(
   }
   if grid:
     safetensors.numpy.save_file(grid, folder / GRID_FILE)
-
-
-# Folders of PEFT.
-
-
-def export_peft(
-  folder: pathlib.Path,
-  trained: Any,
-  frozen: Any,
-  adapter: adapters.AdapterConfig | None,
-  architecture: models.Config,
-  *,
-  base: str | None,
-) -> None:
-  """Writes the adapters of a run as a folder of PEFT, in place of one there.
-
-  Args:
-    folder: The folder.
-    trained: The parameters that train, as `Parameters.trained`.
-    frozen: Those that do not, adapters that label rules freeze among them.
-    adapter: The configuration of the adapters.
-    architecture: The model's, of a decoder.
-    base: What the run started from (`init_from`): a folder or a name of the
-      hub; of random weights none is named.
-
-  Raises:
-    ValueError: If the run has no adapters, trains other weights too, or has
-      adapters that PEFT has not.
-  """
-  if adapter is None:
-    raise ValueError(
-      'The run has no adapters, so that there is nothing to write for PEFT. '
-      'Export the model.'
-    )
-  flat = traverse_util.flatten_dict(trained)
-  others = ['/'.join(path) for path in flat if path[-1] not in _ADAPTER_ARRAYS]
-  if others:
-    raise ValueError(
-      f'{others} train beside the adapters, and a folder of PEFT has no place '
-      'for them. Export the merged model.'
-    )
-  arrays = {
-    path: leaf
-    for path, leaf in (flat | traverse_util.flatten_dict(frozen)).items()
-    if path[-1] in _ADAPTER_ARRAYS
-  }
-  name, revision = None, None
-  if hub.is_hub(base):
-    name, _, revision = base.removeprefix(hub.PREFIX).partition('@')
-  elif base is not None and pathlib.Path(base).is_dir():
-    name = str(pathlib.Path(base).resolve())
-  shutil.rmtree(folder, ignore_errors=True)
-  peft.export(
-    folder,
-    adapter,
-    traverse_util.unflatten_dict(arrays),
-    _decoder_table(architecture),
-    base=name,
-    revision=revision or None,
-  )
-
-
-def peft_config(
-  folder: str, architecture: models.Config
-) -> adapters.AdapterConfig:
-  """The configuration of the adapters in a folder of PEFT.
-
-  Args:
-    folder: The folder.
-    architecture: The model's that they are for.
-
-  Raises:
-    ValueError: If there is no such folder, the model is no decoder, or as of
-      `peft.read_config`.
-  """
-  if not pathlib.Path(folder).is_dir():
-    raise ValueError(
-      f'adapter.init_from={folder!r} is no folder. Name one that '
-      'save_pretrained of peft wrote, or a run.'
-    )
-  return peft.read_config(folder, _decoder_table(architecture))
-
-
-def read_peft(folder: str, architecture: models.Config, like: Any) -> Any:
-  """The adapters in a folder of PEFT.
-
-  Args:
-    folder: The folder.
-    architecture: The model's that they are for.
-    like: Nested dict with the shapes and dtypes of the model's adapters, of the
-      configuration in the folder.
-
-  Returns:
-    A nested dict of arrays like them.
-
-  Raises:
-    ValueError: If shapes differ, or as of `peft.read`.
-  """
-  flat = traverse_util.flatten_dict(
-    peft.read(folder, _decoder_table(architecture))[1]
-  )
-  wanted = traverse_util.flatten_dict(like)
-  shapes = {
-    '/'.join(path): (flat[path].shape, leaf.shape)
-    for path, leaf in wanted.items()
-    if flat[path].shape != leaf.shape
-  }
-  if shapes:
-    raise ValueError(
-      f'The adapters in {folder} are of another model. Shapes there and here: '
-      f'{shapes}.'
-    )
-  return traverse_util.unflatten_dict(
-    {path: jnp.array(flat[path], leaf.dtype) for path, leaf in wanted.items()}
-  )
-
-
-def _decoder_table(architecture: models.Config) -> hf.Table:
-  """The tensors of a decoder."""
-  if not isinstance(architecture, DecoderConfig):
-    raise ValueError(
-      'Folders of PEFT are read and written of decoders alone, and this is '
-      f'{architecture.model_type!r}. Export or name a merged model.'
-    )
-  return models.family(architecture).HF_TENSORS

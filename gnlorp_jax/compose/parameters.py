@@ -16,9 +16,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import folders, memory
+from gnlorp_jax.compose import adaptation, folders, memory
 from gnlorp_jax.compose.optimizer import LabelRules
-from gnlorp_jax.compose.settings import AdapterOptions, StepConfig
+from gnlorp_jax.compose.settings import StepConfig
 from gnlorp_jax.data import hub
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.decoder_config import DecoderConfig
@@ -148,51 +148,6 @@ def pinned(init_from: str | None) -> str | None:
     return init_from
   commit = hub.folder(init_from, 'config').name
   return f'{init_from.partition("@")[0]}@{commit}'
-
-
-def adapter_config(
-  options: AdapterOptions, architecture: models.Config
-) -> adapters.AdapterConfig | None:
-  """The adapters that are asked for, or those in the folder to start from.
-
-  Args:
-    options: What is asked for.
-    architecture: The model's.
-
-  Returns:
-    Their configuration; None trains the model's own weights.
-
-  Raises:
-    ValueError: If the folder cannot be read, or holds others than are asked
-      for.
-  """
-  if options.kind is None:
-    if options.init_from is not None:
-      raise ValueError(
-        f'adapter.init_from={options.init_from!r} needs adapter.kind: lora or '
-        'dora, as the adapters there are.'
-      )
-    return None
-  given = {
-    field.name: getattr(options, field.name)
-    for field in dataclasses.fields(options)
-    if getattr(options, field.name) is not None and field.name != 'init_from'
-  }
-  if options.init_from is None:
-    return adapters.AdapterConfig(**given)
-  found = folders.peft_config(options.init_from, architecture)
-  for name, value in given.items():
-    has = getattr(found, name)
-    if name != 'dropout' and value not in (
-      has,
-      getattr(AdapterOptions(), name),
-    ):
-      raise ValueError(
-        f'adapter.{name}={value!r} is asked for, and the adapters in '
-        f'{options.init_from} have {has!r}. '
-        + (f'Give adapter.kind={has!r}.' if name == 'kind' else 'Leave it out.')
-      )
-  return dataclasses.replace(found, dropout=given.get('dropout', 0.0))
 
 
 def plan(
@@ -381,7 +336,7 @@ class _Layout:
       shapes = jax.eval_shape(self.draw_adapters, base, jax.random.key(0))
       if key is None:
         return shapes
-      return folders.read_peft(self.adapter_from, self.config, shapes)
+      return adaptation.read_peft(self.adapter_from, self.config, shapes)
     return self.draw_adapters(base, jax.random.fold_in(key, 1))
 
   # Compiled once, however many runs draw their weights.

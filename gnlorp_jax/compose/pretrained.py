@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import folders, memory, parameters
+from gnlorp_jax.compose import adaptation, memory, parameters
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.interface import Dtype, Model
@@ -51,11 +51,11 @@ class Found(NamedTuple):
 
   def _read_adapter(self, shapes: Any) -> Any:
     architecture = self.model.config
-    config = folders.peft_config(self.adapter, architecture)
+    config = adaptation.peft_config(self.adapter, architecture)
     like = jax.eval_shape(
       lambda params: adapters.init(config, params, jax.random.key(0)), shapes
     )
-    return folders.read_peft(self.adapter, architecture, like)
+    return adaptation.read_peft(self.adapter, architecture, like)
 
 
 def find(
@@ -99,6 +99,6 @@ def find(
     )
   if adapter is not None:
     adapter = str(pathlib.Path(adapter).expanduser())
-    config = folders.peft_config(adapter, architecture)
+    config = adaptation.peft_config(adapter, architecture)
     model = adapters.adapt(config, model)
   return Found(folder, family, model, found, adapter)

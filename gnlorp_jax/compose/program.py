@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import optimizer, parameters
+from gnlorp_jax.compose import adaptation, optimizer, parameters
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   MeshConfig,
@@ -187,7 +187,7 @@ def build(
   Raises:
     ValueError: If parts do not fit each other.
   """
-  adapter_config = parameters.adapter_config(adapter, architecture)
+  adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
   held, rules = parameters.plan(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import folders, optimizer, parameters
+from gnlorp_jax.compose import adaptation, optimizer, parameters
 from gnlorp_jax.compose.folders import is_quantized
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
@@ -118,12 +118,12 @@ def test_neither_folder_nor_preset_is_told(tmp_path):
 
 
 def test_adapters_have_what_is_given_and_the_usual_otherwise():
-  assert parameters.adapter_config(AdapterOptions(rank=3), TINY) is None
-  found = parameters.adapter_config(AdapterOptions(kind='dora', rank=3), TINY)
+  assert adaptation.adapter_config(AdapterOptions(rank=3), TINY) is None
+  found = adaptation.adapter_config(AdapterOptions(kind='dora', rank=3), TINY)
   assert (found.kind, found.rank, found.alpha) == ('dora', 3, 16)
   assert found.dropout == 0
   rules = ('q_proj/kernel',)
-  found = parameters.adapter_config(
+  found = adaptation.adapter_config(
     AdapterOptions(kind='lora', dropout=0.1, rules=rules), TINY
   )
   assert (found.rank, found.dropout, found.rules) == (8, 0.1, rules)
@@ -156,7 +156,7 @@ def peft_folder(tmp_path_factory):
 def test_adapters_to_start_from_say_what_they_are(peft_folder):
   folder, _ = peft_folder
   options = AdapterOptions(kind='dora', dropout=0.1, init_from=folder)
-  find = parameters.adapter_config
+  find = adaptation.adapter_config
   found = find(options, TINY)
   assert (found.kind, found.rank, found.alpha) == ('dora', 2, 5)
   # Dropout is a matter of the run.
@@ -313,7 +313,7 @@ def test_adapters_start_from_a_folder_and_return_to_one(
     ('hf:owner/name@0123', 'owner/name'),
     (str(tmp_path), str(tmp_path)),
   ):
-    folders.export_peft(
+    adaptation.export_peft(
       tmp_path / 'out', trained, frozen, built.adapter, TINY, base=base
     )
     fields = json.loads((tmp_path / 'out' / peft.CONFIG).read_text())
@@ -331,7 +331,7 @@ def test_adapters_start_from_a_folder_and_return_to_one(
 
 def test_what_else_trains_is_no_adapter_for_peft(tmp_path):
   config = adapters.AdapterConfig(kind='lora')
-  write = functools.partial(message, folders.export_peft, tmp_path / 'out')
+  write = functools.partial(message, adaptation.export_peft, tmp_path / 'out')
   beside = {'classifier': {'kernel': np.ones((2, 2))}}
   assert write(beside, {}, config, TINY, base=None) == (
     "['classifier/kernel'] train beside the adapters, and a folder of PEFT has "
@@ -423,7 +423,7 @@ def test_prefixes_beside_adapters_train_too():
     llama.make,
     TINY,
     mesh=mesh,
-    adapter=parameters.adapter_config(AdapterOptions(kind='lora'), TINY),
+    adapter=adaptation.adapter_config(AdapterOptions(kind='lora'), TINY),
     step=StepConfig(),
     rules=(('.*', 'full'),),
     beside_adapters=('lm_head/',),

@@ -102,8 +102,8 @@ def test_the_table_says_what_is_fine_tuned(no_wheels, capsys):
   [
     (
       ['glu'],
-      "Unknown recipe 'glu'; expected one of ('pretrain', 'glue'). Did you "
-      "mean 'glue'?",
+      "Unknown recipe 'glu'; expected one of ('pretrain', 'glue', 'sft'). Did "
+      "you mean 'glue'?",
     ),
     (
       ['glue', '--task', 'mrpc,rte'],

@@ -10,7 +10,7 @@ import rich.console
 import rich.padding
 import rich.text
 
-from gnlorp_jax.compose import folders, language_model, parameters
+from gnlorp_jax.compose import adaptation, language_model, parameters
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import chat
 from gnlorp_jax.optim.inspect import tree_bytes
@@ -64,7 +64,7 @@ def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
       add_bos=tokenizer.adds_bos,
     )
   elif config.export == 'adapter':
-    folders.export_peft(
+    adaptation.export_peft(
       folder / 'adapter',
       outcome.params,
       outcome.constants,

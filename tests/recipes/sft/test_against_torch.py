@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import folders, optimizer
+from gnlorp_jax.compose import adaptation, optimizer
 from gnlorp_jax.compose.settings import AdapterOptions, MeshConfig
 from gnlorp_jax.models import hf
 from gnlorp_jax.recipes.sft import data, recipe
@@ -145,7 +145,7 @@ def test_gradients_of_adapters_are_those_of_peft(config, torch, tmp_path, kind):
   model = prepared.config.model
   loss, grads, trained, built = gradients(config, prepared)
   for folder, tree in (('adapter', trained), ('grads', grads)):
-    folders.export_peft(
+    adaptation.export_peft(
       tmp_path / folder, tree, {}, built.adapter, model, base=None
     )
   base = transformers.AutoModelForCausalLM.from_pretrained(
