@@ -16,6 +16,11 @@ import os
 import pathlib
 import signal
 
+# To trace a program makes many small objects: every 700 of them Python looks
+# through the new ones for garbage, and every few seconds through all of jax and
+# torch. Here every 20,000, and every million through all of the tests' own.
+gc.set_threshold(20_000, 10, 5)
+
 JAX_VERSION = tuple(map(int, importlib.metadata.version('jax').split('.')[:2]))
 
 os.environ['NPROC'] = '16'
@@ -74,14 +79,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
-  """Looks for garbage less often, and not among all that was imported.
-
-  To trace programs makes many small objects, hence 700 of them, Python's
-  measure, in no time, and then all of jax and torch is gone through again.
-  """
+  """Leaves what was imported out of the search for garbage."""
   gc.collect()
   gc.freeze()
-  gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope='session')
