@@ -57,11 +57,13 @@ def fine_tune(config: SftConfig) -> None:
   with StopRequest() as stop:
     if not config.is_single:
       results = report.run_grid(prepared, stop)
-      grid.show(config.run_dir, results)
+      grid.show(prepared.config.run_dir, results)
       return
     run = recipe.make_run(prepared, prepared.config)
     outcome = loop.train(run, stop)
-  report.show(config, report.finish(prepared, prepared.config, outcome))
+  report.show(
+    prepared.config, report.finish(prepared, prepared.config, outcome)
+  )
 
 
 if __name__ == '__main__':

@@ -133,7 +133,7 @@ def peft_config(
   if not pathlib.Path(folder).is_dir():
     raise ValueError(
       f'adapter.init_from={folder!r} is no folder. Name one that '
-      'save_pretrained of peft wrote, or a run.'
+      'save_pretrained of peft wrote, or the adapter/ of a run.'
     )
   return peft.read_config(folder, _decoder_table(architecture))
 

@@ -183,7 +183,8 @@ class AdapterOptions:
   rank: int | None = None
   """Rank of the change of a kernel; None is 8."""
   alpha: float | None = None
-  """The change is multiplied by alpha / rank; None is 16."""
+  """The change is multiplied by alpha / rank; None is 16; on
+  conversations twice the rank, or twice its root if `rank_stabilized`."""
   rank_stabilized: bool = False
   """Whether it is multiplied by alpha / sqrt(rank) instead (rsLoRA), so that a
   higher rank changes no less."""

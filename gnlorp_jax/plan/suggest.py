@@ -154,7 +154,7 @@ def changes(settings: Settings) -> Iterator[list[Change]]:
   for family in (waiting, *_FAMILIES):
     yield _fresh(settings, *family)
   is_adapted = settings.adapter.kind is not None
-  if is_adapted and settings.step.mode == 'whole':
+  if is_adapted:
     yield _fresh(settings, *({'step.weight_bits': n} for n in (8, 4)))
   if rank := settings.optim.rank:
     yield [{'optim.rank': max(rank // by, 1)} for by in (2, 4)]

@@ -4,6 +4,8 @@ A finished run leaves a ``result.json`` and is not repeated; one that was
 interrupted goes on at its batch.
 """
 
+import dataclasses
+import functools
 import json
 import logging
 import math
@@ -12,11 +14,12 @@ import pathlib
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import rich.console
 import rich.table
 
+from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.training import loop
 from gnlorp_jax.training.checkpoint import check_compatible
 from gnlorp_jax.training.interrupt import StopRequest
@@ -28,6 +31,7 @@ RESULT_FILE = 'result.json'
 # What a finished run writes: see `run_once`.
 Result = dict[str, Any]
 Kept = Literal['best', 'all', 'none']
+Settings = TypeVar('Settings', bound=RunConfig)
 
 
 class Member(NamedTuple):
@@ -222,32 +226,48 @@ def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
 
 
 def run_all(
-  folder: pathlib.Path,
-  rates: Sequence[float] | None,
-  seeds: Sequence[int],
-  member: Callable[[float | None, int], Member],
+  config: Settings,
+  make_run: Callable[[Settings], loop.Run],
+  finish: Callable[[Settings, loop.Outcome], Any],
   stop: StopRequest,
 ) -> list[Result]:
-  """Searches over learning rates and runs the other seeds with the best.
+  """Runs the first seed with every learning rate, the others with the best.
 
   Args:
-    folder: That of all the runs, whose folders are directly in it.
-    rates: Learning rates to search; None is the one that is configured.
-    seeds: The seeds.
-    member: The run of a learning rate and a seed.
+    config: The settings of all runs, whose folders are directly in that of
+      these. Runs are compared by the ``loss`` of their evaluations.
+    make_run: Makes a run of its settings, which name one rate and one seed.
+    finish: Writes what a run leaves behind, from its settings and outcome.
     stop: Tells of signals.
 
   Returns:
     The results, which are in ``results.json`` in the folder as well.
   """
+  folder = pathlib.Path(config.run_dir)
 
   def run(rate: float | None, seed: int) -> Result:
-    result = run_once(member(rate, seed), stop, keep='all', is_single=False)
+    chosen = rate or config.optim.learning_rate
+    one = dataclasses.replace(
+      config,
+      run_dir=str(folder / f'lr{chosen:g}_seed{seed}'),
+      seed=seed,
+      seeds=None,
+      learning_rates=None,
+      optim=dataclasses.replace(config.optim, learning_rate=chosen),
+    )
+    member = Member(
+      run=make_run(one),
+      finish=functools.partial(finish, one),
+      describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
+      metric='loss',
+      higher_is_better=False,
+    )
+    result = run_once(member, stop, keep='all', is_single=False)
     text = json.dumps(read_results(folder, '*'), indent=2, allow_nan=False)
     write_atomically(folder / 'results.json', text + '\n')
     return result
 
-  return search(rates, seeds, run)
+  return search(config.searched_rates, config.seed_numbers, run)
 
 
 def show(run_dir: str, results: Sequence[Result]) -> None:

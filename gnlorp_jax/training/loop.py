@@ -210,8 +210,9 @@ def train(run: Run, stop: StopRequest) -> Outcome:
 
     def evaluate(number: int) -> None:
       found = run.evaluate(state.params, constants)
-      writer.write(number, {f'eval/{name}': v for name, v in found.items()})
-      _tell(run.name, number, found)
+      if found:
+        writer.write(number, {f'eval/{name}': v for name, v in found.items()})
+        _tell(run.name, number, found)
       if keeper.note(number, found, state.params):
         # After the best model, which the checkpoint must find.
         save(number)
@@ -385,6 +386,8 @@ class _Keeper:
     if self._best is None:
       return False
     best = self.record['best']
+    if best is not None and best['step'] == number:
+      return False  # Found once more, after an interruption.
     if best is not None and not self._run.better(values, best):
       self.record['since_best'] += 1
       return False

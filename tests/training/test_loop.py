@@ -569,6 +569,20 @@ def test_interrupted_run_ends_early_where_the_whole_one_does(
   assert_ends_alike(tmp_path, ended_early[0])
 
 
+def test_an_evaluation_that_is_found_once_more_does_not_count(tmp_path):
+  """A kill before any checkpoint but that of the first evaluation."""
+  every = loop.Every(log=3, evaluate=4, checkpoint=5, evaluate_first=True)
+  options = {'better': lower, 'every': every, 'patience': 1}
+  with pytest.raises(RuntimeError, match='killed'):
+    batches = Batches(at=3, do=kill)
+    loop.train(make_run(tmp_path, **options, batches=batches), Stop())
+  assert int(read_state(tmp_path)[0].step) == 0
+  outcome = loop.train(make_run(tmp_path, **options), Stop())
+  assert outcome.record['last']['step'] == 12
+  rows = [r['step'] for r in read_rows(tmp_path) if 'eval/loss' in r]
+  assert rows == [0, 4, 8, 12]
+
+
 def test_ended_run_stays_ended_until_patience_is_raised(
   ended_early, tmp_path, caplog
 ):

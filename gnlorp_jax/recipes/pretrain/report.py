@@ -1,6 +1,6 @@
 """What a pre-training run leaves behind: plot, sample, export, summary."""
 
-import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -219,29 +219,9 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
   Returns:
     The results, which are in the run directory's ``results.json`` as well.
   """
-  config = prepared.config
-  folder = pathlib.Path(config.run_dir)
-
-  def member(rate: float | None, seed: int) -> grid.Member:
-    chosen = rate or config.optim.learning_rate
-    one = dataclasses.replace(
-      config,
-      run_dir=str(folder / f'lr{chosen:g}_seed{seed}'),
-      seed=seed,
-      optim=dataclasses.replace(config.optim, learning_rate=chosen),
-    )
-
-    def leave(outcome: Outcome) -> None:
-      finish(prepared, one, outcome)
-
-    return grid.Member(
-      run=make_run(prepared, one),
-      finish=leave,
-      describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
-      metric='loss',
-      higher_is_better=False,
-    )
-
   return grid.run_all(
-    folder, config.searched_rates, config.seed_numbers, member, stop
+    prepared.config,
+    functools.partial(make_run, prepared),
+    functools.partial(finish, prepared),
+    stop,
   )

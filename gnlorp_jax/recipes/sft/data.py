@@ -79,20 +79,32 @@ def load(config: SftConfig) -> Chat:
     overflow=settings.overflow,
     val_size=0 if held_out else settings.val_size,
     validation=held_out,
+    limit=settings.limit,
     seed=config.seed,
   )
-  if settings.limit is not None:
-    examples = examples._replace(training=examples.training[: settings.limit])
-  _tell(examples, template, tokenizer)
+  _check_ids(examples, template, config.model.vocab_size)
+  _tell(examples)
   return Chat(tokenizer, template, examples)
 
 
-def _tell(
-  examples: chat.Prepared,
-  template: chat.Template,
-  tokenizer: tokenizers.Tokenizer,
+def _check_ids(
+  examples: chat.Prepared, template: chat.Template, vocab_size: int
 ) -> None:
-  """Says what became of the records, and what may be wrong with them."""
+  """Raises ValueError if the model has no embedding of a control token."""
+  largest = max(
+    *template.stop_ids,
+    *(int(x.ids.max()) for x in (*examples.training, *examples.validation)),
+  )
+  if largest >= vocab_size:
+    raise ValueError(
+      f'The chat template writes the token of id {largest}, and the model has '
+      f'those of [0, {vocab_size}). Use the tokenizer and the template that '
+      'the model was trained with, or another data.template.'
+    )
+
+
+def _tell(examples: chat.Prepared) -> None:
+  """Says what became of the records."""
   for name, counts in examples.report.items():
     lost = counts.skipped | counts.dropped
     facts = [f'{counts.read} records']
@@ -110,13 +122,6 @@ def _tell(
     if lost:
       facts.append(f'left out: {lost}')
     _logger.info('%s: %s.', name, ', '.join(facts))
-  if not set(template.stop_ids) & set(tokenizer.eos_ids):
-    names = [tokenizer.backend.id_to_token(i) for i in tokenizer.eos_ids]
-    _logger.warning(
-      'The template ends answers with none of the tokens that end a generation '
-      '(%s): other programs may not stop where an answer is complete.',
-      ', '.join(map(repr, names)),
-    )
 
 
 def load_template(
@@ -147,10 +152,10 @@ def training_batches(config: SftConfig, data: Chat) -> chat.TrainingBatches:
 def evaluation_batches(
   config: SftConfig, data: Chat
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The validation examples, each once."""
-  return chat.evaluation_batches(
-    data.examples.validation, **_options(config, data)
-  )
+  """The validation examples, each once, in batches of a micro-batch."""
+  options = _options(config, data)
+  options['batch_size'] //= config.micro_batches
+  return chat.evaluation_batches(data.examples.validation, **options)
 
 
 def _options(config: SftConfig, data: Chat) -> dict[str, Any]:

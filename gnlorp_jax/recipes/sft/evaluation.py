@@ -51,7 +51,7 @@ def evaluator(
     weights = (trained, frozen)
     result = {}
     if found.examples.validation:
-      result |= _losses(program, found, config, *weights)
+      result |= losses(program, found, config, *weights)
       result |= _answers(program, found, config, *weights, steps_taken())
     return result | language_model.ask(
       program, *weights, found.tokenizer, tasks, config.eval.batch_size
@@ -60,13 +60,22 @@ def evaluator(
   return evaluate
 
 
-def _losses(
+def losses(
   program: Program,
   found: data.Chat,
   config: SftConfig,
   trained: Any,
   frozen: Any,
 ) -> dict[str, float]:
+  """Mean loss, perplexity and token accuracy of the validation examples.
+
+  Args:
+    program: What the run computes.
+    found: Its examples.
+    config: Its settings.
+    trained: The parameters that train.
+    frozen: The others.
+  """
   sums = []
   for batch in data.evaluation_batches(config, found):
     placed = sharding.put_batch(batch, program.mesh)
@@ -91,7 +100,8 @@ def _answers(
   asked = [
     conversation
     for conversation in found.examples.validation_conversations
-    if conversation.kind == 'chat'
+    # A call of a tool is no text that could be compared.
+    if conversation.kind == 'chat' and not conversation.messages[-1].calls_tools
   ][: config.eval.generate]
   if not asked:
     return {}

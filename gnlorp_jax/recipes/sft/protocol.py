@@ -1,6 +1,7 @@
 """What an instruction-tuning run takes where the user gives nothing."""
 
 import dataclasses
+import math
 
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.methods import Method, get_method
@@ -37,6 +38,7 @@ def resolve(config: SftConfig) -> SftConfig:
     epochs=_or(config.epochs, 4 if is_demo else 1),
     optim=_optimizer(config, method, adapter),
     adapter=adapter,
+    run_dir=config.run_dir or ('runs/sft_demo' if is_demo else 'runs/sft'),
     data=dataclasses.replace(
       config.data, max_length=_or(config.data.max_length, _length(config))
     ),
@@ -62,9 +64,9 @@ def _adapter(given: AdapterOptions, method: Method) -> AdapterOptions:
   if given.init_from is not None:  # What is there has a rank of its own.
     return found
   rank = _or(given.rank, _ADAPTER_RANK)
-  return dataclasses.replace(
-    found, rank=rank, alpha=_or(given.alpha, 2.0 * rank)
-  )
+  # Twice the product of the factors, whatever it is divided by.
+  alpha = 2.0 * (math.sqrt(rank) if given.rank_stabilized else rank)
+  return dataclasses.replace(found, rank=rank, alpha=_or(given.alpha, alpha))
 
 
 def _optimizer(

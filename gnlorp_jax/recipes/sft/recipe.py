@@ -155,7 +155,8 @@ def prepare(config: SftConfig) -> Prepared:
   found = data.load(config)
   # The schedule needs to know how long the run is.
   per_epoch = data.training_batches(config, found).batches_per_epoch
-  steps = math.ceil(config.epochs * per_epoch)
+  # Not a step more because 0.55 is a little more than it says.
+  steps = math.ceil(round(config.epochs * per_epoch, 6))
   if config.steps is not None:
     steps = min(steps, config.steps)
   built = _build(config, steps)
@@ -200,7 +201,6 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     instruments=built.instruments(
       config.optim,
       config.steps,
-      tokens_per_step=_tokens_per_step(config),
       flops_per_token=models.family(config.model).flops_per_token(
         config.model, config.data.max_length
       ),
@@ -209,7 +209,8 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     every=loop.Every(
       log=config.log_every,
       evaluate=every,
-      checkpoint=config.checkpoint_every or every,
+      checkpoint=config.checkpoint_every
+      or min(every, max(config.steps // 10, 1)),
       evaluate_first=True,
     ),
     keep=config.checkpoint_keep,
@@ -219,13 +220,6 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     renew=lambda state: built.renew(state, numbers),
   )
-
-
-def _tokens_per_step(config: SftConfig) -> int | None:
-  """Tokens of a step where all have the same, padding among them."""
-  if not config.data.packing:
-    return None
-  return config.batch_size * config.data.max_length
 
 
 def _keeps_best(prepared: Prepared, config: SftConfig) -> bool:
@@ -240,6 +234,7 @@ def metadata(prepared: Prepared, config: SftConfig) -> dict[str, Any]:
     # They are in no checkpoint.
     found['init_from'] = parameters.pinned(config.init_from)
   return found | {
-    'examples': prepared.chat.examples.fingerprint,
+    # What decides them: the files, data.template, train_on and so on.
+    'training examples': prepared.chat.examples.fingerprint[:12],
     'tokenizer': prepared.chat.tokenizer.fingerprint,
   }

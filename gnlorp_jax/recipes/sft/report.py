@@ -1,6 +1,7 @@
 """What an instruction-tuning run leaves behind: samples, export, summary."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -135,17 +136,28 @@ def show(config: SftConfig, summary: dict[str, Any]) -> None:
     error = last.get(f'{name}_stderr')
     if error is not None:
       console.print(f'{name}: {score:.3f} ± {error:.3f}', highlight=False)
-  left = {'merged': 'the model (hf/)', 'adapter': 'the adapters (adapter/)'}
-  things = ['Plot', 'metrics', *filter(None, [left.get(config.export)])]
-  console.print(
-    f'{", ".join(things)} and {SAMPLES_FILE} are in {config.run_dir}.',
-    highlight=False,
-  )
-  if config.export == 'merged':
-    console.print(
-      f'Talk to it: python -m gnlorp_jax.chat {config.run_dir}/hf',
-      highlight=False,
-    )
+  folder = pathlib.Path(config.run_dir)
+  left = {
+    'metrics.jsonl': 'metrics',
+    'loss.png': 'plot',
+    SAMPLES_FILE: 'answers',
+    'hf': 'model',
+    'adapter': 'adapters',
+  }
+  there = [
+    f'{what} ({name})'
+    for name, what in left.items()
+    if (folder / name).exists()
+  ]
+  talk = {
+    'merged': f'{folder / "hf"}',
+    'adapter': f'{config.init_from} --adapter {folder / "adapter"}',
+  }
+  lines = [f'In {folder} are: {", ".join(there)}.']
+  if config.export in talk:
+    lines.append(f'Talk to it: python -m gnlorp_jax.chat {talk[config.export]}')
+  for line in lines:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_answers(
@@ -200,32 +212,9 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
   Returns:
     The results, which are in the run directory's ``results.json`` as well.
   """
-  config = prepared.config
-
-  def member(rate: float | None, seed: int) -> grid.Member:
-    chosen = rate or config.optim.learning_rate
-    one = dataclasses.replace(
-      config,
-      run_dir=str(pathlib.Path(config.run_dir) / f'lr{chosen:g}_seed{seed}'),
-      seed=seed,
-      optim=dataclasses.replace(config.optim, learning_rate=chosen),
-    )
-
-    def leave(outcome: Outcome) -> None:
-      finish(prepared, one, outcome)
-
-    return grid.Member(
-      run=make_run(prepared, one),
-      finish=leave,
-      describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
-      metric='loss',
-      higher_is_better=False,
-    )
-
   return grid.run_all(
-    pathlib.Path(config.run_dir),
-    config.searched_rates,
-    config.seed_numbers,
-    member,
+    prepared.config,
+    functools.partial(make_run, prepared),
+    functools.partial(finish, prepared),
     stop,
   )

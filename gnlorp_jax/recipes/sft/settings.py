@@ -24,13 +24,16 @@ DEMO = 'demo'  # The generated instructions, which need no files.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatDataConfig:
-  """Conversations and how they become tokens; they decide about a resume."""
+  """Conversations and how they become tokens.
+
+  A resumed run must have the same training examples, whatever they come from.
+  """
 
   source: str = free(DEMO)
   """Files (.json, .jsonl, .parquet), folders and globs, joined by commas:
   alpaca, sharegpt, messages, prompt and completion, or plain text, told apart
-  by their keys. NAME=FILE names a source, FILE@0.5 takes half of it in every
-  epoch, FILE@2 takes it twice. 'demo' is a generated set."""
+  by their keys. NAME=FILE names a source, FILE@0.5 takes a half of it, the same
+  in every epoch, FILE@2 takes it twice. 'demo' is a generated set."""
   validation_source: str | None = free(None)
   """Conversations to evaluate on, named like `source`; None holds out
   `val_size` of it."""
@@ -114,9 +117,10 @@ class SftConfig(RunConfig):
   """Hugging Face folder of the model to fine-tune, or hf:OWNER/NAME of the hub
   (also --model); or a preset with random weights. None, for the demo, is the
   small `model`."""
-  run_dir: str = free('runs/sft')
-  """Where checkpoints, metrics, samples and export go. A run directory that
-  holds checkpoints is resumed."""
+  run_dir: str | None = free(None)
+  """Where checkpoints, metrics, samples and export go; None is runs/sft, and of
+  the demo runs/sft_demo. A run directory that holds checkpoints is resumed: for
+  other data give another."""
   epochs: float | None = result(None)
   """Passes over the training examples; None: 1, and of the demo 4."""
   steps: int | None = result(None)
@@ -127,7 +131,8 @@ class SftConfig(RunConfig):
   eval_every: int | None = result(None)
   """Steps between two evaluations; None evaluates after every epoch."""
   checkpoint_every: int | None = free(None)
-  """Steps between two checkpoints; None saves with every evaluation."""
+  """Steps between two checkpoints; None saves with every evaluation, and ten
+  times in a run."""
   checkpoint_keep: int = free(2)
   """Number of checkpoints kept."""
   keep_best: bool = result(True)
@@ -157,7 +162,6 @@ class SftConfig(RunConfig):
     name=None,
     learning_rate=None,
     warmup_fraction=0.05,
-    final_fraction=0.0,
     decay_norms_and_biases=False,
   )
   """Optimizer and schedule; None takes the method's. Learning rates are those
@@ -245,20 +249,28 @@ def parse(
     ValueError: If a field does not exist or a value is not allowed.
   """
   path, args = config_file.take(args)
-  loaded = SftConfig() if path is None else config_file.load(path, SftConfig)
-  default = kind(
-    **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
-  )
+  default = kind()
+  if path is not None:
+    loaded = config_file.load(path, SftConfig)
+    default = kind(
+      **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+    )
   return command_line.override(default, _join_files(args), description, ALIASES)
 
 
 def _join_files(args: list[str]) -> list[str]:
-  """The words after ``--data`` up to the next option as one."""
-  if '--data' not in args:
-    return args
-  start = args.index('--data') + 1
-  is_option = (word.startswith('--') for word in args[start:])
-  end = next((i for i, x in enumerate(is_option, start) if x), len(args))
-  if start == end:
-    return args
-  return [*args[:start], ','.join(args[start:end]), *args[end:]]
+  """All words after ``--data``, up to the next option, as one at the end."""
+  files: list[str] = []
+  others: list[str] = []
+  is_file = False
+  for word in args:
+    if word.startswith('--'):
+      is_file = word == '--data'
+    elif is_file:
+      files.append(word)
+      continue
+    if not is_file:
+      others.append(word)
+  if not files and '--data' in args:
+    raise ValueError('--data needs files of conversations.')
+  return [*others, '--data', ','.join(files)] if files else others

@@ -5,6 +5,7 @@ One short run on conversations from files is made once and shared.
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -209,3 +210,71 @@ def test_the_end_of_a_run_is_told(prepared, finished, capsys):
   assert 'Validation loss: ' in shown, shown
   assert 'Say seven.' in shown, shown
   assert f'python -m gnlorp_jax.chat {prepared.config.run_dir}/hf' in shown
+
+
+@pytest.mark.usefixtures('compiled_once')
+def test_a_search_over_rates_and_seeds_of_adapters(config, tmp_path, capsys):
+  """Unpacked, without answers, and with folders of PEFT at the end."""
+  searched = dataclasses.replace(
+    config,
+    run_dir=str(tmp_path / 'grid'),
+    method='lora',
+    steps=1,
+    export='adapter',
+    learning_rates='1e-3,1e-2',
+    seeds='0,1',
+    optim=dataclasses.replace(config.optim, learning_rate=None),
+    data=dataclasses.replace(config.data, packing=False),
+    eval=SftEvalOptions(generate=0),
+  )
+  prepared = recipe.prepare(searched)
+  with StopRequest() as stop:
+    results = report.run_grid(prepared, stop)
+  rates = [(r['learning_rate'], r['seed']) for r in results]
+  best = min(results[:2], key=lambda r: r['best']['loss'])['learning_rate']
+  assert rates == [(1e-3, 0), (1e-2, 0), (best, 1)]
+  for rate, seed in rates:
+    folder = tmp_path / 'grid' / f'lr{rate:g}_seed{seed}'
+    assert (folder / 'adapter/adapter_model.safetensors').is_file()
+    assert (folder / 'adapter/chat_template.jinja').is_file()
+    assert not (folder / evaluation.SAMPLES_FILE).exists()
+  summary = json.loads((folder / 'summary.json').read_text())
+  one = dataclasses.replace(prepared.config, run_dir=str(folder))
+  capsys.readouterr()
+  report.show(one, summary)
+  shown = capsys.readouterr().out
+  assert f'chat {config.init_from} --adapter {folder}/adapter' in shown
+  assert 'answers (samples.jsonl)' not in shown
+
+
+def test_a_run_without_held_out_examples_says_nothing_of_them(
+  config, tmp_path, caplog
+):
+  alone = dataclasses.replace(
+    config,
+    run_dir=str(tmp_path),
+    steps=2,
+    data=dataclasses.replace(
+      config.data, validation_source=None, val_size=0, limit=2
+    ),
+  )
+  prepared = recipe.prepare(alone)
+  assert len(prepared.chat.examples.training) == 2
+  caplog.set_level('INFO')
+  with StopRequest() as stop:
+    outcome = loop.train(recipe.make_run(prepared, prepared.config), stop)
+  summary = report.finish(prepared, prepared.config, outcome)
+  assert summary['first'] == {} and 'loss' not in summary['last']
+  assert not [r for r in caplog.messages if r.startswith('step 2: ')]
+  assert (tmp_path / 'hf/model.safetensors').is_file()
+
+
+def test_a_template_with_tokens_that_the_model_lacks_is_refused(config):
+  template = types.SimpleNamespace(stop_ids=(260,))
+  examples = types.SimpleNamespace(training=[], validation=[])
+  with pytest.raises(ValueError) as error:
+    data._check_ids(examples, template, 260)
+  assert str(error.value).startswith(
+    'The chat template writes the token of id 260, and the model has those of '
+    '[0, 260). Use the tokenizer and the template'
+  )

@@ -36,6 +36,13 @@ def test_short_names_set_the_fields_that_they_mean():
   )
 
 
+def test_all_files_are_one_source():
+  found = parse('--data', 'a', '--model', 'm', '--data', 'b', 'c')
+  assert found.data.source == 'a,b,c'
+  message = refused(lambda: parse('--data', '--model', 'm'))
+  assert message == '--data needs files of conversations.'
+
+
 def test_a_file_is_what_options_override(tmp_path):
   (tmp_path / 'c.py').write_text(
     'from gnlorp_jax.config import ChatDataConfig, SftConfig\n'
@@ -145,6 +152,18 @@ def test_what_is_given_counts_more():
   found = protocol.resolve(given)
   assert found.adapter == dataclasses.replace(given.adapter, kind='lora')
   assert found.batch_size == 3 and found.optim.learning_rate is None
+
+
+def test_rank_stabilized_adapters_begin_as_strong_as_others():
+  for stabilized, expected in ((False, 32.0), (True, 8.0)):
+    adapter = AdapterOptions(rank=16, rank_stabilized=stabilized)
+    found = protocol.resolve(SftConfig(method='lora', adapter=adapter)).adapter
+    assert found.alpha == expected  # Twice the product of the factors.
+
+
+def test_the_demo_has_a_folder_of_its_own():
+  assert protocol.resolve(SftConfig()).run_dir == 'runs/sft_demo'
+  assert protocol.resolve(SftConfig(init_from='m')).run_dir == 'runs/sft'
 
 
 def test_adapters_to_start_from_keep_their_own_rank():
