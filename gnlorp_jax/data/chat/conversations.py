@@ -7,7 +7,7 @@ from typing import Any, Literal
 SYSTEM_ROLES = ('system', 'developer')
 ROLES = (*SYSTEM_ROLES, 'user', 'assistant', 'tool')
 
-# Reasons to skip a record that is sound but teaches nothing.
+# Reasons to skip a valid record that teaches nothing.
 EMPTY, UNANSWERED = 'empty answer', 'no answer'
 
 
@@ -56,7 +56,7 @@ class Conversation:
 
 
 class SkippedError(ValueError):
-  """A sound record that teaches nothing.
+  """A valid record that teaches nothing.
 
   Attributes:
     reason: What to count it as.

@@ -10,11 +10,11 @@ A format is recognised by its keys, the first of these that fits:
 * `question-answer`: `question` and `answer`, as in GSM8K;
 * `text`: `text`, trained on as a whole.
 
-Other keys are not looked at, except `tools` and `system` beside messages.
+Other keys are not looked at, except `tools` and `system` beside `messages` and
+`conversations`.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,6 +33,7 @@ _ROLES = {role: role for role in conversations.ROLES} | {
 }
 _ROLE_KEYS, _CONTENT_KEYS = ('role', 'from'), ('content', 'value')
 _WEIGHT_KEYS = ('weight', 'loss_weight', 'train', 'training')
+_LARGEST_WEIGHT = 1e30  # The sum of many is finite in float32.
 
 
 def name_of(record: Any) -> str:
@@ -78,7 +79,8 @@ def parse(record: dict[str, Any], where: str) -> Conversation:
       raise conversations.SkippedError(conversations.EMPTY)
     return Conversation((Message('text', text),), kind='text', where=where)
   messages = conversations.answered(_PARSERS[format_name](record))
-  return Conversation(messages, tools=_tools(record.get('tools')), where=where)
+  tools = _tools(record.get('tools')) if format_name in _WITH_TOOLS else ()
+  return Conversation(messages, tools=tools, where=where)
 
 
 def _of_messages(record: dict[str, Any]) -> list[Message]:
@@ -92,7 +94,13 @@ def _of_sharegpt(record: dict[str, Any]) -> list[Message]:
 
 def _of_alpaca(record: dict[str, Any]) -> list[Message]:
   messages = []
-  for turn in record.get('history') or ():
+  history = record.get('history') or []
+  if not isinstance(history, list | tuple):
+    raise ValueError(
+      f'"history" is {_shown(history)}; expected a list of pairs of a question '
+      'and its answer. Rewrite it so, or leave it out'
+    )
+  for turn in history:
     if not isinstance(turn, list | tuple) or len(turn) != 2:
       raise ValueError(
         f'"history" holds {_shown(turn)}; expected pairs of a question and its '
@@ -142,6 +150,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
   'prompt-completion': _of_prompt,
   'question-answer': _of_question,
 }
+_WITH_TOOLS = ('messages', 'sharegpt')
 _KEYS = {
   'messages': ('messages',),
   'sharegpt': ('conversations',),
@@ -177,10 +186,10 @@ def _message(found: Any, place: str) -> Message:
     raise ValueError(f'{place} is {_shown(found)}; expected an object')
   fields = {key: value for key, value in found.items() if value is not None}
   said = _pop(fields, _ROLE_KEYS)
-  if said not in _ROLES:
+  if not isinstance(said, str) or said not in _ROLES:
     raise ValueError(
       f'{place} has the role {_shown(said)}; expected one of {sorted(_ROLES)} '
-      'as "role" or "from"'
+      'as "role" or "from". Write the role as one of these texts'
     )
   content = _content(_pop(fields, _CONTENT_KEYS), f'{place}.content')
   weight = _weight(fields, place)
@@ -233,10 +242,10 @@ def _weight(fields: dict[str, Any], place: str) -> float | None:
   found = {key: fields.pop(key) for key in _WEIGHT_KEYS if key in fields}
   for key, value in found.items():
     number = isinstance(value, bool | int | float)
-    if not number or not math.isfinite(value) or value < 0:
+    if not number or not 0 <= value <= _LARGEST_WEIGHT:
       raise ValueError(
         f'{place} has {key}={_shown(value)}; expected true, false or a number '
-        'of at least 0'
+        f'from 0 to {_LARGEST_WEIGHT:g}. Correct it, or leave it out'
       )
   weights = {float(value) for value in found.values()}
   if len(weights) > 1:

@@ -7,8 +7,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -16,8 +15,6 @@ import numpy as np
 from gnlorp_jax.data.chat.conversations import Conversation, SkippedError
 from gnlorp_jax.data.chat.reading import Source
 from gnlorp_jax.data.chat.templates import Example, Template, TrainOn
-
-logger = logging.getLogger(__name__)
 
 Overflow = Literal['truncate', 'drop', 'raise']
 
@@ -34,7 +31,7 @@ class Counts:
     dropped: Conversations left out when encoded, by reason.
     truncated: Examples that lost their end.
     validation: Examples held out.
-    examples: Examples of an epoch, after its weight.
+    examples: Examples of an epoch, after its weight and any limit.
     tokens: Their tokens.
     trained_tokens: Those of them that count.
   """
@@ -57,7 +54,8 @@ class Prepared(NamedTuple):
     validation: Examples held out, none of them in `training`.
     validation_conversations: What they were made from, in the same order.
     report: Counts by the names of sources.
-    fingerprint: A hash of all examples.
+    fingerprint: A hash of the examples in `training`.
+    validation_fingerprint: One of those in `validation`.
   """
 
   training: list[Example]
@@ -65,6 +63,7 @@ class Prepared(NamedTuple):
   validation_conversations: list[Conversation]
   report: dict[str, Counts]
   fingerprint: str
+  validation_fingerprint: str
 
 
 def prepare(
@@ -76,6 +75,7 @@ def prepare(
   overflow: Overflow = 'truncate',
   val_size: float = 0,
   validation: Sequence[Source] = (),
+  limit: int | None = None,
   seed: int = 0,
 ) -> Prepared:
   """Encodes conversations, holds some out and mixes the rest.
@@ -90,6 +90,9 @@ def prepare(
     val_size: How many to hold out: a share below 1, or a number. They are drawn
       from all sources, before weights apply.
     validation: Sources of which all is held out besides; weights do not count.
+    limit: Train on so many examples at most, counted after weights apply. Each
+      source gives its first ones, in proportion to how many it has. Examples
+      and tokens of the report are of these alone; validation is not limited.
     seed: Decides which are held out, and which half a weight of 0.5 takes.
 
   Returns:
@@ -97,9 +100,10 @@ def prepare(
 
   Raises:
     ValueError: If an argument is out of range, an example is too long and
-      `overflow` is `'raise'`, or nothing is left to train on.
+      `overflow` is `'raise'`, or nothing is left to train on or of
+      `validation`.
   """
-  _check(max_length, overflow, val_size)
+  _check(max_length, overflow, val_size, limit)
   encode = functools.partial(
     _encode,
     template=template,
@@ -114,7 +118,7 @@ def prepare(
     for conversation, example in encode(source, counts=report[source.name])
   ]
   held_out = _held_out(len(encoded), val_size, seed, report)
-  training = _mix(sources, encoded, held_out, seed)
+  training = _first(_mix(sources, encoded, held_out, seed), limit)
   for number, _, example in training:
     counts = report[sources[number].name]
     counts.examples += 1
@@ -129,14 +133,23 @@ def prepare(
     found = list(encode(source, counts=counts))
     counts.validation = len(found)
     tried += found
+  if validation and len(tried) == len(held_out):
+    raise ValueError(
+      'No example of the validation data is left. What became of the records: '
+      f'{_became(report)}. Use other validation data or none, another template '
+      'or a larger max_length.'
+    )
   if not training:
     raise _nothing_left(report)
-  parts = ([x for _, _, x in training], [x for _, x in tried])
+  examples = [example for _, _, example in training]
+  held_out_examples = [example for _, example in tried]
   return Prepared(
-    *parts,
+    examples,
+    held_out_examples,
     [conversation for conversation, _ in tried],
     report,
-    _fingerprint(parts),
+    _fingerprint(examples),
+    _fingerprint(held_out_examples),
   )
 
 
@@ -162,14 +175,14 @@ def _encode(
     else:
       yield conversation, example
   counts.dropped = dict(dropped)
-  if dropped:
-    logger.warning('Dropped from source %r: %s.', source.name, counts.dropped)
 
 
 _Encoded = list[tuple[int, Conversation, Example]]
 
 
-def _check(max_length: int, overflow: str, val_size: float) -> None:
+def _check(
+  max_length: int, overflow: str, val_size: float, limit: int | None
+) -> None:
   if max_length < 2:
     raise ValueError(
       f'max_length={max_length} must be at least 2: a token and one to guess.'
@@ -182,6 +195,11 @@ def _check(max_length: int, overflow: str, val_size: float) -> None:
     raise ValueError(
       f'val_size={val_size} must be a share in [0, 1) or a whole number of '
       'examples.'
+    )
+  if limit is not None and limit < 1:
+    raise ValueError(
+      f'limit={limit} must be at least 1, an example to train on; None takes '
+      'all.'
     )
 
 
@@ -222,9 +240,10 @@ def _held_out(
     raise _nothing_left(report)
   wanted = max(round(val_size * total), 1) if val_size < 1 else int(val_size)
   if wanted >= total:
+    remedy = 'a smaller val_size' if total > 1 else 'val_size=0, no validation,'
     raise ValueError(
       f'val_size={val_size} holds out {wanted} of {total} examples and leaves '
-      'none to train on. Use a smaller val_size or more data.'
+      f'none to train on. Use {remedy} or more data.'
     )
   order = np.random.default_rng([seed, 0]).permutation(total)
   return set(order[:wanted].tolist())
@@ -236,36 +255,58 @@ def _mix(
   """What is not held out, each as often as the weight of its source says."""
   training = []
   for number, source in enumerate(sources):
-    mine = [
+    numbers = [
       i
       for i, (origin, _, _) in enumerate(encoded)
       if origin == number and i not in held_out
     ]
     whole, part = divmod(source.weight, 1)
     rng = np.random.default_rng([seed, 1 + number])
-    drawn = rng.permutation(mine)[: round(part * len(mine))]
-    chosen = mine * int(whole) + sorted(drawn.tolist())
+    drawn = rng.permutation(numbers)[: round(part * len(numbers))]
+    chosen = numbers * int(whole) + sorted(drawn.tolist())
     training += [encoded[i] for i in chosen]
   return training
 
 
-def _nothing_left(report: dict[str, Counts]) -> ValueError:
-  became = {
+def _first(training: _Encoded, limit: int | None) -> _Encoded:
+  """The first examples of each source, in proportion to how many it has."""
+  if limit is None or limit >= len(training):
+    return training
+  sizes = collections.Counter(number for number, _, _ in training)
+  # The largest remainders are rounded up, the first source first among equals.
+  shares = {n: divmod(limit * size, len(training)) for n, size in sizes.items()}
+  taken = {n: whole for n, (whole, _) in shares.items()}
+  order = sorted(shares, key=lambda n: -shares[n][1])
+  for n in order[: limit - sum(taken.values())]:
+    taken[n] += 1
+  kept = []
+  for example in training:
+    if taken[example[0]]:
+      taken[example[0]] -= 1
+      kept.append(example)
+  return kept
+
+
+def _became(report: dict[str, Counts]) -> dict[str, dict[str, int] | str]:
+  """What became of the records of each source."""
+  return {
     name: {**c.skipped, **c.dropped} or f'{c.read} records'
     for name, c in report.items()
   }
+
+
+def _nothing_left(report: dict[str, Counts]) -> ValueError:
   return ValueError(
-    f'No example is left to train on. What became of the records: {became}. '
-    'Use other data, another template, a larger max_length or a larger weight.'
+    'No example is left to train on. What became of the records: '
+    f'{_became(report)}. Use other data, another template, a larger max_length '
+    'or a larger weight.'
   )
 
 
-def _fingerprint(parts: Iterable[Sequence[Example]]) -> str:
-  digest = hashlib.sha256()
-  for examples in parts:
-    digest.update(f'{len(examples)} '.encode())
-    for example in examples:
-      digest.update(f'{len(example.ids)} '.encode())
-      digest.update(example.ids.astype('<i4').tobytes())
-      digest.update(example.weights.astype('<f4').tobytes())
+def _fingerprint(examples: Sequence[Example]) -> str:
+  digest = hashlib.sha256(f'{len(examples)} '.encode())
+  for example in examples:
+    digest.update(f'{len(example.ids)} '.encode())
+    digest.update(example.ids.astype('<i4').tobytes())
+    digest.update(example.weights.astype('<f4').tobytes())
   return digest.hexdigest()

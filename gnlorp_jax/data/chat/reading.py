@@ -7,13 +7,20 @@ file holds records of one format (`formats`).
 
 What becomes of a record that is not as it should be:
 
-* Refused, with file and line: a file whose first sound record is of no known
-  format, or whose records are of several; a JSON list that breaks off.
+* Refused, with file and line: a file whose first readable record is of no
+  known format, or whose records are of several; a JSON list that breaks off.
 * Bad, skipped with a warning and counted, and refused where more than 10 and
   more than 1 % of a source are: a line that is no JSON, a field of another
   type, speakers in the wrong order.
 * Skipped and counted, however many: no answer, and empty answers.
 * Cut: what follows the last answer.
+
+A conversation that is read well, but whose answers cannot be found in what the
+template makes of it, ends the program: `Template.encode` raises a ValueError.
+The fault is not in the record but between the template and the settings, so it
+usually concerns every conversation of several turns. Skipping them would train
+on a part of the data that nobody chose, and the error names the settings that
+keep them all.
 """
 
 import collections
@@ -23,6 +30,7 @@ import gzip
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,7 +209,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     raw = path.read_bytes()
     if path.suffix == '.gz':
       raw = gzip.decompress(raw)
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
   raw = raw.removeprefix(b'\xef\xbb\xbf')
   if raw.lstrip().startswith(b'['):

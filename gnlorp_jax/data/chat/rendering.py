@@ -17,8 +17,10 @@ import jinja2.sandbox
 from gnlorp_jax.data.chat.conversations import Message
 
 # Around what an assistant says, until the text is complete. Unicode reserves
-# these two for such use; no text holds them.
+# these for such use; no text holds them.
 MARKS = ('\ufdd0', '\ufdd1')
+# Put behind the words of a message to find where they end. The third of these.
+PLACE = '\ufdd2'
 _MARK = re.compile('[' + ''.join(MARKS) + ']')
 
 

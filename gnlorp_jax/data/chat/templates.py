@@ -3,6 +3,7 @@
 Shape suffixes: T tokens.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -17,6 +18,7 @@ import tokenizers
 
 from gnlorp_jax.data.chat import rendering, styles
 from gnlorp_jax.data.chat.conversations import (
+  SYSTEM_ROLES,
   Conversation,
   Message,
   SkippedError,
@@ -28,8 +30,9 @@ logger = logging.getLogger(__name__)
 TrainOn = Literal['assistant', 'last', 'all']
 
 # Reasons not to encode a conversation.
-SPELLS, TOOLS, REFUSED = (
+SPELLS, SURROGATE, TOOLS, REFUSED = (
   'spells a control token',
+  'has half a surrogate pair, which is no Unicode text',
   'tools unknown to the template',
   'refused by the template',
 )
@@ -61,15 +64,18 @@ class Template:
       behind one, in order, and those of the tokenizer.
   """
 
-  def __init__(self, name: str, jinja: str, tokenizer: Tokenizer, apart: bool):
+  def __init__(
+    self, name: str, jinja: str, tokenizer: Tokenizer, encodes_whole: bool
+  ):
     """Compiles a template.
 
     Args:
       name: What to call it in errors.
       jinja: The template.
       tokenizer: Reads what it writes.
-      apart: Whether answers are encoded apart from what is before them. No
-        token then has a part of both. transformers encodes the whole.
+      encodes_whole: Whether a conversation is encoded as one text, as
+        transformers does. Otherwise each answer begins a text of its own, so
+        that no token has a part of it and of the prompt.
 
     Raises:
       ValueError: If it is no Jinja.
@@ -77,18 +83,21 @@ class Template:
     self.name = name
     self.jinja = jinja
     self._tokenizer = tokenizer
-    self._apart = apart
+    self._encodes_whole = encodes_whole
     self._render = rendering.Renderer(jinja, tokenizer.special_tokens, name)
     # Control tokens that the template writes become what they are.
     self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     self._backend.encode_special_tokens = False
     self._control, self._control_ids = control_tokens(tokenizer)
     control = '|'.join(map(re.escape, self._control))
-    self._forbidden = re.compile('|'.join((control, *rendering.MARKS)))
+    reserved = (*rendering.MARKS, rendering.PLACE)
+    self._forbidden = re.compile('|'.join((control, *reserved)))
     self._ends = re.compile(rf'\s*(?:{control})')
     self.stop_ids = self._find_stop_ids()
     stops = (tokenizer.backend.id_to_token(i) for i in self.stop_ids)
-    self._stop = re.compile('|'.join(map(re.escape, stops)))
+    stop = '|'.join(map(re.escape, stops))
+    self._stop = re.compile(stop)
+    self._turn_end = re.compile(rf'\s*(?:{stop})\s*')
 
   def encode(
     self, conversation: Conversation, train_on: TrainOn = 'assistant'
@@ -110,8 +119,9 @@ class Template:
       ValueError: If `train_on` is unknown, or the template writes earlier
         messages otherwise once others follow, so that their tokens cannot be
         told.
-      SkippedError: If the text of a message spells a control token, the
-        template refuses the messages, or it would leave out tools.
+      SkippedError: If the text of a message or a tool spells a control token
+        or is no Unicode, the template refuses the messages, or it would leave
+        out tools.
     """
     if train_on not in get_args(TrainOn):
       raise ValueError(
@@ -175,13 +185,18 @@ class Template:
     if calls and 'tool_calls' not in self.jinja:
       raise SkippedError(TOOLS)
     said = [(m.content, m.extra) for m in messages]
-    if any(self._forbidden.search(text) for text in _texts((said, tools))):
+    texts = list(_texts((said, tools)))
+    if any(map(self._forbidden.search, texts)):
       raise SkippedError(SPELLS)
+    try:
+      ''.join(texts).encode()
+    except UnicodeEncodeError as error:
+      raise SkippedError(SURROGATE) from error
 
   def _ids(self, rendered: rendering.Rendered) -> tuple[np.ndarray, np.ndarray]:
     """Ids ``[T]``, and the characters of each, ``[T, 2]``, both int64."""
     borders = [0, len(rendered.text)]
-    if self._apart:
+    if not self._encodes_whole:
       borders += [start for start, _ in rendered.generated]
     borders = sorted(set(borders))
     ids, offsets = [], []
@@ -227,13 +242,16 @@ class Template:
     self, conversation: Conversation, i: int, rendered: rendering.Rendered
   ) -> list[tuple[int, int]]:
     """Where a message stands in the text of its conversation."""
-    messages, tools = conversation.messages, conversation.tools
+    messages = conversation.messages
     answers = messages[i].role == 'assistant'
-    before = self._render(messages[:i], tools, prompt=answers) if i else _BLANK
-    after = self._render(messages[: i + 1], tools)
+    whole = rendered.text
+    before, after = (
+      self._first(conversation, n, whole, prompt=answers and n == i)
+      for n in (i, i + 1)
+    )
     if answers and self._render.marks_generation:
       return rendered.generated[len(before.generated) : len(after.generated)]
-    whole, start = rendered.text, len(before.text)
+    start = len(before.text)
     place = f'{conversation.where or "A conversation"}: template {self.name!r}'
     if not whole.startswith(before.text):
       remedy = 'Use answers that begin as the prompt ends, '
@@ -259,6 +277,39 @@ class Template:
       end = len(stripped)  # A model need not learn what is never read.
     return [(start, end)]
 
+  def _first(
+    self, conversation: Conversation, count: int, whole: str, *, prompt: bool
+  ) -> rendering.Rendered:
+    """The first messages of a conversation, as they begin its text.
+
+    A system message alone is no conversation: some templates refuse it, others
+    write it into the first question and leave it out where none follows. The
+    text up to its words, and the end of a turn behind them, is its own then.
+
+    Raises:
+      ValueError: If its words are not written as they are.
+    """
+    messages, tools = conversation.messages[:count], conversation.tools
+    if not messages:
+      return _BLANK
+    if count > 1 or messages[0].role not in SYSTEM_ROLES:
+      return self._render(messages, tools, prompt=prompt)
+    alone = _BLANK
+    with contextlib.suppress(jinja2.TemplateError):
+      alone = self._render(messages, tools, prompt=prompt)
+    told = messages[0].content.strip() in alone.text
+    if told and whole.startswith(alone.text):
+      return alone
+    at = self._words_end(conversation, 0, whole)
+    if at is None:
+      raise ValueError(
+        f'{conversation.where}: template {self.name!r} changes the words of '
+        'the system message, so that their end cannot be told. Leave out its '
+        'weight and that of the next message, or use another template.'
+      )
+    stop = self._turn_end.match(whole, at)
+    return rendering.Rendered(whole[: stop.end() if stop else at], [])
+
   def _end(
     self, conversation: Conversation, i: int, whole: str, start: int
   ) -> int | None:
@@ -275,20 +326,23 @@ class Template:
       if stop and all(n in whole[start : stop.start()] for n in names):
         return stop.end()
       return None
+    at = self._words_end(conversation, i, whole)
+    control = None if at is None else self._ends.match(whole, at)
+    return None if control is None else control.end()
+
+  def _words_end(
+    self, conversation: Conversation, i: int, whole: str
+  ) -> int | None:
+    """Where the words of a message end, if its text holds them once."""
     words = conversation.messages[i].content
     bare = words.rstrip()
     messages = list(conversation.messages)
-    # One mark, so that what is behind it counts as generated.
-    marked = bare + rendering.MARKS[0] + words[len(bare) :]
+    marked = bare + rendering.PLACE + words[len(bare) :]
     messages[i] = dataclasses.replace(messages[i], content=marked)
-    text, behind = self._render(messages, conversation.tools)
-    if text != whole or len(behind) != 1:
-      return None
-    at = behind[0][0]
-    control = self._ends.match(whole, at)
-    if control is None or not whole[:at].endswith(bare.lstrip()):
-      return None
-    return control.end()
+    text = self._render(messages, conversation.tools).text
+    before, *behind = text.split(rendering.PLACE)
+    once = len(behind) == 1 and before + behind[0] == whole
+    return len(before) if once and before.endswith(bare.lstrip()) else None
 
   def _find_stop_ids(self) -> tuple[int, ...]:
     """Tries the template on an exchange."""
@@ -366,7 +420,7 @@ def load_template(spec: str, tokenizer: Tokenizer) -> Template:
   """
   if spec in styles.NAMES:
     jinja = styles.jinja(spec, adds_bos=tokenizer.adds_bos)
-    return Template(spec, jinja, tokenizer, apart=True)
+    return Template(spec, jinja, tokenizer, encodes_whole=False)
   if spec == 'tokenizer':
     jinja = tokenizer.chat_template
     if jinja is None:
@@ -393,4 +447,4 @@ def load_template(spec: str, tokenizer: Tokenizer) -> Template:
       'into a copy of the template.',
       spec,
     )
-  return Template(spec, jinja, tokenizer, apart=False)
+  return Template(spec, jinja, tokenizer, encodes_whole=True)

@@ -68,9 +68,10 @@ def test_messages_bring_weights(key, value, weight):
 
 def test_weight_that_is_none_is_refused():
   answer = {'role': 'assistant', 'content': 'a'}
-  for bad in ({'weight': -1}, {'weight': 'yes'}, {'weight': float('nan')}):
+  for bad in (-1, 'yes', float('nan'), float('1e400'), 10**400, 1e39):
+    bad = {'weight': bad}
     with pytest.raises(
-      ValueError, match='weight=.*; expected true, false or a'
+      ValueError, match=r'weight=.*; expected true, .* from 0 to 1e\+30\. Cor'
     ):
       messages_of(
         {'messages': [{'role': 'user', 'content': 'q'}, answer | bad]}
@@ -129,6 +130,17 @@ def test_sharegpt_calls_tools():
     messages_of(record | {'tools': [{'parameters': {}}]})
 
 
+def test_tools_of_other_formats_are_not_looked_at():
+  tools = {'tools': 'a hammer'}
+  for record in (
+    {'instruction': 'q', 'output': 'a'},
+    {'prompt': 'q', 'completion': 'a'},
+    {'question': 'q', 'answer': 'a'},
+  ):
+    conversation = formats.parse(record | tools, 'f:1')
+    assert conversation.messages == (U, A) and conversation.tools == ()
+
+
 def test_messages_call_tools():
   record = {
     'messages': [
@@ -176,6 +188,9 @@ def test_alpaca():
   assert messages_of(record | nulls) == [U, A]
   with pytest.raises(ValueError, match='"history" holds .*; expected pairs'):
     messages_of(record | {'history': ['x']})
+  for history in (5, 'xy', {'x': 'y'}):
+    with pytest.raises(ValueError, match='"history" is .*; expected a list of'):
+      messages_of(record | {'history': history})
 
 
 def test_prompt_and_completion():
@@ -231,6 +246,10 @@ def test_most_telling_format_counts():
     (
       {'messages': [{'role': 'bot', 'content': 'q'}]},
       r"messages\[0\] has the role 'bot'; expected one of \['assistant', ",
+    ),
+    (
+      {'messages': [{'role': ['user'], 'content': 'q'}]},
+      r"messages\[0\] has the role \['user'\]; .* Write the role as one of",
     ),
     (
       {'messages': [{'role': 'user', 'words': 'q'}]},

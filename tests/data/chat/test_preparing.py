@@ -146,11 +146,51 @@ def test_seed_decides_and_fingerprint_tells(template):
   others = [
     made(val_size=0.2, seed=4),
     made(seed=3),
+    made(seed=3, limit=20),
     made(seed=3, train_on='all'),
     made(seed=3, max_length=4),
   ]
   prints = {other.fingerprint for other in (same, *others)}
-  assert len(prints) == 5
+  assert len(prints) == 6
+  # What is trained on and what is held out have a fingerprint each.
+  assert same.validation_fingerprint == again.validation_fingerprint
+  assert others[0].validation_fingerprint != same.validation_fingerprint
+  tried = made(seed=3, validation=[numbered('vv', 2)])
+  more = made(seed=3, validation=[numbered('vv', 3)])
+  assert tried.fingerprint == more.fingerprint == others[1].fingerprint
+  assert tried.validation_fingerprint != more.validation_fingerprint
+
+
+@pytest.mark.parametrize(
+  'limit, counts',
+  [(1, [0, 0, 1]), (5, [1, 2, 2]), (9, [2, 3, 4]), (20, [4, 6, 10])],
+)
+def test_limit_takes_the_first_of_each_source(template, limit, counts):
+  # 4, 6 and 10 examples: of 9, exact shares are 1.8, 2.7 and 4.5; of 5, 1,
+  # 1.5 and 2.5, where the first of equals is rounded up.
+  sources = [numbered('aa', 4), numbered('bb', 3, 2), numbered('cc', 20, 0.5)]
+  whole = texts(chat.prepare(sources, template, max_length=9).training)
+  made = chat.prepare(sources, template, max_length=9, limit=limit)
+  expected = []
+  for name, count in zip(('aa', 'bb', 'cc'), counts, strict=True):
+    expected += [t for t in whole if t.startswith(name)][:count]
+    report = made.report[name]
+    assert (report.examples, report.trained_tokens) == (count, 2 * count)
+  assert texts(made.training) == expected
+  tokens = sum(c.tokens for c in made.report.values())
+  assert tokens == sum(len(e.ids) for e in made.training)
+
+
+def test_limit_leaves_validation_alone(template):
+  sources = [numbered('aa', 9)]
+  options = dict(max_length=9, val_size=3, seed=2)
+  whole = chat.prepare(sources, template, **options)
+  made = chat.prepare(sources, template, limit=2, **options)
+  assert made.validation_fingerprint == whole.validation_fingerprint
+  assert texts(made.training) == texts(whole.training)[:2]
+  assert made.report['aa'].validation == 3
+  same = chat.prepare(sources, template, limit=6, **options)
+  assert same.fingerprint == whole.fingerprint
 
 
 def test_argument_out_of_range_is_refused(template):
@@ -163,6 +203,7 @@ def test_argument_out_of_range_is_refused(template):
     ),
     ({'val_size': -1}, 'val_size=-1 must be a share in [0, 1) or a whole num'),
     ({'val_size': 1.5}, 'val_size=1.5 must be a share in [0, 1) or a whole '),
+    ({'limit': 0}, 'limit=0 must be at least 1, an example to train on; None'),
     ({'val_size': 4}, 'val_size=4 holds out 4 of 4 examples and leaves none'),
   ):
     with pytest.raises(ValueError) as error:
@@ -170,7 +211,7 @@ def test_argument_out_of_range_is_refused(template):
     assert text in str(error.value)
 
 
-def test_run_without_examples_says_what_became_of_them(template, caplog):
+def test_run_without_examples_says_what_became_of_them(template):
   sources = [source('s', [exchange('<|end|>', 'a')], empty=3)]
   with pytest.raises(ValueError) as error:
     chat.prepare(sources, template, max_length=9, val_size=0.1)
@@ -179,4 +220,24 @@ def test_run_without_examples_says_what_became_of_them(template, caplog):
     "{'empty': 3, 'spells a control token': 1}}. Use other data, another "
     'template, a larger max_length or a larger weight.'
   )
-  assert "Dropped from source 's': {'spells a control token': 1}" in caplog.text
+  with pytest.raises(ValueError) as error:
+    chat.prepare(
+      [numbered('aa', 2)], template, max_length=9, validation=sources
+    )
+  assert str(error.value) == (
+    'No example of the validation data is left. What became of the records: '
+    "{'aa': '2 records', 'validation s': {'empty': 3, 'spells a control "
+    "token': 1}}. Use other validation data or none, another template or a "
+    'larger max_length.'
+  )
+
+
+def test_single_example_cannot_be_held_out(template):
+  with pytest.raises(ValueError) as error:
+    chat.prepare([numbered('aa', 1)], template, max_length=9, val_size=0.05)
+  assert str(error.value) == (
+    'val_size=0.05 holds out 1 of 1 examples and leaves none to train on. Use '
+    'val_size=0, no validation, or more data.'
+  )
+  with pytest.raises(ValueError, match='on. Use a smaller val_size or more'):
+    chat.prepare([numbered('aa', 2)], template, max_length=9, val_size=2)

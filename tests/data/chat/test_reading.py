@@ -202,6 +202,16 @@ def test_file_that_is_empty_or_one_large_object_is_refused(write):
     chat.read(write('a.jsonl.gz', 'x'))
 
 
+def test_compressed_file_that_is_damaged_is_refused(tmp_path):
+  whole = gzip.compress(lines(row(1)).encode())
+  path = tmp_path / 'a.jsonl.gz'
+  # The end is missing, or what follows the header is no deflate stream.
+  for damaged in (whole[:-9], whole[:10] + b'\xff' * 20):
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f'^Cannot read {path}: '):
+      chat.read(str(path))
+
+
 def test_long_messages_are_read(write):
   path = write('a.jsonl', lines(row(1, 'long ' * 20_000)))
   (conversation,) = read_one(path).conversations

@@ -102,6 +102,65 @@ def test_messages_say_their_own_weight(source):
     assert found == expected, train_on
 
 
+WEIGHED = said(
+  chat.Message('system', 'Be brief.', 0.0),
+  chat.Message('user', 'Hi', 0.5),
+  ('assistant', 'b'),
+)
+
+
+def test_template_that_wants_a_question_has_spans_of_what_is_before_it():
+  made = own(
+    "{% if messages | selectattr('role', 'eq', 'user') | list | length == 0 %}"
+    "{{ raise_exception('No question.') }}{% endif %}" + small_chat.PLAIN
+  )
+  example = made.encode(WEIGHED, 'all')
+  check(
+    example,
+    (START, 0), ('system\nBe brief.', 0), (END, 0), ('\n', 0),
+    (START, 0.5), (U + 'Hi', 0.5), (END, 0.5), ('\n', 0.5),
+    (START, 1), (A, 1), ('b', 1), (END, 1), ('\n', 1),
+  )  # fmt: skip
+  # As a template does that writes it alone.
+  plain = own(small_chat.PLAIN).encode(WEIGHED, 'all')
+  np.testing.assert_array_equal(plain.weights, example.weights)
+
+
+FOLDED = """\
+{%- set system = '' -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set system = message['content'] -%}
+{%- else -%}
+<|start|>{{ message['role'] }}
+{% if loop.index == 2 and messages[0]['role'] == 'system' -%}
+{{ messages[0]['content'] WORDS }}
+
+{% endif -%}
+{{ message['content'] }}<|end|>
+{% endif -%}
+{% endfor -%}
+"""
+
+
+def test_system_message_may_be_written_into_the_question():
+  made = own(FOLDED.replace('WORDS', '| trim'))
+  padded = chat.Message('system', ' Be brief.\n', 0.0)
+  check(
+    made.encode(said(padded, *WEIGHED.messages[1:]), 'all'),
+    (START, 0), (U + 'Be brief.', 0), ('\n\nHi', 0.5), (END, 0.5), ('\n', 0.5),
+    (START, 1), (A, 1), ('b', 1), (END, 1), ('\n', 1),
+  )  # fmt: skip
+  conversation = said(*WEIGHED.messages, where='f:1')
+  with pytest.raises(ValueError) as error:
+    own(FOLDED.replace('WORDS', '| length')).encode(conversation, 'all')
+  assert str(error.value) == (
+    "f:1: template 'tokenizer' changes the words of the system message, so "
+    'that their end cannot be told. Leave out its weight and that of the next '
+    'message, or use another template.'
+  )
+
+
 def test_prompt_is_what_stands_before_the_answer():
   made = own(small_chat.PLAIN)
   example = made.encode(TWO_TURNS, 'last')
@@ -269,6 +328,23 @@ def test_texts_of_tools_are_looked_at_too():
     own(small_chat.TOOLS).encode(
       said(('user', 'x'), ('assistant', 'y'), tools=(tool,))
     )
+
+
+def test_half_a_surrogate_is_no_text():
+  half = 'a\ud800'
+  tool = {'type': 'function', 'function': {'name': 'f', 'description': half}}
+  made = own(small_chat.TOOLS)
+  for conversation in (
+    said(('user', 'x'), ('assistant', 'y'), tools=(tool,)),
+    said(chat.Message('user', 'x', extra={'name': half}), ('assistant', 'y')),
+    said(('user', half), ('assistant', 'y')),
+  ):
+    for encode in (
+      lambda c: made.encode(c),
+      lambda c: made.prompt(c.messages, c.tools),
+    ):
+      with pytest.raises(chat.SkippedError, match='^has half a surrogate pair'):
+        encode(conversation)
 
 
 THOUGHTFUL = said(
@@ -500,25 +576,25 @@ def both(tokenizer):
   found = {}
   for name in ('PLAIN', 'MARKED', 'TOOLS'):
     source = getattr(small_chat, name)
-    mine = templates.Template(name, source, tokenizer, apart=False)
-    found[name] = mine, of_transformers(source, tokenizer)
+    ours = templates.Template(name, source, tokenizer, encodes_whole=True)
+    found[name] = ours, of_transformers(source, tokenizer)
   for name in ('none', 'alpaca'):
-    mine = chat.load_template(name, tokenizer)
-    found[name] = mine, of_transformers(mine.jinja, tokenizer)
+    ours = chat.load_template(name, tokenizer)
+    found[name] = ours, of_transformers(ours.jinja, tokenizer)
   return found
 
 
 @small_chat.FEW
 @hypothesis.given(conversation=CONVERSATIONS)
 def test_ids_and_mask_are_those_of_transformers(both, conversation):
-  mine, theirs = both['MARKED']
+  ours, theirs = both['MARKED']
   expected = theirs.apply_chat_template(
     as_dicts(conversation.messages),
     tokenize=True,
     return_dict=True,
     return_assistant_tokens_mask=True,
   )
-  example = mine.encode(conversation)
+  example = ours.encode(conversation)
   assert example.ids.tolist() == expected['input_ids']
   assert example.weights.tolist() == expected['assistant_masks']
 
@@ -536,34 +612,34 @@ def test_prefixes_find_what_marks_say(both, conversation):
 @small_chat.FEW
 @hypothesis.given(conversation=CONVERSATIONS)
 def test_prompts_are_those_of_transformers(both, name, conversation):
-  mine, theirs = both[name]
+  ours, theirs = both[name]
   messages = conversation.messages[:1]
   expected = theirs.apply_chat_template(
     as_dicts(messages), add_generation_prompt=True, return_dict=False
   )
-  assert mine.prompt(messages).tolist() == expected
+  assert ours.prompt(messages).tolist() == expected
 
 
 @pytest.mark.parametrize('name', ['none', 'alpaca'])
 def test_export_of_our_own_templates_makes_the_same_tokens(both, name):
-  mine, theirs = both[name]
+  ours, theirs = both[name]
   for conversation in (TWO_TURNS, said(('user', 'ab ab'), ('assistant', 'é'))):
     expected = theirs.apply_chat_template(
       as_dicts(conversation.messages),
       return_dict=True,
       return_assistant_tokens_mask=True,
     )
-    example = mine.encode(conversation)
+    example = ours.encode(conversation)
     assert example.ids.tolist() == expected['input_ids']
     assert example.weights.tolist() == expected['assistant_masks']
 
 
 def test_tools_are_written_as_transformers_does(both):
-  mine, theirs = both['TOOLS']
+  ours, theirs = both['TOOLS']
   expected = theirs.apply_chat_template(
     as_dicts(ASKED.messages), tools=list(ASKED.tools), return_dict=False
   )
-  assert mine.encode(ASKED).ids.tolist() == expected
+  assert ours.encode(ASKED).ids.tolist() == expected
 
 
 @small_chat.FEW
@@ -571,8 +647,8 @@ def test_tools_are_written_as_transformers_does(both):
   words=st.text(st.sampled_from(string.printable + 'é漢😀'), max_size=30)
 )
 def test_trained_tokens_spell_the_answer(both, words):
-  mine, theirs = both['PLAIN']
-  example = mine.encode(said(('user', 'q'), ('assistant', f'b{words}b')))
+  ours, theirs = both['PLAIN']
+  example = ours.encode(said(('user', 'q'), ('assistant', f'b{words}b')))
   trained = example.ids[example.weights > 0]
   assert theirs.decode(trained) == f'b{words}b<|end|>'
 
@@ -590,11 +666,11 @@ def test_functions_and_spaces_are_those_of_transformers():
 """
   conversation = said(('user', 'é<&>"'), ('assistant', "'b"))
   tokenizer = small_chat.tokenizer()
-  mine = templates.Template('spaced', source, tokenizer, apart=False)
+  ours = templates.Template('spaced', source, tokenizer, encodes_whole=True)
   expected = of_transformers(source, tokenizer).apply_chat_template(
     as_dicts(conversation.messages), return_dict=False
   )
-  assert mine.encode(conversation, 'all').ids.tolist() == expected
+  assert ours.encode(conversation, 'all').ids.tolist() == expected
 
 
 def test_a_real_tokenizer_makes_what_transformers_does(shared):
@@ -602,7 +678,7 @@ def test_a_real_tokenizer_makes_what_transformers_does(shared):
   made = tokenizers_of.load(str(folder / 'tokenizers' / 'roberta-base'))
   source = small_chat.MARKED.replace('<|start|>', '<s>')
   source = source.replace('<|end|>', '</s>')
-  mine = templates.Template('marked', source, made, apart=False)
+  ours = templates.Template('marked', source, made, encodes_whole=True)
   theirs = of_transformers(source, made)
   (found,) = chat.read(str(data / 'identity.json'))
   for conversation in found.conversations[:30]:
@@ -611,6 +687,6 @@ def test_a_real_tokenizer_makes_what_transformers_does(shared):
       return_dict=True,
       return_assistant_tokens_mask=True,
     )
-    example = mine.encode(conversation)
+    example = ours.encode(conversation)
     assert example.ids.tolist() == expected['input_ids']
     assert example.weights.tolist() == expected['assistant_masks']
