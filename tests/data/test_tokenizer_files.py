@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gnlorp_jax.data import text, tokenizer_files
+from gnlorp_jax.data import bpe, text, tokenizer_files
 from gnlorp_jax.data import tokenizer as tokenizer_lib
 
 BOS, EOS, EOT = '<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'
@@ -26,7 +26,7 @@ PROMPTS = ['hello world', 'the cat sat', ' two  spaces', 'né 漢 </s>', '']
 @pytest.fixture(scope='module')
 def llama_backend():
   """Bytes and pairs, as LLaMA 3 has them: a token goes before every text."""
-  backend = tokenizer_lib._train_bpe(
+  backend = bpe.train(
     iter(['the cat sat on the mat and the dog sat on the log\n'] * 9),
     280,
     SPECIAL,

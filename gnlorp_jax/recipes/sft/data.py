@@ -92,8 +92,10 @@ def _check_ids(
 ) -> None:
   """Raises ValueError if the model has no embedding of a control token."""
   largest = max(
-    *template.stop_ids,
-    *(int(x.ids.max()) for x in (*examples.training, *examples.validation)),
+    [
+      *template.stop_ids,
+      *(int(x.ids.max()) for x in (*examples.training, *examples.validation)),
+    ]
   )
   if largest >= vocab_size:
     raise ValueError(
