@@ -192,11 +192,18 @@ def show_preview(config: SftConfig, found: data.Chat) -> None:
       f'example {number}: {len(example.ids)} tokens, {learned} of them learned',
       align='left',
     )
-    console.print(chat.preview(example, found.tokenizer))
+    console.print(
+      chat.preview(example, found.tokenizer, brackets=not console.is_terminal),
+      highlight=False,
+    )
   console.rule()
+  learned = (
+    'Bold is learned, faint is given, in reverse are control tokens.'
+    if console.is_terminal
+    else 'What stands in ⟦ and ⟧ is learned.'
+  )
   console.print(
-    'Bold is learned, faint is given, in reverse are control tokens. Rows have '
-    f'{config.data.max_length} tokens'
+    f'{learned} Rows have {config.data.max_length} tokens'
     f'{", several examples in each" if config.data.packing else ""}.',
     highlight=False,
   )

@@ -13,6 +13,10 @@ def test_what_counts_can_be_seen():
     '<|start|>user\nHé<|end|>\n<|start|>assistant\nNö😀<|end|>\n'
   )
   shown = [(text.plain[s.start : s.end], s.style) for s in text.spans]
+  bracketed = chat.preview(
+    template.encode(conversation), tokenizer, brackets=True
+  )
+  assert bracketed.plain == text.plain.replace('Nö😀<|end|>', '⟦Nö😀<|end|>⟧')
   assert shown == [
     ('<|start|>', 'dim reverse'),
     ('user\nHé', 'dim'),
