@@ -50,6 +50,13 @@ COMPARED = (
 )
 
 
+_OTHER_NAMES = {
+  'adam': " Did you mean 'full', which is AdamW?",
+  'adamw': " Did you mean 'full', which is AdamW?",
+  'qlora': " Did you mean 'lora', with step.weight_bits=4?",
+}
+
+
 def get_method(name: str) -> Method:
   """A method by its name.
 
@@ -63,8 +70,9 @@ def get_method(name: str) -> Method:
     ValueError: If there is none of that name.
   """
   if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, n=1)
+    near = difflib.get_close_matches(name.lower(), METHODS, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
+    hint = _OTHER_NAMES.get(name.lower(), hint)
     raise ValueError(
       f'Unknown method {name!r}.{hint} Methods: {list(METHODS)}, or all for '
       f'{list(COMPARED)}.'

@@ -40,6 +40,8 @@ from gnlorp_jax.data.chat.conversations import Conversation
 
 SUFFIXES = ('.json', '.jsonl', '.parquet')
 BAD = 'bad record'
+# What people have such data in, and would be told of as broken JSON.
+_OTHER_SUFFIXES = ('.arrow', '.csv', '.md', '.tsv', '.txt', '.yaml', '.yml')
 
 _SPEC = re.compile(
   r'(?:(?P<name>[\w.-]+)=)?(?P<path>.+?)(?:@(?P<weight>[^@/]*))?'
@@ -124,6 +126,13 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
       f'{rule if path.is_dir() else "no such file, folder or glob"}. Expected '
       '[NAME=]PATH[@WEIGHT], joined by commas.'
     )
+  for file in files:
+    if _suffix(file) in _OTHER_SUFFIXES:
+      raise ValueError(
+        f'{file} is no file of conversations: {", ".join(SUFFIXES)} are read, '
+        'each of them one JSON object per line or row. Write it as JSON lines, '
+        'such as {"prompt": "...", "completion": "..."}.'
+      )
   name = parts['name'] or path.name.removesuffix('.gz').rpartition('.')[0]
   return name or path.name, files, weight
 

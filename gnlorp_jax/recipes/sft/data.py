@@ -66,6 +66,11 @@ def load(config: SftConfig) -> Chat:
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   template = load_template(settings.template, tokenizer)
   if settings.source == DEMO:
+    if config.init_from is not None:
+      _logger.warning(
+        'No data is named: the model learns generated instructions about '
+        'made-up words. Name conversations as data.source (or --data).'
+      )
     sources, held_out = ([one] for one in demo.sources(config.seed))
   else:
     sources, held_out = chat.read(settings.source), ()

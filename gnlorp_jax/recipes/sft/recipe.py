@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 from collections.abc import Sequence
@@ -23,6 +24,10 @@ from gnlorp_jax.data.chat import demo
 from gnlorp_jax.recipes.sft import data, evaluation, protocol
 from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import loop, metrics, objectives
+
+_logger = logging.getLogger(__name__)
+
+_FEW_STEPS = 20
 
 
 class Planned(NamedTuple):
@@ -159,6 +164,7 @@ def prepare(config: SftConfig) -> Prepared:
   steps = math.ceil(round(config.epochs * per_epoch, 6))
   if config.steps is not None:
     steps = min(steps, config.steps)
+  _tell_length(config, per_epoch, steps)
   built = _build(config, steps)
   language_model.tell_start(config.init_from, config.model)
   return Prepared(
@@ -168,6 +174,28 @@ def prepare(config: SftConfig) -> Prepared:
     tasks,
     per_epoch,
   )
+
+
+def _tell_length(config: SftConfig, per_epoch: int, steps: int) -> None:
+  """Says how long a run is, and where that may surprise."""
+  rate = config.optim.learning_rate
+  _logger.info(
+    '%d steps an epoch, of %d rows of up to %d tokens; %d steps in all, at a '
+    'learning rate of %s.',
+    *(per_epoch, config.batch_size, config.data.max_length, steps),
+    config.learning_rates if rate is None else f'{rate:g}',
+  )
+  if config.steps is not None and config.steps > steps:
+    _logger.warning(
+      'steps=%d, and epochs=%g end after %d: raise epochs for more.',
+      *(config.steps, config.epochs, steps),
+    )
+  elif config.steps is None and steps < _FEW_STEPS:
+    _logger.warning(
+      '%d steps change a model little. Raise epochs, or lower batch_size or '
+      'data.max_length.',
+      steps,
+    )
 
 
 def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:

@@ -164,8 +164,9 @@ class SftConfig(RunConfig):
     warmup_fraction=0.05,
     decay_norms_and_biases=False,
   )
-  """Optimizer and schedule; None takes the method's. Learning rates are those
-  of docs/instruction-tuning.md: search around them."""
+  """Optimizer and schedule; None takes the method's. Learning rates, where none
+  is given, are starting points (docs/instruction-tuning.md): search around
+  them."""
   adapter: AdapterOptions = AdapterOptions()
   """Low-rank changes beside frozen kernels."""
   eval: SftEvalOptions = SftEvalOptions()
@@ -194,6 +195,13 @@ class SftConfig(RunConfig):
         'loss, and data.val_size=0 holds out nothing.'
       )
     kind = self.adapter.kind or chosen.adapter
+    if kind is None and self.adapter != dataclasses.replace(
+      AdapterOptions(), rank=self.adapter.rank
+    ):
+      raise ValueError(
+        f'method={self.method!r} has no adapters for options of adapter to '
+        'change. Use method lora, dora or gradnormlorp_adapter.'
+      )
     if self.export == 'adapter' and kind not in ('lora', 'dora'):
       trains = 'all weights' if kind is None else f'adapters of kind {kind!r}'
       raise ValueError(

@@ -36,6 +36,16 @@ def read_one(path):
   return source
 
 
+def test_tables_and_texts_are_refused_by_name(tmp_path):
+  (tmp_path / 'a.csv').write_text('prompt,completion')
+  with pytest.raises(ValueError) as error:
+    chat.read(str(tmp_path / 'a.csv'))
+  assert str(error.value).startswith(
+    f'{tmp_path / "a.csv"} is no file of conversations: .json, .jsonl, '
+    '.parquet are read'
+  )
+
+
 def test_lists_lines_and_parquet_hold_the_same(write, tmp_path):
   records = [row(i) for i in range(3)]
   paths = [

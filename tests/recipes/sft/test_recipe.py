@@ -82,9 +82,20 @@ def test_a_run_is_as_long_as_its_epochs(prepared):
   assert prepared.config.steps == 6
 
 
-def test_steps_end_a_run_before_its_epochs(config):
+def test_steps_end_a_run_before_its_epochs(config, caplog):
+  caplog.set_level('INFO')
   shorter = recipe.prepare(dataclasses.replace(config, steps=4))
   assert shorter.config.steps == 4
+  assert (
+    '2 steps an epoch, of 2 rows of up to 40 tokens; 4 steps in all, at a '
+    'learning rate of 0.01.'
+  ) in caplog.messages
+  longer = recipe.prepare(dataclasses.replace(config, steps=9))
+  assert longer.config.steps == 6
+  warned = 'steps=9, and epochs=3 end after 6: raise epochs for more.'
+  assert warned in caplog.messages
+  recipe.prepare(config)
+  assert caplog.messages[-2].startswith('6 steps change a model little. Raise')
 
 
 def test_it_learns_and_tells(finished):
@@ -198,8 +209,9 @@ def test_preview_shows_examples_as_the_model_reads_them(
   config, prepared, capsys
 ):
   report.show_preview(prepared.config, prepared.chat)
-  shown = capsys.readouterr().out
-  assert 'example 1: ' in shown and 'u:Say ' in shown and 'a:' in shown
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert 'example 1: 16 tokens, 4 of them learned' in shown
+  assert 'u:Say one.a:⟦one</s>⟧' in shown
   assert 'several examples in each' in shown
 
 

@@ -89,6 +89,12 @@ def test_a_file_is_what_options_override(tmp_path):
       'patience=2 counts evaluations since the best one; that needs '
       'keep_best=True and held-out examples (data.val_size).',
     ),
+    ({'method': 'AdamW'}, "Did you mean 'full', which is AdamW?"),
+    ({'method': 'QLoRA'}, "Did you mean 'lora', with step.weight_bits=4?"),
+    (
+      {'adapter': AdapterOptions(alpha=3.0)},
+      "method='gradnormlorp' has no adapters for options of adapter to change.",
+    ),
     ({'epochs': 0.0}, 'epochs=0.0 must be positive.'),
     (
       {
