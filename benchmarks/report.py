@@ -30,6 +30,7 @@ BENCHMARKS = (
   'train.finetune_step',
   'train.generation',
   'train.measure',
+  'train.sft_step',
 )
 """Modules with recorded figures.
 
