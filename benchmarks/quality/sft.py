@@ -7,22 +7,29 @@ two words and by what the model writes. GSM8K: 500 problems to train on with
 their solutions, 100 more to choose by, and the mean loss of the solutions of
 300 test problems.
 
-Learning rates go up by a factor of 3. Of each method the middle one of three is
-tried first with its neighbours, and then further ones until the best is not at
-an end. The best runs once more with another seed. All methods see the same
-tokens in the same order. Runs are kept in --runs and go on where they stopped;
-the JSON file is written after each.
+Learning rates go up by a factor of 3, and are chosen with a part of the rows
+(600 and 200), by the lowest validation loss. Of each method the middle one of
+three is tried first with its neighbours, and then further ones until the best
+is not at an end. The best then runs with all rows and two seeds, and only these
+runs are scored. All methods see the same tokens in the same order. Runs are
+kept in --runs and go on where they stopped; the JSON file is written after
+each, and what is in it is not run again.
 
   python -m benchmarks.quality.sft --model SMOLLM2_FOLDER --glue GLUE_FOLDER \
     --gsm8k GSM8K_FOLDER --runs runs/sft_quality
+
+Time and memory of a step are measured apart, when nothing else runs:
+the same command with --timed 5.
 """
 
 import argparse
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +38,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.common import harness, programs, record
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, median_in_quartiles
 from gnlorp_jax.compose import scores
 from gnlorp_jax.config import (
   ChatDataConfig,
@@ -45,7 +52,7 @@ from gnlorp_jax.data.tasks.questions import Choice, Task
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.sft import evaluation, recipe
 from gnlorp_jax.recipes.sft.report import summarise
-from gnlorp_jax.training import loop
+from gnlorp_jax.training import loop, sharding
 from gnlorp_jax.training.interrupt import StopRequest
 
 PAGE = pathlib.Path('docs/results/sft.md')
@@ -79,6 +86,8 @@ METHODS = {
   'vlorp': Method(1e-4),
 }
 TASKS = ('sst2', 'gsm8k')
+SEARCHED = {'sst2': 600, 'gsm8k': 200}  # Rows that rates are chosen with.
+SEEDS = (0, 1)  # Of the best rate.
 
 
 def write_data(args: argparse.Namespace) -> None:
@@ -126,7 +135,9 @@ def _sst2(folder: pathlib.Path, part: str) -> list[dict[str, str]]:
   ]
 
 
-def configure(args: argparse.Namespace, task: str, name: str) -> SftConfig:
+def configure(
+  args: argparse.Namespace, task: str, name: str, limit: int | None = None
+) -> SftConfig:
   """The configuration of a method on a task, without rate and seed."""
   method = METHODS[name]
   files = {
@@ -143,13 +154,14 @@ def configure(args: argparse.Namespace, task: str, name: str) -> SftConfig:
     epochs=1,
     export='none',
     keep_best=False,
-    checkpoint_every=20,
+    checkpoint_every=50,
     checkpoint_keep=1,
     data=ChatDataConfig(
       source=str(args.runs / train),
       validation_source=str(args.runs / valid),
       template='none',
       max_length=length,
+      limit=limit,
     ),
     eval=SftEvalOptions(generate=0),
     mesh=MeshConfig(data=1),
@@ -230,85 +242,139 @@ def _answers(
 
 def run(
   args: argparse.Namespace,
-  task: str,
-  name: str,
+  row: dict[str, Any],
   prepared: recipe.Prepared,
-  rate: float,
-  seed: int,
   stop: StopRequest,
 ) -> dict[str, Any]:
-  """A run of a method, as a row of the record."""
+  """A run of a method, as a row of the record.
+
+  Args:
+    args: The command line.
+    row: What tells this run from others: see `compare`.
+    prepared: What it shares with others.
+    stop: Tells of signals.
+  """
+  rate, seed = row['learning_rate'], row['seed']
   config = dataclasses.replace(
     prepared.config,
     seed=seed,
-    run_dir=f'{prepared.config.run_dir}/lr{rate:.3g}_seed{seed}',
+    run_dir=f'{prepared.config.run_dir}/{row["rows"]}/lr{rate:.3g}_seed{seed}',
     optim=dataclasses.replace(prepared.config.optim, learning_rate=rate),
   )
-  row: dict[str, Any] = {'task': task, 'method': name}
+  scored: dict[str, Any] = {}
 
   def finish(outcome: loop.Outcome) -> None:
     summary = summarise(prepared, config, outcome)
     for key in ('trained_parameters', 'optimizer_state_bytes', 'steps'):
-      row[key] = summary[key]
-    row['first_loss'] = summary['first']['loss']
-    row['loss'] = summary['last']['loss']
-    row.update(score(args, task, prepared, outcome.params, outcome.constants))
+      scored[key] = summary[key]
+    scored['first_loss'] = summary['first']['loss']
+    if row['rows'] == 'all':
+      scored.update(
+        score(args, row['task'], prepared, outcome.params, outcome.constants)
+      )
 
   member = grid.Member(
     run=recipe.make_run(prepared, config),
     finish=finish,
-    describe=lambda: row | {'group': '', 'learning_rate': rate, 'seed': seed},
+    describe=lambda: row | scored,
     metric='loss',
     higher_is_better=False,
   )
   found = grid.run_once(member, stop, keep='none', is_single=False)
-  dropped = ('best', 'last', 'settings', 'group', 'main_metric', 'diverged')
+  # Other work may have run beside it: seconds are measured apart.
+  dropped = ('best', 'last', 'settings', 'main_metric', 'higher_is_better')
+  dropped += ('diverged', 'seconds_per_step')
   kept = {k: v for k, v in found.items() if k not in dropped}
   return kept | {'loss': found['last'].get('loss')}
 
 
-def compare(args: argparse.Namespace, task: str, name: str, keep: Any) -> None:
+def compare(
+  args: argparse.Namespace, task: str, name: str, record_of: 'Record'
+) -> None:
   """All runs of a method on a task."""
-  method = METHODS[name]
-  prepared = recipe.prepare(configure(args, task, name))
-  lowered = prepared.program.train_step.lower(
-    prepared.program.abstract_state,
-    recipe.plan(prepared.config).abstract_batch,
-    prepared.program.parameters.frozen,
+  prepared = functools.cache(
+    lambda limit: recipe.prepare(configure(args, task, name, limit))
   )
-  memory = programs.memory(lowered.compile())['total']
-  found: dict[float, dict[str, Any]] = {}
   with StopRequest() as stop:
-    take = functools.partial(run, args, task, name, prepared, stop=stop)
 
-    def try_rate(rate: float, seed: int = 0) -> None:
-      row = take(rate=rate, seed=seed) | {'step_bytes': memory}
-      if seed == 0:
-        found[rate] = row
-      keep(row)
-      harness.progress(
-        f'  {task} {name}, rate {rate:.3g}, seed {seed}: loss {row["loss"]}, '
-        f'accuracy {row.get("accuracy")}'
-      )
+    def take(rate: float, seed: int, rows: str) -> dict[str, Any]:
+      row = {'task': task, 'method': name, 'rows': rows}
+      row |= {'learning_rate': rate, 'seed': seed}
+      found = record_of.find(row)
+      if found is None:
+        limit = None if rows == 'all' else SEARCHED[task]
+        found = run(args, row, prepared(limit), stop)
+        record_of.keep(found)
+        harness.progress(
+          f'  {task} {name}, {rows} rows, rate {rate:.3g}, seed {seed}: '
+          f'loss {found["loss"]}, accuracy {found.get("accuracy")}'
+        )
+      return found
 
+    def try_rate(rate: float) -> None:
+      losses[rate] = take(rate, 0, 'part')['loss']
+
+    losses: dict[float, float | None] = {}
     for power in (0, 1, -1):
-      try_rate(_rounded(method.rate * FACTOR**power))
-    while (best := _best(found)) in (min(found), max(found)):
-      factor = FACTOR if best == max(found) else 1 / FACTOR
+      try_rate(_rounded(METHODS[name].rate * FACTOR**power))
+    while (best := _best(losses)) in (min(losses), max(losses)):
+      factor = FACTOR if best == max(losses) else 1 / FACTOR
       try_rate(_rounded(best * factor))
-    try_rate(best, seed=1)
+    for seed in SEEDS:
+      take(best, seed, 'all')
+
+
+class Record:
+  """Rows in the JSON file, one of each run."""
+
+  KEYS = ('task', 'method', 'rows', 'learning_rate', 'seed')
+
+  def __init__(self, path: pathlib.Path):
+    """Reads what is there.
+
+    Args:
+      path: The file, which need not be there.
+    """
+    self._path = path
+    self._found: dict[str, Any] = {'environment': None, 'rows': []}
+    self._found['steps'] = []
+    if path.exists():
+      self._found = record.read(path)
+
+  def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a run, if it is finished."""
+    for other in self._found['rows']:
+      if all(other[key] == row[key] for key in self.KEYS):
+        return other
+    return None
+
+  def keep(self, row: dict[str, Any]) -> None:
+    """Writes the row of a finished run."""
+    self._found['environment'] = harness.environment()
+    self._found['rows'].append(row)
+    record.write(self._path, self._found)
+
+  def keep_step(self, row: dict[str, Any]) -> None:
+    """Writes what was measured of a step, instead of what there was."""
+    of = (row['task'], row['method'])
+    steps = self._found['steps']
+    steps = [r for r in steps if (r['task'], r['method']) != of]
+    self._found['environment'] = harness.environment()
+    self._found['steps'] = [*steps, row]
+    record.write(self._path, self._found)
 
 
 def _rounded(rate: float) -> float:
   return float(f'{rate:.2g}')
 
 
-def _best(found: dict[float, dict[str, Any]]) -> float:
+def _best(losses: dict[float, float | None]) -> float:
   """The rate with the lowest validation loss."""
-  losses = {r: row['loss'] for r, row in found.items()}
-  return min(
-    losses, key=lambda r: float('inf') if losses[r] is None else losses[r]
-  )
+  return min(losses, key=lambda rate: _or_worst(losses[rate]))
+
+
+def _or_worst(loss: float | None) -> float:
+  return float('inf') if loss is None else loss
 
 
 def before(args: argparse.Namespace, task: str) -> dict[str, Any]:
@@ -316,52 +382,99 @@ def before(args: argparse.Namespace, task: str) -> dict[str, Any]:
   prepared = recipe.prepare(configure(args, task, 'lora'))
   trained, frozen = prepared.program.parameters.start(jax.random.key(0))
   run = recipe.make_run(prepared, prepared.config)
-  row = {'task': task, 'method': 'before', 'seed': 0, 'learning_rate': 0.0}
+  row = {'task': task, 'method': 'before', 'rows': 'all'}
+  row |= {'seed': 0, 'learning_rate': 0.0}
   row['loss'] = run.evaluate(trained, frozen)['loss']
   return row | score(args, task, prepared, trained, frozen)
 
 
+def measure(args: argparse.Namespace, task: str, name: str) -> dict[str, Any]:
+  """Memory and time of a step, on a machine that does nothing else."""
+  prepared = recipe.prepare(configure(args, task, name))
+  run = recipe.make_run(prepared, prepared.config)
+  step = run.train_step.lower(
+    run.abstract_state,
+    recipe.plan(prepared.config).abstract_batch,
+    prepared.program.parameters.frozen,
+  ).compile()
+  state, frozen = run.start()
+  seconds = []
+  for batch in itertools.islice(run.batches, 1 + args.timed):
+    placed = sharding.put_batch(batch, run.mesh)
+    started = time.perf_counter()
+    state, aux = step(state, placed, frozen)
+    jax.block_until_ready((state, aux))
+    seconds.append(time.perf_counter() - started)
+  row = {'task': task, 'method': name}
+  row['step_bytes'] = programs.memory(step)['total']
+  # The first step makes subspaces.
+  return row | {'seconds': np.percentile(seconds[1:], [25, 50, 75]).tolist()}
+
+
 def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
   """The tables of the page, one of each task."""
-  rows = record.read(path)['rows']
-  return {f'sft_{task}': _table(task, rows) for task in TASKS}
+  found = record.read(path)
+  return {f'sft_{task}': _table(task, found) for task in TASKS}
 
 
-def _table(task: str, rows: list[dict[str, Any]]) -> str:
+def _table(task: str, found: dict[str, Any]) -> str:
   heads = ['method', 'rate', 'trained', 'state', 'step', 'seconds a step']
   heads += ['loss']
   heads += ['accuracy', 'written'] if task == 'sst2' else ['test loss']
-  heads += ['seeds']
   lines = []
   for name in ('before', *METHODS):
-    found = [r for r in rows if (r['task'], r['method']) == (task, name)]
-    if not found:
+    rows = _whole_runs(found, task, name)
+    if not rows:
       continue
-    first = {r['learning_rate']: r for r in found if r['seed'] == 0}
-    rate = _best(first)
-    best = [r for r in found if r['learning_rate'] == rate]
-    cells = [name, f'{rate:g}', *_sizes(best[0]), _mean(best, 'loss', '.4f')]
+    rate = rows[0]['learning_rate']
+    sizes = _sizes(rows[0], _measured(found, task, name))
+    cells = [name, f'{rate:g}' if rate else '', *sizes]
+    cells.append(_mean(rows, 'loss', '.4f'))
     if task == 'sst2':
-      error = 100 * best[0]['accuracy_stderr']
+      error = 100 * np.mean([row['accuracy_stderr'] for row in rows])
       cells += [
-        f'{_mean(best, "accuracy", ".1f", 100)} (± {error:.1f})',
-        _mean(best, 'written_accuracy', '.1f', 100),
+        f'{_mean(rows, "accuracy", ".1f", 100)} (standard error {error:.1f})',
+        _mean(rows, 'written_accuracy', '.1f', 100),
       ]
     else:
-      cells.append(_mean(best, 'test_loss', '.4f'))
-    lines.append([*cells, str(len(best))])
+      cells.append(_mean(rows, 'test_loss', '.4f'))
+    lines.append(cells)
   return markdown(heads, lines)
 
 
-def _sizes(row: dict[str, Any]) -> list[str]:
-  if 'trained_parameters' not in row:  # Not trained, or diverged.
-    return [''] * 4
+def _whole_runs(
+  found: dict[str, Any], task: str, name: str
+) -> list[dict[str, Any]]:
+  """The runs of a method with all rows that did not diverge."""
+  of = (task, name, 'all')
   return [
-    f'{row["trained_parameters"] / 1e6:.2f} M',
-    f'{row["optimizer_state_bytes"] / 2**20:.0f} MiB',
-    f'{row["step_bytes"] / 2**20:.0f} MiB',
-    f'{row["seconds_per_step"]:.1f}',
+    row
+    for row in found['rows']
+    if (row['task'], row['method'], row['rows']) == of
+    and row['loss'] is not None
   ]
+
+
+def _measured(
+  found: dict[str, Any], task: str, name: str
+) -> dict[str, Any] | None:
+  rows = [
+    row
+    for row in found['steps']
+    if (row['task'], row['method']) == (task, name)
+  ]
+  return rows[-1] if rows else None
+
+
+def _sizes(row: dict[str, Any], step: dict[str, Any] | None) -> list[str]:
+  if 'trained_parameters' not in row:  # Before training.
+    return [''] * 4
+  trained = f'{row["trained_parameters"] / 1e6:.2f} M'
+  state = f'{row["optimizer_state_bytes"] / 2**20:.1f} MiB'
+  if step is None:
+    return [trained, state, '', '']
+  memory = f'{step["step_bytes"] / 2**20:.0f} MiB'
+  return [trained, state, memory, median_in_quartiles(step['seconds'])]
 
 
 def _mean(
@@ -378,38 +491,52 @@ def _mean(
 
 
 def plots(path: pathlib.Path = OUTPUT, picture: pathlib.Path = PLOT) -> None:
-  """Draws accuracy on SST-2 against the memory of a step."""
-  rows = [r for r in record.read(path)['rows'] if r['task'] == 'sst2']
-  figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout='constrained')
-  axes = figure.subplots()
-  for name in METHODS:
-    first = {
-      r['learning_rate']: r
-      for r in rows
-      if r['method'] == name and r['seed'] == 0
-    }
-    if not first:
-      continue
-    row = first[_best(first)]
-    x, y = row['step_bytes'] / 2**20, 100 * row['accuracy']
-    axes.errorbar(x, y, 100 * row['accuracy_stderr'], fmt='o', capsize=3)
-    axes.annotate(name, (x, y), (6, 4), textcoords='offset points')
-  for row in rows:
-    if row['method'] == 'before':
-      label = 'before'
-      axes.axhline(100 * row['accuracy'], color='grey', ls=':', label=label)
-      axes.legend()
-  axes.set_xlabel('memory of a training step, MiB')
-  axes.set_ylabel('accuracy on the dev set of SST-2, %')
-  axes.grid(alpha=0.3)
+  """Draws what methods score against the memory of a step."""
+  found = record.read(path)
+  figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout='constrained')
+  _draw(
+    *(figure.add_subplot(1, 2, 1), found, 'sst2', 'accuracy', 100),
+    'accuracy on the dev set of SST-2, %',
+  )
+  _draw(
+    *(figure.add_subplot(1, 2, 2), found, 'gsm8k', 'test_loss', 1),
+    'loss of 300 test solutions of GSM8K',
+  )
   figure.savefig(picture, dpi=150)
+
+
+def _draw(
+  axes: Any,
+  found: dict[str, Any],
+  task: str,
+  name: str,
+  times: float,
+  label: str,
+) -> None:
+  """One point a method, with its seeds as a bar; a line before training."""
+  for method in METHODS:
+    step = _measured(found, task, method)
+    rows = _whole_runs(found, task, method)
+    if step is None or not rows:
+      continue
+    values = [times * row[name] for row in rows]
+    x, y = step['step_bytes'] / 2**20, float(np.mean(values))
+    half = (max(values) - min(values)) / 2
+    axes.errorbar(x, y, half, fmt='o', capsize=3)
+    axes.annotate(method, (x, y), (6, 4), textcoords='offset points')
+  for row in _whole_runs(found, task, 'before'):
+    axes.axhline(times * row[name], color='grey', ls=':', label='before')
+    axes.legend()
+  axes.set_xlabel('memory of a training step, MiB')
+  axes.set_ylabel(label)
+  axes.grid(alpha=0.3)
 
 
 def main() -> None:
   """Runs what is missing; the tables are those of `benchmarks.report`."""
   parser = harness.parser(__doc__)
   add = parser.add_argument
-  folder = {'type': pathlib.Path, 'metavar': 'FOLDER'}
+  folder: dict[str, Any] = {'type': pathlib.Path, 'metavar': 'FOLDER'}
   add('--model', **folder, help='Hugging Face folder of the model')
   add('--glue', **folder, help="GLUE's files (SST-2/train.tsv, ...)")
   add('--gsm8k', **folder, help='train.jsonl and test.jsonl of GSM8K')
@@ -417,6 +544,8 @@ def main() -> None:
   add('--tasks', nargs='+', choices=TASKS, default=TASKS)
   add('--methods', nargs='+', choices=(*METHODS,), default=(*METHODS,))
   add('--limit', type=harness.positive, help='ask so many of the dev set')
+  timed = 'only measure so many steps of each, on a machine that is idle'
+  add('--timed', type=harness.positive, metavar='STEPS', help=timed)
   harness.add_arguments(parser, OUTPUT, plot=PLOT, has_device=False)
   args = parser.parse_args()
   if args.report:
@@ -425,26 +554,19 @@ def main() -> None:
   for name in ('model', 'glue', 'gsm8k'):
     if getattr(args, name) is None:
       parser.error(f'--{name} is needed.')
-  found: dict[str, Any] = {'environment': None, 'rows': []}
-  if args.output.exists():
-    found = record.read(args.output)
-  found['environment'] = harness.environment()
-
-  def keep(row: dict[str, Any]) -> None:
-    keys = ('task', 'method', 'learning_rate', 'seed')
-    same = tuple(row[key] for key in keys)
-    others = [r for r in found['rows'] if tuple(r[k] for k in keys) != same]
-    found['rows'] = [*others, row]
-    record.write(args.output, found)
-
   write_data(args)
+  jax.config.update('jax_compilation_cache_dir', str(args.runs / 'compiled'))
+  found = Record(args.output)
   for task in args.tasks:
-    if not any(
-      (r['task'], r['method']) == (task, 'before') for r in found['rows']
-    ):
-      keep(before(args, task))
+    if args.timed:
+      for name in args.methods:
+        found.keep_step(measure(args, task, name))
+      continue
+    start = {'task': task, 'method': 'before', 'rows': 'all'}
+    if found.find(start | {'learning_rate': 0.0, 'seed': 0}) is None:
+      found.keep(before(args, task))
     for name in args.methods:
-      compare(args, task, name, keep)
+      compare(args, task, name, found)
 
 
 if __name__ == '__main__':
