@@ -18,7 +18,9 @@ KEY = jax.random.key(3)
 
 
 def draws(sampling, periods):
-  draw = lambda period: layer_sampling.draw(sampling, KEY, period)
+  def draw(period):
+    return layer_sampling.draw(sampling, KEY, period)
+
   return np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(periods)))
 
 
@@ -92,9 +94,10 @@ def test_periods_begin_every_so_many_steps():
 
 
 def test_layers_that_stay_keep_their_slots():
-  seat = lambda now, drawn: [
-    x.tolist() for x in layer_sampling.seat(jnp.array(now), jnp.array(drawn), 6)
-  ]
+  def seat(now, drawn):
+    found = layer_sampling.seat(jnp.array(now), jnp.array(drawn), 6)
+    return [x.tolist() for x in found]
+
   assert seat([-1, -1, -1], [1, 3, 5]) == [[1, 3, 5], [False] * 3]
   assert seat([1, 3, 5], [0, 3, 4]) == [[0, 3, 4], [False, True, False]]
   assert seat([5, 0, 2], [0, 1, 2]) == [[1, 0, 2], [False, True, True]]
