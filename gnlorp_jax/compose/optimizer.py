@@ -130,6 +130,31 @@ def make(
   return inject_hyperparams(make_one, **_numbers(config, steps, peak=1.0))
 
 
+def make_at_rate(
+  config: OptimConfig, rules: LabelRules, outer_bits: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer with a learning rate that is a number in its state.
+
+  It does not depend on how many steps that state has seen, as layers need that
+  come and go.
+
+  Args:
+    config: The optimizer; its name is not None.
+    rules: Pairs (regex, label) over the paths of what trains.
+    outer_bits: Bits of the moments outside of the layers; None: those of all.
+
+  Returns:
+    The transformation, whose state has ``hyperparams['learning_rate']``.
+
+  Raises:
+    ValueError: If an option is not allowed.
+  """
+  build = _builder(config, rules, outer_bits)
+  return inject_hyperparams(
+    lambda learning_rate: build(learning_rate), learning_rate=0.0
+  )
+
+
 def start(opt_state: Any, numbers: dict[str, jax.Array]) -> Any:
   """A fresh state of `make`'s optimizer with the learning rates of a run."""
   return opt_state._replace(hyperparams=numbers)
@@ -146,6 +171,12 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
   return functools.partial(
     _rate(config, steps), **_numbers(config, steps, config.learning_rate)
   )
+
+
+def rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
+  """``rate(count, numbers)``: the learning rate of a run with these numbers."""
+  found = _rate(config, steps)
+  return lambda count, numbers: found(count, **numbers)
 
 
 def depends_on_steps(config: OptimConfig) -> bool:
@@ -177,11 +208,14 @@ def transformation(
 
 
 def _builder(
-  config: OptimConfig, rules: LabelRules
+  config: OptimConfig, rules: LabelRules, outer_bits: int | None = None
 ) -> Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]:
   """Makes the optimizer from a learning rate; says once what has no effect."""
   method = methods.get(config.name)
   options = _arguments(config)
+  if outer_bits is not None:
+    bits = options['moment_bits'][-1][1]
+    options['moment_bits'] = (('^layers/', bits), ('.*', outer_bits))
 
   def build(learning_rate: optax.ScalarOrSchedule) -> Any:
     # The training step leaves out bad steps itself, and rounds the sum of

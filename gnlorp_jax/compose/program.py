@@ -1,5 +1,6 @@
 """What a run computes: its compiled steps, and how its state begins."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import adaptation, optimizer, parameters
+from gnlorp_jax.compose import (
+  adaptation,
+  layer_sampling,
+  optimizer,
+  parameters,
+)
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   MeshConfig,
   OptimConfig,
+  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.models import adapters, layers
@@ -20,9 +27,11 @@ from gnlorp_jax.models.interface import Model
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import forward, layerwise, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
+from gnlorp_jax.training.layer_sampling import LayerSampling, SampledState
+from gnlorp_jax.training.layer_sampling import metrics as sampling_metrics
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
-from gnlorp_jax.training.parameters import Parameters
+from gnlorp_jax.training.parameters import LAYERS, Parameters
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -39,8 +48,10 @@ class Program(NamedTuple):
     adapter: The configuration of the adapters among them, if there are any.
     tx: The optimizer of what trains.
     rules: The label rules it was built with.
+    sampling: How layers are drawn; None trains all.
     abstract_state: Shapes and shardings of the training state.
-    init_optimizer: Compiled: (trained, numbers) -> the optimizer's state.
+    init_optimizer: Compiled: (trained, numbers, random key) -> the optimizer's
+      state.
     train_step: Compiled: (state, batch, frozen) -> (state, metrics).
     eval_step: Compiled: (trained, batch, frozen) -> `Objective.evaluate`.
     stats: Compiled: the optimizer's state -> scalars by name.
@@ -53,8 +64,9 @@ class Program(NamedTuple):
   adapter: adapters.AdapterConfig | None
   tx: optax.GradientTransformation
   rules: optimizer.LabelRules
+  sampling: LayerSampling | None
   abstract_state: state.TrainState
-  init_optimizer: Callable[[Any, dict[str, jax.Array]], Any]
+  init_optimizer: Callable[[Any, dict[str, jax.Array], jax.Array], Any]
   train_step: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]
   eval_step: Callable[[Any, Any, Any], Any]
   stats: Callable[[Any], dict[str, jax.Array]]
@@ -69,7 +81,7 @@ class Program(NamedTuple):
       numbers: What decides the learning rates, from `optimizer.numbers`.
     """
     trained, frozen = self.parameters.start(key)
-    opt_state = self.init_optimizer(trained, numbers)
+    opt_state = self.init_optimizer(trained, numbers, key)
     zero, skipped = (
       jax.device_put(
         jnp.zeros((), jnp.int32), self.abstract_state.step.sharding
@@ -157,6 +169,7 @@ def build(
   adapter: AdapterOptions,
   step_config: StepConfig,
   model_rules: optimizer.LabelRules,
+  sampling_options: SamplingOptions,
   steps: int,
   micro_batches: int,
   beside_adapters: tuple[str, ...] = (),
@@ -175,6 +188,7 @@ def build(
     adapter: Low-rank changes beside frozen kernels, if any.
     step_config: How steps go through the model, and the bits of its kernels.
     model_rules: The label rules of the model's own weights.
+    sampling_options: Whether some layers train at a time, and which.
     steps: Number of steps of a run, as in `optimizer.make`.
     micro_batches: Pieces of a batch.
     beside_adapters: As in `parameters.plan`, as are the others.
@@ -190,18 +204,24 @@ def build(
   adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
+  sampling = layer_sampling.resolve(sampling_options, architecture.num_layers)
+  rules = optimizer.label_rules(
+    optim_config,
+    model_rules,
+    adapted=adapter_config is not None,
+    only_factors=adapter.kind == 'lora' and not beside_adapters,
+  )
+  if sampling is not None and adapter_config is None:
+    rules = layer_sampling.label_rules(
+      sampling_options, rules, _outer(make(architecture)), beside_adapters
+    )
   held, rules = parameters.plan(
     make,
     architecture,
     mesh=mesh,
     adapter=adapter_config,
     step=step_config,
-    rules=optimizer.label_rules(
-      optim_config,
-      model_rules,
-      adapted=adapter_config is not None,
-      only_factors=adapter.kind == 'lora' and not beside_adapters,
-    ),
+    rules=rules,
     beside_adapters=beside_adapters,
     read=read,
     adapter_from=adapter.init_from,
@@ -214,21 +234,35 @@ def build(
     policy = None if architecture.remat else layers.keep_marked
     model = forward.on_stored(model, held.decode, policy)
   objective = make_objective(model)
-  tx = optimizer.make(optim_config, steps, rules)
+  outer_bits = 8 if sampling_options.always_on_state == 'int8' else None
+  if sampling is None:
+    tx = optimizer.make(optim_config, steps, rules)
+  else:
+    tx = optimizer.make_at_rate(optim_config, rules, outer_bits)
+
+  def init_optimizer(
+    trained: Any, numbers: dict[str, jax.Array], key: jax.Array
+  ) -> Any:
+    if sampling is not None:
+      return layerwise.init_sampled(tx, held, sampling, trained, numbers, key)
+    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
+
+  numbers = optimizer.numbers(
+    dataclasses.replace(optim_config, learning_rate=1.0), steps
+  )
   abstract = state.abstract(
     lambda key: _zeros(held.trained),
     optax.GradientTransformation(
-      lambda trained: tx.init(held.decode_exact(trained)), tx.update
+      lambda trained: init_optimizer(trained, numbers, jax.random.key(0)),
+      tx.update,
     ),
     jax.random.key(0),
     mesh,
   )
   train_step = _make_train_step(
-    objective, tx, held, mesh, optim_config, step_config, micro_batches
+    *(objective, tx, held, mesh, optim_config, step_config),
+    *(micro_batches, sampling, steps),
   )
-
-  def init_optimizer(trained: Any, numbers: dict[str, jax.Array]) -> Any:
-    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
 
   def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
     return objective.evaluate(held.join(trained, frozen), batch)
@@ -241,6 +275,7 @@ def build(
     adapter=adapter_config,
     tx=tx,
     rules=rules,
+    sampling=sampling,
     abstract_state=abstract,
     init_optimizer=jax.jit(
       init_optimizer, out_shardings=state.shardings(abstract.opt_state)
@@ -259,12 +294,27 @@ def _make_train_step(
   optim_config: OptimConfig,
   step_config: StepConfig,
   micro_batches: int,
+  sampling: LayerSampling | None,
+  steps: int,
 ) -> Callable[..., Any]:
   """The training step of the configured mode."""
   options = {
     'num_micro_batches': micro_batches,
     'clip_global_norm': optim_config.clip_global_norm,
   }
+  # The rows of Adafactor are not independent. Split matrices are cut already.
+  row_blocks = (
+    optim_config.name != 'galore_adafactor' and mesh.shape['fsdp'] == 1
+  )
+  if sampling is not None:
+    return layerwise.make_sampled_step(
+      *(objective.pieces, tx, held, sampling),
+      optimizer.rate(optim_config, steps),
+      at_once=step_config.mode == 'layerwise',
+      offload=step_config.offload,
+      row_blocks=row_blocks,
+      **options,
+    )
   if step_config.mode == 'whole':
     return step.make_train_step(
       lambda trained, batch, frozen: objective.loss(
@@ -281,11 +331,18 @@ def _make_train_step(
     accumulate=step_config.accumulate,
     mesh=mesh,
     offload=step_config.offload,
-    # The rows of Adafactor are not independent. Split matrices are cut already.
-    row_blocks=optim_config.name != 'galore_adafactor'
-    and mesh.shape['fsdp'] == 1,
+    row_blocks=row_blocks,
     **options,
   )
+
+
+def _outer(model: Model) -> list[str]:
+  """The paths of a model's parameters outside of its layers."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  outer = {key: node for key, node in shapes.items() if key != LAYERS}
+  return [
+    path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer)
+  ]
 
 
 def _zeros(shapes: Any) -> Any:
@@ -301,6 +358,8 @@ def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
     stats |= {f'{field}/{name}': value for name, value in values.items()}
     if values:
       stats[f'{field}/low_rank'] = sum(values.values()) / len(values)
+  if isinstance(opt_state, SampledState):
+    stats |= sampling_metrics(opt_state)
   return stats
 
 
@@ -315,6 +374,8 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   """
   held = program.parameters
   exact = jax.eval_shape(held.decode_exact, held.trained)
+  if program.sampling is not None:
+    exact[LAYERS] = _as_many(exact[LAYERS], program.sampling.num_slots)
   rows = optim.report(exact, program.tx, program.rules)
   frozen = jax.eval_shape(held.decode_exact, held.frozen)
   return rows + [
@@ -330,3 +391,10 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
   ]
+
+
+def _as_many(layers: Any, count: int) -> Any:
+  """Shapes of so many layers, in place of all."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), layers
+  )

@@ -24,7 +24,8 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   dtype and two float32 moments per parameter, which is what `optim.adamw`
   holds. Layer by layer a run's gradients are those of one block, those outside
   of the blocks, and where it waits before it updates, what the projection
-  leaves of all blocks.
+  leaves of all blocks. Where layers are drawn, those of all that are drawn, or
+  layer by layer of one.
 
   Args:
     program: What the run computes.
@@ -39,9 +40,7 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   ours = {
     'parameters': tree_bytes(abstract.params)
     + tree_bytes(program.parameters.frozen),
-    'gradients': tree_bytes(abstract.params)
-    if step.mode == 'whole'
-    else _layerwise_gradients(program, step, optim),
+    'gradients': _gradients(program, step, optim),
     **state_bytes(abstract.opt_state),
   }
   adamw = {
@@ -57,15 +56,17 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   }
 
 
-def _layerwise_gradients(
-  program: Program, step: StepConfig, optim: OptimConfig
-) -> int:
-  """Bytes of the gradients that a step holds at once, layer by layer."""
-  abstract = program.abstract_state
+def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
+  """Bytes of the gradients that a step holds at once."""
+  abstract, sampling = program.abstract_state, program.sampling
+  if step.mode == 'whole' and sampling is None:
+    return tree_bytes(abstract.params)
   params = jax.eval_shape(program.parameters.decode, abstract.params)
   layers = tree_bytes(params['layers'])
   outside = tree_bytes(params) - layers
   one = layers // program.model.config.num_layers
+  if sampling is not None:
+    return outside + one * (sampling.count if step.mode == 'whole' else 1)
   waits = layerwise.gradients_wait(
     program.tx, optim.clip_global_norm, step.clipping, step.accumulate
   )

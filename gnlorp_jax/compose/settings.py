@@ -256,6 +256,52 @@ class StepConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+  """Training some layers at a time, others drawn every so many steps."""
+
+  method: Literal['owlore', 'ows', 'lisa', 'badam'] | None = None
+  """How published methods draw layers: owlore and ows by outlier scores, lisa
+  all alike, badam one after the other, with nothing else trained. What is None
+  below is theirs; the optimizer is the run's. None trains all layers, unless
+  `draw` is given."""
+  draw: Literal['uniform', 'decreasing', 'scores', 'shuffled'] | None = None
+  """How likely a layer is drawn: all alike, the lower the likelier, by
+  `scores`, or each has its turn."""
+  layers: int | None = None
+  """Layers that train at a time."""
+  every: int | None = None
+  """Steps between two draws."""
+  scores: str | None = free(None)
+  """File of python -m gnlorp_jax.layer_scores, or one number per line."""
+  always_on: tuple[str, ...] | None = None
+  """Regexes over paths outside of the layers (embed, norm, lm_head) of what
+  trains all the time; the rest is frozen. Without a word after the option
+  nothing does; None is the method's: everything, of badam nothing."""
+  always_on_state: Literal['full', 'int8', 'low_rank'] = 'full'
+  """The optimizer's state of that: as that of layers, moments in 8 bits, or
+  projected (needs an optimizer with subspaces)."""
+  on_leave: Literal['drop', 'keep'] = 'drop'
+  """What becomes of the optimizer's state of a layer that leaves: 'drop'
+  forgets it, 'keep' holds the states of all layers, as published code does."""
+  carry: bool = True
+  """Whether a layer that is drawn twice in a row keeps its state; the paper of
+  lisa does without."""
+  reset_always: bool = False
+  """Whether what is always on begins anew with every draw too."""
+  warmup_steps: int = result(0)
+  """Steps after a draw over which the drawn layers' learning rate rises."""
+
+  @property
+  def is_on(self) -> bool:
+    """Whether layers are drawn."""
+    return self.method is not None or self.draw is not None
+
+  def __post_init__(self):
+    check_at_least_one(self, 'layers', 'every')
+    check_between(self, 'warmup_steps', 0, float('inf'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskOptions:
   """Tasks that a language model is asked at every evaluation of a run."""
 
@@ -360,6 +406,8 @@ class RunConfig:
   """Low-rank changes beside frozen kernels."""
   step: StepConfig = StepConfig()
   """Whole steps, or layer by layer; bits of the weights."""
+  sampling: SamplingOptions = SamplingOptions()
+  """Training some layers at a time."""
   mesh: MeshConfig = MeshConfig()
   """Devices."""
 
@@ -376,6 +424,11 @@ class RunConfig:
       'log_every',
     )
     metrics.check_log(self.log)
+    if self.sampling.is_on and self.step.accumulate == 'projected':
+      raise ValueError(
+        "step.accumulate='projected' adds up projected gradients of all "
+        "layers, and sampling trains some: use accumulate='gradient'."
+      )
     for name in ('seeds', 'learning_rates'):
       text = getattr(self, name)
       if text is not None and not words(text):

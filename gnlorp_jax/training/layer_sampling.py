@@ -103,6 +103,11 @@ class LayerSampling:
         'to be drawn. Lower count, or raise some weights.'
       )
 
+  @property
+  def num_slots(self) -> int:
+    """S, of how many layers there is a state."""
+    return self.num_layers if self.on_leave == 'keep' else self.count
+
   def period(self, step: jax.Array) -> jax.Array:
     """The period, from 0, of the step that comes after `step` others."""
     return (step + self.first_period_short) // self.every
@@ -231,7 +236,7 @@ def start(
     slots = jax.lax.map(init_layer, jnp.arange(num_layers, dtype=jnp.int32))
   else:  # The first step begins a period, and fills them.
     slots = jax.tree.map(
-      lambda x: jnp.zeros((sampling.count, *x.shape), x.dtype),
+      lambda x: jnp.zeros((sampling.num_slots, *x.shape), x.dtype),
       jax.eval_shape(init_layer, 0),
     )
   return SampledState(

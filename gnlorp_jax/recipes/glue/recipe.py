@@ -19,6 +19,7 @@ from gnlorp_jax.compose import folders, optimizer, parameters, program
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
+  SamplingOptions,
   StepConfig,
   fixed_settings,
 )
@@ -160,6 +161,7 @@ def build_program(
     optimizer.without_rates(config.optim),
     config.adapter,
     config.step,
+    config.sampling,
     config.micro_batches,
     config.init_from,
     head,
@@ -176,6 +178,7 @@ def _program(
   optim: OptimConfig,
   adapter: AdapterOptions,
   step: StepConfig,
+  sampling: SamplingOptions,
   micro_batches: int,
   init_from: str | None,
   head: heads.Head | None,
@@ -205,6 +208,7 @@ def _program(
     optim_config=optim,
     adapter=adapter,
     step_config=step,
+    sampling_options=sampling,
     model_rules=roberta.LABEL_RULES,
     steps=steps,
     micro_batches=micro_batches,

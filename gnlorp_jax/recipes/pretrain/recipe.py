@@ -97,6 +97,7 @@ def plan(
     optim_config=optim,
     adapter=config.adapter,
     step_config=config.step,
+    sampling_options=config.sampling,
     model_rules=family.LABEL_RULES,
     steps=config.steps,
     micro_batches=config.micro_batches,
