@@ -92,8 +92,8 @@ class HeadPass(NamedTuple):
 class Drawn(NamedTuple):
   """The layers whose gradients a backward pass computes."""
 
-  is_drawn_L: jax.Array  # bool
-  lowest: jax.Array | int  # the last layer to be visited, int32 []
+  layers_S: jax.Array  # int32, ascending
+  to_bottom: bool  # whether the gradient of the first block's input is needed
 
 
 class Passes(NamedTuple):
@@ -196,20 +196,30 @@ class Passes(NamedTuple):
       flat = traverse_util.flatten_dict({LAYERS: grads})
       return visit(layer, flat, carry), dx_KBTD
 
-    def passed(layer: jax.Array, carry: Any, dy_KBTD: jax.Array) -> Any:
-      trained = carry.params.get(LAYERS, {})
-      return carry, self._through(trained, kept, layer, dy_KBTD)
+    if drawn is None:
+      last = self.num_layers - 1
+      return jax.lax.fori_loop(
+        0,
+        self.num_layers,
+        lambda i, loop: visited(last - i, *loop),
+        (carry, dx_KBTD),
+      )
+    # Upwards, with the layer above all at the end. No branches: XLA copies
+    # stacks that a branch reads and returns.
+    ends_S = jnp.append(drawn.layers_S, self.num_layers)
+    count = len(drawn.layers_S)
 
     def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
-      layer = self.num_layers - 1 - i
-      if drawn is None:
-        return visited(layer, *loop)
-      return jax.lax.cond(
-        drawn.is_drawn_L[layer], visited, passed, layer, *loop
-      )
+      carry, dy_KBTD = loop
+      place = count - 1 - i
+      layer, above = ends_S[place], ends_S[place + 1]
+      dy_KBTD = self._through(carry.params, kept, above, layer, dy_KBTD)
+      return visited(layer, carry, dy_KBTD)
 
-    count = self.num_layers - (0 if drawn is None else drawn.lowest)
-    return jax.lax.fori_loop(0, count, body, (carry, dx_KBTD))
+    carry, dx_KBTD = jax.lax.fori_loop(0, count, body, (carry, dx_KBTD))
+    if drawn.to_bottom:
+      dx_KBTD = self._through(carry.params, kept, ends_S[0], -1, dx_KBTD)
+    return carry, dx_KBTD
 
   def _block(
     self,
@@ -237,20 +247,31 @@ class Passes(NamedTuple):
     return jax.tree.map(lambda g: g[None], grads), dx_KBTD
 
   def _through(
-    self, layers: Any, kept: Kept, number: jax.Array, dy_KBTD: jax.Array
+    self,
+    params: Any,
+    kept: Kept,
+    above: jax.Array,
+    below: jax.Array | int,
+    dy_KBTD: jax.Array,
   ) -> jax.Array:
-    """The gradient of a layer's input alone."""
-    trained, base, x_KBTD = self._at(layers, kept, number)
-    layer = self.parameters.join(trained, base)
+    """From the input of layer `above` to the output of layer `below`."""
+    layers = params.get(LAYERS, {})
 
-    def one(x_BTD: jax.Array, dy_BTD: jax.Array, batch: Batch) -> jax.Array:
-      _, pull_back = jax.vjp(
-        lambda x_BTD: self.pieces.block(layer, x_BTD, batch, number), x_BTD
-      )
-      (dx_BTD,) = pull_back(dy_BTD)
-      return dx_BTD
+    def body(i: jax.Array, dy_KBTD: jax.Array) -> jax.Array:
+      number = above - 1 - i
+      trained, base, x_KBTD = self._at(layers, kept, number)
+      layer = self.parameters.join(trained, base)
 
-    return _each(one, x_KBTD, dy_KBTD, kept.batch_K)
+      def one(x_BTD: jax.Array, dy_BTD: jax.Array, batch: Batch) -> jax.Array:
+        _, pull_back = jax.vjp(
+          lambda x_BTD: self.pieces.block(layer, x_BTD, batch, number), x_BTD
+        )
+        (dx_BTD,) = pull_back(dy_BTD)
+        return dx_BTD
+
+      return _each(one, x_KBTD, dy_KBTD, kept.batch_K)
+
+    return jax.lax.fori_loop(0, above - 1 - below, body, dy_KBTD)
 
   def _at(
     self, layers: Any, kept: Kept, number: jax.Array

@@ -295,10 +295,7 @@ class _Sampled(NamedTuple):
     )
 
   def _drawn(self, sampled: SampledState) -> Drawn:
-    num_layers = self.sampling.num_layers
-    lowest = 0 if self.embed_paths else jnp.min(sampled.layers)
-    is_drawn_L = jnp.zeros(num_layers, bool).at[sampled.layers].set(True)
-    return Drawn(is_drawn_L, lowest)
+    return Drawn(jnp.sort(sampled.layers), to_bottom=bool(self.embed_paths))
 
   def _slots(self, sampled: SampledState) -> jax.Array:
     num_layers = self.sampling.num_layers
@@ -369,13 +366,10 @@ class _Sampled(NamedTuple):
     carry = self.always.start(params, sampled.always, ready.finite)
     carry = move.outer(self.always.outer_paths, params, grads, carry)
 
-    layers_S = jnp.sort(sampled.layers)  # As they were gathered.
-
     def body(place: jax.Array, found: _Layers) -> _Layers:
       at_place = layer_sampling.take_slot(gathered.grads, place)
-      return self._move_layer(
-        state.step, ready, layers_S[place], at_place, found
-      )
+      layer = ready.drawn.layers_S[place]
+      return self._move_layer(state.step, ready, layer, at_place, found)
 
     found = jax.lax.fori_loop(
       *(0, self.sampling.count, body),
@@ -397,14 +391,15 @@ class _Sampled(NamedTuple):
     self, carry: _Gathered, ready: _Gradients
   ) -> tuple[_Gathered, jax.Array]:
     """Adds up squares of gradients, and gathers them where there is room."""
-    place_L = jnp.cumsum(ready.drawn.is_drawn_L) - 1
+    layers_S = ready.drawn.layers_S
 
     def visit(
       layer: jax.Array, grads: dict[Path, Any], carry: _Gathered
     ) -> _Gathered:
       found = carry.grads
       if found:
-        found = layer_sampling.put_slot(found, place_L[layer], grads)
+        place = jnp.searchsorted(layers_S, layer)
+        found = layer_sampling.put_slot(found, place, grads)
       return carry._replace(grads=found, squares=carry.squares + squares(grads))
 
     return self.passes.backward(

@@ -113,7 +113,6 @@ class Carry(NamedTuple):
 def test_gradients_are_slices_of_all_gradients(toy, layers, trains_embedding):
   params = toy.init()
   batch = toy.make_batch(0)
-  lowest = 0 if trains_embedding else min(layers)
   is_drawn_L = jnp.zeros(toy.LAYERS, bool).at[jnp.array(layers)].set(True)
 
   def backward(drawn):
@@ -142,7 +141,9 @@ def test_gradients_are_slices_of_all_gradients(toy, layers, trains_embedding):
 
   everything, _, dx = jax.jit(lambda: backward(None))()
   some, visits, some_dx = jax.jit(
-    lambda: backward(passes.Drawn(is_drawn_L, lowest))
+    lambda: backward(
+      passes.Drawn(jnp.array(layers), to_bottom=trains_embedding)
+    )
   )()
   assert visits == len(layers)
   for path, full in everything.items():
