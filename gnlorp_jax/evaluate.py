@@ -21,7 +21,7 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 import sys
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, progress
 from gnlorp_jax.recipes.evaluate import recipe, report
 from gnlorp_jax.recipes.evaluate.settings import EvaluateConfig, parse
 
@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
   """Scores a model, and shows and writes what was found."""
-  found = recipe.evaluate(config, report.bar)
+  found = recipe.evaluate(config, progress.bar)
   report.show(found)  # First, so that no trouble with a file hides it.
   if config.output is not None:
     report.write(config.output, found)

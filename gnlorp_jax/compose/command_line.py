@@ -5,6 +5,7 @@ import difflib
 import itertools
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -74,6 +75,28 @@ def exit_with_message(error: Exception) -> None:
   """Ends the program with the message of a user's mistake, no traceback."""
   sys.stderr.write(f'error: {error}\n')
   raise SystemExit(2)
+
+
+def check_place(option: str, file: str | None) -> None:
+  """Checks that there is a place for a file that is to be written.
+
+  Args:
+    option: Which option names it.
+    file: The file, or None for none.
+
+  Raises:
+    ValueError: If it is a folder, or that it should lie in does not exist.
+  """
+  if file is None:
+    return
+  path = pathlib.Path(file).expanduser()
+  if path.is_dir():
+    raise ValueError(f'--{option} {file}: that is a folder. Name a file in it.')
+  if not path.parent.is_dir():
+    raise ValueError(
+      f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
+      'or name another file.'
+    )
 
 
 def _replace_aliases(

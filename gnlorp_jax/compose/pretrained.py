@@ -9,6 +9,7 @@ import jax
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import adaptation, memory, parameters
+from gnlorp_jax.data import hub
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.interface import Dtype, Model
@@ -56,6 +57,28 @@ class Found(NamedTuple):
       lambda params: adapters.init(config, params, jax.random.key(0)), shapes
     )
     return adaptation.read_peft(self.adapter, architecture, like)
+
+
+def check_name(name: str, usage: str) -> None:
+  """Checks what can be known of a name before anything is loaded.
+
+  Args:
+    name: What the first word of a command names, or an empty text.
+    usage: How the command is called.
+
+  Raises:
+    ValueError: If it is neither a Hugging Face folder nor a name of the hub.
+  """
+  if not name:
+    raise ValueError(
+      f'No model is named. Begin with its Hugging Face folder: {usage}'
+    )
+  folder = pathlib.Path(name).expanduser()
+  if not hub.is_hub(name) and not (folder / 'config.json').is_file():
+    raise ValueError(
+      f'{name} is no Hugging Face folder: it holds no config.json. '
+      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
+    )
 
 
 def find(

@@ -3,9 +3,8 @@
 import dataclasses
 import pathlib
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, pretrained
 from gnlorp_jax.compose.settings import check_at_least_one
-from gnlorp_jax.data import hub
 from gnlorp_jax.models.generate import Sampling
 from gnlorp_jax.models.interface import Dtype
 
@@ -78,17 +77,7 @@ def parse(args: list[str], description: str) -> ChatConfig:
     default = dataclasses.replace(default, folder=args[0])
     args = args[1:]
   config = command_line.override(default, args, description)
-  if not config.folder:
-    raise ValueError(
-      'No model is named. Begin with its Hugging Face folder: '
-      'python -m gnlorp_jax.chat FOLDER'
-    )
-  folder = pathlib.Path(config.folder).expanduser()
-  if not hub.is_hub(config.folder) and not (folder / 'config.json').is_file():
-    raise ValueError(
-      f'{config.folder} is no Hugging Face folder: it holds no config.json. '
-      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
-    )
+  pretrained.check_name(config.folder, 'python -m gnlorp_jax.chat FOLDER')
   if config.adapter is not None:
     file = pathlib.Path(config.adapter).expanduser() / 'adapter_config.json'
     if not file.is_file():

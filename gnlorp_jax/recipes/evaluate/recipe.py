@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 
 from gnlorp_jax.compose import pretrained, scores
+from gnlorp_jax.compose.progress import Progress
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.models.interface import Model
@@ -20,11 +21,6 @@ from gnlorp_jax.recipes.evaluate.settings import (
   PERPLEXITY,
   EvaluateConfig,
 )
-
-# Opens a bar of that title; its value takes how much is done, and is there.
-Progress = Callable[
-  [str], contextlib.AbstractContextManager[Callable[[int, int], None]]
-]
 
 
 class Loaded(NamedTuple):

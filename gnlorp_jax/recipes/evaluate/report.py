@@ -1,38 +1,15 @@
 """What an evaluation shows, and leaves behind."""
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import rich.box
 import rich.console
 import rich.measure
-import rich.progress
 import rich.table
 import rich.text
-
-
-@contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on the terminal; its value takes what is done, and is there.
-
-  Args:
-    title: What is under way.
-  """
-  columns = (
-    rich.progress.TextColumn('{task.description}', markup=False),
-    rich.progress.BarColumn(bar_width=None),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn('ETA'),
-    rich.progress.TimeRemainingColumn(),
-  )
-  console = rich.console.Console(stderr=True)
-  with rich.progress.Progress(*columns, console=console, expand=True) as shown:
-    task = shown.add_task(title, total=None)
-    yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def write(path: str, found: dict[str, Any]) -> None:

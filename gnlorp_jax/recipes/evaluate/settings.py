@@ -1,11 +1,9 @@
 """What can be asked of an evaluation."""
 
 import dataclasses
-import pathlib
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, pretrained
 from gnlorp_jax.compose.settings import words
-from gnlorp_jax.data import hub
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.models.interface import Dtype
 
@@ -97,20 +95,11 @@ def parse(args: list[str], description: str) -> EvaluateConfig:
 
 def check(config: EvaluateConfig) -> None:
   """Raises ValueError for what can be known before anything is loaded."""
-  if not config.folder:
-    raise ValueError(
-      'No model is named. Begin with its Hugging Face folder: '
-      'python -m gnlorp_jax.evaluate FOLDER --tasks ...'
-    )
-  folder = pathlib.Path(config.folder).expanduser()
-  is_local = not hub.is_hub(config.folder)
-  if is_local and not (folder / 'config.json').is_file():
-    raise ValueError(
-      f'{config.folder} is no Hugging Face folder: it holds no config.json. '
-      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
-    )
+  pretrained.check_name(
+    config.folder, 'python -m gnlorp_jax.evaluate FOLDER --tasks ...'
+  )
   for option in ('output', 'samples'):
-    _check_place(option, getattr(config, option))
+    command_line.check_place(option, getattr(config, option))
   known = (*data_tasks.names(), PERPLEXITY)
   if not config.task_names and config.text is not None:
     raise ValueError(f'--text alone asks nothing: add --tasks {PERPLEXITY}.')
@@ -148,17 +137,3 @@ def _suggest(name: str) -> str:
     whole = (f'{PERPLEXITY}:{rest}', f'{HARNESS}:{rest}')
     return data_tasks.suggest(f'{kind.lower()}:{rest}', whole)
   return data_tasks.suggest(kind, (*data_tasks.names(), PERPLEXITY))
-
-
-def _check_place(option: str, file: str | None) -> None:
-  """Raises ValueError if there is no place for a file that is to be written."""
-  if file is None:
-    return
-  path = pathlib.Path(file).expanduser()
-  if path.is_dir():
-    raise ValueError(f'--{option} {file}: that is a folder. Name a file in it.')
-  if not path.parent.is_dir():
-    raise ValueError(
-      f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
-      'or name another file.'
-    )

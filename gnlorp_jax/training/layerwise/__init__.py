@@ -30,7 +30,8 @@ Words of this package:
 `step` builds the step, `at_once` and `waiting` are its two ways; `sampled` is
 the step of layers that were drawn (`layer_sampling`). `engine` moves a
 parameter, `passes` computes gradients, `slices` takes trees apart, `checks`
-finds what cannot be trained so.
+finds what cannot be trained so. `gradient_norms` measures gradients and trains
+nothing.
 """
 
 from gnlorp_jax.training.layerwise.sampled import init as init_sampled

@@ -1,0 +1,1 @@
+"""Measuring how much each layer of a language model deserves training."""
