@@ -37,7 +37,6 @@ from gnlorp_jax.training.layerwise.passes import (
   Kept,
   Passes,
   divide,
-  outer,
 )
 from gnlorp_jax.training.layerwise.slices import WHOLE, Cut, Path, StateSlices
 from gnlorp_jax.training.objectives import Pieces
@@ -169,26 +168,20 @@ def make_sampled_step(
     )
   split = Split(tx, parameters, num_layers)
   paths = traverse_util.flatten_dict(parameters.trained)
-  passes = Passes(pieces, parameters, num_layers, offload)
-  always = Engine(
-    passes=passes._replace(
-      parameters=parameters._replace(trained=outer(parameters.trained))
-    ),
+  whole = Engine(
+    passes=Passes(pieces, parameters, num_layers, offload),
     tx=tx,
-    slices=StateSlices(split.outer_keys),
-    layer_paths=(),
+    slices=StateSlices(frozenset(parameters.trained)),
+    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)),
     outer_paths=tuple(p for p in paths if p[0] != LAYERS),
     row_blocks={},
   )
-  if row_blocks:
-    always = always._replace(row_blocks=checks.count_row_blocks(always))
-  layers = always._replace(
-    passes=passes,
-    slices=StateSlices(split.layer_keys),
-    layer_paths=tuple(sorted(p for p in paths if p[0] == LAYERS)),
-    outer_paths=(),
-    row_blocks={},
+  always = whole._replace(
+    slices=StateSlices(split.outer_keys),
+    layer_paths=(),
+    row_blocks=checks.count_row_blocks(whole) if row_blocks else {},
   )
+  layers = whole._replace(slices=StateSlices(split.layer_keys), outer_paths=())
   step = _Sampled(
     *(always, layers, split, sampling, rate),
     *(num_micro_batches, clip_global_norm, at_once),
