@@ -105,6 +105,8 @@ def label_rules(
   rules: LabelRules,
   outer: Iterable[str],
   always_trained: tuple[str, ...],
+  *,
+  has_subspaces: bool,
 ) -> LabelRules:
   """Label rules that say which parameters outside of the layers train.
 
@@ -114,13 +116,20 @@ def label_rules(
     outer: The ``/``-joined paths of all parameters outside of the layers.
     always_trained: Prefixes of paths that always train, such as those of a new
       head.
+    has_subspaces: Whether the optimizer projects matrices.
 
   Returns:
     Rules for each path, then `rules`.
 
   Raises:
-    ValueError: If `always_on` names something that is not there.
+    ValueError: If `always_on` names something that is not there, or its state
+      cannot be projected.
   """
+  if options.always_on_state == 'low_rank' and not has_subspaces:
+    raise ValueError(
+      "sampling.always_on_state='low_rank' needs an optimizer with subspaces, "
+      "such as optim.name='galore'; or use 'int8'."
+    )
   preset, names = PRESETS.get(options.method or '', _PLAIN), tuple(outer)
   patterns = options.always_on
   if patterns is None:

@@ -213,7 +213,8 @@ def build(
   )
   if sampling is not None and adapter_config is None:
     rules = layer_sampling.label_rules(
-      sampling_options, rules, _outer(make(architecture)), beside_adapters
+      *(sampling_options, rules, _outer(make(architecture)), beside_adapters),
+      has_subspaces=optimizer.has_subspaces(optim_config),
     )
   held, rules = parameters.plan(
     make,
