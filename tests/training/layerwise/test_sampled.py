@@ -274,3 +274,95 @@ def test_steps_are_those_by_hand(toy, name, at_once):
   for leaf in jax.tree.leaves(now.opt_state.slots):
     assert leaf.shape[0] == slots
   assert now.opt_state.visits.sum() == 11 * sampling.count
+
+
+@pytest.mark.slow
+def test_kept_states_are_those_of_a_loop_in_pytorch(toy):
+  """A loop that switches `requires_grad`, and AdamW, which skips the rest."""
+  torch = pytest.importorskip('torch')
+  sampling = LayerSampling(
+    num_layers=toy.LAYERS, count=1, every=3, on_leave='keep'
+  )
+  tx = with_rate(functools.partial(optim.adamw, **ADAM))
+  found = trajectory(toy, tx, sampling, 9)
+
+  def tensor(x):
+    return torch.tensor(np.asarray(x), requires_grad=True)
+
+  params = jax.device_get(toy.init())
+  embed, head = (
+    tensor(params['embed']['embedding']),
+    tensor(params['head']['kernel']),
+  )
+  layers = [
+    jax.tree.map(lambda x, i=i: tensor(x[i]), params['layers'])
+    for i in range(toy.LAYERS)
+  ]
+  optimizer = torch.optim.AdamW(
+    [embed, head, *jax.tree.leaves(layers)],
+    lr=RATE,
+    betas=(ADAM['b1'], ADAM['b2']),
+    eps=ADAM['eps'],
+    weight_decay=ADAM['weight_decay'],
+  )
+  for number, (now, _) in enumerate(found):
+    period = number // sampling.every
+    drawn = np.asarray(layer_sampling.draw(sampling, KEY, period)).tolist()
+    for i, layer in enumerate(layers):
+      for x in jax.tree.leaves(layer):
+        x.requires_grad_(i in drawn)
+    batch = {k: torch.tensor(v) for k, v in toy.make_batch(number).items()}
+    x = embed[batch['inputs'].long()]
+    for layer in layers:
+      y = x * (1 + layer['norm']['scale'])
+      hidden = torch.nn.functional.silu(y @ layer['up']['kernel'])
+      x = x + hidden @ layer['down']['kernel']
+    losses = torch.nn.functional.cross_entropy(
+      (x @ head).flatten(0, 1),
+      batch['targets'].long().flatten(),
+      reduction='none',
+    )
+    weights = batch['weights'].flatten()
+    optimizer.zero_grad()
+    ((losses * weights).sum() / weights.sum()).backward()
+    optimizer.step()
+    for i, layer in enumerate(layers):
+      np.testing.assert_allclose(
+        now.params['layers']['up']['kernel'][i],
+        layer['up']['kernel'].detach(),
+        rtol=0,
+        atol=1e-4,
+        err_msg=f'step {number}, layer {i}',
+      )
+  np.testing.assert_allclose(
+    now.params['head']['kernel'], head.detach(), rtol=0, atol=1e-4
+  )
+  assert now.opt_state.visits.sum() == 9
+
+
+@pytest.mark.slow
+def test_temporaries_do_not_grow_by_undrawn_layers(toy):
+  """Beside the inputs of the blocks: no gradient, no state of a layer."""
+  tx = with_rate(functools.partial(optim.adamw, **ADAM))
+
+  def temporaries(layers):
+    params = jax.eval_shape(lambda: toy.init(layers=layers))
+    sampling = LayerSampling(num_layers=layers, count=2, every=3)
+    held = parameters.plain(params)
+    zero = jax.ShapeDtypeStruct((), jnp.int32)
+    opt = jax.eval_shape(
+      lambda params: sampled.init(
+        tx, held, sampling, params, {'peak': jnp.float32(RATE)}, KEY
+      ),
+      params,
+    )
+    step = sampled.make_sampled_step(
+      toy.PIECES, tx, held, sampling, constant, at_once=False
+    )
+    now = state.TrainState(zero, zero, params, opt)
+    lowered = jax.jit(step, donate_argnums=0).lower(now, toy.make_batch(0))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  growth = (temporaries(33) - temporaries(17)) / 16
+  inputs = 4 * toy.BATCH * toy.POSITIONS * toy.FEATURES
+  assert inputs <= growth <= inputs + 16  # A few numbers per layer.
