@@ -58,14 +58,14 @@ def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
   draw = options.draw or preset.draw
   return LayerSampling(
     num_layers=num_layers,
-    count=options.layers or min(preset.layers, num_layers),
+    layers=options.layers or min(preset.layers, num_layers),
     every=options.every or preset.every,
-    order='shuffled' if draw == 'shuffled' else 'weighted',
+    draw='shuffled' if draw == 'shuffled' else 'weighted',
     weights=_weights(draw, options.scores, num_layers),
     on_leave=options.on_leave,
     carry=options.carry,
     reset_always=options.reset_always,
-    warmup=options.warmup_steps,
+    warmup_steps=options.warmup_steps,
   )
 
 

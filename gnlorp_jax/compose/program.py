@@ -375,9 +375,17 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   """
   held = program.parameters
   exact = jax.eval_shape(held.decode_exact, held.trained)
-  if program.sampling is not None:
-    exact[LAYERS] = _as_many(exact[LAYERS], program.sampling.num_slots)
-  rows = optim.report(exact, program.tx, program.rules)
+  if program.sampling is None:
+    rows = optim.report(exact, program.tx, program.rules)
+  else:
+    slots, num_layers = program.sampling.num_slots, program.sampling.num_layers
+    exact[LAYERS] = _as_many(exact[LAYERS], slots)
+    rows = [
+      row._replace(adamw_bytes=row.adamw_bytes * num_layers // slots)
+      if row.name.startswith(f'{LAYERS}/')
+      else row
+      for row in optim.report(exact, program.tx, program.rules)
+    ]
   frozen = jax.eval_shape(held.decode_exact, held.frozen)
   return rows + [
     optim.inspect.ReportRow(

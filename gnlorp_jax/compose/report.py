@@ -66,7 +66,7 @@ def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
   outside = tree_bytes(params) - layers
   one = layers // program.model.config.num_layers
   if sampling is not None:
-    return outside + one * (sampling.count if step.mode == 'whole' else 1)
+    return outside + one * (sampling.layers if step.mode == 'whole' else 1)
   waits = layerwise.gradients_wait(
     program.tx, optim.clip_global_norm, step.clipping, step.accumulate
   )

@@ -205,7 +205,7 @@ def gradients(step: Step) -> int:
   if step.sampling is not None:
     # Those of the drawn layers wait; the others have none.
     layers = optim.inspect.tree_bytes(shards['layers'])
-    return layers * step.sampling.count // step.sampling.num_layers
+    return layers * step.sampling.layers // step.sampling.num_layers
   sums = 0
   if step.settings.micro_batches > 1:
     sums = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shards))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 OnLeave = Literal['drop', 'keep']
-Order = Literal['weighted', 'shuffled']
+Draw = Literal['weighted', 'shuffled']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,14 @@ class LayerSampling:
 
   num_layers: int
   """L, layers of the model."""
-  count: int
+  layers: int
   """Layers that train at a time, in [1, L]."""
   every: int
   """Steps of a period, at least 1."""
-  order: Order = 'weighted'
+  draw: Draw = 'weighted'
   """``weighted``: each period draws anew, without replacement, by `weights`.
   ``shuffled``: the layers take turns, in an order that is drawn anew whenever
-  all had theirs; `count` must divide L."""
+  all had theirs; `layers` must divide L."""
   weights: tuple[float, ...] | None = None
   """How likely layers are, in proportion, [L], each at least 0; None: all are
   equally likely."""
@@ -48,46 +48,46 @@ class LayerSampling:
   state."""
   reset_always: bool = False
   """Whether what is always on begins afresh with every period too."""
-  warmup: int = 0
+  warmup_steps: int = 0
   """Steps at the start of a period over which the learning rate of the drawn
   layers rises from zero, less than `every`; 0: it does not."""
   first_period_short: bool = False
   """Whether the first period is a step shorter, as in BAdam's code."""
 
   def __post_init__(self):
-    for name, choices in (('order', Order), ('on_leave', OnLeave)):
+    for name, choices in (('draw', Draw), ('on_leave', OnLeave)):
       value = getattr(self, name)
       if value not in get_args(choices):
         raise ValueError(
           f'{name}={value!r} must be one of {get_args(choices)}.'
         )
-    if not 1 <= self.count <= self.num_layers:
+    if not 1 <= self.layers <= self.num_layers:
       raise ValueError(
-        f'count={self.count} layers cannot be drawn of {self.num_layers}: give '
-        f'a number from 1 to {self.num_layers}.'
+        f'layers={self.layers} cannot be drawn of {self.num_layers}: give a '
+        f'number from 1 to {self.num_layers}.'
       )
     if self.every < 1 + self.first_period_short:
       raise ValueError(
         f'every={self.every} is the number of steps of a period: give at least '
         f'{1 + self.first_period_short}.'
       )
-    if not 0 <= self.warmup < self.every:
+    if not 0 <= self.warmup_steps < self.every:
       raise ValueError(
-        f'warmup={self.warmup} must be shorter than a period, every='
-        f'{self.every}, and not negative.'
+        f'warmup_steps={self.warmup_steps} must be shorter than a period, '
+        f'every={self.every}, and not negative.'
       )
-    if self.order == 'shuffled' and self.num_layers % self.count:
+    if self.draw == 'shuffled' and self.num_layers % self.layers:
       raise ValueError(
-        f'count={self.count} does not divide {self.num_layers} layers, which '
-        "take turns with order='shuffled'. Use a divisor, or 'weighted'."
+        f'layers={self.layers} does not divide {self.num_layers} layers, which '
+        "take turns with draw='shuffled'. Use a divisor, or 'weighted'."
       )
     if self.weights is not None:
       self._check_weights(self.weights)
 
   def _check_weights(self, weights: tuple[float, ...]) -> None:
-    if self.order == 'shuffled':
+    if self.draw == 'shuffled':
       raise ValueError(
-        "weights have no effect with order='shuffled', where every layer has "
+        "weights have no effect with draw='shuffled', where every layer has "
         "its turn. Leave them out, or use 'weighted'."
       )
     if len(weights) != self.num_layers:
@@ -97,16 +97,16 @@ class LayerSampling:
       )
     if not all(0 <= w < float('inf') for w in weights):
       raise ValueError(f'weights={weights} must be finite and not negative.')
-    if (drawable := sum(w > 0 for w in weights)) < self.count:
+    if (drawable := sum(w > 0 for w in weights)) < self.layers:
       raise ValueError(
-        f'{drawable} layers have a weight above 0, and count={self.count} are '
-        'to be drawn. Lower count, or raise some weights.'
+        f'{drawable} layers have a weight above 0, and layers={self.layers} '
+        'are to be drawn. Lower layers, or raise some weights.'
       )
 
   @property
   def num_slots(self) -> int:
     """S, of how many layers there is a state."""
-    return self.num_layers if self.on_leave == 'keep' else self.count
+    return self.num_layers if self.on_leave == 'keep' else self.layers
 
   def period(self, step: jax.Array) -> jax.Array:
     """The period, from 0, of the step that comes after `step` others."""
@@ -144,15 +144,15 @@ def draw(
     period: The period's number, from 0; layers follow from these two alone.
 
   Returns:
-    int32 ``[count]``, distinct, in ascending order.
+    int32 ``[layers]``, distinct, in ascending order.
 
   Note:
     Weighted draws take the largest of the logarithms of the weights plus
     independent Gumbel noise, which is drawing one after the other without
     replacement (Vieira, 2014).
   """
-  num_layers, count = sampling.num_layers, sampling.count
-  if sampling.order == 'shuffled':
+  num_layers, count = sampling.num_layers, sampling.layers
+  if sampling.draw == 'shuffled':
     per_round = num_layers // count
     order_L = jax.random.permutation(
       jax.random.fold_in(key, period // per_round), num_layers
@@ -242,7 +242,7 @@ def start(
   return SampledState(
     hyperparams=numbers,
     key=jax.random.key_data(key),
-    layers=jnp.full(sampling.count, -1, jnp.int32),
+    layers=jnp.full(sampling.layers, -1, jnp.int32),
     slots=slots,
     always=always,
     visits=jnp.zeros(num_layers, jnp.int32),
@@ -282,7 +282,7 @@ def begin_period(
       lambda: put_slot(slots, slot, init_layer(layers_S[slot])),
     )
 
-  slots = jax.lax.fori_loop(0, sampling.count, fill, state.slots)
+  slots = jax.lax.fori_loop(0, sampling.layers, fill, state.slots)
   return state._replace(layers=layers_S, slots=slots)
 
 

@@ -54,7 +54,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
     )
     for name in layer_sampling.PRESETS
   }
-  assert {n: (s.count, s.every) for n, s in found.items()} == {
+  assert {n: (s.layers, s.every) for n, s in found.items()} == {
     'owlore': (5, 50),
     'ows': (2, 50),
     'lisa': (2, 20),
@@ -62,7 +62,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   }
   assert found['owlore'].weights == (0.4, 0, 0.1, 0.3, 0.2, 0.1)
   assert found['lisa'].weights is None
-  assert found['badam'].order == 'shuffled'
+  assert found['badam'].draw == 'shuffled'
   lower = SamplingOptions(draw='decreasing', layers=1)
   assert layer_sampling.resolve(lower, 3).weights == (3, 2, 1)
 
@@ -73,8 +73,8 @@ def test_published_methods_draw_as_they_say(tmp_path):
     ({'layers': 3}, r'sampling\.layers=3 has no effect where all layers'),
     ({'method': 'ows'}, 'need a file of them, sampling.scores'),
     ({'draw': 'uniform', 'scores': 'a.json'}, "needs sampling.draw='scores'"),
-    ({'method': 'lisa', 'layers': 9}, 'count=9 layers cannot be drawn of 4'),
-    ({'method': 'lisa', 'warmup_steps': 20}, 'warmup=20 must be shorter'),
+    ({'method': 'lisa', 'layers': 9}, 'layers=9 cannot be drawn of 4'),
+    ({'method': 'lisa', 'warmup_steps': 20}, 'warmup_steps=20 must be shorter'),
     ({'method': 'lisa', 'always_on': ('hat',)}, "always_on names 'hat'"),
   ],
 )

@@ -38,7 +38,7 @@ def probabilities(weights, count):
 
 @pytest.mark.parametrize('weights', [None, (4.0, 3.0, 2.0, 1.0)])
 def test_draws_have_the_probabilities_of_drawing_in_turn(weights):
-  sampling = LayerSampling(num_layers=4, count=2, every=1, weights=weights)
+  sampling = LayerSampling(num_layers=4, layers=2, every=1, weights=weights)
   number = 20_000
   found = [tuple(row) for row in draws(sampling, number)]
   expected = probabilities(weights or (1.0,) * 4, 2)
@@ -52,24 +52,28 @@ def test_draws_have_the_probabilities_of_drawing_in_turn(weights):
 
 def test_layers_without_weight_are_never_drawn():
   sampling = LayerSampling(
-    num_layers=4, count=2, every=1, weights=(1.0, 0.0, 2.0, 0.5)
+    num_layers=4, layers=2, every=1, weights=(1.0, 0.0, 2.0, 0.5)
   )
   assert set(draws(sampling, 500).flat) == {0, 2, 3}
 
 
-@pytest.mark.parametrize('count', [1, 2])
-def test_shuffled_layers_have_their_turn_once_a_round(count):
-  sampling = LayerSampling(num_layers=6, count=count, every=1, order='shuffled')
+@pytest.mark.parametrize('layers', [1, 2])
+def test_shuffled_layers_have_their_turn_once_a_round(layers):
+  sampling = LayerSampling(
+    num_layers=6, layers=layers, every=1, draw='shuffled'
+  )
   rounds = draws(sampling, 60).reshape(-1, 6)
   np.testing.assert_array_equal(
-    np.sort(rounds), np.tile(range(6), (10 * count, 1))
+    np.sort(rounds), np.tile(range(6), (10 * layers, 1))
   )
   assert len({tuple(row) for row in rounds}) > 5
 
 
 def test_periods_begin_every_so_many_steps():
-  plain = LayerSampling(num_layers=2, count=1, every=3)
-  short = LayerSampling(num_layers=2, count=1, every=3, first_period_short=True)
+  plain = LayerSampling(num_layers=2, layers=1, every=3)
+  short = LayerSampling(
+    num_layers=2, layers=1, every=3, first_period_short=True
+  )
   steps = np.arange(7)
   assert plain.period(steps).tolist() == [0, 0, 0, 1, 1, 1, 2]
   assert short.period(steps).tolist() == [0, 0, 1, 1, 1, 2, 2]
@@ -109,15 +113,18 @@ def test_layers_that_stay_keep_their_slots():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'count': 0}, 'count=0 layers cannot be drawn of 4'),
-    ({'count': 5}, 'give a number from 1 to 4'),
+    ({'layers': 0}, 'layers=0 cannot be drawn of 4'),
+    ({'layers': 5}, 'give a number from 1 to 4'),
     ({'every': 0}, 'every=0 is the number of steps of a period'),
     ({'every': 1, 'first_period_short': True}, 'give at least 2'),
-    ({'warmup': 5}, 'warmup=5 must be shorter than a period, every=5'),
-    ({'order': 'upwards'}, "order='upwards' must be one of"),
+    (
+      {'warmup_steps': 5},
+      'warmup_steps=5 must be shorter than a period, every=5',
+    ),
+    ({'draw': 'upwards'}, "draw='upwards' must be one of"),
     ({'on_leave': 'sell'}, "on_leave='sell' must be one of"),
-    ({'count': 3, 'order': 'shuffled'}, 'count=3 does not divide 4 layers'),
-    ({'order': 'shuffled', 'weights': (1.0,) * 4}, 'weights have no effect'),
+    ({'layers': 3, 'draw': 'shuffled'}, 'layers=3 does not divide 4 layers'),
+    ({'draw': 'shuffled', 'weights': (1.0,) * 4}, 'weights have no effect'),
     ({'weights': (1.0,) * 3}, '3 weights do not fit 4 layers'),
     ({'weights': (1.0, -1.0, 1.0, 1.0)}, 'finite and not negative'),
     ({'weights': (1.0, 0.0, 0.0, 0.0)}, '1 layers have a weight above 0'),
@@ -125,4 +132,4 @@ def test_layers_that_stay_keep_their_slots():
 )
 def test_what_cannot_be_drawn_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    LayerSampling(**{'num_layers': 4, 'count': 2, 'every': 5} | options)
+    LayerSampling(**{'num_layers': 4, 'layers': 2, 'every': 5} | options)

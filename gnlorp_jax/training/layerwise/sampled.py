@@ -302,9 +302,9 @@ class _Sampled(NamedTuple):
     """The state with the learning rates of this step in its parts."""
     rate = self.rate(state.step - state.skipped, sampled.hyperparams)
     factor = jnp.float32(1)
-    if self.sampling.warmup:
+    if self.sampling.warmup_steps:
       done = self.sampling.step_in_period(state.step)
-      factor = jnp.minimum(1, (done + 1) / self.sampling.warmup)
+      factor = jnp.minimum(1, (done + 1) / self.sampling.warmup_steps)
 
     def put(opt: Any, rate: jax.Array) -> Any:
       old = opt.hyperparams['learning_rate']
@@ -365,7 +365,7 @@ class _Sampled(NamedTuple):
       return self._move_layer(state.step, ready, layer, at_place, found)
 
     found = jax.lax.fori_loop(
-      *(0, self.sampling.count, body),
+      *(0, self.sampling.layers, body),
       _Layers(carry.params, sampled.slots, carry.sums),
     )
     return carry._replace(params=found.params, sums=found.sums), found.slots
@@ -376,7 +376,7 @@ class _Sampled(NamedTuple):
     layer = decode(Cut(0, self.sampling.num_layers).at(params[LAYERS]))
     flat = traverse_util.flatten_dict({LAYERS: layer})
     return {
-      path: jnp.zeros((self.sampling.count, *x.shape), x.dtype)
+      path: jnp.zeros((self.sampling.layers, *x.shape), x.dtype)
       for path, x in flat.items()
     }
 

@@ -92,7 +92,7 @@ def test_all_layers_at_a_time_are_the_plain_steps(toy, make, options):
   """Bit for bit, over three periods."""
   tx = with_rate(make)
   plain = plain_trajectory(toy, tx, 7, clipping='recompute', **options)
-  sampling = LayerSampling(num_layers=toy.LAYERS, count=toy.LAYERS, every=3)
+  sampling = LayerSampling(num_layers=toy.LAYERS, layers=toy.LAYERS, every=3)
   found = trajectory(toy, tx, sampling, 7, **options)
   for (a, a_metrics), (b, b_metrics) in zip(found, plain, strict=True):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
@@ -210,8 +210,8 @@ class ByHand:
     done = shifted % sampling.every
     if shifted < sampling.every:
       done -= sampling.first_period_short
-    if sampling.warmup:
-      rate *= min(1.0, (done + 1) / sampling.warmup)
+    if sampling.warmup_steps:
+      rate *= min(1.0, (done + 1) / sampling.warmup_steps)
     for kind, leaves in self.params['layers'].items():
       for name, x_L in leaves.items():
         x_L = np.array(x_L)
@@ -234,10 +234,10 @@ class ByHand:
 
 
 SAMPLINGS = {
-  'drop': {'count': 2},
-  'lisa, all states anew': {'count': 2, 'carry': False, 'reset_always': True},
-  'keep, re-warmed': {'count': 1, 'on_leave': 'keep', 'warmup': 2},
-  'badam': {'count': 1, 'order': 'shuffled', 'first_period_short': True},
+  'drop': {'layers': 2},
+  'lisa, all states anew': {'layers': 2, 'carry': False, 'reset_always': True},
+  'keep, re-warmed': {'layers': 1, 'on_leave': 'keep', 'warmup_steps': 2},
+  'badam': {'layers': 1, 'draw': 'shuffled', 'first_period_short': True},
 }
 
 
@@ -251,7 +251,7 @@ def test_steps_are_those_by_hand(toy, name, at_once):
   found = trajectory(toy, tx, sampling, 11, at_once=at_once)
   hand = ByHand(toy, sampling)
   before = jax.device_get(toy.init())
-  slots = sampling.count if sampling.on_leave == 'drop' else toy.LAYERS
+  slots = sampling.layers if sampling.on_leave == 'drop' else toy.LAYERS
   for number, (now, _) in enumerate(found):
     hand.step(number)
     assert sorted(now.opt_state.layers) == list(hand.layers)
@@ -273,7 +273,7 @@ def test_steps_are_those_by_hand(toy, name, at_once):
     hand.params = jax.tree.map(np.array, now.params)
   for leaf in jax.tree.leaves(now.opt_state.slots):
     assert leaf.shape[0] == slots
-  assert now.opt_state.visits.sum() == 11 * sampling.count
+  assert now.opt_state.visits.sum() == 11 * sampling.layers
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_kept_states_are_those_of_a_loop_in_pytorch(toy):
   """A loop that switches `requires_grad`, and AdamW, which skips the rest."""
   torch = pytest.importorskip('torch')
   sampling = LayerSampling(
-    num_layers=toy.LAYERS, count=1, every=3, on_leave='keep'
+    num_layers=toy.LAYERS, layers=1, every=3, on_leave='keep'
   )
   tx = with_rate(functools.partial(optim.adamw, **ADAM))
   found = trajectory(toy, tx, sampling, 9)
@@ -347,7 +347,7 @@ def test_temporaries_do_not_grow_by_undrawn_layers(toy):
 
   def temporaries(layers):
     params = jax.eval_shape(lambda: toy.init(layers=layers))
-    sampling = LayerSampling(num_layers=layers, count=2, every=3)
+    sampling = LayerSampling(num_layers=layers, layers=2, every=3)
     held = parameters.plain(params)
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     opt = jax.eval_shape(
