@@ -7,6 +7,7 @@ another and a collective never completes, unless the thread pools are set wide
 """
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -15,6 +16,7 @@ import logging
 import os
 import pathlib
 import signal
+import types
 
 # To trace a program makes many small objects: every 700 of them Python looks
 # through the new ones for garbage, and every few seconds through all of jax and
@@ -154,6 +156,39 @@ def compiled_once(tmp_path_factory):
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+def _built_from(part):
+  """What decides what a part of a program does: equal parts, equal keys."""
+  if isinstance(part, functools.partial):
+    options = sorted(part.keywords.items())
+    return part.func, _built_from(part.args), _built_from(tuple(options))
+  if isinstance(part, types.FunctionType) and part.__closure__:
+    cells = tuple(cell.cell_contents for cell in part.__closure__)
+    return part.__code__, _built_from(cells)
+  return tuple(map(_built_from, part)) if type(part) is tuple else part
+
+
+@pytest.fixture(scope='module')
+def built_once():
+  """Runs of the same settings share a program, which they would trace again.
+
+  A program follows from settings alone. That another process builds the same
+  one is seen where runs are killed: tests/test_resume.py.
+  """
+  from gnlorp_jax.compose import program
+
+  build, programs = program.build, {}
+
+  def remembered(*parts, **options):
+    key = _built_from((*parts, *sorted(options.items())))
+    if key not in programs:
+      programs[key] = build(*parts, **options)
+    return programs[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program, 'build', remembered)
+    yield
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from gnlorp_jax.training.checkpoint import Checkpointer
 
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.usefixtures('compiled_once', 'logging_as_before'),
+  pytest.mark.usefixtures('compiled_once', 'built_once', 'logging_as_before'),
 ]
 
 STEPS = 9

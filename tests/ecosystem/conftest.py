@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from gnlorp_jax import optim
-from gnlorp_jax.optim import methods
 
 LOW_RANK = {'rank': 3, 'update_proj_gap': 2}
 # Beside the defaults; bases are refitted within three steps.
@@ -55,9 +54,3 @@ def stacked(params):
   """Gradients of three steps, stacked."""
   grads = [_random(SHAPES, 1 + step) for step in range(3)]
   return jax.tree.map(lambda *steps: np.stack(steps), *grads)
-
-
-def pytest_generate_tests(metafunc):
-  """Every test that asks for an `alias` is run for all of them."""
-  if 'alias' in metafunc.fixturenames:
-    metafunc.parametrize('alias', methods.names())

@@ -106,6 +106,17 @@ variant_on_mesh = variants_but(
   'ldadam',
   'vlorp',
 )
+# What they compute is part of what a variant with more options does: adamw is
+# in all, galore in gradnormlorp, gradnormlorp in that of 4 bits, vlorp in
+# projfactor, and apollo_mini is apollo with one factor for a matrix.
+PARTS_OF_OTHERS = (
+  'adamw',
+  'apollo_mini',
+  'galore',
+  'galore, long',
+  'gradnormlorp',
+  'vlorp',
+)
 # Aliases with a link of their own that takes the numbers; in the others the
 # links of these take them, so that it is enough to trace them.
 INJECTED = (
@@ -475,6 +486,8 @@ def test_x64_changes_neither_types_nor_numbers(name):
     lowered = first_step.lower(PARAMS, GRADS[0])
     # No array on the way either; numbers of Python pass for float64.
     assert 'xf64>' not in lowered.as_text()
+    if name in PARTS_OF_OTHERS:
+      return
     result = on_host(lowered.compile()(PARAMS, GRADS[0]))
   assert types(result) == types((PARAMS, state))
   assert_same_training(result, trained(name, 1), name)
@@ -494,7 +507,10 @@ def restored(tmp_path_factory):
 
   Among them are records of every kind: codes, seeds, and columns of the DCT.
   """
-  saved = on_device({name: trained(name, STEPS // 2) for name in VARIANTS})
+  # Put where they will be restored to: one program sums them up both times.
+  saved = jax.device_put(
+    {name: trained(name, STEPS // 2) for name in VARIANTS}, jax.devices()[0]
+  )
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
   )

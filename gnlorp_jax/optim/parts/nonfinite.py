@@ -1,5 +1,6 @@
 """Steps over gradients that are not finite, and counts them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,9 @@ def skip_nonfinite(
     finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)]
     all_finite = jnp.all(jnp.array(finite))
 
+    # Jitted so that both branches share one trace, which takes most of the time
+    # before XLA; inlined, the program is the same.
+    @functools.partial(jax.jit, inline=True)
     def step() -> tuple[optax.Updates, optax.OptState]:
       return inner.update(updates, state.inner_state, params, **extra_args)
 
