@@ -8,7 +8,7 @@ an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
 
 Of LLaMA-7B, `weights` plans training, `adapters` adapters on frozen weights, 4
 sequences of 1024 tokens, and `drawn layers` some layers at a time beside other
-methods, rank 128, 16 sequences of 512 tokens; `today` plans the training of
+methods, rank 128, 16 sequences of 512 tokens, four at a time; `today` plans the training of
 newer models. The table is in GiB; what no other column has is in `temporaries`.
 """
 
@@ -41,7 +41,8 @@ ADAPTER = (
 LORA = f'{ADAPTER} lora --optim.name adamw'
 DRAWN = (
   '--config configs/llama_7b.py --step.mode layerwise --batch-size 16 '
-  '--data.seq-len 512 --loss-chunk-tokens 1024 --optim.rank 128'
+  '--data.seq-len 512 --loss-chunk-tokens 1024 --optim.rank 128 '
+  '--micro-batches 4 --optim.clip-global-norm None'
 )
 ADAMW = f'{DRAWN} --optim.name adamw'
 TODAY = {
