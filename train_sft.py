@@ -46,7 +46,8 @@ def main(args: list[str] | None = None) -> None:
 def fine_tune(config: SftConfig) -> None:
   """One run, or a search over learning rates and seeds."""
   if config.dry_run:
-    rows = program.report(recipe.plan_anywhere(config).program)
+    planned = recipe.plan(config.on_one_device(), 1)
+    rows = program.report(planned.program)
     sys.stdout.write(format_report(rows) + '\n')
     return
   if config.preview:

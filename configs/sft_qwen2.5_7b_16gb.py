@@ -1,7 +1,7 @@
 """Qwen 2.5 7B learns instructions by LoRA on one GPU of 16 GB.
 
 Command:
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 \
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.96 \
   python train_sft.py --config configs/sft_qwen2.5_7b_16gb.py --data CHATS.jsonl
 
 What it takes:

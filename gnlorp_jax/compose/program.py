@@ -129,6 +129,22 @@ class Program(NamedTuple):
     )
 
 
+def check_one_process(script: str) -> None:
+  """Checks that a script has all devices of a run in its own process.
+
+  Args:
+    script: Its file's name, for the error.
+
+  Raises:
+    ValueError: If it is one of several processes that JAX has joined.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'This is one of {jax.process_count()} processes: {script} runs in one, '
+      'with all its devices.'
+    )
+
+
 def make_mesh(
   config: MeshConfig,
   batch_size: int,

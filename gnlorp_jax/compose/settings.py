@@ -17,7 +17,7 @@ A field without it is fixed.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
@@ -463,6 +463,15 @@ class RunConfig:
   def is_single(self) -> bool:
     """Whether one learning rate and one seed are asked for."""
     return self.learning_rates is None and len(self.seed_numbers) == 1
+
+  def on_one_device(self) -> Self:
+    """The settings of the same run on one device, as a report needs them.
+
+    What it says of every parameter is the same on any number of devices, which
+    need not be there: plan these settings for the number 1.
+    """
+    mesh = dataclasses.replace(self.mesh, data=1, fsdp=1)
+    return dataclasses.replace(self, mesh=mesh)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """GPUs as XLA's compiler sees them, so that none need be there to compile for.
 
 The figures are those of the maker's architecture papers and data sheets (NVIDIA
-Ada, A100, H100 and H200), and ``memory`` is what CUDA reports as the card's
-total, which is less than the number on the box.
+Ampere, Ada, A100, H100 and H200), and ``memory`` is what CUDA reports as the
+card's total, which is less than the number on the box. Drivers differ in it: of
+an RTX 3060 under Linux users show 11.76 GiB, or with newer drivers 11.63, which
+is taken. Its L2 cache is the part of the chip's 3 MiB that CUDA reports.
 """
 
 import difflib
@@ -70,6 +72,18 @@ ACCELERATORS = {
     l2_cache=32 * 2**20,
     bandwidth=288_000_000_000,
     clock_ghz=2.535,
+  ),
+  'rtx3060': Accelerator(
+    description='NVIDIA GeForce RTX 3060, 12 GB',
+    memory=int(11.63 * _GIB),
+    compute_capability=(8, 6),
+    cores=28,
+    fpus_per_core=128,
+    threads_per_core=1536,
+    shared_memory_per_core=100 * 1024,
+    l2_cache=2304 * 1024,
+    bandwidth=360_000_000_000,
+    clock_ghz=1.777,
   ),
   'a100': Accelerator(
     description='NVIDIA A100 SXM, 80 GB',

@@ -30,7 +30,8 @@ class Target:
   """The GPUs to plan for; goes before a recipe's configuration."""
 
   device: str = free('h100')
-  """The GPU: rtx4090, rtx4060ti (16 GB), a100 (80 GB), h100 or h200."""
+  """The GPU: rtx4090, rtx4060ti (16 GB), rtx3060 (12 GB), a100 (80 GB), h100 or
+  h200."""
   devices: int = free(1)
   """Number of these GPUs, in one machine."""
   json: str | None = free(None)

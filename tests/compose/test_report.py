@@ -167,7 +167,7 @@ def test_memory_of_8_bits_is_that_of_a_count_by_hand(clip):
 
 def test_report_of_8_bits_counts_the_state_of_the_run():
   config = settings(model=WIDE | {'param_dtype': 'bfloat16'}, step=EIGHT)
-  rows = program.report(recipe.plan_anywhere(config).program)
+  rows = program.report(recipe.plan(config.on_one_device(), 1).program)
   entries = PROJECTED_8 + NORMS_8 + OUTSIDE_8
   assert sum(np.prod(row.shape) for row in rows) == entries
   state = program_of(config).abstract_state.opt_state

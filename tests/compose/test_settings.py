@@ -183,6 +183,13 @@ def test_kernels_in_8_bits_are_no_matter_of_the_mode_alone():
   assert StepConfig(weight_bits=8).weight_bits == 8
 
 
+def test_a_run_on_one_device_differs_in_its_devices_alone():
+  run = RunConfig(steps=3, mesh=MeshConfig(data=64, fsdp=8))
+  assert run.on_one_device() == RunConfig(
+    steps=3, mesh=MeshConfig(data=1, fsdp=1)
+  )
+
+
 def test_seeds_and_rates_are_numbers_each_once():
   config = RunConfig(seeds='2, 0,2', learning_rates='1e-4,3e-4,0.0001')
   assert config.seed_numbers == (2, 0)

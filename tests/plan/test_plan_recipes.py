@@ -1,7 +1,9 @@
 """Runs of every recipe, from the command line to what a step is given."""
 
+import ast
 import math
 import pathlib
+import re
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from gnlorp_jax import models, plan, recipes
 from gnlorp_jax.models import roberta
 from gnlorp_jax.plan.__main__ import main, parse
+from gnlorp_jax.plan.accelerators import ACCELERATORS
 from gnlorp_jax.plan.settings import RECIPES
 
 TINY = ['glue', '--init-from', 'tiny', '--device', 'rtx4090']
@@ -139,3 +142,24 @@ def test_adapters_of_a_chat_model_by_hand():
   assert found['frozen_weights'] == 4 * models.family(config).num_params(config)
   # Inputs, documents, targets and weights.
   assert found['batch'] == 2 * 64 * 4 * 4
+
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+
+
+@pytest.mark.parametrize(
+  'path', sorted(CONFIGS.glob('sft_*gb.py')), ids=lambda path: path.stem
+)
+def test_configurations_for_a_card_say_what_may_be_used_of_it(path):
+  """As far as it is known without compiling them."""
+  head = ast.get_docstring(ast.parse(path.read_text()))
+  command = re.search(r'gnlorp_jax\.plan (sft (?:.*\\\n)*.*)', head)[1]
+  run = parse(command.replace('\\\n', '').split())
+  gpu = ACCELERATORS[run.device]
+  size = re.search(r', (\d+) GB$', gpu.description)[1]
+  assert path.stem.endswith(f'_{size}gb')
+  assert f'XLA_PYTHON_CLIENT_MEM_FRACTION={gpu.fraction:.2f} ' in head
+  found = re.search(r'([\d.]+) GiB of the ([\d.]+)\s', head)
+  planned, usable = map(float, found.groups())
+  assert usable == round(gpu.usable / 2**30, 1)
+  assert plan.lower_bound(run).peak / 2**30 < planned < usable

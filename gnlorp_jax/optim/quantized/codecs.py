@@ -266,12 +266,14 @@ def _encode_nf4(x: jax.Array) -> jax.Array:
 
 def _decode_nf4(codes: jax.Array) -> jax.Array:
   """Elements of codes, float32: selected bit by bit, for which see above."""
-  values: list[Any] = list(_NF4)
+  # As words: a number to select would become an array of as many, and JAX moves
+  # such constants out of a loop over layers, where they stay for all of it.
+  values: list[Any] = list(_NF4.view(np.uint32))
   for bit in range(4):
-    is_set = (codes >> bit) & 1 == 1
+    mask = -((codes >> bit) & 1).astype(jnp.uint32)
     pairs = zip(values[::2], values[1::2], strict=True)
-    values = [jnp.where(is_set, odd, even) for even, odd in pairs]
-  return values[0]
+    values = [even ^ (mask & (even ^ odd)) for even, odd in pairs]
+  return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def encode(x: jax.Array, codec: Codec) -> jax.Array:

@@ -68,6 +68,7 @@ def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
     ValueError: If the settings of any task and method do not fit each other or
       the devices.
   """
+  program.check_one_process('train_glue.py')
   architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in found:
     for method in config.method_names:

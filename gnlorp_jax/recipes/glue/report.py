@@ -1,7 +1,5 @@
 """What every method would do with every parameter."""
 
-import dataclasses
-
 from gnlorp_jax.compose import program
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.optim import format_report
@@ -22,9 +20,7 @@ def dry_run(config: GlueConfig) -> str:
     ValueError: As `tasks.find_tasks` and `recipe.plan`.
   """
   parts = []
-  # What it reports is the same on any number of devices.
-  mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
-  config = dataclasses.replace(config, mesh=mesh)
+  config = config.on_one_device()
   architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in tasks.find_tasks(config):
     for method in config.method_names:

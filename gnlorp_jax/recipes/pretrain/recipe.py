@@ -109,13 +109,6 @@ def plan(
   return Planned(config, built, data.abstract_batch(config, mesh))
 
 
-def plan_anywhere(config: TrainConfig) -> Planned:
-  """`plan` for one device that need not be there: enough for a report."""
-  # What it reports is the same on any number of devices.
-  mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
-  return plan(dataclasses.replace(config, mesh=mesh), 1)
-
-
 def prepare(config: TrainConfig) -> Prepared:
   """Builds what all runs of a command share; cheap checks come first.
 
@@ -129,11 +122,7 @@ def prepare(config: TrainConfig) -> Prepared:
     ValueError: If parts of the configuration do not fit each other, the data
       or the devices.
   """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'This is one of {jax.process_count()} processes: train_lm.py runs in '
-      'one, with all its devices.'
-    )
+  program.check_one_process('train_lm.py')
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   for task in asked:

@@ -129,13 +129,6 @@ def _build(
   )
 
 
-def plan_anywhere(config: SftConfig) -> Planned:
-  """`plan` for one device that need not be there: enough for a report."""
-  # What it reports is the same on any number of devices.
-  mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
-  return plan(dataclasses.replace(config, mesh=mesh), 1)
-
-
 def prepare(config: SftConfig) -> Prepared:
   """Builds what all runs of a command share; cheap checks come first.
 
@@ -149,11 +142,7 @@ def prepare(config: SftConfig) -> Prepared:
     ValueError: If parts of the settings do not fit each other, the examples or
       the devices.
   """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'This is one of {jax.process_count()} processes: train_sft.py runs in '
-      'one, with all its devices.'
-    )
+  program.check_one_process('train_sft.py')
   tasks = language_model.read_tasks(config.eval)
   config = resolve(config)
   for task in tasks:

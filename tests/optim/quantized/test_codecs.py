@@ -219,6 +219,26 @@ def test_nf4_is_that_of_bitsandbytes(kind):
   np.testing.assert_array_equal(again.scale, q.scale)
 
 
+@pytest.mark.parametrize('name', ['affine8', 'nf4'])
+def test_decoding_in_a_loop_over_layers_keeps_nothing_of_a_kernels_size(name):
+  """JAX moves constants out of such a loop; of NF4 they were 16 kernels."""
+  size = 256
+  kernels = quantize(normal((6, size, size)), CODECS[name])
+
+  @jax.checkpoint
+  def block(x, layer):
+    kernel, change = layer
+    return jnp.tanh(x @ (arrays.dequantize(kernel) + change)), None
+
+  def loss(changes, x):
+    return jnp.sum(jax.lax.scan(block, x, (kernels, changes))[0])
+
+  step = jax.jit(jax.grad(loss))
+  changes, x = jnp.zeros((6, size, 1)), jnp.ones((2, size))
+  stats = step.lower(changes, x).compile().memory_analysis()
+  assert stats.temp_size_in_bytes < 3 * 4 * size**2
+
+
 def test_four_bit_second_moments_have_no_zero():
   x = np.abs(normal((4, 128))) ** 8 + 1e-30
   restored = dequantize(quantize(x, linear(4)))

@@ -100,13 +100,18 @@ def test_default_rank_is_no_option_without_effect(settings, texts, caplog):
   assert caplog.messages == texts
 
 
-def test_plan_anywhere_needs_no_devices():
+def test_plan_for_one_device_needs_none():
   mesh = dataclasses.replace(CONFIG.mesh, data=64, fsdp=8)
-  planned = recipe.plan_anywhere(
-    dataclasses.replace(CONFIG, mesh=mesh, batch_size=512)
-  )
+  config = dataclasses.replace(CONFIG, mesh=mesh, batch_size=512)
+  planned = recipe.plan(config.on_one_device(), 1)
   assert planned.abstract_batch['inputs'].shape == (512, 8)
   assert planned.program.mesh.size == 1
+
+
+def test_one_of_several_processes_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match=r'train_lm\.py runs in one, with all'):
+    recipe.prepare(CONFIG)
 
 
 # What a checkpoint must agree with.

@@ -175,7 +175,7 @@ def test_micro_batches_and_devices_change_nothing(prepared):
 
 def test_the_demo_has_a_model_of_its_own():
   config = SftConfig(mesh=MeshConfig(data=1))
-  planned = recipe.plan_anywhere(config)
+  planned = recipe.plan(config.on_one_device(), 1)
   assert planned.config.model.vocab_size == 260
   assert planned.abstract_batch['segments'].shape == (16, 128)
 
@@ -187,6 +187,12 @@ def test_examples_that_may_be_too_long_for_the_model_are_refused(config):
   assert str(error.value) == (
     'data.max_length=999 is more than the model accepts: 128 tokens. Lower it.'
   )
+
+
+def test_one_of_several_processes_is_refused(config, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match=r'train_sft\.py runs in one, with all'):
+    recipe.prepare(config)
 
 
 def test_a_preset_has_no_tokenizer(config):
