@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import adaptation, optimizer, parameters
+from gnlorp_jax.compose import adaptation, optimizer, parameters, restarts
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   MeshConfig,
@@ -23,6 +23,7 @@ from gnlorp_jax.training.hardware import PEAK_FLOPS
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
 from gnlorp_jax.training.parameters import Parameters
+from gnlorp_jax.training.restarts import Restarts, with_restarts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -39,10 +40,13 @@ class Program(NamedTuple):
     adapter: The configuration of the adapters among them, if there are any.
     tx: The optimizer of what trains.
     rules: The label rules it was built with.
+    restarts: When adapters restart, if they do. Then the state holds all
+      weights, and there are none beside it.
     abstract_state: Shapes and shardings of the training state.
-    init_optimizer: Compiled: (trained, numbers) -> the optimizer's state.
+    init_optimizer: Compiled: (params, numbers) -> the optimizer's state; the
+      params are those of the state, also below.
     train_step: Compiled: (state, batch, frozen) -> (state, metrics).
-    eval_step: Compiled: (trained, batch, frozen) -> `Objective.evaluate`.
+    eval_step: Compiled: (params, batch, frozen) -> `Objective.evaluate`.
     stats: Compiled: the optimizer's state -> scalars by name.
   """
 
@@ -53,6 +57,7 @@ class Program(NamedTuple):
   adapter: adapters.AdapterConfig | None
   tx: optax.GradientTransformation
   rules: optimizer.LabelRules
+  restarts: Restarts | None
   abstract_state: state.TrainState
   init_optimizer: Callable[[Any, dict[str, jax.Array]], Any]
   train_step: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]
@@ -68,15 +73,15 @@ class Program(NamedTuple):
       key: Draws the weights that are not read from a folder.
       numbers: What decides the learning rates, from `optimizer.numbers`.
     """
-    trained, frozen = self.parameters.start(key)
-    opt_state = self.init_optimizer(trained, numbers)
+    params, frozen = self.parameters.start(key)
+    opt_state = self.init_optimizer(params, numbers)
     zero, skipped = (
       jax.device_put(
         jnp.zeros((), jnp.int32), self.abstract_state.step.sharding
       )
       for _ in range(2)
     )
-    return state.TrainState(zero, skipped, trained, opt_state), frozen
+    return state.TrainState(zero, skipped, params, opt_state), frozen
 
   def renew(
     self, state: state.TrainState, numbers: dict[str, jax.Array]
@@ -190,6 +195,10 @@ def build(
   adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
+  restarts.check(adapter, step_config, steps)
+  beside_adapters += restarts.others(
+    make, architecture, adapter, adapter_config
+  )
   held, rules = parameters.plan(
     make,
     architecture,
@@ -201,34 +210,28 @@ def build(
       model_rules,
       adapted=adapter_config is not None,
       only_factors=adapter.kind == 'lora' and not beside_adapters,
+      restarts=adapter.restart_every is not None,
     ),
     beside_adapters=beside_adapters,
     read=read,
     adapter_from=adapter.init_from,
     seed=seed,
   )
-  model = make(architecture)
-  if adapter_config is not None:
-    model = adapters.adapt(adapter_config, model)
-  if step_config.weight_bits is not None:
-    policy = None if architecture.remat else layers.keep_marked
-    model = forward.on_stored(model, held.decode, policy)
+  model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
   tx = optimizer.make(optim_config, steps, rules)
-  abstract = state.abstract(
-    lambda key: _zeros(held.trained),
-    optax.GradientTransformation(
-      lambda trained: tx.init(held.decode_exact(trained)), tx.update
-    ),
-    jax.random.key(0),
-    mesh,
-  )
   train_step = _make_train_step(
     objective, tx, held, mesh, optim_config, step_config, micro_batches
   )
+  restarting = restarts.plan(
+    adapter, adapter_config, held, tx, optim_config, steps, seed
+  )
+  init, abstract = _start_of(held, restarting, tx, mesh)
+  if restarting is not None:
+    train_step, held = with_restarts(train_step, restarting), restarting.held
 
-  def init_optimizer(trained: Any, numbers: dict[str, jax.Array]) -> Any:
-    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
+  def init_optimizer(params: Any, numbers: dict[str, jax.Array]) -> Any:
+    return optimizer.start(init(params), numbers)
 
   def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
     return objective.evaluate(held.join(trained, frozen), batch)
@@ -241,6 +244,7 @@ def build(
     adapter=adapter_config,
     tx=tx,
     rules=rules,
+    restarts=restarting,
     abstract_state=abstract,
     init_optimizer=jax.jit(
       init_optimizer, out_shardings=state.shardings(abstract.opt_state)
@@ -248,6 +252,44 @@ def build(
     train_step=step.jit_train_step(train_step, abstract, mesh, held.frozen),
     eval_step=step.jit_eval_step(evaluate, abstract.params, mesh, held.frozen),
     stats=jax.jit(subspace_stats),
+  )
+
+
+def _make_model(
+  make: Callable[[Any], Model],
+  architecture: models.Config,
+  adapter_config: adapters.AdapterConfig | None,
+  step_config: StepConfig,
+  held: Parameters,
+) -> Model:
+  """The model on parameters as they are stored, adapters among them."""
+  model = make(architecture)
+  if adapter_config is not None:
+    model = adapters.adapt(adapter_config, model)
+  if step_config.weight_bits is not None:
+    policy = None if architecture.remat else layers.keep_marked
+    model = forward.on_stored(model, held.decode, policy)
+  return model
+
+
+def _start_of(
+  held: Parameters,
+  restarting: Restarts | None,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+) -> tuple[Callable[[Any], Any], state.TrainState]:
+  """How the optimizer's state begins, and the shapes of the whole state."""
+  params = held.trained if restarting is None else restarting.params
+
+  def init(params: Any) -> Any:
+    trained = params if restarting is None else restarting.split(params)[0]
+    return tx.init(held.decode_exact(trained))
+
+  return init, state.abstract(
+    lambda key: _zeros(params),
+    optax.GradientTransformation(init, tx.update),
+    jax.random.key(0),
+    mesh,
   )
 
 
@@ -316,7 +358,11 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   held = program.parameters
   exact = jax.eval_shape(held.decode_exact, held.trained)
   rows = optim.report(exact, program.tx, program.rules)
-  frozen = jax.eval_shape(held.decode_exact, held.frozen)
+  restarting = program.restarts
+  frozen = jax.eval_shape(
+    held.decode_exact,
+    held.frozen if restarting is None else restarting.parameters.frozen,
+  )
   return rows + [
     optim.inspect.ReportRow(
       name=path_name(path),

@@ -39,7 +39,7 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   ours = {
     'parameters': tree_bytes(abstract.params)
     + tree_bytes(program.parameters.frozen),
-    'gradients': tree_bytes(abstract.params)
+    'gradients': tree_bytes(program.parameters.trained)
     if step.mode == 'whole'
     else _layerwise_gradients(program, step, optim),
     **state_bytes(abstract.opt_state),
@@ -61,8 +61,11 @@ def _layerwise_gradients(
   program: Program, step: StepConfig, optim: OptimConfig
 ) -> int:
   """Bytes of the gradients that a step holds at once, layer by layer."""
-  abstract = program.abstract_state
-  params = jax.eval_shape(program.parameters.decode, abstract.params)
+  opt_state, trained = (
+    program.abstract_state.opt_state,
+    program.parameters.trained,
+  )
+  params = jax.eval_shape(program.parameters.decode, trained)
   layers = tree_bytes(params['layers'])
   outside = tree_bytes(params) - layers
   one = layers // program.model.config.num_layers
@@ -73,7 +76,7 @@ def _layerwise_gradients(
     return outside + one
   projected = jax.eval_shape(
     lambda params, opt: program.tx.project(params, opt, params)[0],
-    *(params, abstract.opt_state),
+    *(params, opt_state),
   )
   if step.accumulate == 'projected':  # They are added up.
     return one + 4 * sum(leaf.size for leaf in jax.tree.leaves(projected))
