@@ -5,6 +5,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -13,12 +14,18 @@ from gnlorp_jax import optim
 from gnlorp_jax.compose import optimizer, program
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
+  MeshConfig,
   OptimConfig,
   StepConfig,
 )
 from gnlorp_jax.models import hf, llama
+from gnlorp_jax.recipes.glue import recipe as glue_recipe
+from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
+from gnlorp_jax.recipes.sft import recipe as sft_recipe
+from gnlorp_jax.recipes.sft.settings import SftConfig
+from gnlorp_jax.training import state as state_lib
 from gnlorp_jax.training.checkpoint import Checkpointer
 from gnlorp_jax.training.restarts import with_restarts
 
@@ -139,14 +146,17 @@ def test_all_that_trains_moves_and_kernels_move_at_restarts():
   assert not np.any(params[2][b]) and np.any(params[3][b])
 
 
-def restarted(found, state):
+def restarted(found, state, shardings=None):
   """A state after an update that changes nothing, and the restart due then."""
 
   def nothing(state, batch, frozen):
     return state._replace(step=state.step + 1), {}
 
-  take = jax.jit(with_restarts(nothing, found.program.restarts))
-  return take(state._replace(step=state.step * 0 + 1), {})[0]
+  take = jax.jit(
+    lambda state: with_restarts(nothing, found.program.restarts)(state, {})[0],
+    out_shardings=shardings,
+  )
+  return take(state._replace(step=jnp.ones_like(state.step)))
 
 
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
@@ -236,6 +246,68 @@ def test_others_stay_where_asked_to():
     'layers/attn/q_proj/kernel',
     'layers/mlp/down_proj/kernel',
   }
+
+
+def test_devices_that_share_the_weights_restart_them_alike():
+  model = dataclasses.replace(TINY.model, hidden_size=96)
+  found = []
+  for count in (1, 2):
+    mesh = MeshConfig(data=1, fsdp=count)
+    config = dataclasses.replace(TINY, model=model, mesh=mesh)
+    built = recipe.plan(config, jax.devices()[:count])
+    state, _ = start(built)
+    shardings = state_lib.shardings(state)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+      lambda x, s, rng=rng: jax.device_put(
+        np.asarray(x) + rng.normal(size=x.shape).astype(np.float32), s
+      ),
+      state.params,
+      shardings.params,
+    )
+    found.append(restarted(built, state._replace(params=params), shardings))
+  name = 'layers/attn/q_proj/kernel'
+  kernel = flat(found[1].params)[name]
+  assert not kernel.sharding.is_fully_replicated
+  assert np.any(np.asarray(kernel) != np.asarray(flat(params)[name]))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *found
+  )
+
+
+def sft_plan(**options):
+  config = SftConfig(
+    method='lora',
+    steps=9,
+    optim=dataclasses.replace(SftConfig().optim, schedule='jagged'),
+    adapter=AdapterOptions(restart_every=4),
+    **options,
+  )
+  return sft_recipe.plan(config, 1)
+
+
+def glue_plan():
+  config = GlueConfig(
+    method='lora',
+    optim=dataclasses.replace(GlueConfig().optim, schedule='jagged'),
+    adapter=AdapterOptions(restart_every=4),
+  )
+  return glue_recipe.plan(config, 1)
+
+
+@pytest.mark.parametrize('plan', [sft_plan, glue_plan])
+def test_every_recipe_restarts(plan):
+  found = plan()
+  built = found.program
+  assert found.config.optim.cycle == built.restarts.every == 4
+  assert built.parameters.frozen == {}
+  base = flat(built.restarts.parameters.frozen)
+  assert base and all(name.endswith('/kernel') for name in base)
+  state, metrics = jax.eval_shape(
+    built.train_step, built.abstract_state, found.abstract_batch, {}
+  )
+  assert jax.tree.structure(state) == jax.tree.structure(built.abstract_state)
+  assert metrics['restarts'].dtype == np.int32
 
 
 # What is refused, and what is warned of.
