@@ -128,6 +128,16 @@ SCENES = {
     ],
     None,
   ),
+  'language model, adapters that restart': Scene(
+    'train_lm',
+    [
+      *LM.split(),
+      *('--optim.name', 'adamw', '--optim.schedule', 'jagged'),
+      *('--adapter.kind', 'lora', '--adapter.restart-every', '3'),
+      *('--adapter.rules', '(q|down)_proj/kernel'),
+    ],
+    None,
+  ),
   'conversations, LoRA with dropout on an 8-bit base of a folder': Scene(
     'train_sft',
     [*SFT.split(), '--model', 'FOLDER'],

@@ -8,9 +8,9 @@ an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
 
 Of LLaMA-7B, `weights` plans training, `adapters` adapters on frozen weights, 4
 sequences of 1024 tokens, and `drawn layers` some layers at a time beside other
-methods, rank 128, 16 sequences of 512 tokens in four micro-batches; `today` plans
-the training of newer models. The table is in GiB; what no other column has is in
-`temporaries`.
+methods, rank 128, 16 sequences of 512 tokens in four micro-batches. `today`
+plans the training of newer models. The table is in GiB; what no other column
+has is in `temporaries`.
 """
 
 import contextlib

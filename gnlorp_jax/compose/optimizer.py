@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import optim
-from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
 from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.hyperparams import inject_hyperparams
 
@@ -35,6 +35,8 @@ _NOT_ARGUMENTS = {
   'schedule',
   'warmup_fraction',
   'final_fraction',
+  'cycle',
+  'restart_warmup_fraction',
   'solver',
   'stochastic_rounding',
   'decay_norms_and_biases',
@@ -64,6 +66,7 @@ def label_rules(
   *,
   adapted: bool,
   only_factors: bool = False,
+  restarts: bool = False,
 ) -> LabelRules:
   """Which parameters are trained how: the configuration's rules, or defaults.
 
@@ -73,17 +76,19 @@ def label_rules(
     adapted: Whether adapters train in place of the model's kernels.
     only_factors: Whether nothing but their factors trains: no magnitude, and
       no head beside them.
+    restarts: Whether adapters restart.
 
   Returns:
     Pairs (regex, label), each of which some parameter needs. An optimizer with
-    subspaces projects the factors of adapters; one without treats all that
-    trains alike.
+    subspaces projects the factors of adapters, but not of those that restart: a
+    subspace is one of the factors before. One without treats all that trains
+    alike.
   """
   if config.param_labels is not None:
     return config.param_labels
   if not adapted:
     return model_rules
-  if not has_subspaces(config):
+  if restarts or not has_subspaces(config):
     return _ALL_FULL
   return _FACTORS_LOW_RANK + (() if only_factors else _ALL_FULL)
 
@@ -101,6 +106,34 @@ def for_adapters(config: OptimConfig) -> OptimConfig:
     return config
   sides = get_args(_parameters(config)['side'].annotation)
   return dataclasses.replace(config, side='both' if 'both' in sides else None)
+
+
+def in_cycles(config: OptimConfig, adapter: AdapterOptions) -> OptimConfig:
+  """The optimizer with the cycle of its jagged schedule: that of the restarts.
+
+  Raises:
+    ValueError: If there is no cycle, or another one.
+  """
+  every = adapter.restart_every
+  if config.schedule != 'jagged':
+    if config.cycle is not None:
+      raise ValueError(
+        f"optim.cycle={config.cycle} is of optim.schedule='jagged', got "
+        f'{config.schedule!r}. Leave it out.'
+      )
+    return config
+  if config.cycle is None and every is None:
+    raise ValueError(
+      "optim.schedule='jagged' rises again in every cycle, and there is none. "
+      'Give adapter.restart_every, or optim.cycle.'
+    )
+  if None not in (config.cycle, every) and config.cycle != every:
+    raise ValueError(
+      f'optim.cycle={config.cycle} is not adapter.restart_every={every}: the '
+      'learning rate must rise again when adapters restart. Leave out '
+      'optim.cycle.'
+    )
+  return dataclasses.replace(config, cycle=config.cycle or every)
 
 
 def make(
@@ -122,6 +155,7 @@ def make(
   Raises:
     ValueError: If an option is not allowed.
   """
+  _check_cycle(config, steps)
   build = _builder(config, rules)
 
   def make_one(**numbers: Any) -> optax.GradientTransformation:
@@ -181,7 +215,7 @@ def rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
 
 def depends_on_steps(config: OptimConfig) -> bool:
   """Whether the number of steps is a constant of the compiled program."""
-  return config.schedule == 'cosine'
+  return config.schedule != 'linear'
 
 
 def without_rates(config: OptimConfig) -> OptimConfig:
@@ -283,12 +317,29 @@ def _rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
   """A function of a count and the numbers of `_numbers`."""
   if config.schedule == 'linear':
     return functools.partial(linear_rate, final=config.final_fraction)
+  shape = {
+    'warmup': _warmup_steps(config, steps),
+    'steps': steps,
+    'final': config.final_fraction,
+  }
+  if config.schedule == 'cosine':
+    return functools.partial(cosine_rate, **shape)
+  rewarm = max(round(config.restart_warmup_fraction * config.cycle), 1)
   return functools.partial(
-    cosine_rate,
-    warmup=_warmup_steps(config, steps),
-    steps=steps,
-    final=config.final_fraction,
+    jagged_rate, **shape, cycle=config.cycle, rewarm=rewarm
   )
+
+
+def _check_cycle(config: OptimConfig, steps: int) -> None:
+  """Raises ValueError if the first warm-up is longer than a cycle."""
+  warmup = _warmup_steps(config, steps)
+  if config.schedule == 'jagged' and warmup > config.cycle:
+    raise ValueError(
+      f'optim.warmup_fraction={config.warmup_fraction:g} of {steps} steps are '
+      f'{warmup}, more than a cycle (adapter.restart_every or optim.cycle) of '
+      f'{config.cycle}: the learning rate would restart before it reached its '
+      'peak. Lower the former or raise the latter.'
+    )
 
 
 def _numbers(config: OptimConfig, steps: int, peak: float) -> dict[str, float]:
@@ -333,6 +384,61 @@ def cosine_rate(
   progress = jnp.clip(count, 0, rise_steps) / rise_steps
   rise = climb * (1 - progress) + peak
   return jnp.where(count < warmup, rise, peak * fall(count - warmup))
+
+
+def jagged_rate(
+  count: jax.Array | int,
+  peak: jax.Array | float,
+  climb: jax.Array | float,
+  *,
+  warmup: int,
+  steps: int,
+  final: float,
+  cycle: int,
+  rewarm: int,
+) -> jax.Array:
+  """`cosine_rate` that rises again from near 0 at the start of every cycle.
+
+  With b the cosine, C the cycle and w the steps of the rise, update ``k C + j``
+  has ``(j + 1) / w * b(k C + w)`` where ``j < w`` and ``k > 0``, and b
+  otherwise.
+
+  Args:
+    count: Steps taken before this one.
+    peak: As of `cosine_rate`, as are climb, warmup, steps and final.
+    climb: See there.
+    warmup: See there; at most a cycle.
+    steps: See there.
+    final: See there.
+    cycle: Steps of a cycle.
+    rewarm: Steps of the rise in all cycles but the first, at least 1.
+
+  Returns:
+    The learning rate, a float32 scalar.
+
+  References:
+    Lialin et al., `ReLoRA`, 2023, arXiv:2307.05695, section 3.
+
+  Note:
+    The public code has ``j / w`` there: its first update of a cycle, like that
+    of the run, has a learning rate of 0 and changes nothing. Here rises are one
+    step ahead, and the cosine ends at the last update, not behind it, as in
+    `cosine_rate`. An offset of the cycles (its ``adjust_step``), for runs that
+    go on from a full-rank one with its count of steps, is left out: such a run
+    counts from 0 here.
+  """
+  base = functools.partial(
+    cosine_rate,
+    peak=peak,
+    climb=climb,
+    warmup=warmup,
+    steps=steps,
+    final=final,
+  )
+  place = count % cycle
+  rise = (place + 1) / rewarm * base(count - place + rewarm)
+  rises = (count >= cycle) & (place < rewarm)
+  return jnp.where(rises, rise, base(count))
 
 
 def linear_rate(

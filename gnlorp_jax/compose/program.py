@@ -1,6 +1,5 @@
 """What a run computes: its compiled steps, and how its state begins."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ from gnlorp_jax.compose import (
   layer_sampling,
   optimizer,
   parameters,
+  restarts,
+  stepping,
 )
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
@@ -25,13 +26,14 @@ from gnlorp_jax.compose.settings import (
 from gnlorp_jax.models import adapters, layers
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.optim.parts.plain import path_name
-from gnlorp_jax.training import forward, layerwise, sharding, state, step
+from gnlorp_jax.training import forward, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
 from gnlorp_jax.training.layer_sampling import LayerSampling, SampledState
 from gnlorp_jax.training.layer_sampling import metrics as sampling_metrics
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
 from gnlorp_jax.training.parameters import LAYERS, Parameters
+from gnlorp_jax.training.restarts import Restarts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -49,11 +51,13 @@ class Program(NamedTuple):
     tx: The optimizer of what trains.
     rules: The label rules it was built with.
     sampling: How layers are drawn; None trains all.
+    restarts: When adapters restart, if they do. Then the state holds all
+      weights, and there are none beside it.
     abstract_state: Shapes and shardings of the training state.
-    init_optimizer: Compiled: (trained, numbers, random key) -> the optimizer's
-      state.
+    init_optimizer: Compiled: (params, numbers, random key) -> the optimizer's
+      state; the params are those of the state, also below.
     train_step: Compiled: (state, batch, frozen) -> (state, metrics).
-    eval_step: Compiled: (trained, batch, frozen) -> `Objective.evaluate`.
+    eval_step: Compiled: (params, batch, frozen) -> `Objective.evaluate`.
     stats: Compiled: the optimizer's state -> scalars by name.
   """
 
@@ -65,6 +69,7 @@ class Program(NamedTuple):
   tx: optax.GradientTransformation
   rules: optimizer.LabelRules
   sampling: LayerSampling | None
+  restarts: Restarts | None
   abstract_state: state.TrainState
   init_optimizer: Callable[[Any, dict[str, jax.Array], jax.Array], Any]
   train_step: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]
@@ -80,15 +85,15 @@ class Program(NamedTuple):
       key: Draws the weights that are not read from a folder.
       numbers: What decides the learning rates, from `optimizer.numbers`.
     """
-    trained, frozen = self.parameters.start(key)
-    opt_state = self.init_optimizer(trained, numbers, key)
+    params, frozen = self.parameters.start(key)
+    opt_state = self.init_optimizer(params, numbers, key)
     zero, skipped = (
       jax.device_put(
         jnp.zeros((), jnp.int32), self.abstract_state.step.sharding
       )
       for _ in range(2)
     )
-    return state.TrainState(zero, skipped, trained, opt_state), frozen
+    return state.TrainState(zero, skipped, params, opt_state), frozen
 
   def renew(
     self, state: state.TrainState, numbers: dict[str, jax.Array]
@@ -221,11 +226,16 @@ def build(
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
   sampling = layer_sampling.resolve(sampling_options, architecture.num_layers)
+  restarts.check(adapter, step_config, steps, is_sampled=sampling is not None)
+  beside_adapters += restarts.others(
+    make, architecture, adapter, adapter_config
+  )
   rules = optimizer.label_rules(
     optim_config,
     model_rules,
     adapted=adapter_config is not None,
     only_factors=adapter.kind == 'lora' and not beside_adapters,
+    restarts=adapter.restart_every is not None,
   )
   if sampling is not None and adapter_config is None:
     rules = layer_sampling.label_rules(
@@ -244,42 +254,22 @@ def build(
     adapter_from=adapter.init_from,
     seed=seed,
   )
-  model = make(architecture)
-  if adapter_config is not None:
-    model = adapters.adapt(adapter_config, model)
-  if step_config.weight_bits is not None:
-    policy = None if architecture.remat else layers.keep_marked
-    model = forward.on_stored(model, held.decode, policy)
+  model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
-  outer_bits = 8 if sampling_options.always_on_state == 'int8' else None
-  if sampling is None:
-    tx = optimizer.make(optim_config, steps, rules)
-  else:
-    tx = optimizer.make_at_rate(optim_config, rules, outer_bits)
-
-  def init_optimizer(
-    trained: Any, numbers: dict[str, jax.Array], key: jax.Array
-  ) -> Any:
-    if sampling is not None:
-      return layerwise.init_sampled(tx, held, sampling, trained, numbers, key)
-    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
-
-  numbers = optimizer.numbers(
-    dataclasses.replace(optim_config, learning_rate=1.0), steps
+  tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
+  restarting = restarts.plan(
+    adapter, adapter_config, held, tx, optim_config, steps, seed
   )
-  abstract = state.abstract(
-    lambda key: _zeros(held.trained),
-    optax.GradientTransformation(
-      lambda trained: init_optimizer(trained, numbers, jax.random.key(0)),
-      tx.update,
-    ),
-    jax.random.key(0),
-    mesh,
-  )
-  train_step = _make_train_step(
+  made = stepping.make(
     *(objective, tx, held, mesh, optim_config, step_config),
-    *(micro_batches, sampling, steps),
+    micro_batches=micro_batches,
+    steps=steps,
+    sampling=sampling,
+    restarts=restarting,
   )
+  if restarting is not None:
+    held = restarting.held
+  abstract = made.abstract_state
 
   def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
     return objective.evaluate(held.join(trained, frozen), batch)
@@ -293,64 +283,34 @@ def build(
     tx=tx,
     rules=rules,
     sampling=sampling,
+    restarts=restarting,
     abstract_state=abstract,
     init_optimizer=jax.jit(
-      init_optimizer, out_shardings=state.shardings(abstract.opt_state)
+      made.init_optimizer, out_shardings=state.shardings(abstract.opt_state)
     ),
-    train_step=step.jit_train_step(train_step, abstract, mesh, held.frozen),
+    train_step=step.jit_train_step(
+      made.train_step, abstract, mesh, held.frozen
+    ),
     eval_step=step.jit_eval_step(evaluate, abstract.params, mesh, held.frozen),
     stats=jax.jit(subspace_stats),
   )
 
 
-def _make_train_step(
-  objective: Objective,
-  tx: optax.GradientTransformation,
-  held: Parameters,
-  mesh: Mesh,
-  optim_config: OptimConfig,
+def _make_model(
+  make: Callable[[Any], Model],
+  architecture: models.Config,
+  adapter_config: adapters.AdapterConfig | None,
   step_config: StepConfig,
-  micro_batches: int,
-  sampling: LayerSampling | None,
-  steps: int,
-) -> Callable[..., Any]:
-  """The training step of the configured mode."""
-  options = {
-    'num_micro_batches': micro_batches,
-    'clip_global_norm': optim_config.clip_global_norm,
-  }
-  # The rows of Adafactor are not independent. Split matrices are cut already.
-  row_blocks = (
-    optim_config.name != 'galore_adafactor' and mesh.shape['fsdp'] == 1
-  )
-  if sampling is not None:
-    return layerwise.make_sampled_step(
-      *(objective.pieces, tx, held, sampling),
-      optimizer.rate(optim_config, steps),
-      at_once=step_config.mode == 'layerwise',
-      offload=step_config.offload,
-      row_blocks=row_blocks,
-      **options,
-    )
-  if step_config.mode == 'whole':
-    return step.make_train_step(
-      lambda trained, batch, frozen: objective.loss(
-        held.join(trained, frozen), batch
-      ),
-      tx,
-      **options,
-    )
-  return layerwise.make_train_step(
-    objective.pieces,
-    tx,
-    held,
-    clipping=step_config.clipping,
-    accumulate=step_config.accumulate,
-    mesh=mesh,
-    offload=step_config.offload,
-    row_blocks=row_blocks,
-    **options,
-  )
+  held: Parameters,
+) -> Model:
+  """The model on parameters as they are stored, adapters among them."""
+  model = make(architecture)
+  if adapter_config is not None:
+    model = adapters.adapt(adapter_config, model)
+  if step_config.weight_bits is not None:
+    policy = None if architecture.remat else layers.keep_marked
+    model = forward.on_stored(model, held.decode, policy)
+  return model
 
 
 def _outer(model: Model) -> list[str]:
@@ -360,10 +320,6 @@ def _outer(model: Model) -> list[str]:
   return [
     path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer)
   ]
-
-
-def _zeros(shapes: Any) -> Any:
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
@@ -402,7 +358,11 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
       else row
       for row in optim.report(exact, program.tx, program.rules)
     ]
-  frozen = jax.eval_shape(held.decode_exact, held.frozen)
+  restarting = program.restarts
+  frozen = jax.eval_shape(
+    held.decode_exact,
+    held.frozen if restarting is None else restarting.parameters.frozen,
+  )
   return rows + [
     optim.inspect.ReportRow(
       name=path_name(path),

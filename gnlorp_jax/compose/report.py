@@ -58,10 +58,11 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
 
 def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
   """Bytes of the gradients that a step holds at once."""
-  abstract, sampling = program.abstract_state, program.sampling
+  sampling, trained = program.sampling, program.parameters.trained
+  opt_state = program.abstract_state.opt_state
   if step.mode == 'whole' and sampling is None:
-    return tree_bytes(abstract.params)
-  params = jax.eval_shape(program.parameters.decode, abstract.params)
+    return tree_bytes(trained)
+  params = jax.eval_shape(program.parameters.decode, trained)
   layers = tree_bytes(params['layers'])
   outside = tree_bytes(params) - layers
   one = layers // program.model.config.num_layers
@@ -74,7 +75,7 @@ def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
     return outside + one
   projected = jax.eval_shape(
     lambda params, opt: program.tx.project(params, opt, params)[0],
-    *(params, abstract.opt_state),
+    *(params, opt_state),
   )
   if step.accumulate == 'projected':  # They are added up.
     return one + 4 * sum(leaf.size for leaf in jax.tree.leaves(projected))

@@ -166,7 +166,9 @@ def build_program(
     config.micro_batches,
     config.init_from,
     head,
-    steps if optimizer.depends_on_steps(config.optim) else 0,
+    steps
+    if optimizer.depends_on_steps(config.optim) or config.adapter.restart_every
+    else 0,
     mesh,
   )
 
@@ -371,12 +373,15 @@ def describe_sizes(built: program.Program) -> dict[str, int]:
   """Numbers of parameters, and bytes of the optimizer's state."""
   held = built.parameters
   # In codes, of which one may be half a byte, there are as many as decoded.
-  trained, frozen = (
+  trained, in_state, frozen = (
     sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for tree in jax.eval_shape(held.decode_exact, (held.trained, held.frozen))
+    for tree in jax.eval_shape(
+      held.decode_exact,
+      (held.trained, built.abstract_state.params, held.frozen),
+    )
   )
   return {
     'trainable_parameters': trained,
-    'parameters': trained + frozen,
+    'parameters': in_state + frozen,
     'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
   }

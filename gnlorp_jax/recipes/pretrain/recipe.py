@@ -76,7 +76,10 @@ def plan(
       'Lower it.'
     )
   config = dataclasses.replace(
-    config, model=architecture, seed=config.seed_numbers[0]
+    config,
+    model=architecture,
+    seed=config.seed_numbers[0],
+    optim=optimizer.in_cycles(config.optim, config.adapter),
   )
   family = models.family(architecture)
   optim = config.optim

@@ -36,7 +36,7 @@ def resolve(config: SftConfig) -> SftConfig:
     config,
     batch_size=_or(config.batch_size, 16 if is_demo else 8),
     epochs=_or(config.epochs, 4 if is_demo else 1),
-    optim=_optimizer(config, method, adapter),
+    optim=optimizer.in_cycles(_optimizer(config, method, adapter), adapter),
     adapter=adapter,
     sampling=sampling_of(method, config.sampling),
     run_dir=config.run_dir or ('runs/sft_demo' if is_demo else 'runs/sft'),
