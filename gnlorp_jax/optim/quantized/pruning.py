@@ -170,9 +170,7 @@ def prune_moments(
       continue
     node = nodes[number]
     is_coded = isinstance(node, QuantizedArray)
-    own = jax.random.fold_in(
-      key, zlib.crc32(f'{outer[-1]}/{name}'.encode()) & 0xFFFFFFFF
-    )
+    own = jax.random.fold_in(key, zlib.crc32(f'{outer[-1]}/{name}'.encode()))
     pruned = prune(dequantize(node) if is_coded else node, how, share, own)
     nodes[number] = requantize(pruned, node) if is_coded else pruned
   return jax.tree.unflatten(structure, nodes)
