@@ -413,7 +413,7 @@ class RunConfig:
         raise ValueError(f'A learning rate must be positive, got {rate}.')
 
   @property
-  def seednumbers(self) -> tuple[int, ...]:
+  def seed_numbers(self) -> tuple[int, ...]:
     """The seeds as numbers."""
     if self.seeds is None:
       return (self.seed,)
