@@ -230,25 +230,16 @@ def build(
   beside_adapters += restarts.others(
     make, architecture, adapter, adapter_config
   )
-  rules = optimizer.label_rules(
-    optim_config,
-    model_rules,
-    adapted=adapter_config is not None,
-    only_factors=adapter.kind == 'lora' and not beside_adapters,
-    restarts=adapter.restart_every is not None,
-  )
-  if sampling is not None and adapter_config is None:
-    rules = layer_sampling.label_rules(
-      *(sampling_options, rules, _outer(make(architecture)), beside_adapters),
-      has_subspaces=optimizer.has_subspaces(optim_config),
-    )
   held, rules = parameters.plan(
     make,
     architecture,
     mesh=mesh,
     adapter=adapter_config,
     step=step_config,
-    rules=rules,
+    rules=_label_rules(
+      *(make(architecture), optim_config, model_rules),
+      *(adapter, beside_adapters, sampling_options),
+    ),
     beside_adapters=beside_adapters,
     read=read,
     adapter_from=adapter.init_from,
@@ -293,6 +284,30 @@ def build(
     ),
     eval_step=step.jit_eval_step(evaluate, abstract.params, mesh, held.frozen),
     stats=jax.jit(subspace_stats),
+  )
+
+
+def _label_rules(
+  model: Model,
+  optim_config: OptimConfig,
+  model_rules: optimizer.LabelRules,
+  adapter: AdapterOptions,
+  beside_adapters: tuple[str, ...],
+  sampling: SamplingOptions,
+) -> optimizer.LabelRules:
+  """Which parameters are trained how."""
+  rules = optimizer.label_rules(
+    optim_config,
+    model_rules,
+    adapted=adapter.kind is not None,
+    only_factors=adapter.kind == 'lora' and not beside_adapters,
+    restarts=adapter.restart_every is not None,
+  )
+  if adapter.kind is not None or not sampling.is_on:
+    return rules
+  return layer_sampling.label_rules(
+    *(sampling, rules, _outer(model), beside_adapters),
+    has_subspaces=optimizer.has_subspaces(optim_config),
   )
 
 

@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax import optim
-from gnlorp_jax.compose import optimizer, settings
+from gnlorp_jax.compose import optimizer, schedules, settings
 from gnlorp_jax.compose.settings import OptimConfig
 from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.optim import methods
@@ -132,7 +132,7 @@ def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
 
   @jit_to_the_last_bit
   def found(count, numbers):
-    return optimizer.cosine_rate(
+    return schedules.cosine_rate(
       count, **numbers, warmup=warmup, steps=steps, final=config.final_fraction
     )
 
