@@ -250,14 +250,14 @@ def start(
   )
 
 
-def begin_period(
+def begin_step(
   sampling: LayerSampling,
   state: SampledState,
   step: jax.Array,
   init_layer: Callable[[jax.Array | int], Any],
   init_always: Callable[[], Any],
 ) -> SampledState:
-  """Draws the layers of a period, and makes room for their states.
+  """Draws layers and makes room for their states, if a period begins.
 
   Args:
     sampling: How layers are drawn.
@@ -266,23 +266,29 @@ def begin_period(
     init_layer: As in `start`, of the weights as they are now.
     init_always: Makes the state of what is always on anew.
   """
+  begins = sampling.step_in_period(step) == 0
   key = jax.random.wrap_key_data(state.key)
   drawn_S = draw(sampling, key, sampling.period(step))
   if sampling.reset_always:
-    state = state._replace(always=init_always())
+    always = jax.lax.cond(begins, init_always, lambda: state.always)
+    state = state._replace(always=always)
   if sampling.on_leave == 'keep':
-    return state._replace(layers=drawn_S)
-  layers_S, stays_S = seat(state.layers, drawn_S, sampling.num_layers)
+    layers_S = jnp.where(begins, drawn_S, state.layers)
+    return state._replace(layers=layers_S)
+  drawn_S, stays_S = seat(state.layers, drawn_S, sampling.num_layers)
+  layers_S = jnp.where(begins, drawn_S, state.layers)
   is_kept_S = stays_S & sampling.carry
+  # Stable: the slots to be filled come first.
+  slots_S = jnp.argsort(is_kept_S)
 
-  def fill(slot: jax.Array, slots: Any) -> Any:
-    return jax.lax.cond(
-      is_kept_S[slot],
-      lambda: slots,
-      lambda: put_slot(slots, slot, init_layer(layers_S[slot])),
-    )
+  def fill(place: jax.Array, slots: Any) -> Any:
+    slot = slots_S[place]
+    return put_slot(slots, slot, init_layer(layers_S[slot]))
 
-  slots = jax.lax.fori_loop(0, sampling.layers, fill, state.slots)
+  # A loop without a turn where no period begins: what a loop carries stays in
+  # its place, which the branches of a condition would copy.
+  count = jnp.where(begins, jnp.sum(~is_kept_S), 0)
+  slots = jax.lax.fori_loop(0, count, fill, state.slots)
   return state._replace(layers=layers_S, slots=slots)
 
 

@@ -250,7 +250,7 @@ class _Sampled(NamedTuple):
     self, state: TrainState, batch: Batch, frozen: Any
   ) -> tuple[TrainState, Metrics]:
     """Takes the step."""
-    sampled = self._with_period(state)
+    sampled = self._with_layers(state)
     batch_K = split_rows(batch, self.num_micro_batches)
     kept = self.passes.forward(state.params, frozen, batch_K)
     head = self.passes.head(state.params, kept)
@@ -274,17 +274,12 @@ class _Sampled(NamedTuple):
     )
     return new._replace(opt_state=sampled), metrics
 
-  def _with_period(self, state: TrainState) -> SampledState:
+  def _with_layers(self, state: TrainState) -> SampledState:
     """The optimizer's state, with the layers of this step in its slots."""
-    return jax.lax.cond(
-      self.sampling.step_in_period(state.step) == 0,
-      lambda opt: layer_sampling.begin_period(
-        *(self.sampling, opt, state.step),
-        lambda layer: self.split.layer(state.params, layer),
-        lambda: self.split.always(state.params),
-      ),
-      lambda opt: opt,
-      state.opt_state,
+    return layer_sampling.begin_step(
+      *(self.sampling, state.opt_state, state.step),
+      lambda layer: self.split.layer(state.params, layer),
+      lambda: self.split.always(state.params),
     )
 
   def _drawn(self, sampled: SampledState) -> Drawn:
