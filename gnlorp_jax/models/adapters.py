@@ -125,7 +125,7 @@ def init(
   for (layer, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
     array = kernels.array_of(kernel)
     shape = kernels.matrix_shape(array.shape, axes[layer])
-    drawn = _draw(config, array.reshape(shape), kernel_key)
+    drawn = _draw(config, array, shape, kernel_key)
     for name, factor in drawn.items():
       shared = 'in' if name == 'lora_a' else 'out'
       flat[*layer, name] = kernels.boxed_beside(
@@ -134,17 +134,18 @@ def init(
   return traverse_util.unflatten_dict(flat)
 
 
-def _draw(config: AdapterConfig, w_IO: jax.Array, key: jax.Array) -> Params:
-  """The arrays of an adapter of a kernel ``[*, in, out]``, by name."""
-  *stack, n_in, n_out = w_IO.shape
-  bound = n_in**-0.5
-  shape = (*stack, n_in, config.rank)
+def _draw(
+  config: AdapterConfig, kernel: Any, shape: tuple[int, ...], key: jax.Array
+) -> Params:
+  """The arrays of an adapter by name, of a kernel as ``[*, in, out]``."""
+  *stack, n_in, n_out = shape
+  bound, a_shape = n_in**-0.5, (*stack, n_in, config.rank)
   drawn = {
-    'lora_a': jax.random.uniform(key, shape, jnp.float32, -bound, bound),
+    'lora_a': jax.random.uniform(key, a_shape, jnp.float32, -bound, bound),
     'lora_b': jnp.zeros((*stack, config.rank, n_out), jnp.float32),
   }
   if config.kind != 'lora':
-    drawn['magnitude'] = column_norm(w_IO)
+    drawn['magnitude'] = column_norm(kernel.reshape(shape))
   return drawn
 
 
@@ -356,7 +357,8 @@ def restart(config: AdapterConfig, layer: Params, key: jax.Array) -> Params:
     factors without a gradient. The paper knows no magnitudes.
   """
   merged = merge(config, {'layer': layer})['layer']
-  drawn = _draw(config, merged['kernel'], key)
+  kernel = merged['kernel']
+  drawn = _draw(config, kernel, kernel.shape, key)
   return merged | {
     name: x.astype(layer[name].dtype) for name, x in drawn.items()
   }
