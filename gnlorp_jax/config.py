@@ -6,6 +6,7 @@ A face: configuration files import from here, wherever the groups are at home.
 from gnlorp_jax.compose.settings import AdapterOptions as AdapterOptions
 from gnlorp_jax.compose.settings import MeshConfig as MeshConfig
 from gnlorp_jax.compose.settings import OptimConfig as OptimConfig
+from gnlorp_jax.compose.settings import SamplingOptions as SamplingOptions
 from gnlorp_jax.compose.settings import StepConfig as StepConfig
 from gnlorp_jax.compose.settings import TaskOptions as TaskOptions
 from gnlorp_jax.recipes.pretrain.settings import MASKED as MASKED

@@ -117,11 +117,24 @@ class Scene(NamedTuple):
 
 SCENES = {
   'language model': Scene('train_lm', [*LM.split(), *LABELS], 4),
-  'masked language model': Scene(
+  'masked language model, a layer at a time': Scene(
     'train_lm',
     [
       *('--objective', 'masked', *LM.split(), *LABELS),
       *('--model.hidden-dropout', '0.1'),
+      # Stopped within a period.
+      *('--sampling.draw', 'uniform', '--sampling.layers', '1'),
+      *('--sampling.every', '3'),
+    ],
+    None,
+  ),
+  'language model, adapters that restart': Scene(
+    'train_lm',
+    [
+      *LM.split(),
+      *('--optim.name', 'adamw', '--optim.schedule', 'jagged'),
+      *('--adapter.kind', 'lora', '--adapter.restart-every', '3'),
+      *('--adapter.rules', '(q|down)_proj/kernel'),
     ],
     None,
   ),

@@ -39,11 +39,13 @@ import numpy as np
 from benchmarks import report
 from benchmarks.common import harness, programs, record
 from benchmarks.common.tables import markdown, median_in_quartiles
+from gnlorp_jax import layer_scores
 from gnlorp_jax.compose import scores
 from gnlorp_jax.config import (
   ChatDataConfig,
   MeshConfig,
   OptimConfig,
+  SamplingOptions,
   SftConfig,
   SftEvalOptions,
 )
@@ -84,7 +86,24 @@ METHODS = {
   'dora': Method(3e-4, 8),
   'q_galore': Method(3e-4, 32),
   'vlorp': Method(1e-4),
+  # Some layers at a time: of these two pairs the first draws by outliers.
+  'owlore': Method(3e-4, 32),
+  'owlore_uniform': Method(3e-4, 32),
+  'ows': Method(3e-5),
+  'lisa': Method(3e-5),
+  'badam': Method(3e-5),
 }
+# How they draw layers; the runs are too short for the published intervals.
+PERIOD = {'sst2': 5, 'gsm8k': 10}  # Steps.
+SAMPLINGS = {
+  'owlore': SamplingOptions(draw='scores', layers=5),
+  'owlore_uniform': SamplingOptions(draw='uniform', layers=5),
+  'ows': SamplingOptions(draw='scores', layers=2),
+  'lisa': SamplingOptions(draw='uniform', layers=2),
+  'badam': SamplingOptions(draw='shuffled', layers=1, always_on=()),
+}
+_OPTIMIZER = {'owlore': 'galore', 'owlore_uniform': 'galore'}
+_OPTIMIZER |= dict.fromkeys(('ows', 'lisa', 'badam'), 'full')
 TASKS = ('sst2', 'gsm8k')
 SEARCHED = {'sst2': 600, 'gsm8k': 200}  # Rows that rates are chosen with.
 SEEDS = (0, 1)  # Of the best rate.
@@ -123,6 +142,19 @@ def write_data(args: argparse.Namespace) -> None:
     )
 
 
+def write_scores(args: argparse.Namespace, task: str) -> None:
+  """Scores the layers by their outliers on what is trained on, once."""
+  path = args.runs / f'{task}_layers.json'
+  if not path.exists():
+    layer_scores.main(
+      [
+        *(str(args.model), '--data', str(args.runs / f'{task}_train.jsonl')),
+        *('--format', 'chat', '--template', 'none', '--sequences', '128'),
+        *('--length', '256', '--measure', 'outliers', '--output', str(path)),
+      ]
+    )
+
+
 def _sst2(folder: pathlib.Path, part: str) -> list[dict[str, str]]:
   with (folder / 'SST-2' / f'{part}.tsv').open(encoding='utf-8') as file:
     rows = list(csv.DictReader(file, delimiter='\t', quoting=csv.QUOTE_NONE))
@@ -146,9 +178,16 @@ def configure(
   }
   train, valid, length = files[task]
   is_adapter = name in ('lora', 'dora', 'gradnormlorp_adapter')
+  sampling = SamplingOptions()
+  if name in SAMPLINGS:
+    sampling = dataclasses.replace(SAMPLINGS[name], every=PERIOD[task])
+    if sampling.draw == 'scores':
+      scores = str(args.runs / f'{task}_layers.json')
+      sampling = dataclasses.replace(sampling, scores=scores)
   config = SftConfig(
     init_from=str(args.model),
-    method=name,
+    method=_OPTIMIZER.get(name, name),
+    sampling=sampling,
     run_dir=str(args.runs / task / name),
     batch_size=2,
     epochs=1,
@@ -172,7 +211,7 @@ def configure(
   if is_adapter:
     adapter = dataclasses.replace(config.adapter, rank=method.rank)
     config = dataclasses.replace(config, adapter=adapter)
-  elif name != 'full':
+  elif method.rank is not None or name == 'vlorp':
     optim = dataclasses.replace(optim, rank=method.rank, update_proj_gap=25)
   return dataclasses.replace(config, optim=optim)
 
@@ -556,7 +595,7 @@ def main() -> None:
       parser.error(f'--{name} is needed.')
   write_data(args)
   jax.config.update('jax_compilation_cache_dir', str(args.runs / 'compiled'))
-  found = Record(args.output)
+  found, none = Record(args.output), SamplingOptions()
   for task in args.tasks:
     if args.timed:
       for name in args.methods:
@@ -565,6 +604,8 @@ def main() -> None:
     start = {'task': task, 'method': 'before', 'rows': 'all'}
     if found.find(start | {'learning_rate': 0.0, 'seed': 0}) is None:
       found.keep(before(args, task))
+    if any(SAMPLINGS.get(n, none).draw == 'scores' for n in args.methods):
+      write_scores(args, task)
     for name in args.methods:
       compare(args, task, name, found)
 

@@ -7,8 +7,10 @@ an H100 by XLA's own GPU compiler, without a GPU. It needs the extra ``cuda``.
   python -m benchmarks.plan_7b adapters today
 
 Of LLaMA-7B, `weights` plans training, `adapters` adapters on frozen weights, 4
-sequences of 1024 tokens; `today` plans the training of newer models. The table
-is in GiB; what no other column has is in `temporaries`.
+sequences of 1024 tokens, and `drawn layers` some layers at a time beside other
+methods, rank 128, 16 sequences of 512 tokens in four micro-batches. `today`
+plans the training of newer models. The table is in GiB; what no other column
+has is in `temporaries`.
 """
 
 import contextlib
@@ -38,6 +40,12 @@ ADAPTER = (
   '--data.seq-len 1024 --adapter.rank 16 --adapter.kind'
 )
 LORA = f'{ADAPTER} lora --optim.name adamw'
+DRAWN = (
+  '--config configs/llama_7b.py --step.mode layerwise --batch-size 16 '
+  '--data.seq-len 512 --loss-chunk-tokens 1024 --optim.rank 128 '
+  '--micro-batches 4 --optim.clip-global-norm None'
+)
+ADAMW = f'{DRAWN} --optim.name adamw'
 TODAY = {
   'Llama 3.1 8B': 'llama-3.1-8b',
   'Qwen 2.5 7B': 'qwen2.5-7b',
@@ -65,6 +73,20 @@ PARTS: dict[str, dict[str, str]] = {
       f'{ADAPTER} gradnormlorp --optim.name galore --optim.rank 8 '
       '--step.weight-bits 8'
     ),
+  },
+  'drawn layers': {
+    'OwLore, 5 layers': (
+      f'{DRAWN} --optim.name galore --sampling.draw uniform '
+      '--sampling.layers 5 --sampling.every 50'
+    ),
+    'LISA, 2 layers': f'{ADAMW} --sampling.method lisa',
+    'LISA, 2 layers, 32-bit moments': (
+      f'{ADAMW} --sampling.method lisa --optim.moment-bits 32'
+    ),
+    'BAdam, 1 layer': f'{ADAMW} --sampling.method badam',
+    'LoRA, rank 16': f'{ADAMW} --adapter.kind lora --adapter.rank 16',
+    'GaLore': f'{DRAWN} --optim.name galore',
+    'GradNormLoRP': DRAWN,
   },
   'today': {
     f'{name}, {kind}': f'{options} --init-from {preset}'

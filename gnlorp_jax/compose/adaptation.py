@@ -37,11 +37,17 @@ def adapter_config(
         f'adapter.init_from={options.init_from!r} needs adapter.kind: lora or '
         'dora, as the adapters there are.'
       )
+    for name in ('restart_every', 'train_others'):
+      if getattr(options, name) is not None:
+        raise ValueError(
+          f'adapter.{name}={getattr(options, name)} needs adapters: give '
+          "adapter.kind, such as 'lora'."
+        )
     return None
   given = {
     field.name: getattr(options, field.name)
-    for field in dataclasses.fields(options)
-    if getattr(options, field.name) is not None and field.name != 'init_from'
+    for field in dataclasses.fields(adapters.AdapterConfig)
+    if getattr(options, field.name) is not None
   }
   if options.init_from is None:
     return adapters.AdapterConfig(**given)

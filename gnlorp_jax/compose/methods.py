@@ -1,9 +1,10 @@
 """How a model is fine-tuned: what each method trains, with which optimizer."""
 
+import dataclasses
 import difflib
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-from gnlorp_jax.compose.settings import OptimizerName
+from gnlorp_jax.compose.settings import OptimizerName, SamplingOptions
 from gnlorp_jax.models import adapters
 
 
@@ -16,11 +17,14 @@ class Method(NamedTuple):
       all other weights are frozen; None trains every weight.
     rates: Which published learning rates suit it: those of ``galore`` (all
       weights train), ``lora`` or ``gradnormlorp``.
+    sampling: How layers are drawn that train at a time, a method of
+      `SamplingOptions`; None trains all.
   """
 
   optimizer: str
   adapter: adapters.Kind | None = None
   rates: str = 'galore'
+  sampling: Literal['owlore', 'ows', 'lisa', 'badam'] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -31,6 +35,11 @@ METHODS: dict[str, Method] = {
   'gradnormlorp': Method('gradnormlorp', rates='gradnormlorp'),
   # The factors of the adapters are projected on both sides, as in the paper.
   'gradnormlorp_adapter': Method('galore', 'gradnormlorp', 'gradnormlorp'),
+  # Some layers at a time.
+  'owlore': Method('galore', sampling='owlore'),
+  'ows': Method('adamw', sampling='ows'),
+  'lisa': Method('adamw', sampling='lisa'),
+  'badam': Method('adamw', sampling='badam'),
 }
 # Every other optimizer trains all weights in place of GaLore.
 METHODS |= {
@@ -78,3 +87,15 @@ def get_method(name: str) -> Method:
       f'{list(COMPARED)}.'
     )
   return METHODS[name]
+
+
+def sampling_of(method: Method, given: SamplingOptions) -> SamplingOptions:
+  """How layers are drawn: as is asked for, or else as the method does.
+
+  Args:
+    method: The method.
+    given: What is asked for, whose other options replace the method's own.
+  """
+  if method.sampling is None or given.method is not None:
+    return given
+  return dataclasses.replace(given, method=method.sampling)

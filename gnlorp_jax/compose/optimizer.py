@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import optim
-from gnlorp_jax.compose.settings import OptimConfig
+from gnlorp_jax.compose import schedules
+from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
 from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.hyperparams import inject_hyperparams
 
@@ -35,6 +36,8 @@ _NOT_ARGUMENTS = {
   'schedule',
   'warmup_fraction',
   'final_fraction',
+  'cycle',
+  'restart_warmup_fraction',
   'solver',
   'stochastic_rounding',
   'decay_norms_and_biases',
@@ -64,6 +67,7 @@ def label_rules(
   *,
   adapted: bool,
   only_factors: bool = False,
+  restarts: bool = False,
 ) -> LabelRules:
   """Which parameters are trained how: the configuration's rules, or defaults.
 
@@ -73,17 +77,19 @@ def label_rules(
     adapted: Whether adapters train in place of the model's kernels.
     only_factors: Whether nothing but their factors trains: no magnitude, and
       no head beside them.
+    restarts: Whether adapters restart.
 
   Returns:
     Pairs (regex, label), each of which some parameter needs. An optimizer with
-    subspaces projects the factors of adapters; one without treats all that
-    trains alike.
+    subspaces projects the factors of adapters, but not of those that restart: a
+    subspace is one of the factors before. One without treats all that trains
+    alike.
   """
   if config.param_labels is not None:
     return config.param_labels
   if not adapted:
     return model_rules
-  if not has_subspaces(config):
+  if restarts or not has_subspaces(config):
     return _ALL_FULL
   return _FACTORS_LOW_RANK + (() if only_factors else _ALL_FULL)
 
@@ -101,6 +107,34 @@ def for_adapters(config: OptimConfig) -> OptimConfig:
     return config
   sides = get_args(_parameters(config)['side'].annotation)
   return dataclasses.replace(config, side='both' if 'both' in sides else None)
+
+
+def in_cycles(config: OptimConfig, adapter: AdapterOptions) -> OptimConfig:
+  """The optimizer with the cycle of its jagged schedule: that of the restarts.
+
+  Raises:
+    ValueError: If there is no cycle, or another one.
+  """
+  every = adapter.restart_every
+  if config.schedule != 'jagged':
+    if config.cycle is not None:
+      raise ValueError(
+        f"optim.cycle={config.cycle} is of optim.schedule='jagged', got "
+        f'{config.schedule!r}. Leave it out.'
+      )
+    return config
+  if config.cycle is None and every is None:
+    raise ValueError(
+      "optim.schedule='jagged' rises again in every cycle, and there is none. "
+      'Give adapter.restart_every, or optim.cycle.'
+    )
+  if None not in (config.cycle, every) and config.cycle != every:
+    raise ValueError(
+      f'optim.cycle={config.cycle} is not adapter.restart_every={every}: the '
+      'learning rate must rise again when adapters restart. Leave out '
+      'optim.cycle.'
+    )
+  return dataclasses.replace(config, cycle=config.cycle or every)
 
 
 def make(
@@ -122,12 +156,38 @@ def make(
   Raises:
     ValueError: If an option is not allowed.
   """
+  _check_cycle(config, steps)
   build = _builder(config, rules)
 
   def make_one(**numbers: Any) -> optax.GradientTransformation:
     return build(functools.partial(_rate(config, steps), **numbers))
 
   return inject_hyperparams(make_one, **_numbers(config, steps, peak=1.0))
+
+
+def make_at_rate(
+  config: OptimConfig, rules: LabelRules, outer_bits: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer with a learning rate that is a number in its state.
+
+  It does not depend on how many steps that state has seen, as layers need that
+  come and go.
+
+  Args:
+    config: The optimizer; its name is not None.
+    rules: Pairs (regex, label) over the paths of what trains.
+    outer_bits: Bits of the moments outside of the layers; None: those of all.
+
+  Returns:
+    The transformation, whose state has ``hyperparams['learning_rate']``.
+
+  Raises:
+    ValueError: If an option is not allowed.
+  """
+  build = _builder(config, rules, outer_bits)
+  return inject_hyperparams(
+    lambda learning_rate: build(learning_rate), learning_rate=0.0
+  )
 
 
 def start(opt_state: Any, numbers: dict[str, jax.Array]) -> Any:
@@ -148,9 +208,15 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
   )
 
 
+def rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
+  """``rate(count, numbers)``: the learning rate of a run with these numbers."""
+  found = _rate(config, steps)
+  return lambda count, numbers: found(count, **numbers)
+
+
 def depends_on_steps(config: OptimConfig) -> bool:
   """Whether the number of steps is a constant of the compiled program."""
-  return config.schedule == 'cosine'
+  return config.schedule != 'linear'
 
 
 def without_rates(config: OptimConfig) -> OptimConfig:
@@ -177,11 +243,14 @@ def transformation(
 
 
 def _builder(
-  config: OptimConfig, rules: LabelRules
+  config: OptimConfig, rules: LabelRules, outer_bits: int | None = None
 ) -> Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]:
   """Makes the optimizer from a learning rate; says once what has no effect."""
   method = methods.get(config.name)
   options = _arguments(config)
+  if outer_bits is not None:
+    bits = options['moment_bits'][-1][1]
+    options['moment_bits'] = (('^layers/', bits), ('.*', outer_bits))
 
   def build(learning_rate: optax.ScalarOrSchedule) -> Any:
     # The training step leaves out bad steps itself, and rounds the sum of
@@ -248,13 +317,30 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
 def _rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
   """A function of a count and the numbers of `_numbers`."""
   if config.schedule == 'linear':
-    return functools.partial(linear_rate, final=config.final_fraction)
+    return functools.partial(schedules.linear_rate, final=config.final_fraction)
+  shape = {
+    'warmup': _warmup_steps(config, steps),
+    'steps': steps,
+    'final': config.final_fraction,
+  }
+  if config.schedule == 'cosine':
+    return functools.partial(schedules.cosine_rate, **shape)
+  rewarm = max(round(config.restart_warmup_fraction * config.cycle), 1)
   return functools.partial(
-    cosine_rate,
-    warmup=_warmup_steps(config, steps),
-    steps=steps,
-    final=config.final_fraction,
+    schedules.jagged_rate, **shape, cycle=config.cycle, rewarm=rewarm
   )
+
+
+def _check_cycle(config: OptimConfig, steps: int) -> None:
+  """Raises ValueError if the first warm-up is longer than a cycle."""
+  warmup = _warmup_steps(config, steps)
+  if config.schedule == 'jagged' and warmup > config.cycle:
+    raise ValueError(
+      f'optim.warmup_fraction={config.warmup_fraction:g} of {steps} steps are '
+      f'{warmup}, more than a cycle (adapter.restart_every or optim.cycle) of '
+      f'{config.cycle}: the learning rate would restart before it reached its '
+      'peak. Lower the former or raise the latter.'
+    )
 
 
 def _numbers(config: OptimConfig, steps: int, peak: float) -> dict[str, float]:
@@ -267,67 +353,3 @@ def _numbers(config: OptimConfig, steps: int, peak: float) -> dict[str, float]:
 
 def _warmup_steps(config: OptimConfig, steps: int) -> int:
   return max(round(config.warmup_fraction * steps), 1)
-
-
-def cosine_rate(
-  count: jax.Array | int,
-  peak: jax.Array | float,
-  climb: jax.Array | float,
-  *,
-  warmup: int,
-  steps: int,
-  final: float,
-) -> jax.Array:
-  """Linear warm-up, then a cosine down to a share of the peak.
-
-  The first update already has ``peak / warmup`` (a schedule that starts at 0
-  would waste a step); the last one has ``final * peak``.
-
-  Args:
-    count: Steps taken before this one.
-    peak: The highest learning rate.
-    climb: The first learning rate minus the peak, at most 0.
-    warmup: Steps of the rise, at least 1.
-    steps: Steps of the whole run.
-    final: Where the cosine ends, as a share of the peak.
-
-  Returns:
-    The learning rate, a float32 scalar.
-  """
-  fall = optax.cosine_decay_schedule(1.0, max(steps - warmup - 1, 1), final)
-  rise_steps = max(warmup - 1, 1)
-  progress = jnp.clip(count, 0, rise_steps) / rise_steps
-  rise = climb * (1 - progress) + peak
-  return jnp.where(count < warmup, rise, peak * fall(count - warmup))
-
-
-def linear_rate(
-  count: jax.Array | int,
-  peak: jax.Array | float,
-  warmup: jax.Array | float,
-  steps: jax.Array | float,
-  *,
-  final: float = 0.0,
-) -> jax.Array:
-  """Up to the peak if asked for, then linearly down.
-
-  Args:
-    count: Steps taken before this one.
-    peak: The highest learning rate, which the last step of the rise has, and
-      the first one after it.
-    warmup: Steps of the rise.
-    steps: Steps of the whole run.
-    final: What is reached after the last step, as a share of the peak.
-
-  Returns:
-    The learning rate, a float32 scalar.
-
-  Note:
-    The linear schedule of transformers rises from 0, so that with a warm-up its
-    first step changes nothing. Without one the two are the same.
-  """
-  rise = (count + 1) / jnp.maximum(warmup, 1)
-  fall = (steps - count) / jnp.maximum(steps - warmup, 1)
-  if final:
-    fall = final + (1 - final) * fall
-  return peak * jnp.clip(jnp.minimum(rise, fall), 0, 1)

@@ -8,21 +8,32 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax import models, optim
-from gnlorp_jax.compose import adaptation, optimizer, parameters
+from gnlorp_jax.compose import (
+  adaptation,
+  layer_sampling,
+  optimizer,
+  parameters,
+  restarts,
+  stepping,
+)
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   MeshConfig,
   OptimConfig,
+  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.models import adapters, layers
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.optim.parts.plain import path_name
-from gnlorp_jax.training import forward, layerwise, sharding, state, step
+from gnlorp_jax.training import forward, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
+from gnlorp_jax.training.layer_sampling import LayerSampling, SampledState
+from gnlorp_jax.training.layer_sampling import metrics as sampling_metrics
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
-from gnlorp_jax.training.parameters import Parameters
+from gnlorp_jax.training.parameters import LAYERS, Parameters
+from gnlorp_jax.training.restarts import Restarts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -39,10 +50,14 @@ class Program(NamedTuple):
     adapter: The configuration of the adapters among them, if there are any.
     tx: The optimizer of what trains.
     rules: The label rules it was built with.
+    sampling: How layers are drawn; None trains all.
+    restarts: When adapters restart, if they do. Then the state holds all
+      weights, and there are none beside it.
     abstract_state: Shapes and shardings of the training state.
-    init_optimizer: Compiled: (trained, numbers) -> the optimizer's state.
+    init_optimizer: Compiled: (params, numbers, random key) -> the optimizer's
+      state; the params are those of the state, also below.
     train_step: Compiled: (state, batch, frozen) -> (state, metrics).
-    eval_step: Compiled: (trained, batch, frozen) -> `Objective.evaluate`.
+    eval_step: Compiled: (params, batch, frozen) -> `Objective.evaluate`.
     stats: Compiled: the optimizer's state -> scalars by name.
   """
 
@@ -53,8 +68,10 @@ class Program(NamedTuple):
   adapter: adapters.AdapterConfig | None
   tx: optax.GradientTransformation
   rules: optimizer.LabelRules
+  sampling: LayerSampling | None
+  restarts: Restarts | None
   abstract_state: state.TrainState
-  init_optimizer: Callable[[Any, dict[str, jax.Array]], Any]
+  init_optimizer: Callable[[Any, dict[str, jax.Array], jax.Array], Any]
   train_step: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]
   eval_step: Callable[[Any, Any, Any], Any]
   stats: Callable[[Any], dict[str, jax.Array]]
@@ -68,15 +85,15 @@ class Program(NamedTuple):
       key: Draws the weights that are not read from a folder.
       numbers: What decides the learning rates, from `optimizer.numbers`.
     """
-    trained, frozen = self.parameters.start(key)
-    opt_state = self.init_optimizer(trained, numbers)
+    params, frozen = self.parameters.start(key)
+    opt_state = self.init_optimizer(params, numbers, key)
     zero, skipped = (
       jax.device_put(
         jnp.zeros((), jnp.int32), self.abstract_state.step.sharding
       )
       for _ in range(2)
     )
-    return state.TrainState(zero, skipped, trained, opt_state), frozen
+    return state.TrainState(zero, skipped, params, opt_state), frozen
 
   def renew(
     self, state: state.TrainState, numbers: dict[str, jax.Array]
@@ -173,6 +190,7 @@ def build(
   adapter: AdapterOptions,
   step_config: StepConfig,
   model_rules: optimizer.LabelRules,
+  sampling_options: SamplingOptions,
   steps: int,
   micro_batches: int,
   beside_adapters: tuple[str, ...] = (),
@@ -191,6 +209,7 @@ def build(
     adapter: Low-rank changes beside frozen kernels, if any.
     step_config: How steps go through the model, and the bits of its kernels.
     model_rules: The label rules of the model's own weights.
+    sampling_options: Whether some layers train at a time, and which.
     steps: Number of steps of a run, as in `optimizer.make`.
     micro_batches: Pieces of a batch.
     beside_adapters: As in `parameters.plan`, as are the others.
@@ -206,45 +225,42 @@ def build(
   adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
+  sampling = layer_sampling.resolve(sampling_options, architecture.num_layers)
+  restarts.check(adapter, step_config, steps, is_sampled=sampling is not None)
+  beside_adapters += restarts.others(
+    make, architecture, adapter, adapter_config
+  )
   held, rules = parameters.plan(
     make,
     architecture,
     mesh=mesh,
     adapter=adapter_config,
     step=step_config,
-    rules=optimizer.label_rules(
-      optim_config,
-      model_rules,
-      adapted=adapter_config is not None,
-      only_factors=adapter.kind == 'lora' and not beside_adapters,
+    rules=_label_rules(
+      *(make(architecture), optim_config, model_rules),
+      *(adapter, beside_adapters, sampling_options),
     ),
     beside_adapters=beside_adapters,
     read=read,
     adapter_from=adapter.init_from,
     seed=seed,
   )
-  model = make(architecture)
-  if adapter_config is not None:
-    model = adapters.adapt(adapter_config, model)
-  if step_config.weight_bits is not None:
-    policy = None if architecture.remat else layers.keep_marked
-    model = forward.on_stored(model, held.decode, policy)
+  model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
-  tx = optimizer.make(optim_config, steps, rules)
-  abstract = state.abstract(
-    lambda key: _zeros(held.trained),
-    optax.GradientTransformation(
-      lambda trained: tx.init(held.decode_exact(trained)), tx.update
-    ),
-    jax.random.key(0),
-    mesh,
+  tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
+  restarting = restarts.plan(
+    adapter, adapter_config, held, tx, optim_config, steps, seed
   )
-  train_step = _make_train_step(
-    objective, tx, held, mesh, optim_config, step_config, micro_batches
+  made = stepping.make(
+    *(objective, tx, held, mesh, optim_config, step_config),
+    micro_batches=micro_batches,
+    steps=steps,
+    sampling=sampling,
+    restarts=restarting,
   )
-
-  def init_optimizer(trained: Any, numbers: dict[str, jax.Array]) -> Any:
-    return optimizer.start(tx.init(held.decode_exact(trained)), numbers)
+  if restarting is not None:
+    held = restarting.held
+  abstract = made.abstract_state
 
   def evaluate(trained: Any, batch: Any, frozen: Any) -> Any:
     return objective.evaluate(held.join(trained, frozen), batch)
@@ -257,55 +273,68 @@ def build(
     adapter=adapter_config,
     tx=tx,
     rules=rules,
+    sampling=sampling,
+    restarts=restarting,
     abstract_state=abstract,
     init_optimizer=jax.jit(
-      init_optimizer, out_shardings=state.shardings(abstract.opt_state)
+      made.init_optimizer, out_shardings=state.shardings(abstract.opt_state)
     ),
-    train_step=step.jit_train_step(train_step, abstract, mesh, held.frozen),
+    train_step=step.jit_train_step(
+      made.train_step, abstract, mesh, held.frozen
+    ),
     eval_step=step.jit_eval_step(evaluate, abstract.params, mesh, held.frozen),
     stats=jax.jit(subspace_stats),
   )
 
 
-def _make_train_step(
-  objective: Objective,
-  tx: optax.GradientTransformation,
-  held: Parameters,
-  mesh: Mesh,
+def _label_rules(
+  model: Model,
   optim_config: OptimConfig,
-  step_config: StepConfig,
-  micro_batches: int,
-) -> Callable[..., Any]:
-  """The training step of the configured mode."""
-  options = {
-    'num_micro_batches': micro_batches,
-    'clip_global_norm': optim_config.clip_global_norm,
-  }
-  if step_config.mode == 'whole':
-    return step.make_train_step(
-      lambda trained, batch, frozen: objective.loss(
-        held.join(trained, frozen), batch
-      ),
-      tx,
-      **options,
-    )
-  return layerwise.make_train_step(
-    objective.pieces,
-    tx,
-    held,
-    clipping=step_config.clipping,
-    accumulate=step_config.accumulate,
-    mesh=mesh,
-    offload=step_config.offload,
-    # The rows of Adafactor are not independent. Split matrices are cut already.
-    row_blocks=optim_config.name != 'galore_adafactor'
-    and mesh.shape['fsdp'] == 1,
-    **options,
+  model_rules: optimizer.LabelRules,
+  adapter: AdapterOptions,
+  beside_adapters: tuple[str, ...],
+  sampling: SamplingOptions,
+) -> optimizer.LabelRules:
+  """Which parameters are trained how."""
+  rules = optimizer.label_rules(
+    optim_config,
+    model_rules,
+    adapted=adapter.kind is not None,
+    only_factors=adapter.kind == 'lora' and not beside_adapters,
+    restarts=adapter.restart_every is not None,
+  )
+  if adapter.kind is not None or not sampling.is_on:
+    return rules
+  return layer_sampling.label_rules(
+    *(sampling, rules, _outer(model), beside_adapters),
+    has_subspaces=optimizer.has_subspaces(optim_config),
   )
 
 
-def _zeros(shapes: Any) -> Any:
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _make_model(
+  make: Callable[[Any], Model],
+  architecture: models.Config,
+  adapter_config: adapters.AdapterConfig | None,
+  step_config: StepConfig,
+  held: Parameters,
+) -> Model:
+  """The model on parameters as they are stored, adapters among them."""
+  model = make(architecture)
+  if adapter_config is not None:
+    model = adapters.adapt(adapter_config, model)
+  if step_config.weight_bits is not None:
+    policy = None if architecture.remat else layers.keep_marked
+    model = forward.on_stored(model, held.decode, policy)
+  return model
+
+
+def _outer(model: Model) -> list[str]:
+  """The paths of a model's parameters outside of its layers."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  outer = {key: node for key, node in shapes.items() if key != LAYERS}
+  return [
+    path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer)
+  ]
 
 
 def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
@@ -317,6 +346,8 @@ def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
     stats |= {f'{field}/{name}': value for name, value in values.items()}
     if values:
       stats[f'{field}/low_rank'] = sum(values.values()) / len(values)
+  if isinstance(opt_state, SampledState):
+    stats |= sampling_metrics(opt_state)
   return stats
 
 
@@ -331,8 +362,22 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   """
   held = program.parameters
   exact = jax.eval_shape(held.decode_exact, held.trained)
-  rows = optim.report(exact, program.tx, program.rules)
-  frozen = jax.eval_shape(held.decode_exact, held.frozen)
+  if program.sampling is None:
+    rows = optim.report(exact, program.tx, program.rules)
+  else:
+    slots, num_layers = program.sampling.num_slots, program.sampling.num_layers
+    exact[LAYERS] = _as_many(exact[LAYERS], slots)
+    rows = [
+      row._replace(adamw_bytes=row.adamw_bytes * num_layers // slots)
+      if row.name.startswith(f'{LAYERS}/')
+      else row
+      for row in optim.report(exact, program.tx, program.rules)
+    ]
+  restarting = program.restarts
+  frozen = jax.eval_shape(
+    held.decode_exact,
+    held.frozen if restarting is None else restarting.parameters.frozen,
+  )
   return rows + [
     optim.inspect.ReportRow(
       name=path_name(path),
@@ -346,3 +391,10 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
   ]
+
+
+def _as_many(layers: Any, count: int) -> Any:
+  """Shapes of so many layers, in place of all."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), layers
+  )

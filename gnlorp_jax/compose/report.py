@@ -24,7 +24,8 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   dtype and two float32 moments per parameter, which is what `optim.adamw`
   holds. Layer by layer a run's gradients are those of one block, those outside
   of the blocks, and where it waits before it updates, what the projection
-  leaves of all blocks.
+  leaves of all blocks. Where layers are drawn, those of all that are drawn, or
+  layer by layer of one.
 
   Args:
     program: What the run computes.
@@ -39,9 +40,7 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   ours = {
     'parameters': tree_bytes(abstract.params)
     + tree_bytes(program.parameters.frozen),
-    'gradients': tree_bytes(abstract.params)
-    if step.mode == 'whole'
-    else _layerwise_gradients(program, step, optim),
+    'gradients': _gradients(program, step, optim),
     **state_bytes(abstract.opt_state),
   }
   adamw = {
@@ -57,15 +56,18 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   }
 
 
-def _layerwise_gradients(
-  program: Program, step: StepConfig, optim: OptimConfig
-) -> int:
-  """Bytes of the gradients that a step holds at once, layer by layer."""
-  abstract = program.abstract_state
-  params = jax.eval_shape(program.parameters.decode, abstract.params)
+def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
+  """Bytes of the gradients that a step holds at once."""
+  sampling, trained = program.sampling, program.parameters.trained
+  opt_state = program.abstract_state.opt_state
+  if step.mode == 'whole' and sampling is None:
+    return tree_bytes(trained)
+  params = jax.eval_shape(program.parameters.decode, trained)
   layers = tree_bytes(params['layers'])
   outside = tree_bytes(params) - layers
   one = layers // program.model.config.num_layers
+  if sampling is not None:
+    return outside + one * (sampling.layers if step.mode == 'whole' else 1)
   waits = layerwise.gradients_wait(
     program.tx, optim.clip_global_norm, step.clipping, step.accumulate
   )
@@ -73,7 +75,7 @@ def _layerwise_gradients(
     return outside + one
   projected = jax.eval_shape(
     lambda params, opt: program.tx.project(params, opt, params)[0],
-    *(params, abstract.opt_state),
+    *(params, opt_state),
   )
   if step.accumulate == 'projected':  # They are added up.
     return one + 4 * sum(leaf.size for leaf in jax.tree.leaves(projected))

@@ -6,79 +6,27 @@ function takes the group it needs, never the whole configuration. The docstring
 under a field is its help text on the command line.
 
 What becomes of a run that is resumed with another value of a field stands in
-the field's metadata, under `ON_RESUME`:
-
-  fixed   it cannot change: it decides shapes, or the order of the data
-  result  it may change in a run by itself, not among runs that are compared
-  free    it may change; results do not depend on it
-
-A field without it is fixed.
+the field's metadata: see `fields`.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
+from gnlorp_jax.compose.fields import ON_RESUME as ON_RESUME
+from gnlorp_jax.compose.fields import (
+  check_at_least_one,
+  check_between,
+  free,
+  numbers,
+  result,
+  words,
+)
+from gnlorp_jax.compose.fields import fixed_settings as fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
 from gnlorp_jax.training import metrics
 
-ON_RESUME = 'on_resume'
-
 OptimizerName = Literal[methods.names()]
-
-
-def result(default: Any) -> Any:
-  """A field that may change in a run by itself, not among compared runs."""
-  return dataclasses.field(default=default, metadata={ON_RESUME: 'result'})
-
-
-def free(default: Any) -> Any:
-  """A field that may change whenever a run is resumed."""
-  return dataclasses.field(default=default, metadata={ON_RESUME: 'free'})
-
-
-def fixed_settings(config: Any, *, compared: bool = False) -> dict[str, Any]:
-  """The settings that a resumed run must share with the run it resumes.
-
-  Args:
-    config: A dataclass whose fields may be dataclasses.
-    compared: Whether the run is one of several that are compared, which must
-      also agree in what changes results.
-
-  Returns:
-    Values by dotted names, such as ``optim.rank``.
-  """
-  return dict(_fixed(config, 'fixed result' if compared else 'fixed'))
-
-
-def _fixed(config: Any, kinds: str) -> Iterator[tuple[str, Any]]:
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      for name, inner in _fixed(value, kinds):
-        yield f'{field.name}.{name}', inner
-    elif field.metadata.get(ON_RESUME, 'fixed') in kinds.split():
-      yield field.name, value
-
-
-def check_at_least_one(config: Any, *names: str) -> None:
-  """Raises ValueError unless the named fields are None or at least 1."""
-  for name in names:
-    value = getattr(config, name)
-    if value is not None and value < 1:
-      raise ValueError(
-        f'{type(config).__name__}.{name} must be at least 1, got {value}.'
-      )
-
-
-def check_between(config: Any, name: str, low: float, high: float) -> None:
-  """Raises ValueError unless a field is None or lies in [low, high]."""
-  value = getattr(config, name)
-  if value is not None and not low <= value <= high:
-    raise ValueError(
-      f'{type(config).__name__}.{name} must be in [{low}, {high}], got {value}.'
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,12 +40,18 @@ class OptimConfig:
   learning_rate: float | None = result(1e-2)
   """Learning rate at its peak, after the warm-up; None, in fine-tuning, takes
   the table's, by task and method."""
-  schedule: Literal['cosine', 'linear'] = 'cosine'
-  """How the learning rate falls after the warm-up."""
+  schedule: Literal['cosine', 'linear', 'jagged'] = 'cosine'
+  """How the learning rate falls after the warm-up; 'jagged' is a cosine that
+  rises again from near 0 in every cycle, when adapters restart."""
   warmup_fraction: float = result(0.1)
   """Share of the steps over which the learning rate rises to its peak."""
   final_fraction: float = result(0.1)
   """Where the schedule ends, as a share of the peak."""
+  cycle: int | None = result(None)
+  """Steps of a cycle of the jagged schedule; None is adapter.restart_every."""
+  restart_warmup_fraction: float = result(0.1)
+  """Share of a cycle of the jagged schedule over which the learning rate rises
+  again; at least one step."""
   rank: int | None = None
   """Rank of the subspaces; clipped to a matrix's shorter axis."""
   update_proj_gap: int | None = None
@@ -159,7 +113,7 @@ class OptimConfig:
   with an adapter, its factors."""
 
   def __post_init__(self):
-    check_at_least_one(self, 'rank', 'update_proj_gap')
+    check_at_least_one(self, 'rank', 'update_proj_gap', 'cycle')
     if self.learning_rate is not None and not self.learning_rate > 0:
       raise ValueError(
         f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'
@@ -171,6 +125,7 @@ class OptimConfig:
       )
     check_between(self, 'warmup_fraction', 0, 1)
     check_between(self, 'final_fraction', 0, 1)
+    check_between(self, 'restart_warmup_fraction', 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +152,17 @@ class AdapterOptions:
   init_from: str | None = None
   """Folder of PEFT with the adapters to start from, of the same kind; None
   draws them. Rank, alpha and what is adapted are those of the folder."""
+  train_others: bool | None = None
+  """Whether what is not adapted (embeddings, norms, head) trains beside the
+  adapters; None trains it where adapters restart."""
+  restart_every: int | None = None
+  """Steps after which adapters are folded into their kernels and drawn anew
+  (ReLoRA); None never does."""
+  restart_prune: Literal['magnitude', 'random', 'reset'] = result('magnitude')
+  """Which moments of the factors a restart sets to zero: a share of the
+  smallest, a share at random, or all."""
+  restart_prune_share: float = result(0.9)
+  """The share of 'magnitude' and 'random'."""
 
   def __post_init__(self):
     if self.init_from is not None and self.kind == 'gradnormlorp':
@@ -204,8 +170,9 @@ class AdapterOptions:
         f'AdapterOptions.init_from={self.init_from!r} needs the kind of the '
         f"adapters there, 'lora' or 'dora', got kind={self.kind!r}."
       )
-    check_at_least_one(self, 'rank')
+    check_at_least_one(self, 'rank', 'restart_every')
     check_between(self, 'dropout', 0, 1)
+    check_between(self, 'restart_prune_share', 0, 1)
     if self.alpha is not None and not self.alpha > 0:
       raise ValueError(
         f'AdapterOptions.alpha must be positive, got {self.alpha}.'
@@ -253,6 +220,52 @@ class StepConfig:
           f"StepConfig.{name}={value!r} needs mode='layerwise', got mode="
           f'{self.mode!r}.'
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+  """Training some layers at a time, others drawn every so many steps."""
+
+  method: Literal['owlore', 'ows', 'lisa', 'badam'] | None = None
+  """How published methods draw layers: owlore and ows by outlier scores, lisa
+  all alike, badam one after the other, with nothing else trained. What is None
+  below is theirs; the optimizer is the run's. None trains all layers, unless
+  `draw` is given."""
+  draw: Literal['uniform', 'decreasing', 'scores', 'shuffled'] | None = None
+  """How likely a layer is drawn: all alike, the lower the likelier, by
+  `scores`, or each has its turn."""
+  layers: int | None = None
+  """Layers that train at a time."""
+  every: int | None = None
+  """Steps between two draws."""
+  scores: str | None = free(None)
+  """File of python -m gnlorp_jax.layer_scores, or one number per line."""
+  always_on: tuple[str, ...] | None = None
+  """Regexes over paths outside of the layers (embed, norm, lm_head) of what
+  trains all the time; the rest is frozen. Without a word after the option
+  nothing does; None is the method's: everything, of badam nothing."""
+  always_on_state: Literal['full', 'int8', 'low_rank'] = 'full'
+  """The optimizer's state of that: as that of layers, moments in 8 bits, or
+  projected (needs an optimizer with subspaces)."""
+  on_leave: Literal['drop', 'keep'] = 'drop'
+  """What becomes of the optimizer's state of a layer that leaves: 'drop'
+  forgets it, 'keep' holds the states of all layers, as published code does."""
+  carry: bool = True
+  """Whether a layer that is drawn twice in a row keeps its state; the paper of
+  lisa does without."""
+  reset_always: bool = False
+  """Whether what is always on begins anew with every draw too."""
+  warmup_steps: int = result(0)
+  """Steps after a draw over which the drawn layers' learning rate rises."""
+
+  @property
+  def is_on(self) -> bool:
+    """Whether layers are drawn."""
+    return self.method is not None or self.draw is not None
+
+  def __post_init__(self):
+    check_at_least_one(self, 'layers', 'every')
+    check_between(self, 'warmup_steps', 0, float('inf'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,6 +373,8 @@ class RunConfig:
   """Low-rank changes beside frozen kernels."""
   step: StepConfig = StepConfig()
   """Whole steps, or layer by layer; bits of the weights."""
+  sampling: SamplingOptions = SamplingOptions()
+  """Training some layers at a time."""
   mesh: MeshConfig = MeshConfig()
   """Devices."""
 
@@ -376,6 +391,11 @@ class RunConfig:
       'log_every',
     )
     metrics.check_log(self.log)
+    if self.sampling.is_on and self.step.accumulate == 'projected':
+      raise ValueError(
+        "step.accumulate='projected' adds up projected gradients of all "
+        "layers, and sampling trains some: use accumulate='gradient'."
+      )
     for name in ('seeds', 'learning_rates'):
       text = getattr(self, name)
       if text is not None and not words(text):
@@ -397,14 +417,14 @@ class RunConfig:
     """The seeds as numbers."""
     if self.seeds is None:
       return (self.seed,)
-    return _numbers('seeds', self.seeds, int)
+    return numbers('seeds', self.seeds, int)
 
   @property
   def searched_rates(self) -> tuple[float, ...] | None:
     """The learning rates to search as numbers, or None."""
     if self.learning_rates is None:
       return None
-    return _numbers('learning_rates', self.learning_rates, float)
+    return numbers('learning_rates', self.learning_rates, float)
 
   @property
   def is_single(self) -> bool:
@@ -419,18 +439,3 @@ class RunConfig:
     """
     mesh = dataclasses.replace(self.mesh, data=1, fsdp=1)
     return dataclasses.replace(self, mesh=mesh)
-
-
-def words(text: str) -> tuple[str, ...]:
-  """The words between commas, each once."""
-  found = (word.strip() for word in text.split(','))
-  return tuple(dict.fromkeys(word for word in found if word))
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
-  try:
-    return tuple(dict.fromkeys(kind(word) for word in words(text)))
-  except ValueError as error:
-    raise ValueError(
-      f'{name}={text!r} must be numbers joined by commas: {error}.'
-    ) from None

@@ -86,20 +86,26 @@ class AdapterConfig:
     return self.alpha / self.rank
 
 
+def _exact(x: jax.Array) -> jax.Array:
+  """The array in float32, or in float64 if it is that."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def direction(
   config: AdapterConfig, w_IO: jax.Array, a_IR: jax.Array, b_RO: jax.Array
 ) -> jax.Array:
-  """The changed kernel ``V = W0 + s A B``, float32."""
-  w_IO, a_IR, b_RO = (x.astype(jnp.float32) for x in (w_IO, a_IR, b_RO))
+  """The changed kernel ``V = W0 + s A B``, in float32 at least."""
+  w_IO, a_IR, b_RO = map(_exact, (w_IO, a_IR, b_RO))
   product_IO = jnp.matmul(a_IR, b_RO, precision=jax.lax.Precision.HIGHEST)
   return w_IO + config.scale * product_IO
 
 
 def column_norm(x_IO: jax.Array) -> jax.Array:
-  """Length of each column, ``[*, 1, out]``, float32; its gradient at 0 is 0."""
-  square_1O = jnp.sum(
-    jnp.square(x_IO.astype(jnp.float32)), axis=-2, keepdims=True
-  )
+  """Length of each column, ``[*, 1, out]``; its gradient at 0 is 0.
+
+  In float32 at least.
+  """
+  square_1O = jnp.sum(jnp.square(_exact(x_IO)), axis=-2, keepdims=True)
   is_zero = square_1O == 0
   return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square_1O)))
 

@@ -125,18 +125,28 @@ def init(
   for (layer, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
     array = kernels.array_of(kernel)
     shape = kernels.matrix_shape(array.shape, axes[layer])
-    (*stack, n_in, n_out), bound = shape, shape[-2] ** -0.5
-    box = functools.partial(kernels.boxed_beside, kernel, axes[layer])
-    a_IR = jax.random.uniform(
-      kernel_key, (*stack, n_in, config.rank), jnp.float32, -bound, bound
-    )
-    flat[*layer, 'lora_a'] = box(a_IR, 'in')
-    b_RO = jnp.zeros((*stack, config.rank, n_out))
-    flat[*layer, 'lora_b'] = box(b_RO, 'out')
-    if config.kind != 'lora':
-      norm_1O = column_norm(array.reshape(shape))
-      flat[*layer, 'magnitude'] = box(norm_1O, 'out')
+    drawn = _draw(config, array, shape, kernel_key)
+    for name, factor in drawn.items():
+      shared = 'in' if name == 'lora_a' else 'out'
+      flat[*layer, name] = kernels.boxed_beside(
+        kernel, axes[layer], factor, shared
+      )
   return traverse_util.unflatten_dict(flat)
+
+
+def _draw(
+  config: AdapterConfig, kernel: Any, shape: tuple[int, ...], key: jax.Array
+) -> Params:
+  """The arrays of an adapter by name, of a kernel as ``[*, in, out]``."""
+  *stack, n_in, n_out = shape
+  bound, a_shape = n_in**-0.5, (*stack, n_in, config.rank)
+  drawn = {
+    'lora_a': jax.random.uniform(key, a_shape, jnp.float32, -bound, bound),
+    'lora_b': jnp.zeros((*stack, config.rank, n_out), jnp.float32),
+  }
+  if config.kind != 'lora':
+    drawn['magnitude'] = column_norm(kernel.reshape(shape))
+  return drawn
 
 
 def adapted(
@@ -321,6 +331,39 @@ def split(
   return frozen, trainable
 
 
+def restart(config: AdapterConfig, layer: Params, key: jax.Array) -> Params:
+  """Folds a layer's adapter into its kernel, and draws another one.
+
+  The layer computes what it did before, but for rounding: the new B is zero,
+  and a new magnitude is the length of the new kernel's columns.
+
+  Args:
+    config: The configuration of the adapter.
+    layer: The layer's parameters by name, the kernel ``[*, in, out]`` and the
+      arrays of its adapter among them.
+    key: A random key.
+
+  Returns:
+    Parameters of the same names, shapes and dtypes.
+
+  Raises:
+    ValueError: As of `merge`.
+
+  References:
+    Lialin et al., `ReLoRA`, 2023, arXiv:2307.05695, section 3.
+
+  Note:
+    The public code zeroes A too until the first restart, which leaves both
+    factors without a gradient. The paper knows no magnitudes.
+  """
+  merged = merge(config, {'layer': layer})['layer']
+  kernel = merged['kernel']
+  drawn = _draw(config, kernel, kernel.shape, key)
+  return merged | {
+    name: x.astype(layer[name].dtype) for name, x in drawn.items()
+  }
+
+
 def merge(config: AdapterConfig, params: Params) -> Params:
   """Folds adapters into their kernels, so that the model needs none.
 
@@ -330,7 +373,7 @@ def merge(config: AdapterConfig, params: Params) -> Params:
 
   Returns:
     Parameters without them, in the boxes they had. Each kernel is computed in
-    float32, one matrix at a time, and rounded once to its dtype.
+    float32 at least, one matrix at a time, and rounded once to its dtype.
 
   Raises:
     ValueError: If an adapter is not of this configuration, does not fit its

@@ -32,6 +32,7 @@ from gnlorp_jax.optim.parts.nonfinite import skip_nonfinite
 from gnlorp_jax.optim.parts.norm_growth import initial_norm, limit_norm_growth
 from gnlorp_jax.optim.parts.weight_norm import with_weight_norm
 from gnlorp_jax.optim.projections import Projection
+from gnlorp_jax.optim.quantized import pruning
 from gnlorp_jax.optim.quantized import weights as quantized_weights
 from gnlorp_jax.optim.quantized.moments import quantize_moments
 from gnlorp_jax.optim.quantized.stochastic_rounding import stochastic_rounding
@@ -66,6 +67,7 @@ __all__ = [
   'limit_norm_growth',
   'projections',
   'projfactor',
+  'pruning',
   'q_galore',
   'quantize_moments',
   'quantized_weights',

@@ -18,6 +18,7 @@ from gnlorp_jax.plan.accelerators import ACCELERATORS, described_devices
 from gnlorp_jax.plan.collectives import Collective, collectives
 from gnlorp_jax.plan.settings import Devices, Settings
 from gnlorp_jax.training import sharding
+from gnlorp_jax.training.layer_sampling import LayerSampling
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -57,6 +58,7 @@ class Step(NamedTuple):
   Attributes:
     settings: The run.
     model: The model's configuration, with the architecture that is really used.
+    sampling: How layers are drawn; None trains all.
     mesh: The devices.
     state: Abstract training state, with shardings; its `params` are what
       trains, as stored.
@@ -70,6 +72,7 @@ class Step(NamedTuple):
 
   settings: Settings
   model: Any
+  sampling: LayerSampling | None
   mesh: Mesh
   state: Any
   frozen: Any
@@ -97,6 +100,7 @@ def step_of(settings: Settings, devices: Devices) -> Step:
   return Step(
     settings=settings,
     model=planned.config.model,
+    sampling=program.sampling,
     mesh=program.mesh,
     state=program.abstract_state,
     frozen=parameters.frozen,
@@ -113,7 +117,7 @@ def lower_bound(settings: Settings) -> Plan:
   the blocks, and gradients of what trains: in a whole step all but the
   embedding's, which is formed last, when the inputs are gone. Micro-batches add
   float32 sums of all gradients. Layer by layer it is the gradient of the
-  largest matrix.
+  largest matrix, and where layers are drawn in whole steps those of the layers.
   """
   step = step_of(settings, settings.devices)
   return Plan(
@@ -139,7 +143,7 @@ def compiled(settings: Settings) -> Plan:
   text = executable.as_text()
   xla = _buffer_assignment(executable.memory_analysis())
   components = counted(step)
-  if step.model.remat or settings.step.mode == 'layerwise':
+  if step.model.remat or _recomputes(step):
     components['saved_activations'] = block_inputs(step)
   components['temporaries'] = xla['peak'] - sum(components.values())
   if '__cudnn$fmha' in text:
@@ -172,12 +176,15 @@ def block_inputs(step: Step) -> int:
   if run.step.offload:
     return 0
   # Layer by layer, exact sums need all micro-batches of a block at once.
-  is_whole_batch = (
-    run.step.mode == 'layerwise' and run.step.accumulate == 'gradient'
-  )
+  is_whole_batch = _recomputes(step) and run.step.accumulate == 'gradient'
   tokens = _tokens(step, 1 if is_whole_batch else run.micro_batches)
   size = step.model.num_layers * tokens * step.model.hidden_size
   return size * jnp.dtype(step.model.compute_dtype).itemsize // step.mesh.size
+
+
+def _recomputes(step: Step) -> bool:
+  """Whether the step goes layer by layer, from the inputs of the blocks."""
+  return step.settings.step.mode == 'layerwise' or step.sampling is not None
 
 
 def gradients(step: Step) -> int:
@@ -195,6 +202,10 @@ def gradients(step: Step) -> int:
       for part, tree in shards.items()
       for leaf in jax.tree.leaves(tree)
     )
+  if step.sampling is not None:
+    # Those of the drawn layers wait; the others have none.
+    layers = optim.inspect.tree_bytes(shards['layers'])
+    return layers * step.sampling.layers // step.sampling.num_layers
   sums = 0
   if step.settings.micro_batches > 1:
     sums = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shards))

@@ -367,6 +367,49 @@ def plot_losses(
   figure.savefig(png, dpi=150)
 
 
+def plot_layers(
+  metrics_jsonl: str | pathlib.Path, png: str | pathlib.Path
+) -> bool:
+  """Draws when each layer was trained, where layers are drawn.
+
+  Args:
+    metrics_jsonl: A file that `MetricsWriter` wrote, with ``layers/rests/00``
+      and ``layers/visits/00`` and the like.
+    png: The picture to write.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  lines = read_metrics(metrics_jsonl)
+  names = sorted({n for row in lines for n in row if n.startswith('layers/')})
+  rests = [_series(lines, n) for n in names if n.startswith('layers/rests/')]
+  visits = [_series(lines, n) for n in names if n.startswith('layers/visits/')]
+  if not rests:
+    return False
+  figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout='constrained')
+  over_time, in_all = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+  image = over_time.pcolormesh(
+    rests[0][0],
+    np.arange(len(rests)),
+    np.stack([values for _, values in rests]),
+    cmap='Blues',
+    shading='nearest',
+  )
+  figure.colorbar(image, ax=over_time, label='steps since a layer was trained')
+  over_time.set(xlabel='step', ylabel='layer')
+  over_time.xaxis.set_major_formatter('{x:,.0f}')
+  over_time.yaxis.get_major_locator().set_params(integer=True)
+  in_all.barh(
+    np.arange(len(visits)),
+    [values[-1] for _, values in visits],
+    color='#08519c',
+  )
+  in_all.set(xlabel='steps trained')
+  in_all.spines[['top', 'right']].set_visible(False)
+  figure.savefig(png, dpi=150)
+  return True
+
+
 def _series(lines, name):
   """Steps and values of one metric; NaN where the value was not finite."""
   points = [(line['step'], line[name]) for line in lines if name in line]

@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax import optim
-from gnlorp_jax.compose import optimizer, settings
+from gnlorp_jax.compose import optimizer, schedules, settings
 from gnlorp_jax.compose.settings import OptimConfig
 from gnlorp_jax.models import llama, roberta
 from gnlorp_jax.optim import methods
@@ -132,7 +132,7 @@ def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
 
   @jit_to_the_last_bit
   def found(count, numbers):
-    return optimizer.cosine_rate(
+    return schedules.cosine_rate(
       count, **numbers, warmup=warmup, steps=steps, final=config.final_fraction
     )
 
@@ -142,6 +142,98 @@ def test_cosine_of_numbers_is_that_of_optax_to_the_last_bit(steps, options):
     rate = found(jnp.int32(count), numbers)
     assert rate.dtype == jnp.float32 and rate.shape == ()
     assert rate == expected(jnp.int32(count)), count
+
+
+def test_jagged_rate_is_the_closed_form_of_relora():
+  """With every rise one step ahead, so that no update has a rate of 0."""
+  steps, warmup, cycle, rewarm, final = 60, 9, 15, 3, 0.1
+
+  def base(x):
+    angle = np.pi * (x - warmup) / (steps - 1 - warmup)
+    return final + (1 - final) / 2 * (1 + np.cos(angle))
+
+  def relora(u):
+    if u < warmup:
+      return (u + 1) / warmup
+    start, place = u // cycle * cycle, u % cycle
+    if place < rewarm and u >= cycle:
+      return (place + 1) / rewarm * base(start + rewarm)
+    return base(u)
+
+  found = rates(
+    steps,
+    schedule='jagged',
+    warmup_fraction=0.15,
+    final_fraction=final,
+    cycle=cycle,
+    restart_warmup_fraction=0.2,
+  )
+  expected = [0.5 * relora(u) for u in range(steps)]
+  np.testing.assert_allclose(found, expected, rtol=2e-5)
+  # First and last, where the first rise ends, and around a restart.
+  for u, value in (
+    (0, 0.5 / 9),
+    (warmup - 1, 0.5),
+    (warmup, 0.5),
+    (cycle - 1, 0.5 * base(14)),
+    (cycle, 0.5 * base(18) / 3),
+    (cycle + 1, 0.5 * base(18) * 2 / 3),
+    (cycle + rewarm - 1, 0.5 * base(18)),
+    (cycle + rewarm, 0.5 * base(18)),
+    (steps - 1, 0.05),
+  ):
+    assert found[u] == pytest.approx(value, rel=2e-5), u
+
+
+def test_jagged_rate_with_one_long_cycle_is_the_cosine():
+  cosine = rates(30)
+  np.testing.assert_allclose(rates(30, schedule='jagged', cycle=30), cosine)
+  # A rise of no step is one of one.
+  found = rates(30, schedule='jagged', cycle=10, restart_warmup_fraction=0)
+  expected = cosine.copy()
+  expected[[10, 20]] = cosine[[11, 21]]
+  np.testing.assert_allclose(found, expected)
+
+
+def test_jagged_rate_is_decided_by_numbers_in_the_state():
+  config = OptimConfig(schedule='jagged', cycle=4, learning_rate=0.5)
+  assert optimizer.depends_on_steps(config)
+  assert set(optimizer.numbers(config, 20)) == {'peak', 'climb'}
+  assert optimizer.without_rates(config).learning_rate is None
+
+
+def test_cycle_is_that_of_the_restarts():
+  jagged = OptimConfig(schedule='jagged')
+  restarts = settings.AdapterOptions(kind='lora', restart_every=7)
+  none = settings.AdapterOptions()
+  assert optimizer.in_cycles(jagged, restarts).cycle == 7
+  assert optimizer.in_cycles(OptimConfig(), restarts) == OptimConfig()
+  own = dataclasses.replace(jagged, cycle=7)
+  assert optimizer.in_cycles(own, none) == own
+  assert optimizer.in_cycles(own, restarts) == own
+  for config, adapter, text in (
+    (
+      OptimConfig(cycle=3),
+      none,
+      "optim.cycle=3 is of optim.schedule='jagged', got 'cosine'. Leave it "
+      'out.',
+    ),
+    (
+      jagged,
+      none,
+      "optim.schedule='jagged' rises again in every cycle, and there is none. "
+      'Give adapter.restart_every, or optim.cycle.',
+    ),
+    (
+      dataclasses.replace(jagged, cycle=8),
+      restarts,
+      'optim.cycle=8 is not adapter.restart_every=7: the learning rate must '
+      'rise again when adapters restart. Leave out optim.cycle.',
+    ),
+  ):
+    with pytest.raises(ValueError) as error:
+      optimizer.in_cycles(config, adapter)
+    assert str(error.value) == text
 
 
 @pytest.mark.parametrize('final', [0.0, 0.25])

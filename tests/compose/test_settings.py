@@ -27,14 +27,15 @@ KINDS = {
     'fixed': 'name schedule rank update_proj_gap spread_refreshes projection '
     'granularity side basis_bits lazy_refresh moments_on_refresh error_bits '
     'weight_norm norm_state moment_bits stochastic_rounding',
-    'result': 'learning_rate warmup_fraction final_fraction scale solver b1 b2 '
-    'eps eps_mode weight_decay decay_norms_and_biases clip_global_norm '
-    'param_labels',
+    'result': 'learning_rate warmup_fraction final_fraction cycle '
+    'restart_warmup_fraction scale solver b1 b2 eps eps_mode weight_decay '
+    'decay_norms_and_biases clip_global_norm param_labels',
   },
   # Fixed is what decides the arrays, and what they stand for.
   AdapterOptions: {
-    'fixed': 'kind rank alpha rank_stabilized rules init_from',
-    'result': 'dropout',
+    'fixed': 'kind rank alpha rank_stabilized rules init_from train_others '
+    'restart_every',
+    'result': 'dropout restart_prune restart_prune_share',
   },
   # A state of either mode is one of the other.
   StepConfig: {
@@ -123,6 +124,18 @@ def test_helpers_keep_the_default():
     (
       lambda: AdapterOptions(rank=0),
       'AdapterOptions.rank must be at least 1, got 0.',
+    ),
+    (
+      lambda: AdapterOptions(restart_every=0),
+      'AdapterOptions.restart_every must be at least 1, got 0.',
+    ),
+    (
+      lambda: AdapterOptions(restart_prune_share=1.5),
+      'AdapterOptions.restart_prune_share must be in [0, 1], got 1.5.',
+    ),
+    (
+      lambda: OptimConfig(cycle=0),
+      'OptimConfig.cycle must be at least 1, got 0.',
     ),
     (
       lambda: AdapterOptions(alpha=0.0),

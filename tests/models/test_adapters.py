@@ -651,6 +651,49 @@ def test_rules_choose_kernels_and_init_needs_only_shapes():
   }
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_restart_preserves_what_a_layer_computes(kind):
+  """To the last digits of float64, with a new A, and a B of zeros."""
+  config = config_of(kind)
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    shapes = {
+      'kernel': (2, 7, 5),
+      'bias': (2, 5),
+      'lora_a': (2, 7, RANK),
+      'lora_b': (2, RANK, 5),
+    }
+    if kind != 'lora':
+      shapes['magnitude'] = (2, 1, 5)
+    layer = {
+      name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()
+    }
+    new = adapters.restart(config, layer, jax.random.key(3))
+    assert new.keys() == layer.keys()
+    for name, x in new.items():
+      assert (x.shape, x.dtype) == (layer[name].shape, jnp.float64)
+    assert new['bias'] is layer['bias'] and not np.any(new['lora_b'])
+    assert 0.9 * 7**-0.5 < np.abs(new['lora_a']).max() <= 7**-0.5
+    assert np.any(new['lora_a'][0] != new['lora_a'][1])
+    if kind == 'lora':
+      expected = layer['kernel'] + config.scale * (
+        layer['lora_a'] @ layer['lora_b']
+      )
+      np.testing.assert_allclose(new['kernel'], expected, rtol=0, atol=1e-12)
+    x = rng.normal(size=(4, 7))
+    apply = adapters.adapted(config, Net(dtype='float64').apply)
+    for i in range(2):
+      before, after = (
+        apply({'params': {'dense': {n: w[i] for n, w in tree.items()}}}, x)
+        for tree in (layer, new)
+      )
+      assert before.dtype == jnp.float64
+      assert np.abs(np.asarray(after - before)).max() <= 1e-12
+      plain = {'kernel': layer['kernel'][i], 'bias': layer['bias'][i]}
+      untouched = Net(dtype='float64').apply({'params': {'dense': plain}}, x)
+      assert np.abs(np.asarray(before - untouched)).max() > 0.1
+
+
 def test_split_and_combine_are_inverse():
   _, _, params, trainable = build('dora')
   both = adapters.combine(params, trainable)

@@ -274,6 +274,21 @@ def test_plot_shows_both_losses(tmp_path, monkeypatch):
   assert axes.get_ylabel() == 'loss (nats per token)'
 
 
+def test_plot_of_layers_is_there_where_layers_are_drawn(tmp_path):
+  png = tmp_path / 'layers.png'
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(1, {'train/loss': 1.0})
+  assert not metrics.plot_layers(tmp_path / 'metrics.jsonl', png)
+  assert not png.exists()
+  with MetricsWriter(tmp_path, 1) as writer:
+    for step in (2, 4):
+      row = {f'layers/rests/{layer:02d}': step * layer for layer in range(3)}
+      row |= {f'layers/visits/{layer:02d}': step for layer in range(3)}
+      writer.write(step, row)
+  assert metrics.plot_layers(tmp_path / 'metrics.jsonl', png)
+  assert png.read_bytes().startswith(b'\x89PNG')
+
+
 def test_plot_leaves_gaps_and_smooths_over_them(tmp_path, monkeypatch):
   losses = np.tile([1.0, 3.0], 100)
   losses[50] = math.nan

@@ -28,8 +28,8 @@ from gnlorp_jax.optim.quantized.codecs import Codec, dynamic, linear
 # Bits of all moments, or ordered rules (regex over the path, bits).
 MomentBits = int | Sequence[tuple[str, int]]
 
-# Codecs of the fields of optimizer states that hold moments, by bits.
-_FIELDS = ('mu', 'nu', 'trace')
+# Fields of optimizer states that hold moments, and their codecs by bits.
+MOMENT_FIELDS = ('mu', 'nu', 'trace')
 _CODECS: dict[int, dict[str, Codec]] = {
   32: {},
   8: {
@@ -67,7 +67,7 @@ def _codec_at(path: tuple[Any, ...], bits: MomentBits) -> Codec | None:
     name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
     if name in ('subspace', 'recovery', 'error'):
       return None
-    if name in _FIELDS:
+    if name in MOMENT_FIELDS:
       return _CODECS[_bits_of(path_name(path[index + 1 :]), bits)].get(name)
   return None
 

@@ -7,7 +7,7 @@ comment says so. What the user gives counts more.
 import dataclasses
 
 from gnlorp_jax.compose import optimizer
-from gnlorp_jax.compose.methods import Method, get_method
+from gnlorp_jax.compose.methods import Method, get_method, sampling_of
 from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
 from gnlorp_jax.recipes.glue.settings import DEMO, GlueConfig
 
@@ -101,8 +101,9 @@ def resolve(config: GlueConfig, task: str, method: str) -> GlueConfig:
     batch_size=_or(config.batch_size, small_batch),
     epochs=_or(config.epochs, 5 if is_demo else 30),
     max_length=_or(config.max_length, 16 if is_demo else 512),
-    optim=_optimizer(config, task, chosen),
+    optim=optimizer.in_cycles(_optimizer(config, task, chosen), config.adapter),
     adapter=_adapter(config.adapter, task, chosen),
+    sampling=sampling_of(chosen, config.sampling),
   )
 
 

@@ -19,6 +19,7 @@ from gnlorp_jax.compose import folders, optimizer, parameters, program
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
+  SamplingOptions,
   StepConfig,
   fixed_settings,
 )
@@ -161,10 +162,13 @@ def build_program(
     optimizer.without_rates(config.optim),
     config.adapter,
     config.step,
+    config.sampling,
     config.micro_batches,
     config.init_from,
     head,
-    steps if optimizer.depends_on_steps(config.optim) else 0,
+    steps
+    if optimizer.depends_on_steps(config.optim) or config.adapter.restart_every
+    else 0,
     mesh,
   )
 
@@ -177,6 +181,7 @@ def _program(
   optim: OptimConfig,
   adapter: AdapterOptions,
   step: StepConfig,
+  sampling: SamplingOptions,
   micro_batches: int,
   init_from: str | None,
   head: heads.Head | None,
@@ -206,6 +211,7 @@ def _program(
     optim_config=optim,
     adapter=adapter,
     step_config=step,
+    sampling_options=sampling,
     model_rules=roberta.LABEL_RULES,
     steps=steps,
     micro_batches=micro_batches,
@@ -367,12 +373,15 @@ def describe_sizes(built: program.Program) -> dict[str, int]:
   """Numbers of parameters, and bytes of the optimizer's state."""
   held = built.parameters
   # In codes, of which one may be half a byte, there are as many as decoded.
-  trained, frozen = (
+  trained, in_state, frozen = (
     sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for tree in jax.eval_shape(held.decode_exact, (held.trained, held.frozen))
+    for tree in jax.eval_shape(
+      held.decode_exact,
+      (held.trained, built.abstract_state.params, held.frozen),
+    )
   )
   return {
     'trainable_parameters': trained,
-    'parameters': trained + frozen,
+    'parameters': in_state + frozen,
     'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
   }

@@ -76,7 +76,10 @@ def plan(
       'Lower it.'
     )
   config = dataclasses.replace(
-    config, model=architecture, seed=config.seed_numbers[0]
+    config,
+    model=architecture,
+    seed=config.seed_numbers[0],
+    optim=optimizer.in_cycles(config.optim, config.adapter),
   )
   family = models.family(architecture)
   optim = config.optim
@@ -97,6 +100,7 @@ def plan(
     optim_config=optim,
     adapter=config.adapter,
     step_config=config.step,
+    sampling_options=config.sampling,
     model_rules=family.LABEL_RULES,
     steps=config.steps,
     micro_batches=config.micro_batches,

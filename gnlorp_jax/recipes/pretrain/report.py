@@ -42,6 +42,7 @@ def finish(
   """
   folder = pathlib.Path(config.run_dir)
   metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, outcome, folder / 'hf')
   sample = sample_text(prepared, config, outcome)
   (folder / 'sample.txt').write_text(sample, encoding='utf-8')

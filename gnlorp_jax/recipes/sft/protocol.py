@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from gnlorp_jax.compose import optimizer
-from gnlorp_jax.compose.methods import Method, get_method
+from gnlorp_jax.compose.methods import Method, get_method, sampling_of
 from gnlorp_jax.compose.settings import AdapterOptions, OptimConfig
 from gnlorp_jax.recipes.sft.settings import SftConfig
 
@@ -36,8 +36,9 @@ def resolve(config: SftConfig) -> SftConfig:
     config,
     batch_size=_or(config.batch_size, 16 if is_demo else 8),
     epochs=_or(config.epochs, 4 if is_demo else 1),
-    optim=_optimizer(config, method, adapter),
+    optim=optimizer.in_cycles(_optimizer(config, method, adapter), adapter),
     adapter=adapter,
+    sampling=sampling_of(method, config.sampling),
     run_dir=config.run_dir or ('runs/sft_demo' if is_demo else 'runs/sft'),
     data=dataclasses.replace(
       config.data, max_length=_or(config.data.max_length, _length(config))

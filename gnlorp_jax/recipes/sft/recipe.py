@@ -118,6 +118,7 @@ def _build(
     optim_config=config.optim,
     adapter=config.adapter,
     step_config=config.step,
+    sampling_options=config.sampling,
     model_rules=family.LABEL_RULES,
     steps=steps,
     micro_batches=config.micro_batches,

@@ -43,6 +43,7 @@ def finish(
   """
   folder = pathlib.Path(config.run_dir)
   metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+  metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, config, outcome)
   summary = summarise(prepared, config, outcome)
   (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
@@ -140,6 +141,7 @@ def show(config: SftConfig, summary: dict[str, Any]) -> None:
   left = {
     'metrics.jsonl': 'metrics',
     'loss.png': 'plot',
+    'layers.png': 'plot of the layers that were drawn',
     SAMPLES_FILE: 'answers',
     'hf': 'model',
     'adapter': 'adapters',

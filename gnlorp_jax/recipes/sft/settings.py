@@ -209,6 +209,14 @@ class SftConfig(RunConfig):
         f"method={self.method!r} trains {trains}. Use export='merged', or "
         'another method.'
       )
+    if self.export == 'adapter' and (
+      self.adapter.restart_every or self.adapter.train_others
+    ):
+      raise ValueError(
+        "export='adapter' writes what changes the model of init_from, and with "
+        'adapter.restart_every or adapter.train_others its own weights change '
+        "too. Use export='merged'."
+      )
     if self.data.source != DEMO and self.init_from is None:
       raise ValueError(
         f'data.source={self.data.source!r} needs a model: give its Hugging '

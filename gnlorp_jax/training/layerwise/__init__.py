@@ -27,12 +27,15 @@ Words of this package:
                    (`optim.split`) makes of it before the rest of its step
   pass             once through all blocks, forward or backward
 
-`step` builds the step, `at_once` and `waiting` are its two ways, `engine` moves
-a parameter, `passes` computes gradients, `slices` takes trees apart, `checks`
+`step` builds the step, `at_once` and `waiting` are its two ways; `sampled` is
+the step of layers that were drawn (`layer_sampling`). `engine` moves a
+parameter, `passes` computes gradients, `slices` takes trees apart, `checks`
 finds what cannot be trained so. `gradient_norms` measures gradients and trains
 nothing.
 """
 
+from gnlorp_jax.training.layerwise.sampled import init as init_sampled
+from gnlorp_jax.training.layerwise.sampled import make_sampled_step
 from gnlorp_jax.training.layerwise.step import (
   Accumulate,
   Clipping,
@@ -48,5 +51,7 @@ __all__ = [
   'Pieces',
   'TrainStep',
   'gradients_wait',
+  'init_sampled',
+  'make_sampled_step',
   'make_train_step',
 ]

@@ -26,12 +26,21 @@ from gnlorp_jax.training.layerwise.engine import (
 from gnlorp_jax.training.layerwise.passes import (
   HeadPass,
   Kept,
+  Passes,
   add_trees,
   divide,
 )
-from gnlorp_jax.training.layerwise.slices import Path, leaf_at, nest
+from gnlorp_jax.training.layerwise.slices import Cut, Path, leaf_at, nest
 from gnlorp_jax.training.state import TrainState
 from gnlorp_jax.training.step import Batch, Metrics, split_rows
+
+
+def embed_grads(
+  passes: Passes, params: Any, kept: Kept, head: HeadPass, dx_KBTD: jax.Array
+) -> Any:
+  """Gradients of the embedding, with what the head adds to a tied one."""
+  grads = passes.embedding(params, kept, dx_KBTD)
+  return add_trees({key: head.grads[key] for key in grads}, grads)
 
 
 class _Measured(NamedTuple):
@@ -61,7 +70,7 @@ class AtOnce(NamedTuple):
     if self.clip is not None:
       norm = self._measure(params, kept, head, divisor)
       factor, finite = clip_factor(norm, self.clip), jnp.isfinite(norm)
-    move = _Move(self.engine, state.step, divisor, factor)
+    move = Move(self.engine, state.step, divisor, factor)
     embed_keys = passes.pieces.embed_keys
     late = [p for p in self.engine.outer_paths if p[0] in embed_keys]
     early = [p for p in self.engine.outer_paths if p not in late]
@@ -71,16 +80,9 @@ class AtOnce(NamedTuple):
     # What the head needs is let go before the layers begin.
     dx_KBTD, carry = jax.lax.optimization_barrier((head.dx_KBTD, carry))
     carry, dx_KBTD = passes.backward(move.layer, carry, kept, dx_KBTD, divisor)
-    grads = self._embed_grads(params, kept, head, dx_KBTD)
+    grads = embed_grads(passes, params, kept, head, dx_KBTD)
     carry = move.outer(late, params, grads, carry)
     return self.engine.finish(state, carry, head.loss_sum, head.weight_sum)
-
-  def _embed_grads(
-    self, params: Any, kept: Kept, head: HeadPass, dx_KBTD: jax.Array
-  ) -> Any:
-    """Gradients of the embedding, with what the head adds to a tied one."""
-    grads = self.engine.passes.embedding(params, kept, dx_KBTD)
-    return add_trees({key: head.grads[key] for key in grads}, grads)
 
   def _measure(
     self, params: Any, kept: Kept, head: HeadPass, divisor: jax.Array
@@ -95,12 +97,14 @@ class AtOnce(NamedTuple):
     carry, dx_KBTD = self.engine.passes.backward(
       visit, _Measured(params, jnp.float32(0)), kept, head.dx_KBTD, divisor
     )
-    grads = head.grads | self._embed_grads(params, kept, head, dx_KBTD)
+    grads = head.grads | embed_grads(
+      self.engine.passes, params, kept, head, dx_KBTD
+    )
     outer = squares(divide(grads, divisor, grads))
     return jnp.sqrt(carry.squares + outer)
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
   """Moves parameters by their gradients, times a factor."""
 
   engine: Engine
@@ -136,15 +140,19 @@ class _Move(NamedTuple):
     return carry
 
   def layer(
-    self, layer: jax.Array, grads: dict[Path, Any], carry: Carry
+    self,
+    layer: jax.Array,
+    grads: dict[Path, Any],
+    carry: Carry,
+    of_state: Cut | None = None,
   ) -> Carry:
-    """Moves the parameters of a layer."""
+    """Moves the parameters of a layer; `of_state` as in `Engine.move`."""
     cut = self.engine.layer(layer)
 
     def act(path: Path, grad: jax.Array, carry: Carry) -> Carry:
       grad, carry = self._see(grad, carry)
       return self.engine.move(
-        self._act(path, grad), path, cut, self.step, carry
+        self._act(path, grad), path, cut, self.step, carry, of_state
       )
 
     return one_by_one(self.engine.layer_paths, grads, carry, act)

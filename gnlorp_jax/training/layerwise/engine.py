@@ -89,11 +89,22 @@ class Engine(NamedTuple):
     return Cut(number, self.passes.num_layers)
 
   def move(
-    self, act: Act, path: Path, cut: Cut, step: jax.Array, carry: Carry
+    self,
+    act: Act,
+    path: Path,
+    cut: Cut,
+    step: jax.Array,
+    carry: Carry,
+    of_state: Cut | None = None,
   ) -> Carry:
-    """Writes what `act` makes of a parameter, or of a part of one."""
+    """Writes what `act` makes of a parameter, or of a part of one.
+
+    `of_state` is the part of ``carry.opt`` that belongs to it, if it is not
+    cut like the parameter.
+    """
+    of_state = cut if of_state is None else of_state
     stored = leaf_at(carry.params, path)
-    old, old_state = cut.at(stored), self.slices.take(carry.opt, path, cut)
+    old, old_state = cut.at(stored), self.slices.take(carry.opt, path, of_state)
     parameters = self.passes.parameters
     start = parameters.decode_exact(old)
     first = cut.index * (start.shape[0] if start.ndim else 1)
@@ -123,7 +134,7 @@ class Engine(NamedTuple):
     written = only_changed(new_state, is_same)
     return Carry(
       params=replace_leaf(carry.params, path, cut.put(stored, new)),
-      opt=self.slices.put(carry.opt, path, written, cut),
+      opt=self.slices.put(carry.opt, path, written, of_state),
       shared=self.slices.shared(carry.opt, new_state),
       sums=sums._replace(
         update=sums.update + update, weight=sums.weight + weight

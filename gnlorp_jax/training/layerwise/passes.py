@@ -89,6 +89,13 @@ class HeadPass(NamedTuple):
   dx_KBTD: jax.Array
 
 
+class Drawn(NamedTuple):
+  """The layers whose gradients a backward pass computes."""
+
+  layers_S: jax.Array  # int32, ascending
+  to_bottom: bool  # whether the gradient of the first block's input is needed
+
+
 class Passes(NamedTuple):
   """A model, and the passes through it."""
 
@@ -166,8 +173,9 @@ class Passes(NamedTuple):
     kept: Kept,
     dx_KBTD: jax.Array,
     divisor: jax.Array,
+    drawn: Drawn | None = None,
   ) -> tuple[Any, jax.Array]:
-    """Shows every layer's gradients to ``visit(layer, grads, carry)``.
+    """Shows layers' gradients to ``visit(layer, grads, carry)``.
 
     Args:
       visit: Returns the next carry.
@@ -175,20 +183,43 @@ class Passes(NamedTuple):
       kept: Of the forward pass.
       dx_KBTD: Gradient of the last block's output.
       divisor: What gradients are divided by.
+      drawn: Which layers are visited; None: all are.
 
     Returns:
-      The last carry, and the gradient of the first block's input.
+      The last carry, and the gradient of the input of the lowest block that
+      was worked through.
     """
 
-    def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
-      carry, dy_KBTD = loop
-      layer = self.num_layers - 1 - i
+    def visited(layer: jax.Array, carry: Any, dy_KBTD: jax.Array) -> Any:
       trained = carry.params.get(LAYERS, {})
       grads, dx_KBTD = self._block(trained, kept, layer, dy_KBTD, divisor)
       flat = traverse_util.flatten_dict({LAYERS: grads})
       return visit(layer, flat, carry), dx_KBTD
 
-    return jax.lax.fori_loop(0, self.num_layers, body, (carry, dx_KBTD))
+    if drawn is None:
+      last = self.num_layers - 1
+      return jax.lax.fori_loop(
+        0,
+        self.num_layers,
+        lambda i, loop: visited(last - i, *loop),
+        (carry, dx_KBTD),
+      )
+    # Upwards, with the layer above all at the end. No branches: XLA copies
+    # stacks that a branch reads and returns.
+    ends_S = jnp.append(drawn.layers_S, self.num_layers)
+    count = len(drawn.layers_S)
+
+    def body(i: jax.Array, loop: tuple[Any, jax.Array]) -> Any:
+      carry, dy_KBTD = loop
+      place = count - 1 - i
+      layer, above = ends_S[place], ends_S[place + 1]
+      dy_KBTD = self._through(carry.params, kept, above, layer, dy_KBTD)
+      return visited(layer, carry, dy_KBTD)
+
+    carry, dx_KBTD = jax.lax.fori_loop(0, count, body, (carry, dx_KBTD))
+    if drawn.to_bottom:
+      dx_KBTD = self._through(carry.params, kept, ends_S[0], -1, dx_KBTD)
+    return carry, dx_KBTD
 
   def _block(
     self,
@@ -199,19 +230,14 @@ class Passes(NamedTuple):
     divisor: jax.Array,
   ) -> tuple[Any, jax.Array]:
     """Gradients of a slice of one layer, divided, and that of its input."""
-    decode, join = self.parameters.decode, self.parameters.join
-    cut = Cut(number, self.num_layers)
-    x_KBTD = drop_axis(cut.at(kept.inputs_LKBTD))
-    if self.offload:
-      x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
-    trained = drop_axis(decode(cut.at(layers)))
-    base = drop_axis(decode(cut.at(kept.frozen.get(LAYERS, {}))))
+    trained, base, x_KBTD = self._at(layers, kept, number)
 
     def one(
       x_BTD: jax.Array, dy_BTD: jax.Array, batch: Batch
     ) -> tuple[Any, jax.Array]:
       def block(trained: Any, x_BTD: jax.Array) -> jax.Array:
-        return self.pieces.block(join(trained, base), x_BTD, batch, number)
+        layer = self.parameters.join(trained, base)
+        return self.pieces.block(layer, x_BTD, batch, number)
 
       _, pull_back = jax.vjp(block, trained, x_BTD)
       return pull_back(dy_BTD)
@@ -219,3 +245,42 @@ class Passes(NamedTuple):
     sums, dx_KBTD = _sum_each(one, x_KBTD, dy_KBTD, kept.batch_K)
     grads = divide(sums, divisor, trained)
     return jax.tree.map(lambda g: g[None], grads), dx_KBTD
+
+  def _through(
+    self,
+    params: Any,
+    kept: Kept,
+    above: jax.Array,
+    below: jax.Array | int,
+    dy_KBTD: jax.Array,
+  ) -> jax.Array:
+    """From the input of layer `above` to the output of layer `below`."""
+    layers = params.get(LAYERS, {})
+
+    def body(i: jax.Array, dy_KBTD: jax.Array) -> jax.Array:
+      number = above - 1 - i
+      trained, base, x_KBTD = self._at(layers, kept, number)
+      layer = self.parameters.join(trained, base)
+
+      def one(x_BTD: jax.Array, dy_BTD: jax.Array, batch: Batch) -> jax.Array:
+        _, pull_back = jax.vjp(
+          lambda x_BTD: self.pieces.block(layer, x_BTD, batch, number), x_BTD
+        )
+        (dx_BTD,) = pull_back(dy_BTD)
+        return dx_BTD
+
+      return _each(one, x_KBTD, dy_KBTD, kept.batch_K)
+
+    return jax.lax.fori_loop(0, above - 1 - below, body, dy_KBTD)
+
+  def _at(
+    self, layers: Any, kept: Kept, number: jax.Array
+  ) -> tuple[Any, Any, jax.Array]:
+    """What trains of a layer, what is frozen of it, decoded, and its input."""
+    decode, cut = self.parameters.decode, Cut(number, self.num_layers)
+    x_KBTD = drop_axis(cut.at(kept.inputs_LKBTD))
+    if self.offload:
+      x_KBTD = jax.device_put(x_KBTD, jax.memory.Space.Device)
+    trained = drop_axis(decode(cut.at(layers)))
+    base = drop_axis(decode(cut.at(kept.frozen.get(LAYERS, {}))))
+    return trained, base, x_KBTD

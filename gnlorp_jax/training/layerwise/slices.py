@@ -120,6 +120,16 @@ class StateSlices(NamedTuple):
 
     return jax.tree.map(write, opt, new, is_leaf=self.is_params)
 
+  def only(self, opt: Any, keys: frozenset[str]) -> Any:
+    """The state of the parameters under some of the top-level keys."""
+
+    def take(node: Any) -> Any:
+      if not self.is_params(node):
+        return node
+      return {key: child for key, child in node.items() if key in keys}
+
+    return jax.tree.map(take, opt, is_leaf=self.is_params)
+
   def shared(self, opt: Any, param_state: Any) -> list[jax.Array]:
     """What all parameters share, as it is in the state of one of them."""
     nodes, treedef = jax.tree.flatten(opt, is_leaf=self.is_params)

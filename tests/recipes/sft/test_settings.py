@@ -72,6 +72,16 @@ def test_a_file_is_what_options_override(tmp_path):
       "method='gradnormlorp' trains all weights.",
     ),
     (
+      {
+        'export': 'adapter',
+        'method': 'lora',
+        'adapter': AdapterOptions(restart_every=5),
+      },
+      "export='adapter' writes what changes the model of init_from, and with "
+      'adapter.restart_every or adapter.train_others its own weights change '
+      "too. Use export='merged'.",
+    ),
+    (
       {'export': 'adapter', 'method': 'gradnormlorp_adapter'},
       "trains adapters of kind 'gradnormlorp'.",
     ),

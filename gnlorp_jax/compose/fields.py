@@ -1,0 +1,95 @@
+"""What every field of the settings says and is checked for.
+
+What becomes of a run that is resumed with another value of a field stands in
+the field's metadata, under `ON_RESUME`:
+
+  fixed   it cannot change: it decides shapes, or the order of the data
+  result  it may change in a run by itself, not among runs that are compared
+  free    it may change; results do not depend on it
+
+A field without it is fixed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+ON_RESUME = 'on_resume'
+
+
+def result(default: Any) -> Any:
+  """A field that may change in a run by itself, not among compared runs."""
+  return dataclasses.field(default=default, metadata={ON_RESUME: 'result'})
+
+
+def free(default: Any) -> Any:
+  """A field that may change whenever a run is resumed."""
+  return dataclasses.field(default=default, metadata={ON_RESUME: 'free'})
+
+
+def fixed_settings(config: Any, *, compared: bool = False) -> dict[str, Any]:
+  """The settings that a resumed run must share with the run it resumes.
+
+  Args:
+    config: A dataclass whose fields may be dataclasses.
+    compared: Whether the run is one of several that are compared, which must
+      also agree in what changes results.
+
+  Returns:
+    Values by dotted names, such as ``optim.rank``.
+  """
+  return dict(_fixed(config, 'fixed result' if compared else 'fixed'))
+
+
+def _fixed(config: Any, kinds: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      for name, inner in _fixed(value, kinds):
+        yield f'{field.name}.{name}', inner
+    elif field.metadata.get(ON_RESUME, 'fixed') in kinds.split():
+      yield field.name, value
+
+
+def check_at_least_one(config: Any, *names: str) -> None:
+  """Raises ValueError unless the named fields are None or at least 1."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and value < 1:
+      raise ValueError(
+        f'{type(config).__name__}.{name} must be at least 1, got {value}.'
+      )
+
+
+def check_between(config: Any, name: str, low: float, high: float) -> None:
+  """Raises ValueError unless a field is None or lies in [low, high]."""
+  value = getattr(config, name)
+  if value is not None and not low <= value <= high:
+    raise ValueError(
+      f'{type(config).__name__}.{name} must be in [{low}, {high}], got {value}.'
+    )
+
+
+def words(text: str) -> tuple[str, ...]:
+  """The words between commas, each once."""
+  found = (word.strip() for word in text.split(','))
+  return tuple(dict.fromkeys(word for word in found if word))
+
+
+def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+  """The numbers between commas, each once.
+
+  Args:
+    name: Of the field, for the error.
+    text: Its value.
+    kind: int or float.
+
+  Raises:
+    ValueError: If something between the commas is no such number.
+  """
+  try:
+    return tuple(dict.fromkeys(kind(word) for word in words(text)))
+  except ValueError as error:
+    raise ValueError(
+      f'{name}={text!r} must be numbers joined by commas: {error}.'
+    ) from None

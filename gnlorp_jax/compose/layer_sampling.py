@@ -1,0 +1,153 @@
+"""From settings to layers that are drawn: methods by name, what stays on."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from gnlorp_jax.compose import layer_scores
+from gnlorp_jax.compose.optimizer import LabelRules
+from gnlorp_jax.compose.settings import SamplingOptions
+from gnlorp_jax.training.layer_sampling import LayerSampling
+
+
+class Preset(NamedTuple):
+  """What a published method takes where nothing is asked for.
+
+  Attributes:
+    draw: How layers are drawn.
+    layers: How many at a time.
+    every: Steps between two draws.
+    always_on: Whether embedding, final norm and head train all the time.
+  """
+
+  draw: str
+  layers: int
+  every: int
+  always_on: bool = True
+
+
+PRESETS = {
+  # Li et al., OwLore, 2024, arXiv:2405.18380: the released scripts. OWS is the
+  # same draw with optimizers of full rank, and LISA's number of layers.
+  'owlore': Preset('scores', 5, 50),
+  'ows': Preset('scores', 2, 50),
+  # Pan et al., LISA, 2024, arXiv:2403.17919: intervals from 1 to 50.
+  'lisa': Preset('uniform', 2, 20),
+  # Luo et al., BAdam, 2024, arXiv:2404.02827.
+  'badam': Preset('shuffled', 1, 50, always_on=False),
+}
+_PLAIN = Preset('uniform', 2, 20)
+
+
+def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
+  """How layers are drawn, or None where all train.
+
+  Args:
+    options: What is asked for.
+    num_layers: L, layers of the model.
+
+  Raises:
+    ValueError: If options do not fit each other or the model, or scores cannot
+      be read.
+  """
+  if not options.is_on:
+    _check_unused(options)
+    return None
+  preset = PRESETS.get(options.method or '', _PLAIN)
+  draw = options.draw or preset.draw
+  return LayerSampling(
+    num_layers=num_layers,
+    layers=options.layers or min(preset.layers, num_layers),
+    every=options.every or preset.every,
+    draw='shuffled' if draw == 'shuffled' else 'weighted',
+    weights=_weights(draw, options.scores, num_layers),
+    on_leave=options.on_leave,
+    carry=options.carry,
+    reset_always=options.reset_always,
+    warmup_steps=options.warmup_steps,
+  )
+
+
+def _check_unused(options: SamplingOptions) -> None:
+  """Raises a ValueError if options are given where all layers train."""
+  for field in dataclasses.fields(options):
+    if (value := getattr(options, field.name)) != field.default:
+      raise ValueError(
+        f'sampling.{field.name}={value!r} has no effect where all layers '
+        "train: give sampling.method (or, in fine-tuning, method='lisa' and "
+        'the like), or sampling.draw.'
+      )
+
+
+def _weights(
+  draw: str, scores: str | None, num_layers: int
+) -> tuple[float, ...] | None:
+  if draw == 'decreasing':
+    return tuple(float(num_layers - i) for i in range(num_layers))
+  if draw == 'scores':
+    if scores is None:
+      raise ValueError(
+        'Layers drawn by their scores need a file of them, sampling.scores: '
+        "'python -m gnlorp_jax.layer_scores MODEL --data TEXT' writes one. "
+        "Or draw them otherwise, such as sampling.draw='uniform'."
+      )
+    return layer_scores.read_scores(scores, num_layers)
+  if scores is not None:
+    raise ValueError(
+      f"sampling.scores={scores!r} needs sampling.draw='scores', got {draw!r}."
+    )
+  return None
+
+
+def label_rules(
+  options: SamplingOptions,
+  rules: LabelRules,
+  outer: Iterable[str],
+  always_trained: tuple[str, ...],
+  *,
+  has_subspaces: bool,
+) -> LabelRules:
+  """Label rules that say which parameters outside of the layers train.
+
+  Args:
+    options: What is asked for.
+    rules: The rules without.
+    outer: The ``/``-joined paths of all parameters outside of the layers.
+    always_trained: Prefixes of paths that always train, such as those of a new
+      head.
+    has_subspaces: Whether the optimizer projects matrices.
+
+  Returns:
+    Rules for each path, then `rules`.
+
+  Raises:
+    ValueError: If `always_on` names something that is not there, or its state
+      cannot be projected.
+  """
+  if options.always_on_state == 'low_rank' and not has_subspaces:
+    raise ValueError(
+      "sampling.always_on_state='low_rank' needs an optimizer with subspaces, "
+      "such as optim.name='galore'; or use 'int8'."
+    )
+  preset, names = PRESETS.get(options.method or '', _PLAIN), tuple(outer)
+  patterns = options.always_on
+  if patterns is None:
+    patterns = ('.*',) if preset.always_on else ()
+  for pattern in patterns:
+    if not any(re.search(pattern, name) for name in names):
+      raise ValueError(
+        f'sampling.always_on names {pattern!r}, which is in the path of no '
+        f'parameter outside of the layers: {list(names)}.'
+      )
+  found = []
+  for name in names:
+    is_on = name.startswith(always_trained) or any(
+      re.search(pattern, name) for pattern in patterns
+    )
+    exact = f'^{re.escape(name)}$'
+    if not is_on:
+      found.append((exact, 'frozen'))
+    elif options.always_on_state == 'low_rank' and not name.endswith('scale'):
+      found.append((exact, 'low_rank'))
+  return (*found, *rules)
