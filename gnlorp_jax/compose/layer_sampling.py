@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gnlorp_jax.compose import layer_scores
 from gnlorp_jax.compose.optimizer import LabelRules
-from gnlorp_jax.compose.settings import SamplingOptions
+from gnlorp_jax.compose.settings import AdapterOptions, SamplingOptions
 from gnlorp_jax.training.layer_sampling import LayerSampling
 from gnlorp_jax.training.parameters import LAYERS
 
@@ -45,14 +45,16 @@ _PLAIN = Preset('uniform', 2, 20)
 
 
 def resolve(
-  options: SamplingOptions, num_layers: int, *, adapted: bool = False
+  options: SamplingOptions,
+  num_layers: int,
+  adapter: AdapterOptions,
 ) -> LayerSampling | None:
   """How layers are drawn, or None where all train.
 
   Args:
     options: What is asked for.
     num_layers: L, layers of the model.
-    adapted: Whether adapters train in place of the model's weights.
+    adapter: What trains in place of the model's weights, if anything does.
 
   Raises:
     ValueError: If options do not fit each other or the model, or scores cannot
@@ -61,6 +63,7 @@ def resolve(
   if not options.is_on:
     _check_unused(options)
     return None
+  _check_regexes(options)
   preset = PRESETS.get(options.method or '', _PLAIN)
   draw = options.draw or preset.draw
   weights = _weights(draw, options.scores, num_layers)
@@ -82,12 +85,26 @@ def resolve(
       f'{error} These are options of sampling; what is not given of them are '
       f'{by}.'
     ) from error
-  _warn(options, preset, found, adapted)
+  _warn(options, preset, found, adapted=adapter.kind is not None)
   return found
 
 
+def _check_regexes(options: SamplingOptions) -> None:
+  for pattern in options.always_on or ():
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f'sampling.always_on: {pattern!r} is no regex: {error}. Correct it.'
+      ) from error
+
+
 def _warn(
-  options: SamplingOptions, preset: Preset, found: LayerSampling, adapted: bool
+  options: SamplingOptions,
+  preset: Preset,
+  found: LayerSampling,
+  *,
+  adapted: bool,
 ) -> None:
   """Says what has no effect, and where nothing is drawn."""
   nothing_is_on = adapted or options.always_on == ()
@@ -114,17 +131,19 @@ def _warn(
     )
 
 
-def check_run(sampling: LayerSampling, trained: Any, steps: int) -> None:
-  """Checks a run against how its layers are drawn; says how often they are.
+def check_run(sampling: LayerSampling | None, trained: Any, steps: int) -> None:
+  """Checks a run against how its layers are drawn; warns of a short one.
 
   Args:
-    sampling: How they are drawn.
+    sampling: How they are drawn; None: all train.
     trained: What trains, a nested dict.
     steps: Steps of the run; 0 if that is not known yet.
 
   Raises:
     ValueError: If nothing in the layers trains.
   """
+  if sampling is None:
+    return
   if LAYERS not in trained:
     raise ValueError(
       'Layers are to be drawn (sampling), and nothing in them trains: label '

@@ -233,7 +233,7 @@ def build(
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
   sampling = layer_sampling.resolve(
-    sampling_options, architecture.num_layers, adapted=adapter.kind is not None
+    sampling_options, architecture.num_layers, adapter
   )
   restarts.check(adapter, step_config, steps, is_sampled=sampling is not None)
   beside_adapters += restarts.others(
@@ -254,8 +254,7 @@ def build(
     adapter_from=adapter.init_from,
     seed=seed,
   )
-  if sampling is not None:
-    layer_sampling.check_run(sampling, held.trained, steps)
+  layer_sampling.check_run(sampling, held.trained, steps)
   model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
   tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
@@ -264,10 +263,7 @@ def build(
   )
   made = stepping.make(
     *(objective, tx, held, mesh, optim_config, step_config),
-    micro_batches=micro_batches,
-    steps=steps,
-    sampling=sampling,
-    restarts=restarting,
+    *(micro_batches, steps, sampling, restarting),
   )
   if restarting is not None:
     held = restarting.held

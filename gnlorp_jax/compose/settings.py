@@ -10,7 +10,6 @@ the field's metadata: see `fields`.
 """
 
 import dataclasses
-import re
 from typing import Literal, Self
 
 from gnlorp_jax.compose.fields import ON_RESUME as ON_RESUME
@@ -269,13 +268,6 @@ class SamplingOptions:
   def __post_init__(self):
     check_at_least_one(self, 'layers', 'every')
     check_between(self, 'warmup_steps', 0, float('inf'))
-    for pattern in self.always_on or ():
-      try:
-        re.compile(pattern)
-      except re.error as error:
-        raise ValueError(
-          f'sampling.always_on: {pattern!r} is no regex: {error}. Correct it.'
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

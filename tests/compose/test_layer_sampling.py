@@ -51,6 +51,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
         scores=str(scores) if name in ('owlore', 'ows') else None,
       ),
       6,
+      AdapterOptions(),
     )
     for name in layer_sampling.PRESETS
   }
@@ -64,7 +65,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   assert found['lisa'].weights is None
   assert found['badam'].draw == 'shuffled'
   lower = SamplingOptions(draw='decreasing', layers=1)
-  assert layer_sampling.resolve(lower, 3).weights == (3, 2, 1)
+  assert layer_sampling.resolve(lower, 3, AdapterOptions()).weights == (3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,17 +77,13 @@ def test_published_methods_draw_as_they_say(tmp_path):
     ({'method': 'lisa', 'layers': 9}, 'layers=9 cannot be drawn of 4'),
     ({'method': 'lisa', 'warmup_steps': 20}, 'warmup_steps=20 must be shorter'),
     ({'method': 'lisa', 'always_on': ('hat',)}, "always_on names 'hat'"),
+    ({'method': 'lisa', 'always_on': ('[',)}, r"always_on: '\[' is no regex"),
     ({'method': 'lisa', 'layers': 9}, 'what is not given of them are those of'),
   ],
 )
 def test_what_does_not_fit_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     plan(sampling=SamplingOptions(**options))
-
-
-def test_a_regex_that_is_none_is_refused():
-  with pytest.raises(ValueError, match=r"always_on: '\[' is no regex"):
-    SamplingOptions(method='lisa', always_on=('[',))
 
 
 def test_nothing_to_draw_is_refused():
@@ -149,7 +146,7 @@ def test_state_is_that_of_the_drawn_layers():
   assert found['moments']['this run'] == 8 * (layers + outer)
   assert found['gradients']['this run'] == 4 * (layers + outer)
   rows = {row.name: row for row in report_rows(built)}
-  assert rows['layers/mlp/up_proj/kernel'].shape == (2, 16, 24)
+  assert rows['layers/mlp/up_proj/kernel'].shape == (4, 16, 24)
 
 
 @pytest.mark.parametrize(
