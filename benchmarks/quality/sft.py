@@ -597,6 +597,8 @@ def main() -> None:
   jax.config.update('jax_compilation_cache_dir', str(args.runs / 'compiled'))
   found, none = Record(args.output), SamplingOptions()
   for task in args.tasks:
+    if any(SAMPLINGS.get(n, none).draw == 'scores' for n in args.methods):
+      write_scores(args, task)
     if args.timed:
       for name in args.methods:
         found.keep_step(measure(args, task, name))
@@ -604,8 +606,6 @@ def main() -> None:
     start = {'task': task, 'method': 'before', 'rows': 'all'}
     if found.find(start | {'learning_rate': 0.0, 'seed': 0}) is None:
       found.keep(before(args, task))
-    if any(SAMPLINGS.get(n, none).draw == 'scores' for n in args.methods):
-      write_scores(args, task)
     for name in args.methods:
       compare(args, task, name, found)
 

@@ -37,14 +37,15 @@ from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 RESULTS = pathlib.Path('benchmarks/results/sampled_step.json')
 PAGE = pathlib.Path('docs/results/step.md')
 LAYERS = 16
+TURN = 3  # Steps of a turn.
 EVERYTHING = 'all layers'
-# In one period, so that no turn has a draw more than another.
+# Of each turn another draw: how far down a backward pass goes depends on it.
 SAMPLINGS = {
-  EVERYTHING: SamplingOptions(draw='uniform', layers=LAYERS, every=1000),
-  'a quarter': SamplingOptions(draw='uniform', layers=4, every=1000),
-  'an eighth': SamplingOptions(draw='uniform', layers=2, every=1000),
+  EVERYTHING: SamplingOptions(draw='uniform', layers=LAYERS, every=TURN),
+  'a quarter': SamplingOptions(draw='uniform', layers=4, every=TURN),
+  'an eighth': SamplingOptions(draw='uniform', layers=2, every=TURN),
   'a quarter, nothing else': SamplingOptions(
-    draw='uniform', layers=4, every=1000, always_on=()
+    draw='uniform', layers=4, every=TURN, always_on=()
   ),
 }
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
   """All settings in turns."""
   found = {name: _racer(args, name) for name in SAMPLINGS}
   racers = [racer for racer, _ in found.values()]
-  turns.rounds(racers, args.rounds, args.turn)
+  turns.rounds(racers, args.rounds, TURN)
   seconds = {
     racer.name: np.array([turn.seconds.sum() for turn in racer.turns])
     for racer in racers
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
   return [
     held
     | {
-      'seconds': float(np.median(seconds[name]) / args.turn),
+      'seconds': float(np.median(seconds[name]) / TURN),
       'share': np.percentile(
         seconds[name] / seconds[EVERYTHING], [25, 50, 75]
       ).tolist(),
@@ -140,7 +141,6 @@ def main() -> None:
   add('--batch-size', type=harness.positive, default=4, help='sequences')
   add('--seq-len', type=harness.positive, default=128, help='tokens of each')
   add('--rounds', type=harness.positive, default=8, help='turns of each')
-  add('--turn', type=harness.positive, default=3, help='steps of a turn')
   harness.add_arguments(parser, RESULTS, has_device=False)
   args = parser.parse_args()
   if args.report:

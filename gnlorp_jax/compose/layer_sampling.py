@@ -1,14 +1,18 @@
 """From settings to layers that are drawn: methods by name, what stays on."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gnlorp_jax.compose import layer_scores
 from gnlorp_jax.compose.optimizer import LabelRules
-from gnlorp_jax.compose.settings import SamplingOptions
+from gnlorp_jax.compose.settings import AdapterOptions, SamplingOptions
 from gnlorp_jax.training.layer_sampling import LayerSampling
+from gnlorp_jax.training.parameters import LAYERS
+
+_logger = logging.getLogger(__name__)
 
 
 class Preset(NamedTuple):
@@ -40,12 +44,17 @@ PRESETS = {
 _PLAIN = Preset('uniform', 2, 20)
 
 
-def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
+def resolve(
+  options: SamplingOptions,
+  num_layers: int,
+  adapter: AdapterOptions,
+) -> LayerSampling | None:
   """How layers are drawn, or None where all train.
 
   Args:
     options: What is asked for.
     num_layers: L, layers of the model.
+    adapter: What trains in place of the model's weights, if anything does.
 
   Raises:
     ValueError: If options do not fit each other or the model, or scores cannot
@@ -54,19 +63,99 @@ def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
   if not options.is_on:
     _check_unused(options)
     return None
+  _check_regexes(options)
   preset = PRESETS.get(options.method or '', _PLAIN)
   draw = options.draw or preset.draw
-  return LayerSampling(
-    num_layers=num_layers,
-    layers=options.layers or min(preset.layers, num_layers),
-    every=options.every or preset.every,
-    draw='shuffled' if draw == 'shuffled' else 'weighted',
-    weights=_weights(draw, options.scores, num_layers),
-    on_leave=options.on_leave,
-    carry=options.carry,
-    reset_always=options.reset_always,
-    warmup_steps=options.warmup_steps,
-  )
+  weights = _weights(draw, options.scores, num_layers)
+  try:
+    found = LayerSampling(
+      num_layers=num_layers,
+      layers=options.layers or min(preset.layers, num_layers),
+      every=options.every or preset.every,
+      draw='shuffled' if draw == 'shuffled' else 'weighted',
+      weights=weights,
+      on_leave=options.on_leave,
+      carry=options.carry,
+      reset_always=options.reset_always,
+      warmup_steps=options.warmup_steps,
+    )
+  except ValueError as error:
+    by = 'defaults' if options.method is None else f'those of {options.method}'
+    raise ValueError(
+      f'{error} These are options of sampling; what is not given of them are '
+      f'{by}.'
+    ) from error
+  _warn(options, preset, found, adapted=adapter.kind is not None)
+  return found
+
+
+def _check_regexes(options: SamplingOptions) -> None:
+  for pattern in options.always_on or ():
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f'sampling.always_on: {pattern!r} is no regex: {error}. Correct it.'
+      ) from error
+
+
+def _warn(
+  options: SamplingOptions,
+  preset: Preset,
+  found: LayerSampling,
+  *,
+  adapted: bool,
+) -> None:
+  """Says what has no effect, and where nothing is drawn."""
+  nothing_is_on = adapted or options.always_on == ()
+  nothing_is_on |= options.always_on is None and not preset.always_on
+  unused = ['carry'] if options.on_leave == 'keep' else []
+  if nothing_is_on:
+    unused += ['always_on_state', 'reset_always']
+  if adapted:
+    unused.append('always_on')
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    if field.name in unused and value != field.default:
+      _logger.warning(
+        'sampling.%s=%r has no effect: %s.',
+        *(field.name, value),
+        "sampling.on_leave='keep' keeps all states"
+        if field.name == 'carry'
+        else 'nothing outside of the layers trains all the time',
+      )
+  if found.layers == found.num_layers:
+    _logger.warning(
+      'All %d layers train at a time: nothing is drawn. Lower sampling.layers.',
+      found.num_layers,
+    )
+
+
+def check_run(sampling: LayerSampling | None, trained: Any, steps: int) -> None:
+  """Checks a run against how its layers are drawn; warns of a short one.
+
+  Args:
+    sampling: How they are drawn; None: all train.
+    trained: What trains, a nested dict.
+    steps: Steps of the run; 0 if that is not known yet.
+
+  Raises:
+    ValueError: If nothing in the layers trains.
+  """
+  if sampling is None:
+    return
+  if LAYERS not in trained:
+    raise ValueError(
+      'Layers are to be drawn (sampling), and nothing in them trains: label '
+      'some of their parameters other than frozen (optim.param_labels).'
+    )
+  draws = -(-steps // sampling.every)
+  if steps and draws * sampling.layers < sampling.num_layers:
+    _logger.warning(
+      'In %d steps %d layers are drawn %d times: not all of the %d layers are '
+      'trained. Lower sampling.every (now %d).',
+      *(steps, sampling.layers, draws, sampling.num_layers, sampling.every),
+    )
 
 
 def _check_unused(options: SamplingOptions) -> None:

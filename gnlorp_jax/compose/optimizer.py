@@ -209,7 +209,12 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def rate(config: OptimConfig, steps: int) -> Callable[..., jax.Array]:
-  """``rate(count, numbers)``: the learning rate of a run with these numbers."""
+  """``rate(count, numbers)``: the learning rate of a run with these numbers.
+
+  Raises:
+    ValueError: If the cycle of a schedule does not fit its warm-up.
+  """
+  _check_cycle(config, steps)
   found = _rate(config, steps)
   return lambda count, numbers: found(count, **numbers)
 

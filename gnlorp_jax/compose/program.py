@@ -110,6 +110,13 @@ class Program(NamedTuple):
     )
     return state._replace(opt_state=optimizer.start(state.opt_state, numbers))
 
+  @property
+  def fixed(self) -> dict[str, Any]:
+    """What cannot change in a run that resumes, beside its settings."""
+    if self.sampling is None or self.sampling.weights is None:
+      return {}
+    return {'scores of layers': list(self.sampling.weights)}
+
   def apply(self, trained: Any, frozen: Any, tokens_BT: jax.Array) -> jax.Array:
     """The model's outputs for parameters as a run holds them."""
     return self.model.apply(self.parameters.join(trained, frozen), tokens_BT)
@@ -225,7 +232,9 @@ def build(
   adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
-  sampling = layer_sampling.resolve(sampling_options, architecture.num_layers)
+  sampling = layer_sampling.resolve(
+    sampling_options, architecture.num_layers, adapter
+  )
   restarts.check(adapter, step_config, steps, is_sampled=sampling is not None)
   beside_adapters += restarts.others(
     make, architecture, adapter, adapter_config
@@ -245,6 +254,7 @@ def build(
     adapter_from=adapter.init_from,
     seed=seed,
   )
+  layer_sampling.check_run(sampling, held.trained, steps)
   model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
   tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
@@ -253,10 +263,7 @@ def build(
   )
   made = stepping.make(
     *(objective, tx, held, mesh, optim_config, step_config),
-    micro_batches=micro_batches,
-    steps=steps,
-    sampling=sampling,
-    restarts=restarting,
+    *(micro_batches, steps, sampling, restarting),
   )
   if restarting is not None:
     held = restarting.held
@@ -365,10 +372,9 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
   if program.sampling is None:
     rows = optim.report(exact, program.tx, program.rules)
   else:
-    slots, num_layers = program.sampling.num_slots, program.sampling.num_layers
-    exact[LAYERS] = _as_many(exact[LAYERS], slots)
+    exact[LAYERS] = _as_many(exact[LAYERS], program.sampling.num_slots)
     rows = [
-      row._replace(adamw_bytes=row.adamw_bytes * num_layers // slots)
+      _of_all_layers(row, program.sampling)
       if row.name.startswith(f'{LAYERS}/')
       else row
       for row in optim.report(exact, program.tx, program.rules)
@@ -391,6 +397,17 @@ def report(program: Program) -> list[optim.inspect.ReportRow]:
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
   ]
+
+
+def _of_all_layers(
+  row: optim.inspect.ReportRow, sampling: LayerSampling
+) -> optim.inspect.ReportRow:
+  """The row of a stack of slots as that of the stack of layers."""
+  return row._replace(
+    shape=(sampling.num_layers, *row.shape[1:]),
+    adamw_bytes=row.adamw_bytes * sampling.num_layers // sampling.num_slots,
+    reason=f'{row.reason}; {sampling.layers} layers at a time',
+  )
 
 
 def _as_many(layers: Any, count: int) -> Any:

@@ -186,7 +186,7 @@ class StepConfig:
   mode: Literal['whole', 'layerwise'] = result('whole')
   """'whole' computes all gradients, then updates; 'layerwise' updates each
   block as the backward pass reaches it, so that the gradient of one block
-  exists at a time."""
+  exists at a time. Where layers are drawn, all gradients are those of these."""
   accumulate: Literal['gradient', 'projected'] = result('gradient')
   """What is summed over micro-batches in layerwise mode: 'gradient' keeps the
   blocks' inputs for the whole batch and is exact; 'projected' keeps those of
@@ -196,7 +196,7 @@ class StepConfig:
   """How layerwise mode knows the norm to clip before it updates: 'waiting'
   keeps the projected gradients of all blocks, 'recompute' takes a backward pass
   before, which needs more time and no memory. Optimizers that need the whole
-  gradient always take that."""
+  gradient, and steps of layers that are drawn, always take that."""
   offload: bool = free(False)
   """Keep the blocks' inputs in the host's memory (layerwise, on a GPU)."""
   weight_bits: Literal[8, 4] | None = None
@@ -239,7 +239,8 @@ class SamplingOptions:
   every: int | None = None
   """Steps between two draws."""
   scores: str | None = free(None)
-  """File of python -m gnlorp_jax.layer_scores, or one number per line."""
+  """File of python -m gnlorp_jax.layer_scores, or one number per line. It may
+  lie elsewhere when a run is resumed; its scores cannot change."""
   always_on: tuple[str, ...] | None = None
   """Regexes over paths outside of the layers (embed, norm, lm_head) of what
   trains all the time; the rest is frozen. Without a word after the option
@@ -256,7 +257,8 @@ class SamplingOptions:
   reset_always: bool = False
   """Whether what is always on begins anew with every draw too."""
   warmup_steps: int = result(0)
-  """Steps after a draw over which the drawn layers' learning rate rises."""
+  """Steps after a draw over which the learning rate of the drawn layers rises,
+  of those that stay too; metrics show it without."""
 
   @property
   def is_on(self) -> bool:

@@ -73,7 +73,6 @@ def make(
   mesh: Mesh,
   optim_config: OptimConfig,
   step_config: StepConfig,
-  *,
   micro_batches: int,
   steps: int,
   sampling: LayerSampling | None,

@@ -12,12 +12,15 @@ Shape suffixes in this file:
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+# Draws have random numbers that nothing else is drawn from.
+_KEY = zlib.crc32(b'layers')
 OnLeave = Literal['drop', 'keep']
 Draw = Literal['weighted', 'shuffled']
 
@@ -79,7 +82,7 @@ class LayerSampling:
     if self.draw == 'shuffled' and self.num_layers % self.layers:
       raise ValueError(
         f'layers={self.layers} does not divide {self.num_layers} layers, which '
-        "take turns with draw='shuffled'. Use a divisor, or 'weighted'."
+        "take turns with draw='shuffled'. Use a divisor, or draw otherwise."
       )
     if self.weights is not None:
       self._check_weights(self.weights)
@@ -99,8 +102,8 @@ class LayerSampling:
       raise ValueError(f'weights={weights} must be finite and not negative.')
     if (drawable := sum(w > 0 for w in weights)) < self.layers:
       raise ValueError(
-        f'{drawable} layers have a weight above 0, and layers={self.layers} '
-        'are to be drawn. Lower layers, or raise some weights.'
+        f'layers={self.layers} are to be drawn, and {drawable} have a weight '
+        '(a score) above 0. Draw fewer, or raise some weights.'
       )
 
   @property
@@ -152,6 +155,7 @@ def draw(
     replacement (Vieira, 2014).
   """
   num_layers, count = sampling.num_layers, sampling.layers
+  key = jax.random.fold_in(key, _KEY)
   if sampling.draw == 'shuffled':
     per_round = num_layers // count
     order_L = jax.random.permutation(
@@ -196,6 +200,27 @@ def slot_of_layer(layers_S: jax.Array, num_layers: int) -> jax.Array:
   """Of each layer its slot, or -1: int32 ``[L]``."""
   slots_S = jnp.arange(len(layers_S), dtype=jnp.int32)
   return jnp.full(num_layers, -1, jnp.int32).at[layers_S].set(slots_S)
+
+
+def reseed(state: Any, layer: jax.Array | int, step: jax.Array | int) -> Any:
+  """An optimizer's state that draws other random numbers.
+
+  A layer's state begins alike whichever layer it is and whenever it comes: by
+  itself it would draw the same subspaces and round the same elements up.
+
+  Args:
+    state: The state, whose arrays of uint32 are seeds and random keys.
+    layer: The number of the layer.
+    step: Steps of the run so far.
+  """
+
+  def mix(x: jax.Array) -> jax.Array:
+    if x.dtype != jnp.uint32:
+      return x
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), layer), step)
+    return x ^ jax.random.bits(key, x.shape, jnp.uint32)
+
+  return jax.tree.map(mix, state)
 
 
 def take_slot(slots: Any, slot: jax.Array) -> Any:

@@ -135,6 +135,13 @@ def with_restarts(
     params = restarts.join(new.params, base)
     key = jax.random.fold_in(jax.random.key(restarts.seed), _KEY)
     key = jax.random.fold_in(key, number)
+    # Runs of one program differ in their seeds, which the program does not
+    # know: a factor that each of them drew does.
+    factor = leaf_at(state.params, restarts.layers[0])['lora_a']
+    word = factor.reshape(-1)[0].astype(jnp.float32)
+    key = jax.random.fold_in(
+      key, jax.lax.bitcast_convert_type(word, jnp.uint32)
+    )
     for path in restarts.layers:
       layer = _restart_stack(
         restarts, path, leaf_at(params, path), number, key, is_due

@@ -51,6 +51,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
         scores=str(scores) if name in ('owlore', 'ows') else None,
       ),
       6,
+      AdapterOptions(),
     )
     for name in layer_sampling.PRESETS
   }
@@ -64,7 +65,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   assert found['lisa'].weights is None
   assert found['badam'].draw == 'shuffled'
   lower = SamplingOptions(draw='decreasing', layers=1)
-  assert layer_sampling.resolve(lower, 3).weights == (3, 2, 1)
+  assert layer_sampling.resolve(lower, 3, AdapterOptions()).weights == (3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +77,53 @@ def test_published_methods_draw_as_they_say(tmp_path):
     ({'method': 'lisa', 'layers': 9}, 'layers=9 cannot be drawn of 4'),
     ({'method': 'lisa', 'warmup_steps': 20}, 'warmup_steps=20 must be shorter'),
     ({'method': 'lisa', 'always_on': ('hat',)}, "always_on names 'hat'"),
+    ({'method': 'lisa', 'always_on': ('[',)}, r"always_on: '\[' is no regex"),
+    ({'method': 'lisa', 'layers': 9}, 'what is not given of them are those of'),
   ],
 )
 def test_what_does_not_fit_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     plan(sampling=SamplingOptions(**options))
+
+
+def test_nothing_to_draw_is_refused():
+  rules = (('layers', 'frozen'), ('.*', 'full'))
+  with pytest.raises(ValueError, match='nothing in them trains: label'):
+    plan(optim=OptimConfig(name='adamw', rank=None, param_labels=rules))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'on_leave': 'keep', 'carry': False},
+      "sampling.carry=False has no effect: sampling.on_leave='keep' keeps",
+    ),
+    (
+      {'method': 'badam', 'reset_always': True},
+      'sampling.reset_always=True has no effect: nothing outside',
+    ),
+    ({'layers': 4}, 'All 4 layers train at a time: nothing is drawn.'),
+    ({'every': 200}, 'In 300 steps 2 layers are drawn 2 times'),
+  ],
+)
+def test_what_has_no_effect_is_told(changes, message, caplog):
+  options = SamplingOptions(**{'method': 'lisa', 'layers': 1} | changes)
+  if changes == {'every': 200}:
+    options = dataclasses.replace(options, layers=2)
+    plan(sampling=options, model=dataclasses.replace(TINY, num_layers=5))
+  else:
+    plan(sampling=options)
+  assert message in caplog.text
+
+
+def test_scores_are_fixed_in_a_run_wherever_their_file_is(tmp_path):
+  path = tmp_path / 'scores.txt'
+  path.write_text('1\n2\n3\n4\n')
+  options = SamplingOptions(method='ows', scores=str(path))
+  built = plan(sampling=options)
+  assert built.fixed == {'scores of layers': [1, 2, 3, 4]}
+  assert plan().fixed == {}
 
 
 def test_projected_sums_are_refused():
@@ -103,7 +146,7 @@ def test_state_is_that_of_the_drawn_layers():
   assert found['moments']['this run'] == 8 * (layers + outer)
   assert found['gradients']['this run'] == 4 * (layers + outer)
   rows = {row.name: row for row in report_rows(built)}
-  assert rows['layers/mlp/up_proj/kernel'].shape == (2, 16, 24)
+  assert rows['layers/mlp/up_proj/kernel'].shape == (4, 16, 24)
 
 
 @pytest.mark.parametrize(

@@ -490,7 +490,8 @@ def temporaries(config, whole):
     lowered = jax.jit(layout.random).lower(jax.random.key(0))
   else:
     numbers = optimizer.numbers(config.optim, config.steps)
-    lowered = built.init_optimizer.lower(built.parameters.trained, numbers)
+    key = jax.random.key(0)
+    lowered = built.init_optimizer.lower(built.parameters.trained, numbers, key)
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -127,7 +127,7 @@ def test_layers_that_stay_keep_their_slots():
     ({'draw': 'shuffled', 'weights': (1.0,) * 4}, 'weights have no effect'),
     ({'weights': (1.0,) * 3}, '3 weights do not fit 4 layers'),
     ({'weights': (1.0, -1.0, 1.0, 1.0)}, 'finite and not negative'),
-    ({'weights': (1.0, 0.0, 0.0, 0.0)}, '1 layers have a weight above 0'),
+    ({'weights': (1.0, 0.0, 0.0, 0.0)}, 'to be drawn, and 1 have a weight'),
   ],
 )
 def test_what_cannot_be_drawn_is_refused(options, message):

@@ -334,7 +334,8 @@ def make_run(
 def metadata(prepared: Prepared, config: GlueConfig) -> dict[str, Any]:
   """What a checkpoint and a result must agree with."""
   config = dataclasses.replace(config, model=prepared.data.architecture)
-  return fixed_settings(config, compared=True) | {
+  fixed = fixed_settings(config, compared=True) | prepared.program.fixed
+  return fixed | {
     'task': prepared.data.task.name,
     'method': prepared.method,
     'max_length': prepared.data.max_length,

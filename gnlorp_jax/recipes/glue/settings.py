@@ -77,8 +77,9 @@ class GlueConfig(RunConfig):
   method: str = free('full,lora,gradnormlorp')
   """Methods, joined by commas: full, lora, dora, galore, gradnormlorp,
   gradnormlorp_adapter; 'all' for these; or another optimizer that trains all
-  weights: apollo, apollo_mini, fira, ldadam, q_galore, ... A method is an
-  optimizer and a kind of adapter: optim.name and adapter.kind replace them."""
+  weights: apollo, apollo_mini, fira, ldadam, q_galore, ...; or layers by turns:
+  lisa, badam, owlore, ows. A method is an optimizer and a kind of adapter:
+  optim.name and adapter.kind replace them."""
   init_from: str | None = result(None)
   """Hugging Face folder of a RoBERTa, 'hf:OWNER/NAME' of the hub, or a preset
   with random weights: tiny, mini, small, base, large. None is the still smaller

@@ -235,8 +235,12 @@ def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
     # They are in no checkpoint.
     found['init_from'] = parameters.pinned(config.init_from)
   train_file = prepared.text.training
-  return found | {
-    'data.training_part': [train_file.start, train_file.stop],
-    'data.tokens': train_file.tokens,
-    'tokenizer': prepared.text.tokenizer.fingerprint,
-  }
+  return (
+    found
+    | prepared.program.fixed
+    | {
+      'data.training_part': [train_file.start, train_file.stop],
+      'data.tokens': train_file.tokens,
+      'tokenizer': prepared.text.tokenizer.fingerprint,
+    }
+  )

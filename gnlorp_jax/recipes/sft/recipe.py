@@ -251,8 +251,12 @@ def metadata(prepared: Prepared, config: SftConfig) -> dict[str, Any]:
   if prepared.program.parameters.frozen:
     # They are in no checkpoint.
     found['init_from'] = parameters.pinned(config.init_from)
-  return found | {
-    # What decides them: the files, data.template, train_on and so on.
-    'training examples': prepared.chat.examples.fingerprint[:12],
-    'tokenizer': prepared.chat.tokenizer.fingerprint,
-  }
+  return (
+    found
+    | prepared.program.fixed
+    | {
+      # What decides them: the files, data.template, train_on and so on.
+      'training examples': prepared.chat.examples.fingerprint[:12],
+      'tokenizer': prepared.chat.tokenizer.fingerprint,
+    }
+  )

@@ -111,8 +111,9 @@ class SftConfig(RunConfig):
   method: str = 'gradnormlorp'
   """What trains and how: full (AdamW), lora, dora, gradnormlorp_adapter, or an
   optimizer that trains all weights (galore, q_galore, apollo, fira,
-  gradnormlorp, vlorp, ...). A method is an optimizer and a kind of adapter:
-  optim.name and adapter.kind replace them."""
+  gradnormlorp, vlorp, ...), or layers by turns (lisa, badam, owlore, ows). A
+  method is an optimizer and a kind of adapter: optim.name and adapter.kind
+  replace them."""
   init_from: str | None = result(None)
   """Hugging Face folder of the model to fine-tune, or hf:OWNER/NAME of the hub
   (also --model); or a preset with random weights. None, for the demo, is the

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax.training import parameters
+from gnlorp_jax.training.layerwise.engine import divisor_of, squares
 from gnlorp_jax.training.layerwise.passes import Passes
 from gnlorp_jax.training.layerwise.slices import Path
 from gnlorp_jax.training.objectives import Pieces
@@ -47,14 +48,12 @@ def squared_norms(
   def visit(
     layer: jax.Array, grads: dict[Path, jax.Array], carry: _Carry
   ) -> _Carry:
-    squares = [
-      jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()
-    ]
     return carry._replace(
-      squares_L=carry.squares_L.at[layer].set(jnp.sum(jnp.stack(squares)))
+      squares_L=carry.squares_L.at[layer].set(squares(grads))
     )
 
   carry = _Carry(trained, jnp.zeros(len(layers[0])))
-  divisor = jnp.where(head.weight_sum > 0, head.weight_sum, 1)
-  carry, _ = passes.backward(visit, carry, kept, head.dx_KBTD, divisor)
+  carry, _ = passes.backward(
+    visit, carry, kept, head.dx_KBTD, divisor_of(head.weight_sum)
+  )
   return carry.squares_L

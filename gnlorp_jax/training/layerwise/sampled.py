@@ -65,13 +65,17 @@ class Split(NamedTuple):
     """The top-level keys of what is always on."""
     return frozenset(self.parameters.trained) - self.layer_keys
 
-  def layer(self, params: Any, number: jax.Array | int) -> Any:
-    """The optimizer's state of a layer before its first step."""
-    return self._init(params, number, self.layer_keys)
+  def layer(
+    self, params: Any, number: jax.Array | int, step: jax.Array | int = 0
+  ) -> Any:
+    """The optimizer's state of a layer that begins after `step` steps."""
+    state = self._init(params, number, self.layer_keys)
+    return layer_sampling.reseed(state, number, step)
 
-  def always(self, params: Any) -> Any:
-    """The optimizer's state of what is always on before the first step."""
-    return self._init(params, 0, self.outer_keys)
+  def always(self, params: Any, step: jax.Array | int = 0) -> Any:
+    """The optimizer's state of what is always on, after `step` steps."""
+    state = self._init(params, 0, self.outer_keys)
+    return layer_sampling.reseed(state, self.num_layers, step)
 
   def _init(
     self, params: Any, number: jax.Array | int, keys: frozenset[str]
@@ -278,8 +282,8 @@ class _Sampled(NamedTuple):
     """The optimizer's state, with the layers of this step in its slots."""
     return layer_sampling.begin_step(
       *(self.sampling, state.opt_state, state.step),
-      lambda layer: self.split.layer(state.params, layer),
-      lambda: self.split.always(state.params),
+      lambda layer: self.split.layer(state.params, layer, state.step),
+      lambda: self.split.always(state.params, state.step),
     )
 
   def _drawn(self, sampled: SampledState) -> Drawn:

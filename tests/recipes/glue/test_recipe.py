@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax.compose import methods
-from gnlorp_jax.compose.settings import MeshConfig
+from gnlorp_jax.compose.settings import MeshConfig, SamplingOptions
 from gnlorp_jax.models import adapters, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe, report
 from gnlorp_jax.training import sharding
@@ -60,6 +60,8 @@ def copied(tree):
 # train all of it too is seen from shapes, in
 # `test_other_optimizers_train_all_weights_with_less_state`.
 WHOLE = ('full', 'lora', 'gradnormlorp')
+# Methods that draw layers: below, and in tests/compose/test_layer_sampling.py.
+DRAWING = {m for m, made in methods.METHODS.items() if made.sampling}
 
 
 def one_kernel(settings, method):
@@ -85,6 +87,7 @@ def one_kernel(settings, method):
   [
     pytest.param(m, marks=[pytest.mark.slow] * (m not in ('lora', 'galore')))
     for m in methods.METHODS
+    if m not in DRAWING
   ],
 )
 def test_every_method_trains_and_leaves_the_rest_alone(
@@ -135,7 +138,8 @@ def test_every_method_trains_and_leaves_the_rest_alone(
 
 
 @pytest.mark.parametrize(
-  'method', sorted({*methods.METHODS} - {*methods.COMPARED} | {'galore'})
+  'method',
+  sorted({*methods.METHODS} - DRAWING - {*methods.COMPARED} | {'galore'}),
 )
 def test_other_optimizers_train_all_weights_with_less_state(
   method, settings, prepare
@@ -148,6 +152,16 @@ def test_other_optimizers_train_all_weights_with_less_state(
     recipe.describe_sizes(p)['optimizer_state_bytes'] for p in (built, full)
   ]
   assert sizes[0] < sizes[1]
+
+
+def test_methods_that_draw_layers_train_the_new_head(prepare):
+  lisa, badam = (
+    prepare(method, sampling=SamplingOptions(layers=1)).program
+    for method in ('lisa', 'badam')
+  )
+  assert lisa.parameters.frozen == {}
+  assert set(badam.parameters.trained) == {'layers', 'classifier'}
+  assert badam.sampling.layers == 1 and badam.sampling.draw == 'shuffled'
 
 
 def test_state_of_an_adapter_run_is_small(data, prepare):

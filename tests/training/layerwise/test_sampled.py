@@ -277,6 +277,69 @@ def test_steps_are_those_by_hand(toy, name, at_once):
 
 
 @pytest.mark.slow
+def test_gathered_and_clipped_steps_are_those_at_once(toy, monkeypatch):
+  """Over a step whose gradient is no number, too."""
+  sampling = LayerSampling(num_layers=toy.LAYERS, layers=2, every=2)
+  tx = with_rate(functools.partial(optim.adamw, **ADAM))
+  make_batch = toy.make_batch
+
+  def batch(number):
+    found = make_batch(number)
+    if number == 2:  # The first of a period.
+      found['weights'] = found['weights'] * np.float32(np.nan)
+    return found
+
+  monkeypatch.setattr(toy, 'make_batch', batch)
+  options = {'num_micro_batches': 2, 'clip_global_norm': 3.0}
+  at_once, gathered = (
+    trajectory(toy, tx, sampling, 5, at_once=is_at_once, **options)
+    for is_at_once in (True, False)
+  )
+  assert at_once[0][1]['grad_norm'] > 3
+  for (a, a_metrics), (b, b_metrics) in zip(at_once, gathered, strict=True):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6),
+      *(a.params, b.params),
+    )
+    np.testing.assert_array_equal(a.opt_state.layers, b.opt_state.layers)
+    assert a_metrics['skipped_steps'] == b_metrics['skipped_steps']
+  before, bad = at_once[1][0], at_once[2][0]
+  jax.tree.map(np.testing.assert_array_equal, before.params, bad.params)
+  assert at_once[-1][1]['skipped_steps'] == 1
+  assert at_once[-1][0].opt_state.visits.sum() == 2 * 4
+
+
+def test_layers_draw_random_numbers_of_their_own():
+  state = {'seed': jnp.zeros(2, jnp.uint32), 'mu': jnp.ones(3)}
+  found = [
+    layer_sampling.reseed(state, layer, step)
+    for layer, step in ((0, 0), (1, 0), (0, 4))
+  ]
+  assert len({tuple(np.asarray(x['seed']).tolist()) for x in found}) == 3
+  for x in found:
+    np.testing.assert_array_equal(x['mu'], state['mu'])
+
+
+@pytest.mark.slow
+def test_a_layer_that_comes_back_has_another_random_subspace(toy):
+  sampling = LayerSampling(
+    num_layers=toy.LAYERS, layers=1, every=1, draw='shuffled', carry=False
+  )
+  tx = with_rate(
+    functools.partial(
+      optim.galore, rank=4, update_proj_gap=50, projection='random'
+    )
+  )
+  seen = set()
+  for now, _ in trajectory(toy, tx, sampling, 6):
+    words = [
+      x for x in jax.tree.leaves(now.opt_state.slots) if x.dtype == np.uint32
+    ]
+    seen.add(tuple(int(x.reshape(-1)[0]) for x in words))
+  assert len(seen) == 6
+
+
+@pytest.mark.slow
 def test_kept_states_are_those_of_a_loop_in_pytorch(toy):
   """A loop that switches `requires_grad`, and AdamW, which skips the rest."""
   torch = pytest.importorskip('torch')
