@@ -71,6 +71,7 @@ def test_a_file_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('compiled_once')
 def test_runs_of_a_seed_see_the_same_tokens(tmp_path, monkeypatch):
   """A small run of all: what is left of the data after a warm start follows."""
   text = tmp_path / 'text.txt'
