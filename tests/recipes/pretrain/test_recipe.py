@@ -130,7 +130,7 @@ def metadata(tokenizer='f', part=(0, 90), single=True, frozen=None, **changes):
     training=types.SimpleNamespace(start=part[0], stop=part[1], tokens=100),
   )
   program = types.SimpleNamespace(
-    parameters=types.SimpleNamespace(frozen=frozen or {})
+    parameters=types.SimpleNamespace(frozen=frozen or {}), fixed={}
   )
   planned = recipe.Planned(shared, program, abstract_batch={})
   return recipe.metadata(recipe.Prepared(planned, text), config)
