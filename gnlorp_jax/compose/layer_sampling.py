@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gnlorp_jax.compose import layer_scores
@@ -44,17 +44,12 @@ PRESETS = {
 _PLAIN = Preset('uniform', 2, 20)
 
 
-def resolve(
-  options: SamplingOptions,
-  num_layers: int,
-  adapter: AdapterOptions,
-) -> LayerSampling | None:
+def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
   """How layers are drawn, or None where all train.
 
   Args:
     options: What is asked for.
     num_layers: L, layers of the model.
-    adapter: What trains in place of the model's weights, if anything does.
 
   Raises:
     ValueError: If options do not fit each other or the model, or scores cannot
@@ -85,7 +80,6 @@ def resolve(
       f'{error} These are options of sampling; what is not given of them are '
       f'{by}.'
     ) from error
-  _warn(options, preset, found, adapted=adapter.kind is not None)
   return found
 
 
@@ -99,45 +93,21 @@ def _check_regexes(options: SamplingOptions) -> None:
       ) from error
 
 
-def _warn(
+def check_run(
   options: SamplingOptions,
-  preset: Preset,
-  found: LayerSampling,
-  *,
-  adapted: bool,
+  sampling: LayerSampling | None,
+  trained: Any,
+  steps: int,
+  adapter: AdapterOptions,
 ) -> None:
-  """Says what has no effect, and where nothing is drawn."""
-  nothing_is_on = adapted or options.always_on == ()
-  nothing_is_on |= options.always_on is None and not preset.always_on
-  unused = ['carry'] if options.on_leave == 'keep' else []
-  if nothing_is_on:
-    unused += ['always_on_state', 'reset_always']
-  if adapted:
-    unused.append('always_on')
-  for field in dataclasses.fields(options):
-    value = getattr(options, field.name)
-    if field.name in unused and value != field.default:
-      _logger.warning(
-        'sampling.%s=%r has no effect: %s.',
-        *(field.name, value),
-        "sampling.on_leave='keep' keeps all states"
-        if field.name == 'carry'
-        else 'nothing outside of the layers trains all the time',
-      )
-  if found.layers == found.num_layers:
-    _logger.warning(
-      'All %d layers train at a time: nothing is drawn. Lower sampling.layers.',
-      found.num_layers,
-    )
-
-
-def check_run(sampling: LayerSampling | None, trained: Any, steps: int) -> None:
-  """Checks a run against how its layers are drawn; warns of a short one.
+  """Checks a run against how its layers are drawn; says what has no effect.
 
   Args:
-    sampling: How they are drawn; None: all train.
+    options: What is asked for.
+    sampling: How layers are drawn; None: all train.
     trained: What trains, a nested dict.
     steps: Steps of the run; 0 if that is not known yet.
+    adapter: What trains in place of the model's weights, if anything does.
 
   Raises:
     ValueError: If nothing in the layers trains.
@@ -148,6 +118,26 @@ def check_run(sampling: LayerSampling | None, trained: Any, steps: int) -> None:
     raise ValueError(
       'Layers are to be drawn (sampling), and nothing in them trains: label '
       'some of their parameters other than frozen (optim.param_labels).'
+    )
+  unused = {}
+  if options.on_leave == 'keep':
+    unused['carry'] = "sampling.on_leave='keep' keeps all states"
+  if adapter.kind is not None:
+    unused['always_on'] = 'beside adapters it is not asked'
+  if set(trained) == {LAYERS}:
+    why = 'nothing outside of the layers trains'
+    unused |= dict.fromkeys(('always_on_state', 'reset_always'), why)
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    if field.name in unused and value != field.default:
+      _logger.warning(
+        'sampling.%s=%r has no effect: %s.',
+        *(field.name, value, unused[field.name]),
+      )
+  if sampling.layers == sampling.num_layers:
+    _logger.warning(
+      'All %d layers train at a time: nothing is drawn. Lower sampling.layers.',
+      sampling.num_layers,
     )
   draws = -(-steps // sampling.every)
   if steps and draws * sampling.layers < sampling.num_layers:
@@ -178,8 +168,9 @@ def _weights(
     if scores is None:
       raise ValueError(
         'Layers drawn by their scores need a file of them, sampling.scores: '
-        "'python -m gnlorp_jax.layer_scores MODEL --data TEXT' writes one. "
-        "Or draw them otherwise, such as sampling.draw='uniform'."
+        'one number per line, or what python -m gnlorp_jax.layer_scores MODEL '
+        '--data TEXT writes for a decoder. Or draw them otherwise, such as '
+        "sampling.draw='uniform'."
       )
     return layer_scores.read_scores(scores, num_layers)
   if scores is not None:
@@ -192,7 +183,7 @@ def _weights(
 def label_rules(
   options: SamplingOptions,
   rules: LabelRules,
-  outer: Iterable[str],
+  outer: Mapping[str, Any],
   always_trained: tuple[str, ...],
   *,
   has_subspaces: bool,
@@ -202,7 +193,8 @@ def label_rules(
   Args:
     options: What is asked for.
     rules: The rules without.
-    outer: The ``/``-joined paths of all parameters outside of the layers.
+    outer: All parameters outside of the layers, or their shapes, by their
+      ``/``-joined paths.
     always_trained: Prefixes of paths that always train, such as those of a new
       head.
     has_subspaces: Whether the optimizer projects matrices.
@@ -219,24 +211,24 @@ def label_rules(
       "sampling.always_on_state='low_rank' needs an optimizer with subspaces, "
       "such as optim.name='galore'; or use 'int8'."
     )
-  preset, names = PRESETS.get(options.method or '', _PLAIN), tuple(outer)
+  preset = PRESETS.get(options.method or '', _PLAIN)
   patterns = options.always_on
   if patterns is None:
     patterns = ('.*',) if preset.always_on else ()
   for pattern in patterns:
-    if not any(re.search(pattern, name) for name in names):
+    if not any(re.search(pattern, name) for name in outer):
       raise ValueError(
         f'sampling.always_on names {pattern!r}, which is in the path of no '
-        f'parameter outside of the layers: {list(names)}.'
+        f'parameter outside of the layers: {list(outer)}.'
       )
   found = []
-  for name in names:
+  for name, leaf in outer.items():
     is_on = name.startswith(always_trained) or any(
       re.search(pattern, name) for pattern in patterns
     )
     exact = f'^{re.escape(name)}$'
     if not is_on:
       found.append((exact, 'frozen'))
-    elif options.always_on_state == 'low_rank' and not name.endswith('scale'):
+    elif options.always_on_state == 'low_rank' and leaf.ndim == 2:
       found.append((exact, 'low_rank'))
   return (*found, *rules)

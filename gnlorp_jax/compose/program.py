@@ -232,9 +232,7 @@ def build(
   adapter_config = adaptation.adapter_config(adapter, architecture)
   if adapter_config is not None:
     optim_config = optimizer.for_adapters(optim_config)
-  sampling = layer_sampling.resolve(
-    sampling_options, architecture.num_layers, adapter
-  )
+  sampling = layer_sampling.resolve(sampling_options, architecture.num_layers)
   restarts.check(adapter, step_config, steps, is_sampled=sampling is not None)
   beside_adapters += restarts.others(
     make, architecture, adapter, adapter_config
@@ -254,7 +252,9 @@ def build(
     adapter_from=adapter.init_from,
     seed=seed,
   )
-  layer_sampling.check_run(sampling, held.trained, steps)
+  layer_sampling.check_run(
+    sampling_options, sampling, held.trained, steps, adapter
+  )
   model = _make_model(make, architecture, adapter_config, step_config, held)
   objective = make_objective(model)
   tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
@@ -335,13 +335,12 @@ def _make_model(
   return model
 
 
-def _outer(model: Model) -> list[str]:
-  """The paths of a model's parameters outside of its layers."""
+def _outer(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+  """A model's parameters outside of its layers, by their paths."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   outer = {key: node for key, node in shapes.items() if key != LAYERS}
-  return [
-    path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer)
-  ]
+  paths = jax.tree_util.tree_leaves_with_path(outer)
+  return {path_name(path): leaf for path, leaf in paths}
 
 
 def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:

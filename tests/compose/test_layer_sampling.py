@@ -51,7 +51,6 @@ def test_published_methods_draw_as_they_say(tmp_path):
         scores=str(scores) if name in ('owlore', 'ows') else None,
       ),
       6,
-      AdapterOptions(),
     )
     for name in layer_sampling.PRESETS
   }
@@ -65,7 +64,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   assert found['lisa'].weights is None
   assert found['badam'].draw == 'shuffled'
   lower = SamplingOptions(draw='decreasing', layers=1)
-  assert layer_sampling.resolve(lower, 3, AdapterOptions()).weights == (3, 2, 1)
+  assert layer_sampling.resolve(lower, 3).weights == (3, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_nothing_to_draw_is_refused():
     ),
     (
       {'method': 'badam', 'reset_always': True},
-      'sampling.reset_always=True has no effect: nothing outside',
+      'sampling.reset_always=True has no effect: nothing outside of the layers',
     ),
     ({'layers': 4}, 'All 4 layers train at a time: nothing is drawn.'),
     ({'every': 200}, 'In 300 steps 2 layers are drawn 2 times'),
