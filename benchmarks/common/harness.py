@@ -131,6 +131,17 @@ def positive(text: str) -> int:
   return number
 
 
+def add_counts(
+  parser: argparse.ArgumentParser, *counts: tuple[str, int, str]
+) -> None:
+  """Adds options that count something: name, default, and help."""
+  for name, default, text in counts:
+    text += ' (default: %(default)s)'
+    parser.add_argument(
+      name, type=positive, default=default, metavar='N', help=text
+    )
+
+
 class Clock:
   """The time that a benchmark has left: some minutes from now."""
 

@@ -110,15 +110,14 @@ def main() -> None:
   add = parser.add_argument
   add('--data', default='stdlib', help="training text, as train_lm's")
   add('--validation', help='validation text (default: the end of --data)')
-  for name, default, text in (
+  harness.add_counts(
+    parser,
     ('--steps', 1000, 'steps of a run'),
     ('--batch-size', 8, 'sequences of a step'),
     ('--seq-len', 512, 'tokens of a sequence'),
     ('--eval-batches', 60, 'held-out batches'),
     ('--seeds', 3, 'seeds 0 to N - 1'),
-  ):
-    text += ' (default: %(default)s)'
-    add(name, type=harness.positive, default=default, metavar='N', help=text)
+  )
   harness.add_arguments(parser, OUTPUT, has_device=False)
   args = parser.parse_args()
   if args.report:

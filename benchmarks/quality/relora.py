@@ -282,7 +282,8 @@ def arguments() -> argparse.ArgumentParser:
   add('--data', default='stdlib', help="training text, as train_lm's")
   add('--validation', help='validation text (default: the end of --data)')
   add('--size', default='20m', choices=tuple(llama.PRESETS), help='the model')
-  for name, default, text in (
+  harness.add_counts(
+    parser,
     ('--vocab', 4096, 'words of the vocabulary'),
     ('--steps', 4000, 'steps of a run, those of a warm start among them'),
     ('--batch-size', 16, 'sequences of a step'),
@@ -291,9 +292,7 @@ def arguments() -> argparse.ArgumentParser:
     ('--restart-every', 500, 'steps between two restarts'),
     ('--eval-batches', 60, 'held-out batches'),
     ('--seeds', 2, 'seeds 0 to N - 1'),
-  ):
-    text += ' (default: %(default)s)'
-    add(name, type=harness.positive, default=default, metavar='N', help=text)
+  )
   add('--rates', nargs='*', default=[], help='such as lora=4e-3,8e-3')
   folder = 'where weights to start from are kept (default: %(default)s)'
   add('--runs', type=pathlib.Path, default='runs/relora', help=folder)

@@ -99,6 +99,22 @@ def check_place(option: str, file: str | None) -> None:
     )
 
 
+def override_with_folder(
+  default: Settings, args: list[str], description: str
+) -> Settings:
+  """`override` of a command line whose first word may be a model's folder.
+
+  Args:
+    default: The settings to override, with a field ``folder``.
+    args: Words of the command line, without the program's name.
+    description: What `--help` says before the options.
+  """
+  if args and not args[0].startswith('-'):
+    default = dataclasses.replace(default, folder=args[0])
+    args = args[1:]
+  return override(default, args, description)
+
+
 def _replace_aliases(
   args: list[str], default: Any, aliases: Aliases
 ) -> list[str]:

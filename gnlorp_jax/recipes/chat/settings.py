@@ -72,11 +72,7 @@ def parse(args: list[str], description: str) -> ChatConfig:
     ValueError: If an option does not exist or a value is not allowed, or there
       is no folder.
   """
-  default = ChatConfig()
-  if args and not args[0].startswith('-'):
-    default = dataclasses.replace(default, folder=args[0])
-    args = args[1:]
-  config = command_line.override(default, args, description)
+  config = command_line.override_with_folder(ChatConfig(), args, description)
   pretrained.check_name(config.folder, 'python -m gnlorp_jax.chat FOLDER')
   if config.adapter is not None:
     file = pathlib.Path(config.adapter).expanduser() / 'adapter_config.json'

@@ -84,11 +84,9 @@ def parse(args: list[str], description: str) -> EvaluateConfig:
     ValueError: If an option does not exist or a value is not allowed, if there
       is no folder, or nothing to ask.
   """
-  default = EvaluateConfig()
-  if args and not args[0].startswith('-'):
-    default = dataclasses.replace(default, folder=args[0])
-    args = args[1:]
-  config = command_line.override(default, args, description)
+  config = command_line.override_with_folder(
+    EvaluateConfig(), args, description
+  )
   check(config)
   return config
 

@@ -119,11 +119,9 @@ def parse(args: list[str], description: str) -> LayerScoresConfig:
     ValueError: If an option does not exist or a value is not allowed, or if
       there is no folder, no data, or no place for what is written.
   """
-  default = LayerScoresConfig()
-  if args and not args[0].startswith('-'):
-    default = dataclasses.replace(default, folder=args[0])
-    args = args[1:]
-  config = command_line.override(default, args, description)
+  config = command_line.override_with_folder(
+    LayerScoresConfig(), args, description
+  )
   usage = 'python -m gnlorp_jax.layer_scores FOLDER --data FILES'
   pretrained.check_name(config.folder, usage)
   if not config.data:
