@@ -1,6 +1,7 @@
 """Examples to batches, one a row or several.
 
-Shape suffixes: R rows of an epoch, B rows of a batch, T positions.
+Shape suffixes: R rows of an epoch, B rows of a batch, T positions, P positions
+at which a token is learned.
 """
 
 import math
@@ -14,6 +15,7 @@ from gnlorp_jax.data.chat.packing import pack
 from gnlorp_jax.data.chat.templates import Example
 
 _SHORTEST = 32
+_POSITIONS = 16  # P is a multiple of it, which suits matrix units.
 
 
 class _Rows:
@@ -53,18 +55,17 @@ class _Rows:
     self.lengths_R = np.array(
       [sum(lengths[i] for i in row) for row in self._members]
     )
+    learned = [np.count_nonzero(example.weights[1:]) for example in examples]
+    self._learned_R = np.array(
+      [sum(learned[i] for i in row) for row in self._members]
+    )
 
   def __len__(self) -> int:
     return len(self._members)
 
   def batch(self, index: np.ndarray) -> dict[str, np.ndarray]:
     """The batch of these rows, filled up with rows that count nothing."""
-    length = self._max_length
-    if not self.packing:
-      longest, length = int(self.lengths_R[index].max()), _SHORTEST
-      while length < longest:
-        length *= 2
-      length = min(length, self._max_length)
+    length = self._padded(int(self.lengths_R[index].max()))
     shape = (self._batch_size, length)
     batch = {
       'inputs': np.full(shape, self._pad_id, np.int32),
@@ -86,7 +87,38 @@ class _Rows:
         start = end
     if self.packing:
       batch['segments'] = segments_BT
-    return batch
+    number = self._most_learned(length)
+    return batch if number >= length else _at_learned(batch, number)
+
+  def _padded(self, longest: int) -> int:
+    """T of a batch whose longest row has so many tokens."""
+    if self.packing:
+      return self._max_length
+    length = _SHORTEST
+    while length < longest:
+      length *= 2
+    return min(length, self._max_length)
+
+  def _most_learned(self, length: int) -> int:
+    """P of all batches of T `length`: one shape, so that one is compiled."""
+    most = int(self._learned_R[self.lengths_R <= length].max())
+    return _POSITIONS * max(1, math.ceil(most / _POSITIONS))
+
+
+def _at_learned(
+  batch: dict[str, np.ndarray], number: int
+) -> dict[str, np.ndarray]:
+  """The batch with `number` positions of each row, learned ones before others.
+
+  Logits, the widest arrays of a model, are then computed where they count.
+  """
+  order_BT = np.argsort(batch['weights'] == 0, axis=1, kind='stable')
+  positions_BP = order_BT[:, :number].astype(np.int32)
+  chosen = {
+    name: np.take_along_axis(batch[name], positions_BP, axis=1)
+    for name in ('targets', 'weights')
+  }
+  return batch | chosen | {'positions': positions_BP}
 
 
 class TrainingBatches:
@@ -95,9 +127,12 @@ class TrainingBatches:
   Each is a dict with
 
   * `inputs`: int32 ``[B, T]``, ids;
-  * `targets`: int32 ``[B, T]``, the id that follows in the same document, and
+  * `positions`: int32 ``[B, P]``, the positions after which a token is learned,
+    and others of weight 0 where a row has fewer; absent where P would be T. P
+    is the same in all batches of one T;
+  * `targets`: int32 ``[B, P]``, the id that follows in the same document, and
     `pad_id` where none does;
-  * `weights`: float32 ``[B, T]``, how much the target counts: 0 at the last
+  * `weights`: float32 ``[B, P]``, how much the target counts: 0 at the last
     position of a document and in padding;
   * `segments`: int32 ``[B, T]``, if packed: 1 for the first document of a row,
     2 for the next, and so on, the padding behind them last;

@@ -177,7 +177,7 @@ def _options(config: SftConfig, data: Chat) -> dict[str, Any]:
 def abstract_batch(
   config: SftConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of the largest batch."""
+  """Shapes, dtypes and shardings of the largest batch: all of it is learned."""
   rows = (config.batch_size, config.data.max_length)
   shapes = {'inputs': (rows, np.int32)}
   if has_dropout(config):

@@ -35,9 +35,12 @@ def learnt(batches):
   """What counts: ``(input, target, weight)``, sorted."""
   found = []
   for batch in batches:
+    inputs = batch['inputs']
+    if 'positions' in batch:
+      inputs = np.take_along_axis(inputs, batch['positions'], axis=1)
     at = batch['weights'] > 0
-    names = ('inputs', 'targets', 'weights')
-    found += zip(*(batch[name][at].tolist() for name in names), strict=True)
+    columns = (inputs, batch['targets'], batch['weights'])
+    found += zip(*(values[at].tolist() for values in columns), strict=True)
   return sorted(found)
 
 
@@ -77,8 +80,10 @@ def test_segments_separate_documents(examples):
       assert segments[0] == 1 and set(np.diff(segments)) <= {0, 1}
       # A first token is guessed from nothing.
       first = np.flatnonzero(np.diff(segments))
-      assert not batch['weights'][b, first].any()
-      assert (batch['targets'][b, first] == PAD).all()
+      positions = batch.get('positions', np.tile(np.arange(LONGEST), (3, 1)))
+      at = np.isin(positions[b], first)
+      assert not batch['weights'][b, at].any()
+      assert (batch['targets'][b, at] == PAD).all()
 
 
 def test_rows_are_what_they_should_be():
@@ -104,6 +109,50 @@ def test_rows_are_what_they_should_be():
     [2000, 2001, 2002, 2003, 7, 7, 7, 7], [1000, 1001, 1002, 7, 7, 7, 7, 7],
   ]  # fmt: skip
   assert 'segments' not in batch
+
+
+def test_positions_are_those_where_something_is_learned():
+  sparse = np.zeros(40, np.float32)
+  sparse[[3, 20]] = 0.5, 1
+  examples = [chat.Example(np.arange(100, 140, dtype=np.int32), sparse)]
+  examples.append(example(8, 1))
+  (batch,) = chat.evaluation_batches(
+    examples, batch_size=3, max_length=64, packing=False, pad_id=PAD
+  )
+  assert batch['inputs'].shape == (3, 64)
+  # The learned ones, then the first of the others.
+  assert batch['positions'].tolist() == [
+    [2, 19, 0, 1, *range(3, 15)],
+    [0, 1, 3, 4, 6, 2, 5, *range(7, 16)],
+    [*range(16)],
+  ]
+  assert batch['positions'].dtype == np.int32
+  assert batch['targets'][0, :4].tolist() == [103, 120, 101, 102]
+  assert batch['targets'][1, :5].tolist() == [2001, 2002, 2004, 2005, 2007]
+  assert batch['weights'][:, :6].tolist() == [
+    [0.5, 1, 0, 0, 0, 0], [0.5, 1, 0.5, 1, 0.5, 0], [0] * 6,
+  ]  # fmt: skip
+
+
+def test_batches_of_one_length_have_one_number_of_positions():
+  examples = [
+    chat.Example(
+      np.zeros(length, np.int32), (np.arange(length) < learned) * 1.0
+    )
+    for length, learned in [(30, 3), (31, 20), (60, 2), (100, 60), (100, 1)]
+  ]
+  shapes = set()
+  for seed in range(9):
+    made = chat.TrainingBatches(
+      *(examples,), batch_size=2, max_length=100, packing=False, pad_id=PAD,
+      seed=seed,
+    )  # fmt: skip
+    for _ in range(made.batches_per_epoch):
+      batch = next(made)
+      shapes.add((batch['inputs'].shape[1], batch['targets'].shape[1]))
+  # A row of 64 may stand beside a shorter one of which more is learned; of a
+  # row of 32 so much is learned that all positions go along.
+  assert shapes <= {(32, 32), (64, 32), (100, 64)} and len(shapes) == 3
 
 
 def test_padding_that_is_the_end_leaves_the_end_to_be_learnt():
