@@ -21,6 +21,18 @@ from gnlorp_jax.training.step import split_rows
 KEY = jax.random.key(7)
 RATE = 3e-2
 ADAM = {'b1': 0.9, 'b2': 0.99, 'eps': 1e-3, 'weight_decay': 0.1}
+# A gap that no period of the samplings below is a multiple of.
+RANK, GAP, SCALE = 4, 2, 0.5
+GALORE = functools.partial(
+  optim.galore,
+  rank=RANK,
+  update_proj_gap=GAP,
+  scale=SCALE,
+  projection=optim.projections.get('svd', solver='exact'),
+  spread_refreshes=False,
+  param_labels=[('layers/.*kernel', 'low_rank'), ('.*', 'full')],
+  **ADAM,
+)
 
 
 def with_rate(make, **options):
@@ -233,23 +245,59 @@ class ByHand:
     return np.float32(x - rate * m_hat / (np.sqrt(v_hat) + ADAM['eps']))
 
 
+class GaLoreByHand(ByHand):
+  """GaLore of some layers at a time: counts and bases are a layer's own."""
+
+  def move(self, name, x, g, rate):
+    x, g = np.float64(x), np.float64(g)
+    m, v, count, basis = self.states.get(name, (0.0, 0.0, 0, None))
+    is_projected = len(name) == 3 and name[1] == 'kernel'
+    if is_projected:  # The shorter side of an (in, out) kernel.
+      is_wide = g.shape[0] < g.shape[1]
+      if count % GAP == 0:
+        left, _, right = np.linalg.svd(g, full_matrices=False)
+        basis = left[:, :RANK].T if is_wide else right[:RANK]
+        largest = np.abs(basis).argmax(axis=1)
+        basis = basis * np.sign(basis[np.arange(RANK), largest])[:, None]
+      g = basis @ g if is_wide else g @ basis.T
+    m = ADAM['b1'] * m + (1 - ADAM['b1']) * g
+    v = ADAM['b2'] * v + (1 - ADAM['b2']) * g * g
+    count += 1
+    self.states[name] = (m, v, count, basis)
+    direction = m / (np.sqrt(v) + ADAM['eps'])
+    if is_projected:
+      direction = basis.T @ direction if is_wide else direction @ basis
+      direction *= SCALE
+    step = np.sqrt(1 - ADAM['b2'] ** count) / (1 - ADAM['b1'] ** count)
+    x = (x - rate * step * direction) * (1 - rate * ADAM['weight_decay'])
+    return np.float32(x)
+
+
 SAMPLINGS = {
   'drop': {'layers': 2},
   'lisa, all states anew': {'layers': 2, 'carry': False, 'reset_always': True},
   'keep, re-warmed': {'layers': 1, 'on_leave': 'keep', 'warmup_steps': 2},
   'badam': {'layers': 1, 'draw': 'shuffled', 'first_period_short': True},
+  'owlore, kept': {
+    'layers': 2,
+    'on_leave': 'keep',
+    'weights': (0.5, 0.2, 0.3),
+  },
 }
 
 
 @pytest.mark.parametrize(
   ('name', 'at_once'),
-  list(zip(SAMPLINGS, (True, False) * 2, strict=True)),
+  list(zip(SAMPLINGS, (True, False, True, False, False), strict=True)),
 )
 def test_steps_are_those_by_hand(toy, name, at_once):
   sampling = LayerSampling(num_layers=toy.LAYERS, every=3, **SAMPLINGS[name])
-  tx = with_rate(functools.partial(optim.adamw, **ADAM))
+  is_galore = name.startswith('owlore')
+  tx = with_rate(
+    GALORE if is_galore else functools.partial(optim.adamw, **ADAM)
+  )
   found = trajectory(toy, tx, sampling, 11, at_once=at_once)
-  hand = ByHand(toy, sampling)
+  hand = (GaLoreByHand if is_galore else ByHand)(toy, sampling)
   before = jax.device_get(toy.init())
   slots = sampling.layers if sampling.on_leave == 'drop' else toy.LAYERS
   for number, (now, _) in enumerate(found):
@@ -339,15 +387,61 @@ def test_a_layer_that_comes_back_has_another_random_subspace(toy):
   assert len(seen) == 6
 
 
+def torch_adamw(torch, monkeypatch):
+  del monkeypatch
+  betas = ADAM['b1'], ADAM['b2']
+  return lambda kernels, others: torch.optim.AdamW(
+    *([*kernels, *others], RATE, betas, ADAM['eps'], ADAM['weight_decay'])
+  )
+
+
+def torch_galore(torch, monkeypatch):
+  del torch
+  projector = pytest.importorskip('galore_torch.galore_projector')
+  GaLoreAdamW = pytest.importorskip('galore_torch').GaLoreAdamW
+  find = projector.GaLoreProjector.get_orthogonal_matrix
+
+  def signed(self, weights, rank, type):
+    """Which signs LAPACK returns is arbitrary."""
+    basis, axis = find(self, weights, rank, type), int(type == 'right')
+    index = basis.abs().argmax(axis, keepdim=True)
+    return basis * basis.gather(axis, index).sign()
+
+  monkeypatch.setattr(
+    projector.GaLoreProjector, 'get_orthogonal_matrix', signed
+  )
+  options = {'rank': RANK, 'update_proj_gap': GAP, 'scale': SCALE}
+  return lambda kernels, others: GaLoreAdamW(
+    [
+      {'params': kernels, 'proj_type': 'std', **options},
+      {'params': others},
+    ],
+    lr=RATE,
+    betas=(ADAM['b1'], ADAM['b2']),
+    eps=ADAM['eps'],
+    weight_decay=ADAM['weight_decay'],
+    no_deprecation_warning=True,
+  )
+
+
 @pytest.mark.slow
-def test_kept_states_are_those_of_a_loop_in_pytorch(toy):
-  """A loop that switches `requires_grad`, and AdamW, which skips the rest."""
+@pytest.mark.parametrize(
+  ('make', 'make_torch'),
+  [
+    (functools.partial(optim.adamw, **ADAM), torch_adamw),
+    (GALORE, torch_galore),
+  ],
+  ids=['adamw', 'owlore'],
+)
+def test_kept_states_are_those_of_a_loop_in_pytorch(
+  toy, make, make_torch, monkeypatch
+):
+  """A loop that switches `requires_grad`; optimizers skip what has no grad."""
   torch = pytest.importorskip('torch')
   sampling = LayerSampling(
     num_layers=toy.LAYERS, layers=1, every=3, on_leave='keep'
   )
-  tx = with_rate(functools.partial(optim.adamw, **ADAM))
-  found = trajectory(toy, tx, sampling, 9)
+  found = trajectory(toy, with_rate(make), sampling, 9)
 
   def tensor(x):
     return torch.tensor(np.asarray(x), requires_grad=True)
@@ -361,12 +455,9 @@ def test_kept_states_are_those_of_a_loop_in_pytorch(toy):
     jax.tree.map(lambda x, i=i: tensor(x[i]), params['layers'])
     for i in range(toy.LAYERS)
   ]
-  optimizer = torch.optim.AdamW(
-    [embed, head, *jax.tree.leaves(layers)],
-    lr=RATE,
-    betas=(ADAM['b1'], ADAM['b2']),
-    eps=ADAM['eps'],
-    weight_decay=ADAM['weight_decay'],
+  optimizer = make_torch(torch, monkeypatch)(
+    [layer[name]['kernel'] for layer in layers for name in ('up', 'down')],
+    [embed, head, *(layer['norm']['scale'] for layer in layers)],
   )
   for number, (now, _) in enumerate(found):
     period = number // sampling.every
