@@ -120,8 +120,9 @@ def check_run(
       'some of their parameters other than frozen (optim.param_labels).'
     )
   unused = {}
-  if options.on_leave == 'keep':
-    unused['carry'] = "sampling.on_leave='keep' keeps all states"
+  if options.on_leave != 'drop':
+    why = f'sampling.on_leave={options.on_leave!r} keeps all states'
+    unused['carry'] = why
   if adapter.kind is not None:
     unused['always_on'] = 'beside adapters it is not asked'
   if set(trained) == {LAYERS}:

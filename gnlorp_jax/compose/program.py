@@ -28,7 +28,11 @@ from gnlorp_jax.models.interface import Model
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.training import forward, sharding, state, step
 from gnlorp_jax.training.hardware import PEAK_FLOPS
-from gnlorp_jax.training.layer_sampling import LayerSampling, SampledState
+from gnlorp_jax.training.layer_sampling import (
+  LayerSampling,
+  SampledState,
+  on_devices,
+)
 from gnlorp_jax.training.layer_sampling import metrics as sampling_metrics
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
@@ -111,6 +115,11 @@ class Program(NamedTuple):
     return state._replace(opt_state=optimizer.start(state.opt_state, numbers))
 
   @property
+  def state_bytes(self) -> int:
+    """Bytes of the optimizer's state on the devices."""
+    return optim.inspect.tree_bytes(on_devices(self.abstract_state.opt_state))
+
+  @property
   def fixed(self) -> dict[str, Any]:
     """What cannot change in a run that resumes, beside its settings."""
     if self.sampling is None or self.sampling.weights is None:
@@ -134,7 +143,7 @@ class Program(NamedTuple):
     return Instruments(
       schedule=optimizer.schedule(config, steps),
       stats=self.stats,
-      state_bytes=optim.inspect.tree_bytes(self.abstract_state.opt_state),
+      state_bytes=self.state_bytes,
       tokens_per_step=tokens_per_step,
       flops_per_token=flops_per_token,
       peak_flops=None if peak is None else peak * self.mesh.size,
@@ -345,6 +354,7 @@ def _outer(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
 
 def subspace_stats(opt_state: Any) -> dict[str, jax.Array]:
   """What the optimizer did, per kernel and for all kernels together."""
+  opt_state = on_devices(opt_state)
   subspaces = optim.inspect.subspace_stats(opt_state)
   stats = {}
   for field in optim.inspect.SubspaceStats._fields:

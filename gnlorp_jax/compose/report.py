@@ -7,6 +7,7 @@ from gnlorp_jax.compose.program import Program
 from gnlorp_jax.compose.settings import OptimConfig, StepConfig
 from gnlorp_jax.optim.inspect import format_bytes, state_bytes, tree_bytes
 from gnlorp_jax.training import layerwise
+from gnlorp_jax.training.layer_sampling import on_devices
 
 Memory = dict[str, dict[str, int]]
 
@@ -41,7 +42,7 @@ def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
     'parameters': tree_bytes(abstract.params)
     + tree_bytes(program.parameters.frozen),
     'gradients': _gradients(program, step, optim),
-    **state_bytes(abstract.opt_state),
+    **state_bytes(on_devices(abstract.opt_state)),
   }
   adamw = {
     **dict.fromkeys(ours, 0),

@@ -248,9 +248,10 @@ class SamplingOptions:
   always_on_state: Literal['full', 'int8', 'low_rank'] = 'full'
   """The optimizer's state of that: as that of layers, moments in 8 bits, or
   projected (needs an optimizer with subspaces)."""
-  on_leave: Literal['drop', 'keep'] = 'drop'
+  on_leave: Literal['drop', 'keep', 'offload'] = 'drop'
   """What becomes of the optimizer's state of a layer that leaves: 'drop'
-  forgets it, 'keep' holds the states of all layers, as published code does."""
+  forgets it, 'keep' holds the states of all layers, as published code does,
+  'offload' too, but those of layers that rest in the memory of the host."""
   carry: bool = True
   """Whether a layer that is drawn twice in a row keeps its state; the paper of
   lisa does without."""

@@ -19,7 +19,7 @@ from gnlorp_jax.compose.settings import (
   StepConfig,
 )
 from gnlorp_jax.training import layerwise, state, step
-from gnlorp_jax.training.layer_sampling import LayerSampling
+from gnlorp_jax.training.layer_sampling import LayerSampling, SampledState
 from gnlorp_jax.training.objectives import Objective
 from gnlorp_jax.training.parameters import Parameters
 from gnlorp_jax.training.restarts import Restarts, with_restarts
@@ -116,6 +116,8 @@ def make(
     key,
     mesh,
   )
+  if sampling is not None and sampling.on_leave == 'offload':
+    abstract = abstract._replace(opt_state=_rest_on_host(abstract.opt_state))
   options: dict[str, Any] = {
     'num_micro_batches': micro_batches,
     'clip_global_norm': optim_config.clip_global_norm,
@@ -151,6 +153,17 @@ def make(
   if restarts is not None:
     train_step = with_restarts(train_step, restarts)
   return Stepping(init, abstract, train_step)
+
+
+def _rest_on_host(opt_state: SampledState) -> SampledState:
+  """The shapes and shardings of a state whose resting layers the host holds."""
+  resting = jax.tree.map(
+    lambda leaf: leaf.update(
+      sharding=leaf.sharding.with_memory_kind('pinned_host')
+    ),
+    opt_state.resting,
+  )
+  return opt_state._replace(resting=resting)
 
 
 def _zeros(shapes: Any) -> Any:

@@ -5,6 +5,7 @@ of every array that a training step is given its shape, dtype and sharding; all
 else here counts those, or has XLA compile the step.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -94,6 +95,11 @@ def step_of(settings: Settings, devices: Devices) -> Step:
   Raises:
     ValueError: If parts of the run do not fit each other or the devices.
   """
+  if settings.sampling.on_leave == 'offload':
+    # A described device has no host. What rests there is nothing to the device,
+    # as if it were dropped, but for a layer's state on its way.
+    dropping = dataclasses.replace(settings.sampling, on_leave='drop')
+    settings = dataclasses.replace(settings, sampling=dropping)
   planned = settings.build(devices)
   program, parameters = planned.program, planned.program.parameters
   arguments = program.abstract_state, planned.abstract_batch, parameters.frozen

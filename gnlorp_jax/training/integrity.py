@@ -135,7 +135,9 @@ def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _checksums(state):
-  return jax.tree.map(checksum, state)
+  # Some of it may lie in the memory of the host.
+  on_devices = jax.device_put(state, jax.memory.Space.Device)
+  return jax.tree.map(checksum, on_devices)
 
 
 def _crc32(content):

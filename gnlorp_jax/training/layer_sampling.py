@@ -4,7 +4,7 @@ Every `every` steps, a *period*, some layers are drawn. Until the next draw they
 train, and beside them what is always on: whatever of the embedding, the final
 norm and the head trains at all. A layer that trains occupies a *slot*, which
 holds its part of the optimizer's state; there are as many slots as layers are
-drawn, so that states of all others take no memory.
+drawn, so that states of all others take no memory of the devices.
 
 Shape suffixes in this file:
   L     layers
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 # Draws have random numbers that nothing else is drawn from.
 _KEY = zlib.crc32(b'layers')
-OnLeave = Literal['drop', 'keep']
+OnLeave = Literal['drop', 'keep', 'offload']
 Draw = Literal['weighted', 'shuffled']
 
 
@@ -45,7 +45,9 @@ class LayerSampling:
   on_leave: OnLeave = 'drop'
   """What becomes of the state of a layer that leaves: ``drop`` forgets it, so
   that the layer begins afresh when it comes back; ``keep`` holds the states of
-  all L layers, as published code does, and saves no memory of states."""
+  all L layers, as published code does, and saves no memory of states;
+  ``offload`` takes the steps of ``keep``, and states of layers that rest are in
+  the memory of the host."""
   carry: bool = True
   """Whether, with ``drop``, a layer that is drawn twice in a row keeps its
   state."""
@@ -134,6 +136,16 @@ class SampledState(NamedTuple):
   always: Any  # The optimizer's state of what is always on.
   visits: jax.Array  # int32 [L], steps in which each layer was trained.
   rests: jax.Array  # int32 [L], steps since the last of these, or the start.
+  # With ``offload`` the states of all layers, in the memory of the host; those
+  # of the layers in slots are out of date. Leaves [L, ...].
+  resting: Any = None
+
+
+def on_devices(opt_state: Any) -> Any:
+  """An optimizer's state without what the memory of the host holds of it."""
+  if isinstance(opt_state, SampledState):
+    return opt_state._replace(resting=None)
+  return opt_state
 
 
 def draw(
@@ -257,8 +269,12 @@ def start(
     key: The random key of the run.
   """
   num_layers = sampling.num_layers
+  layers_L = jnp.arange(num_layers, dtype=jnp.int32)
+  resting = None
+  if sampling.on_leave == 'offload':
+    resting = jax.lax.map(lambda layer: _to_host(init_layer(layer)), layers_L)
   if sampling.on_leave == 'keep':
-    slots = jax.lax.map(init_layer, jnp.arange(num_layers, dtype=jnp.int32))
+    slots = jax.lax.map(init_layer, layers_L)
   else:  # The first step begins a period, and fills them.
     slots = jax.tree.map(
       lambda x: jnp.zeros((sampling.num_slots, *x.shape), x.dtype),
@@ -272,6 +288,7 @@ def start(
     always=always,
     visits=jnp.zeros(num_layers, jnp.int32),
     rests=jnp.zeros(num_layers, jnp.int32),
+    resting=resting,
   )
 
 
@@ -302,19 +319,43 @@ def begin_step(
     return state._replace(layers=layers_S)
   drawn_S, stays_S = seat(state.layers, drawn_S, sampling.num_layers)
   layers_S = jnp.where(begins, drawn_S, state.layers)
-  is_kept_S = stays_S & sampling.carry
+  is_offloaded = sampling.on_leave == 'offload'
+  is_kept_S = stays_S & (sampling.carry or is_offloaded)
   # Stable: the slots to be filled come first.
   slots_S = jnp.argsort(is_kept_S)
 
-  def fill(place: jax.Array, slots: Any) -> Any:
+  def fill(place: jax.Array, found: tuple[Any, Any]) -> tuple[Any, Any]:
+    slots, resting = found
     slot = slots_S[place]
-    return put_slot(slots, slot, init_layer(layers_S[slot]))
+    leaves, enters = state.layers[slot], layers_S[slot]
+    if not is_offloaded:
+      return put_slot(slots, slot, init_layer(enters)), resting
+    entering = _to_device(take_slot(resting, enters))
+    # A slot that was empty so far puts back what it takes.
+    was_empty = leaves < 0
+    leaving = jax.tree.map(
+      lambda new, old: jnp.where(was_empty, new, old),
+      *(entering, take_slot(slots, slot)),
+    )
+    place_of = jnp.where(was_empty, enters, leaves)
+    resting = put_slot(resting, place_of, _to_host(leaving))
+    return put_slot(slots, slot, entering), resting
 
   # A loop without a turn where no period begins: what a loop carries stays in
   # its place, which the branches of a condition would copy.
   count = jnp.where(begins, jnp.sum(~is_kept_S), 0)
-  slots = jax.lax.fori_loop(0, count, fill, state.slots)
-  return state._replace(layers=layers_S, slots=slots)
+  slots, resting = jax.lax.fori_loop(
+    0, count, fill, (state.slots, state.resting)
+  )
+  return state._replace(layers=layers_S, slots=slots, resting=resting)
+
+
+def _to_host(state: Any) -> Any:
+  return jax.device_put(state, jax.memory.Space.Host)
+
+
+def _to_device(state: Any) -> Any:
+  return jax.device_put(state, jax.memory.Space.Device)
 
 
 def count_step(state: SampledState) -> SampledState:

@@ -148,6 +148,28 @@ def test_state_is_that_of_the_drawn_layers():
   assert rows['layers/mlp/up_proj/kernel'].shape == (4, 16, 24)
 
 
+def test_what_rests_lies_on_the_host():
+  built, kept, dropped = (
+    plan(sampling=SamplingOptions(method='lisa', on_leave=on_leave))
+    for on_leave in ('offload', 'keep', 'drop')
+  )
+  opt = built.abstract_state.opt_state
+  for leaf in jax.tree.leaves(opt.resting):
+    assert leaf.sharding.memory_kind == 'pinned_host'
+    assert leaf.shape[0] == LAYERS
+  assert built.state_bytes == dropped.state_bytes < kept.state_bytes
+  found, expected = (
+    report.memory(x, CONFIG.step, CONFIG.optim) for x in (built, dropped)
+  )
+  assert found == expected
+  params, _ = built.parameters.start(jax.random.key(0))
+  numbers = {name: np.float32(1) for name in opt.hyperparams}
+  started = built.init_optimizer(params, numbers, jax.random.key(0))
+  leaf = jax.tree.leaves(started.resting)[0]
+  assert leaf.sharding.memory_kind == 'pinned_host'
+  assert set(built.stats(started)) == set(dropped.stats(started))
+
+
 @pytest.mark.parametrize(
   ('options', 'trained'),
   [

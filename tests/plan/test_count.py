@@ -12,7 +12,12 @@ import pytest
 from gnlorp_jax import plan
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.settings import AdapterOptions
-from gnlorp_jax.config import MeshConfig, OptimConfig, StepConfig
+from gnlorp_jax.config import (
+  MeshConfig,
+  OptimConfig,
+  SamplingOptions,
+  StepConfig,
+)
 from gnlorp_jax.plan.accelerators import ACCELERATORS
 from gnlorp_jax.recipes.pretrain import recipe
 
@@ -64,6 +69,21 @@ def test_adamw_in_bfloat16_by_hand(settings, bound_of):
   assert found['bases'] == found['errors'] == 0
   assert found['saved_activations'] == INPUTS // 2
   assert found['gradients'] == 2 * (size - TABLE)
+
+
+def test_drawn_layers_by_hand(bound_of):
+  options = {'draw': 'uniform', 'layers': 1}
+  dropped, offloaded, kept = (
+    bound_of(
+      optim=ADAMW, sampling=SamplingOptions(**options, on_leave=on_leave)
+    )
+    for on_leave in ('drop', 'offload', 'keep')
+  )
+  outer = 2 * TABLE + 128
+  assert dropped['moments'] == 8 * (outer + (KERNELS + SCALES - 128) // 2)
+  assert kept['moments'] == 8 * (outer + KERNELS + SCALES - 128)
+  # What rests on the host takes nothing of the device.
+  assert offloaded == dropped
 
 
 def test_8_bit_moments_and_bases_by_hand(bound_of):

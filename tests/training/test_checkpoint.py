@@ -52,6 +52,8 @@ def make_state(mesh, seed=0):
     'nothing': None,
   }
   extra = jax.device_put(extra, state.step.sharding)
+  on_host = state.step.sharding.with_memory_kind('pinned_host')
+  extra['on the host'] = jax.device_put(jnp.arange(9.0), on_host)
   return state._replace(opt_state=(state.opt_state, extra))
 
 
@@ -67,7 +69,8 @@ def assert_same_bits(actual, expected):
   def raw(x):
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.random.key_data(x)
-    return x.dtype, x.shape, np.asarray(x).tobytes()
+    kind = x.sharding.memory_kind
+    return x.dtype, x.shape, kind, np.asarray(x).tobytes()
 
   for a, b in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True

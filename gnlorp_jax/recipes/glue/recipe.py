@@ -25,7 +25,6 @@ from gnlorp_jax.compose.settings import (
 )
 from gnlorp_jax.data import glue
 from gnlorp_jax.models import heads, hf, roberta
-from gnlorp_jax.optim.inspect import tree_bytes
 from gnlorp_jax.recipes.glue import evaluation, tasks
 from gnlorp_jax.recipes.glue.protocol import resolve
 from gnlorp_jax.recipes.glue.settings import GlueConfig
@@ -384,5 +383,5 @@ def describe_sizes(built: program.Program) -> dict[str, int]:
   return {
     'trainable_parameters': trained,
     'parameters': in_state + frozen,
-    'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
+    'optimizer_state_bytes': built.state_bytes,
   }

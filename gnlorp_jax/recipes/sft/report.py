@@ -14,7 +14,6 @@ import rich.text
 from gnlorp_jax.compose import adaptation, language_model, parameters
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import chat
-from gnlorp_jax.optim.inspect import tree_bytes
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
 from gnlorp_jax.recipes.sft import data
@@ -94,7 +93,7 @@ def summarise(
     'trained_parameters': sum(
       leaf.size for leaf in jax.tree.leaves(built.parameters.trained)
     ),
-    'optimizer_state_bytes': tree_bytes(built.abstract_state.opt_state),
+    'optimizer_state_bytes': built.state_bytes,
     'steps': record['last']['step'],
     'epochs': record['last']['step'] / prepared.steps_per_epoch,
     'data': {
