@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import pathlib
+import shutil
 import sys
 import tempfile
 import warnings
@@ -63,6 +64,7 @@ class Checkpointer:
     logging.getLogger('absl').addFilter(_keep_log_record)
     if not read_only:
       _check_writable(self._directory)
+      _sweep(self._directory)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -70,8 +72,6 @@ class Checkpointer:
           ocp.checkpoint_managers.preservation_policy.LatestN(keep)
         ),
         create=not read_only,
-        # What a killed run left unfinished would fill the disk.
-        cleanup_tmp_directories=not read_only,
       ),
     )
 
@@ -352,6 +352,17 @@ def _check_writable(directory):
       f'Checkpoint directory {directory} cannot be written: {error.strerror}. '
       'Choose another directory or correct its permissions.'
     ) from error
+
+
+def _sweep(directory):
+  """Deletes what a killed run left unfinished, which would fill the disk.
+
+  Orbax's own sweep goes on beside the run, and fails the first save if it meets
+  a folder that is gone by then.
+  """
+  for path in directory.iterdir():
+    if ocp.utils.TMP_DIR_SUFFIX in path.name:
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def _keep_log_record(record):
