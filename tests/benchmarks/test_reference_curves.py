@@ -1,8 +1,8 @@
 """The first steps of training curves recorded from PyTorch.
 
 The whole curves, 300 steps each, are repeated by
-`python -m benchmarks.reference_curves`. These steps lie in the warm-up; that
-the schedule then is the recorded one is tested in test_methods_lm.py.
+`python -m benchmarks.reference_curves`. These steps lie in the warm-up; beyond
+it test_methods_lm.py compares the schedule with its formula at a few steps.
 """
 
 import json
