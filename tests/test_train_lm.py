@@ -276,12 +276,20 @@ def test_export_gives_equal_logits_in_pytorch(finished, options):
 # Starting and resuming.
 
 
-def test_init_from_starts_with_the_exported_weights(
-  finished, options, tmp_path
-):
-  run_main(options(tmp_path / 'run', init_from=finished.folder / 'hf'))
+@pytest.fixture(scope='module')
+def diverging(finished, options, tmp_path_factory):
+  """A run that goes on with the exported model, at far too high a rate."""
+  folder = tmp_path_factory.mktemp('runs') / 'diverging'
+  args = options(
+    folder, init_from=finished.folder / 'hf', optim__learning_rate=0.5
+  )
+  args.append('--keep-best')
+  return types.SimpleNamespace(folder=folder, args=args, output=run_main(args))
+
+
+def test_init_from_starts_with_the_exported_weights(finished, diverging):
   last = read_rows(finished.folder)[-1]
-  first = read_rows(tmp_path / 'run')[0]
+  first = read_rows(diverging.folder)[0]
   assert first['step'] == 0
   assert first['eval/loss'] == last['eval/loss']
 
@@ -312,6 +320,9 @@ def test_dry_run_reports_and_trains_nothing(options, tmp_path, capsys):
 # Layer by layer, and in 8 bits.
 
 
+# Steps of runs that go on from the finished one. A cosine is of so many steps:
+# runs of other lengths are other programs.
+LONGER = 26
 EIGHT_BITS = {'step__mode': 'layerwise', 'step__weight_bits': 8}
 
 
@@ -338,11 +349,11 @@ def test_a_run_may_change_between_whole_steps_and_layers(
   ends = []
   for mode in ('whole', 'layerwise'):
     folder = shutil.copytree(finished.folder, tmp_path / mode)
-    args = options(folder, steps=26, step__mode=mode)
+    args = options(folder, steps=LONGER, step__mode=mode)
     assert 'at step 24.' in run_main(args)
     ends.append(read_state(args)[0])
   assert jax.tree.structure(ends[0]) == jax.tree.structure(ends[1])
-  assert int(ends[1].step) == 26
+  assert int(ends[1].step) == LONGER
   # Sums in another order: float32 rounding, which Adam makes larger.
   way = distance(ends[0].params, start.params)
   assert distance(ends[0].params, ends[1].params) < 1e-3 * way
@@ -399,30 +410,21 @@ def test_resumed_run_takes_the_learning_rate_that_is_asked_for_now(
 ):
   start, _ = read_state(options(finished.folder))
   folder = shutil.copytree(finished.folder, tmp_path / 'run')
-  args = options(folder, steps=25, optim__learning_rate=1e-9)
+  args = options(folder, steps=LONGER, optim__learning_rate=1e-9)
   assert 'at step 24.' in run_main(args)
   end, _ = read_state(args)
-  assert int(end.step) == 25
+  assert int(end.step) == LONGER
   assert distance(end.params, start.params) < 1e-6
   (rate,) = {
     row['optim/learning_rate']
     for row in read_rows(folder)
-    if row['step'] == 25 and 'train/loss' in row
+    if row['step'] == LONGER and 'train/loss' in row
   }
   assert rate == pytest.approx(1e-10)  # The last step: a tenth of the peak.
 
 
-def test_best_parameters_are_kept_and_exported(finished, options, tmp_path):
-  folder = tmp_path / 'run'
-  # From a trained model, with a rate that is far too high.
-  args = options(
-    folder,
-    init_from=finished.folder / 'hf',
-    optim__name='adamw',
-    optim__learning_rate=0.5,
-  )
-  args.append('--keep-best')
-  output = run_main(args)
+def test_best_parameters_are_kept_and_exported(diverging):
+  folder, args, output = diverging.folder, diverging.args, diverging.output
   losses = {
     row['step']: row['eval/loss']
     for row in read_rows(folder)

@@ -1,7 +1,8 @@
 """The first steps of training curves recorded from PyTorch.
 
 The whole curves, 300 steps each, are repeated by
-`python -m benchmarks.reference_curves`.
+`python -m benchmarks.reference_curves`. These steps lie in the warm-up; beyond
+it test_methods_lm.py compares the schedule with its formula at a few steps.
 """
 
 import json
@@ -15,16 +16,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.fast_code]
 
 
 @pytest.mark.parametrize(
-  ('name', 'steps', 'tolerance'),
-  [
-    # Twenty times the last digit of float32; at the first step they are equal.
-    ('adamw', 12, 2e-5),
-    ('released', 12, 2e-5),
-    # Rounding grows over the warm-up and into the cosine.
-    ('galore', 36, 1e-4),
-  ],
+  ('name', 'steps'),
+  # The fewest steps in which a run learns something.
+  [('adamw', 12), ('released', 8), ('galore', 8)],
 )
-def test_training_follows_the_recorded_losses(shared, name, steps, tolerance):
+def test_training_follows_the_recorded_losses(shared, name, steps):
   folder = shared / 'reference' / 'curves'
   recorded_name = reference_curves.RECORDED[name]
   recorded = json.loads((folder / f'{recorded_name}.json').read_text())
@@ -33,7 +29,8 @@ def test_training_follows_the_recorded_losses(shared, name, steps, tolerance):
   losses, _ = training.train(*method.rates, steps)
   expected = np.asarray(recorded['train_loss'][:steps])
   assert expected[-1] < expected[0] - 0.5  # It learned something to compare.
-  np.testing.assert_allclose(losses, expected, atol=tolerance, rtol=0)
+  # Twenty times the last digit of float32; at the first step they are equal.
+  np.testing.assert_allclose(losses, expected, atol=2e-5, rtol=0)
 
 
 def test_every_recorded_curve_has_a_test():

@@ -165,19 +165,20 @@ FORMS = {
 
 # Inside, every optimizer sees the same plain tree, so that for most forms a few
 # optimizers stand for all: without projection, of another moment, and with
-# magnitudes. Boxes also lie around each one's own state, and Equinox has other
-# names, matrices the other way round, and bfloat16.
+# magnitudes.
 FEW = ('adamw', 'galore_adafactor', 'gradnormlorp')
-# NNX's own optimizer holds each array of a state in a variable. One optimizer
-# for every kind of record: the states of the rest are tuples of arrays, as that
-# of `gradnormlorp` is.
+# One optimizer for every kind of record in a state; the states of the rest are
+# tuples of arrays, as that of `gradnormlorp` is. Boxes lie around what a state
+# holds too, and NNX's own optimizer holds each array of it in a variable.
 RECORDS = (*FEW, 'apollo', 'dct_adamw', 'ldadam', 'q_galore')
+# Equinox has other names, matrices the other way round, and bfloat16. It takes
+# the rest, so that every optimizer has met a foreign tree, and codes.
+REST = tuple(name for name in methods.names() if name not in RECORDS)
+METHODS_OF = {'Linen boxed': RECORDS, 'Equinox bf16': (*FEW, 'q_galore', *REST)}
 CASES = [
   pytest.param(name, method, id=f'{method}-{name}')
   for name in FORMS
-  for method in (
-    methods.names() if name in ('Linen boxed', 'Equinox bf16') else FEW
-  )
+  for method in METHODS_OF.get(name, FEW)
 ]
 
 

@@ -187,9 +187,9 @@ def options(tmp_path_factory):
   (folder / 'text.txt').write_text('\n'.join(lines))
   usual = {
     'objective': 'masked',
-    'steps': 60,
+    'steps': 40,
     'batch-size': 8,
-    'eval-every': 30,
+    'eval-every': 20,
     'checkpoint-every': 20,
     'mesh.data': 1,
     'sample.num-tokens': 16,
