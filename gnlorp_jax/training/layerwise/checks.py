@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,9 @@ def check_layers(engine: Engine) -> None:
   """Raises a ValueError unless the state of all stacks is cut into layers."""
   stuck = [
     '/'.join(path)
-    for path in engine.layer_paths
-    if not _can_be_cut(engine, path, engine.passes.num_layers)
+    for path in _that_cannot_be_cut(
+      engine, engine.layer_paths, engine.passes.num_layers
+    )
   ]
   if stuck:
     raise ValueError(
@@ -89,33 +90,48 @@ def count_row_blocks(engine: Engine) -> dict[Path, int]:
 
 def _can_be_cut(engine: Engine, path: Path, count: int) -> bool:
   """Whether a part of a parameter's state is the state of a part."""
-  whole = _state_shapes(engine, path, WHOLE, WHOLE)
-  if any(not shape or shape[0] % count for shape in whole):
-    return False
+  return not _that_cannot_be_cut(engine, [path], count)
+
+
+def _that_cannot_be_cut(
+  engine: Engine, paths: Sequence[Path], count: int
+) -> list[Path]:
+  """The parameters of whose state a part is not the state of a part.
+
+  All are cut at once: to trace an optimizer's `init` takes time.
+  """
   cut = Cut(0, count)
-  of_state = _state_shapes(engine, path, WHOLE, cut)
-  return of_state == _state_shapes(engine, path, cut, WHOLE)
+  whole = _states(engine, paths, WHOLE)
+  part = _states(engine, paths, cut)
+
+  def is_stuck(path: Path) -> bool:
+    shapes = _shapes(whole[path])
+    if any(not shape or shape[0] % count for shape in shapes):
+      return True
+    return _shapes(jax.eval_shape(cut.at, whole[path])) != _shapes(part[path])
+
+  return [path for path in paths if is_stuck(path)]
 
 
-def _state_shapes(
-  engine: Engine, path: Path, part: Cut, of_state: Cut
-) -> list[tuple[int, ...]]:
-  """Shapes of a part of the state of an optimizer of a part of a parameter."""
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+  return [x.shape for x in jax.tree.leaves(tree)]
+
+
+def _states(
+  engine: Engine, paths: Sequence[Path], part: Cut
+) -> dict[Path, list[Any]]:
+  """What an optimizer keeps of parameters, of each of which it sees a part."""
   slices = engine.slices
 
-  def param_state(params: Any) -> Any:
-    leaf = leaf_at(params, path)
-    state = engine.tx.init(replace_leaf(params, path, part.at(leaf)))
-    nodes = jax.tree.leaves(state, is_leaf=slices.is_params)
-    return [
-      of_state.at(leaf_at(node, path))
-      for node in nodes
-      if slices.is_params(node)
-    ]
+  def param_states(params: Any) -> dict[Path, list[Any]]:
+    for path in paths:
+      params = replace_leaf(params, path, part.at(leaf_at(params, path)))
+    nodes = jax.tree.leaves(engine.tx.init(params), is_leaf=slices.is_params)
+    nodes = [node for node in nodes if slices.is_params(node)]
+    return {path: [leaf_at(node, path) for node in nodes] for path in paths}
 
   with _without_warnings():
-    shapes = jax.eval_shape(param_state, _exact(engine))
-  return [x.shape for x in jax.tree.leaves(shapes)]
+    return jax.eval_shape(param_states, _exact(engine))
 
 
 def _exact(engine: Engine) -> Any:
