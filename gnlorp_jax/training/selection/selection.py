@@ -92,15 +92,27 @@ class Selection(NamedTuple):
   Attributes:
     abstract: Shapes and shardings of the memory.
     start: Makes the memory at step 0.
-    choose: ``choose(memory, state, constants, candidates)``: the memory after
-      the step, the batch, and facts of the choice by name.
+    choose: ``choose(memory, state, candidates, *constants)``: the memory after
+      the step, the batch, and facts of the choice by name. Constants are what
+      steps take beside state and batch: frozen weights.
   """
 
   abstract: Any
   start: Callable[[], Any]
-  choose: Callable[
-    [Any, TrainState, Any, Batch], tuple[Any, Batch, dict[str, float]]
-  ]
+  choose: Callable[..., tuple[Any, Batch, dict[str, float]]]
+
+
+def without_memory(choose: Callable[[TrainState, Batch], Batch]) -> Selection:
+  """A selection that remembers nothing, by ``choose(state, candidates)``."""
+  return Selection(
+    abstract={},
+    start=dict,
+    choose=lambda memory, state, candidates, *constants: (
+      memory,
+      choose(state, candidates),
+      {},
+    ),
+  )
 
 
 class Choice(NamedTuple):
@@ -143,9 +155,9 @@ def make(
   )
 
   def choose(
-    memory: Memory, state: TrainState, constants: Any, candidates: Batch
+    memory: Memory, state: TrainState, candidates: Batch, frozen: Any
   ) -> tuple[Memory, Batch, dict[str, float]]:
-    found, seen = measured(state.params, constants, memory, candidates)
+    found, seen = measured(state.params, frozen, memory, candidates)
     host = jax.device_get(seen)
     choice = decide(rule, host, int(jax.device_get(memory.step)))
     memory, batch = taken(

@@ -98,7 +98,7 @@ def run(tail, state):
     )
     for candidates in pools:
       memory, batch, facts = selected.choose(
-        memory, placed_state, {}, sharding.put_batch(candidates, mesh)
+        memory, placed_state, sharding.put_batch(candidates, mesh), {}
       )
       found.append((memory, batch, facts))
     return found
