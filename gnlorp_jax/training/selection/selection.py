@@ -69,8 +69,7 @@ class Memory(NamedTuple):
 
   Attributes:
     step: int32, steps so far.
-    mu_F: float32, Adam's first moment; empty without it.
-    nu_F: float32, the second.
+    moments: Adam's, ``mu`` and ``nu``, float32 ``[F]``; ``{}`` without it.
     offered_S: int32, examples that pools had so far.
     picked_S: int32, examples that batches had.
     not_finite: int32, examples left out because their feature was no number.
@@ -78,8 +77,7 @@ class Memory(NamedTuple):
   """
 
   step: jax.Array
-  mu_F: jax.Array
-  nu_F: jax.Array
+  moments: Arrays
   offered_S: jax.Array
   picked_S: jax.Array
   not_finite: jax.Array
@@ -186,12 +184,13 @@ def feature_size(rule: Rule, tail: features.Tail | None) -> int:
 
 
 def _start(rule: Rule, tail: features.Tail | None) -> Memory:
-  size = feature_size(rule, tail) if rule.adam else 0
+  # No checkpoint holds arrays without entries.
+  names = ('mu', 'nu') if rule.adam else ()
+  size = feature_size(rule, tail)
   zero, count = jnp.zeros((), jnp.int32), len(rule.sources)
   return Memory(
     step=zero,
-    mu_F=jnp.zeros(size, jnp.float32),
-    nu_F=jnp.zeros(size, jnp.float32),
+    moments={name: jnp.zeros(size, jnp.float32) for name in names},
     offered_S=jnp.zeros(count, jnp.int32),
     picked_S=jnp.zeros(count, jnp.int32),
     not_finite=zero,
@@ -284,7 +283,7 @@ def _distances(
 ) -> jax.Array:
   if rule.adam:
     found_NF = normalising.adam(
-      found_NF, memory.mu_F, memory.nu_F, memory.step + 1
+      found_NF, memory.moments['mu'], memory.moments['nu'], memory.step + 1
     )
   if rule.top is not None and rule.top < found_NF.shape[1]:
     found_NF = normalising.sparsify(
@@ -380,9 +379,12 @@ def take(
   Returns:
     The batch has no ``source``: steps ask for none.
   """
-  mu_F, nu_F = memory.mu_F, memory.nu_F
-  if mu_F.size:
-    mu_F, nu_F = normalising.moments(found['features'], mu_F, nu_F, learns_N)
+  moments = memory.moments
+  if moments:
+    mu_F, nu_F = normalising.moments(
+      found['features'], moments['mu'], moments['nu'], learns_N
+    )
+    moments = {'mu': mu_F, 'nu': nu_F}
   added = {
     name: getattr(memory, name) + jnp.asarray(value, jnp.int32)
     for name, value in counts.items()
@@ -391,7 +393,7 @@ def take(
     name: rows[index_B] for name, rows in candidates.items() if name != 'source'
   }
   batch['weights'] *= counts_B[:, None]
-  memory = memory._replace(step=memory.step + 1, mu_F=mu_F, nu_F=nu_F, **added)
+  memory = memory._replace(step=memory.step + 1, moments=moments, **added)
   return memory, batch
 
 
