@@ -11,6 +11,7 @@ from gnlorp_jax import models
 from gnlorp_jax.compose.coreset_settings import CoresetOptions
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.models.decoder_config import DecoderConfig
+from gnlorp_jax.optim.inspect import format_bytes
 from gnlorp_jax.training import objectives
 from gnlorp_jax.training.parameters import LAYERS
 from gnlorp_jax.training.selection import features
@@ -249,3 +250,21 @@ def cost(
     'moments': 8 * entries * found.adam,
     'forward': 2 * rows * seq_len * architecture.hidden_size * width,
   }
+
+
+def describe(
+  options: CoresetOptions,
+  program: Program,
+  architecture: models.Config,
+  abstract_batch: dict[str, Any],
+  micro_batches: int,
+) -> str:
+  """What choosing takes, as a line of a report; empty where nothing is chosen.
+
+  The arguments are those of `cost`.
+  """
+  found = cost(options, program, architecture, abstract_batch, micro_batches)
+  if not found:
+    return ''
+  parts = ', '.join(f'{n} {format_bytes(size)}' for n, size in found.items())
+  return f'Choosing a batch from {options.pool} rows: {parts}.\n'
