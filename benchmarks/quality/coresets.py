@@ -417,9 +417,7 @@ def _cost_table(rows: Sequence[Row]) -> str:
     [
       [
         row['method'],
-        *(
-          f'{row[n] / 2**20:.0f} MiB' for n in ('step_bytes', 'choosing_bytes')
-        ),
+        *(f'{row[n] / 2**20:.0f} MiB' for n in sizes),
         median_in_quartiles(row['seconds']),
       ]
       for row in rows
