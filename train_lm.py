@@ -23,7 +23,7 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 import sys
 
-from gnlorp_jax.compose import command_line, program
+from gnlorp_jax.compose import command_line, coreset, program
 from gnlorp_jax.optim import format_report
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.pretrain import recipe, report
@@ -48,6 +48,12 @@ def pretrain(config: TrainConfig) -> None:
     planned = recipe.plan(config.on_one_device(), 1)
     rows = program.report(planned.program)
     sys.stdout.write(format_report(rows) + '\n')
+    sys.stdout.write(
+      coreset.describe(
+        *(config.coreset, planned.program, planned.config.model),
+        *(planned.abstract_batch, config.micro_batches),
+      )
+    )
     return
   prepared = recipe.prepare(config)
   if config.is_single:

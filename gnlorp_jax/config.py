@@ -3,6 +3,9 @@
 A face: configuration files import from here, wherever the groups are at home.
 """
 
+from gnlorp_jax.compose.coreset_settings import (
+  CoresetOptions as CoresetOptions,
+)
 from gnlorp_jax.compose.settings import AdapterOptions as AdapterOptions
 from gnlorp_jax.compose.settings import MeshConfig as MeshConfig
 from gnlorp_jax.compose.settings import OptimConfig as OptimConfig

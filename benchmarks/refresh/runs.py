@@ -26,6 +26,7 @@ from gnlorp_jax.models import llama
 from gnlorp_jax.optim.subspace import sides
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.training import loop
+from gnlorp_jax.training.selection.selection import without_memory
 
 KINDS = {
   **{name: ('attn', f'{name}_proj') for name in ('q', 'k', 'v', 'o')},
@@ -97,7 +98,7 @@ def train(
   with contextlib.closing(run.batches):
     for taken in loop.steps(
       *(run.train_step, state, run.batches, run.mesh, numbers, constants),
-      select=select,
+      select=without_memory(select),
     ):
       state = taken.state
       losses.append(float(taken.metrics['loss']))

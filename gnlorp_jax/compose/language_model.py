@@ -126,6 +126,23 @@ def is_better(found: Found, best: Found) -> bool:
   return best['loss'] is None or found['loss'] < best['loss']
 
 
+def chosen_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """What batches were chosen of: the last that rows of metrics say of it.
+
+  Args:
+    rows: Rows of metrics.
+
+  Returns:
+    Counts and means by name; empty where nothing is chosen.
+  """
+  prefix = 'coreset/'
+  for row in reversed(rows):
+    found = {n: value for n, value in row.items() if n.startswith(prefix)}
+    if found:
+      return {name.removeprefix(prefix): v for name, v in found.items()}
+  return {}
+
+
 def export(
   program: Program,
   model: models.Config,

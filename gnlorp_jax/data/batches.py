@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gnlorp_jax.data.masking import Masking
+from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.data.text import TokenFile
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def batches(
-  token_file: TokenFile,
+  token_file: TokenFile | Mixture,
   *,
   batch_size: int,
   seq_len: int,
@@ -49,6 +51,11 @@ def batches(
 
   Packed sequence i holds the tokens i T to i T + T, the last only as a target.
 
+  Of a mixture there are
+
+  * `source`: int32 ``[B]``, the number of each sequence's source. An epoch
+    visits all sequences of all sources in one random order.
+
   With `masking` the elements are batches of what it makes of a sequence, newly
   drawn in every epoch; packed sequence i then holds T - 2 tokens of text.
 
@@ -57,7 +64,7 @@ def batches(
   (`prefetch` and the processes may differ) goes on with the next batch.
 
   Args:
-    token_file: Tokens, from `prepare` or `split`.
+    token_file: Tokens, from `prepare` or `split`, or those of several sources.
     batch_size: Sequences per batch over all processes.
     seq_len: T, tokens per sequence; for a padded file its own length.
     seed: Decides the order, together with the number of the epoch.
@@ -99,19 +106,19 @@ def batches(
       f'batch_size={batch_size} must be a multiple of process_count='
       f'{process_count}.'
     )
-  _check_mode(token_file, seq_len, masking, document_mask)
+  is_mixture = isinstance(token_file, Mixture)
+  files = token_file.files if is_mixture else (token_file,)
+  for file in files:
+    _check_mode(file, seq_len, masking, document_mask)
   if masking is not None:
     seq_len -= 2  # The rest are the tokens around the text.
-  _check_size(token_file, batch_size if repeat else 1, seq_len)
+  if is_mixture:
+    _check_sources(token_file, seq_len)
+  _check_size(files, batch_size if repeat else 1, seq_len)
 
-  dataset = grain.MapDataset.source(
-    _Sequences(
-      token_file,
-      seq_len,
-      multiple_of=1 if repeat else batch_size,
-      document_mask=document_mask,
-    )
-  )
+  multiple_of = 1 if repeat else batch_size
+  parts = [_Sequences(f, seq_len, document_mask=document_mask) for f in files]
+  dataset = grain.MapDataset.source(_Rows(parts, multiple_of, is_mixture))
   if shuffle:
     dataset = dataset.shuffle(seed=seed)
   if repeat:
@@ -119,7 +126,10 @@ def batches(
   if masking is not None:
     # After the repetition: every epoch guesses other tokens.
     dataset = dataset.random_map(
-      lambda row, rng: masking(row['inputs'], rng, bool(row['weights'].any())),
+      lambda row, rng: (
+        masking(row['inputs'], rng, bool(row['weights'].any()))
+        | {name: row[name] for name in row if name == 'source'}
+      ),
       seed=seed,
     )
   elif with_seeds:
@@ -161,12 +171,23 @@ def _check_mode(
     )
 
 
-def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
-  available = token_file.num_sequences(seq_len)
-  if available >= sequences:
+def _check_sources(mixture: Mixture, seq_len: int) -> None:
+  sizes = zip(mixture.names, mixture.sizes(seq_len), strict=True)
+  empty = [name for name, size in sizes if not size]
+  if empty:
+    raise ValueError(
+      f'The source {empty[0]!r} has not one row of seq_len={seq_len} tokens. '
+      'Give it more text, use a smaller seq_len, or leave it out.'
+    )
+
+
+def _check_size(
+  files: Sequence[TokenFile], sequences: int, seq_len: int
+) -> None:
+  if sum(file.num_sequences(seq_len) for file in files) >= sequences:
     return
-  size = token_file.stop - token_file.start
-  if token_file.mode == 'packed':
+  size = sum(file.stop - file.start for file in files)
+  if files[0].mode == 'packed':
     has, needs = f'{size} tokens', f'{sequences} x {seq_len} + 1'
     other = ' or seq_len'
   else:
@@ -178,16 +199,35 @@ def _check_size(token_file: TokenFile, sequences: int, seq_len: int) -> None:
   )
 
 
-class _Sequences:
-  """Random access to training sequences."""
+class _Rows:
+  """Random access to the sequences of one source after the other."""
 
   def __init__(
-    self,
-    token_file: TokenFile,
-    seq_len: int,
-    *,
-    multiple_of: int,
-    document_mask: bool,
+    self, parts: list[_Sequences], multiple_of: int, with_source: bool
+  ):
+    self._parts = parts
+    self._ends = np.cumsum([len(part) for part in parts])
+    self._length = math.ceil(self._ends[-1] / multiple_of) * multiple_of
+    self._with_source = with_source
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    source = int(np.searchsorted(self._ends, index, side='right'))
+    if source == len(self._parts):  # Fills the last batch.
+      source, index = 0, len(self._parts[0])
+    elif source:
+      index -= int(self._ends[source - 1])
+    row = self._parts[source][index]
+    return row | {'source': np.int32(source)} if self._with_source else row
+
+
+class _Sequences:
+  """Random access to sequences; behind the last one there are empty ones."""
+
+  def __init__(
+    self, token_file: TokenFile, seq_len: int, *, document_mask: bool
   ):
     self._items = token_file.items()
     self._packed = token_file.mode == 'packed'
@@ -195,15 +235,14 @@ class _Sequences:
     self._pad_id = token_file.pad_id
     self._seq_len = seq_len
     self._document_mask = document_mask
-    self._real = token_file.num_sequences(seq_len)
-    self._length = math.ceil(self._real / multiple_of) * multiple_of
+    self._length = token_file.num_sequences(seq_len)
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     length = self._seq_len
-    if index >= self._real:
+    if index >= self._length:
       window = np.full(length + 1, self._pad_id, np.int32)
       counted = 0
     elif self._packed:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax import optim
+from gnlorp_jax.compose import coreset
 from gnlorp_jax.plan.accelerators import ACCELERATORS, described_devices
 from gnlorp_jax.plan.collectives import Collective, collectives
-from gnlorp_jax.plan.settings import Devices, Settings
+from gnlorp_jax.plan.settings import Devices, GluePlanConfig, Settings
 from gnlorp_jax.training import sharding
 from gnlorp_jax.training.layer_sampling import LayerSampling
 
@@ -68,6 +69,8 @@ class Step(NamedTuple):
     gradients: Abstract gradients of everything that trains, by the part of the
       model that they belong to; without shardings.
     batch: Abstract batch, with shardings.
+    coreset: Bytes on one device of choosing the batch from a pool, by what they
+      are for; empty where nothing is chosen.
     lower: Lowers the step for its devices, which must not be a mere number.
   """
 
@@ -79,6 +82,7 @@ class Step(NamedTuple):
   frozen: Any
   gradients: dict[str, Any]
   batch: dict[str, Any]
+  coreset: dict[str, int]
   lower: Callable[[], jax.stages.Lowered]
 
 
@@ -112,7 +116,21 @@ def step_of(settings: Settings, devices: Devices) -> Step:
     frozen=parameters.frozen,
     gradients=jax.eval_shape(parameters.decode, parameters.trained),
     batch=planned.abstract_batch,
+    coreset=_choosing(settings, planned),
     lower=functools.partial(program.train_step.lower, *arguments),
+  )
+
+
+def _choosing(settings: Settings, planned: Any) -> dict[str, int]:
+  """Bytes of choosing the batch; no recipe but these two has pools."""
+  if isinstance(settings, GluePlanConfig):
+    return {}
+  return coreset.cost(
+    settings.coreset,
+    planned.program,
+    planned.config.model,
+    planned.abstract_batch,
+    settings.micro_batches,
   )
 
 
@@ -131,6 +149,7 @@ def lower_bound(settings: Settings) -> Plan:
       **counted(step),
       'saved_activations': block_inputs(step),
       'gradients': gradients(step),
+      **_coreset(step),
     },
     xla=None,
     collectives=None,
@@ -152,6 +171,7 @@ def compiled(settings: Settings) -> Plan:
   if step.model.remat or _recomputes(step):
     components['saved_activations'] = block_inputs(step)
   components['temporaries'] = xla['peak'] - sum(components.values())
+  components |= _coreset(step)  # No part of the step that was compiled.
   if '__cudnn$fmha' in text:
     components['attention_workspace'] = _attention_workspace(step)
   return Plan(
@@ -174,6 +194,15 @@ def counted(step: Step) -> dict[str, int]:
   components['batch'] = optim.inspect.tree_bytes(_shards(step.batch))
   components['other'] += optim.inspect.tree_bytes((state.step, state.skipped))
   return components
+
+
+def _coreset(step: Step) -> dict[str, int]:
+  """Bytes of choosing the batch.
+
+  All of it is counted on top of the step, though most is gone when the step is
+  at its largest: of a pool that barely fits, nothing is promised.
+  """
+  return {'coreset': sum(step.coreset.values())} if step.coreset else {}
 
 
 def block_inputs(step: Step) -> int:

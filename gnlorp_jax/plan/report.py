@@ -36,6 +36,7 @@ LABELS = {
   'batch': 'batch',
   'saved_activations': 'saved activations',
   'gradients': 'gradients',
+  'coreset': 'choosing the batch',
   'temporaries': 'temporaries',
   'attention_workspace': 'attention workspace (estimated)',
 }

@@ -27,6 +27,7 @@ from gnlorp_jax.training.monitor import (
   peak_bytes,
   risen,
 )
+from gnlorp_jax.training.selection.selection import Selection
 from gnlorp_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ class Run(NamedTuple):
     patience: The run ends early after so many evaluations in a row of which
       none is better than the best; None: it takes all its steps. Needs
       `better`.
-    select: ``select(state, candidates)``: the batch to train on, chosen from a
-      larger one on the devices.
+    select: Chooses the batch to train on from a larger one on the devices; its
+      memory stands in checkpoints beside the state.
     context: ``context(number)``: a pytree that varies from step to step.
     log: Where rows of metrics go beside the folder.
     renew: ``renew(state)``: a state that was read, with what the settings of
@@ -95,7 +96,7 @@ class Run(NamedTuple):
   better: Callable[[Found, Found], bool] | None = None
   patience: int | None = None
   log: metrics.Log | None = None
-  select: Callable[[TrainState, Any], Any] | None = None
+  select: Selection | None = None
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
 
@@ -125,6 +126,8 @@ class Taken(NamedTuple):
   state: TrainState  # After it; gone when the next step is dispatched.
   batch: Any  # On the devices.
   metrics: dict[str, jax.Array]
+  memory: Any = None  # Of the selection.
+  facts: dict[str, float] = {}  # Of the choice of its batch.
 
 
 def steps(
@@ -134,7 +137,8 @@ def steps(
   mesh: jax.sharding.Mesh,
   numbers: Iterable[int],
   *constants: Any,
-  select: Callable[[TrainState, Any], Any] | None = None,
+  select: Selection | None = None,
+  memory: Any = None,
   context: Callable[[int], Any] | None = None,
 ) -> Iterator[Taken]:
   """Takes training steps, one ahead of the device.
@@ -147,6 +151,7 @@ def steps(
     numbers: The numbers of the steps to take.
     *constants: What the step takes beside state and batch.
     select: As in `Run`.
+    memory: Of the selection; None begins anew.
     context: As in `Run`.
 
   Yields:
@@ -154,15 +159,18 @@ def steps(
     the one before: a signal is honoured soon.
   """
   batches, running = iter(batches), None
+  facts: dict[str, float] = {}
+  if select is not None and memory is None:
+    memory = select.start()
   for number in numbers:
     batch = sharding.put_batch(next(batches), mesh)
     if select is not None:
-      batch = select(state, batch)
+      memory, batch, facts = select.choose(memory, state, batch, *constants)
     extra = () if context is None else (context(number),)
     state, values = train_step(state, batch, *constants, *extra)
     jax.block_until_ready(running)
     running = values['loss']
-    yield Taken(number, state, batch, values)
+    yield Taken(number, state, batch, values, memory, facts)
 
 
 def train(run: Run, stop: StopRequest) -> Outcome:
@@ -187,7 +195,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     saved = stack.enter_context(
       Checkpointer(run.folder / 'checkpoints', keep=run.keep)
     )
-    state, constants, record = _resume_or_start(run, saved)
+    state, memory, constants, record = _resume_or_start(run, saved)
     first = int(state.step)
     clock = Clock(record)
     health = Health(first, int(state.skipped))
@@ -206,7 +214,8 @@ def train(run: Run, stop: StopRequest) -> Outcome:
         'batches': run.batches.get_state(),
         'record': clock.update(keeper.record),
       }
-      saved.save(number, state, position, run.metadata, wait=wait)
+      kept = _kept(state, memory)
+      saved.save(number, kept, position, run.metadata, wait=wait)
 
     def evaluate(number: int) -> None:
       found = run.evaluate(state.params, constants)
@@ -220,23 +229,21 @@ def train(run: Run, stop: StopRequest) -> Outcome:
 
     if first == 0 and run.every.evaluate_first:
       evaluate(0)
-    taken = steps(
-      run.train_step,
-      state,
-      run.batches,
-      run.mesh,
+    for step in steps(
+      *(run.train_step, state, run.batches, run.mesh),
       () if keeper.gives_up else range(first + 1, run.steps + 1),
       constants,
       select=run.select,
+      memory=memory,
       context=run.context,
-    )
-    for number, state, batch, values in taken:
-      clock.count(batch['inputs'], values)
+    ):
+      number, state, memory = step.number, step.state, step.memory
+      clock.count(step.batch['inputs'], step.metrics)
       is_last = number == run.steps
       # Not the first step after a resume: an interrupted run and a whole one
       # leave the same rows.
       if number % run.every.log == 0 or is_last or number == 1:
-        row = _row(run.instruments, number, state, values, clock)
+        row = _row(run.instruments, step, clock)
         writer.write(number, row)
         health.check(number, row)
         if (speed := row.get('train/tokens_per_second')) is not None:
@@ -301,33 +308,46 @@ def _tell_early_end(run: Run, record: Record) -> None:
 
 
 def _row(
-  instruments: Instruments,
-  number: int,
-  state: TrainState,
-  values: dict[str, jax.Array],
-  clock: Clock,
+  instruments: Instruments, step: Taken, clock: Clock
 ) -> dict[str, float]:
   """The metrics of a step, fetched from the device."""
-  values = {f'train/{name}': value for name, value in values.items()}
-  values |= instruments.stats(state.opt_state)
-  row = instruments.row(number, jax.device_get(values))
+  values = {f'train/{name}': value for name, value in step.metrics.items()}
+  values |= instruments.stats(step.state.opt_state)
+  row = instruments.row(step.number, jax.device_get(values))
+  row |= {f'coreset/{name}': value for name, value in step.facts.items()}
   if (speed := clock.tokens_per_second()) is not None:
     row |= instruments.speed(speed)
   return row
 
 
+def _kept(state: Any, memory: Any) -> Any:
+  """What a checkpoint holds: the state, and what a selection remembers."""
+  if not jax.tree.leaves(memory):
+    return state
+  return {'state': state, 'memory': memory}
+
+
 def _resume_or_start(
   run: Run, saved: Checkpointer
-) -> tuple[TrainState, Any, Record]:
-  """The newest whole checkpoint of the run's folder, or a fresh state."""
+) -> tuple[TrainState, Any, Any, Record]:
+  """The newest whole checkpoint of the run's folder, or a fresh state.
+
+  Returns:
+    State, memory of a selection or None, constants and record.
+  """
   metadata = saved.latest_metadata()
   if metadata is None:
     state, constants = run.start()
     record = {'best': None, 'last': None, 'since_best': 0}
     times = {'seconds_per_step': None, 'wall_seconds': 0.0}
-    return state, constants, record | times
+    memory = None if run.select is None else run.select.start()
+    return state, memory, constants, record | times
   check_compatible(metadata, run.metadata, run.folder)
-  state, position, _ = saved.restore_latest(run.abstract_state)
+  memory = None if run.select is None else run.select.abstract
+  kept, position, _ = saved.restore_latest(_kept(run.abstract_state, memory))
+  state = kept
+  if isinstance(kept, dict):
+    state, memory = kept['state'], kept['memory']
   if run.renew is not None:
     state = run.renew(state)
   number = int(state.step)
@@ -346,7 +366,7 @@ def _resume_or_start(
     )
   else:
     _logger.info('Resuming %s at step %d.', run.name or run.folder, number)
-  return state, run.constants(), position['record']
+  return state, memory, run.constants(), position['record']
 
 
 class _Keeper:

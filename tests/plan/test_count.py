@@ -13,6 +13,7 @@ from gnlorp_jax import plan
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.settings import AdapterOptions
 from gnlorp_jax.config import (
+  CoresetOptions,
   MeshConfig,
   OptimConfig,
   SamplingOptions,
@@ -156,6 +157,22 @@ def test_micro_batches_save_inputs_and_add_sums(bound_of):
   assert found['saved_activations'] == INPUTS // 4
   everything = 2 * TABLE + KERNELS + SCALES
   assert found['gradients'] == 4 * (everything + everything - TABLE)
+
+
+def test_choosing_from_a_pool_by_hand(bound_of):
+  whole, found = (
+    bound_of(optim=ADAMW, coreset=options)
+    for options in (
+      CoresetOptions(),
+      CoresetOptions(pool=16, selector='facility'),
+    )
+  )
+  matrix, row = 128 * 128, 16 * 128 * 4
+  features, moments = 4 * 16 * matrix, 2 * 4 * matrix
+  pool = 2 * BATCH + features + moments
+  at_once = 8 * 4 * matrix + 2 * 8 * row
+  assert found.pop('coreset') == pool + at_once
+  assert found == whole
 
 
 def test_layer_by_layer_has_one_gradient(bound_of):

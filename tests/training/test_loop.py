@@ -16,6 +16,7 @@ import pytest
 from gnlorp_jax.training import loop, metrics, monitor, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer
 from gnlorp_jax.training.monitor import DivergedError, Instruments
+from gnlorp_jax.training.selection.selection import without_memory
 from gnlorp_jax.training.state import TrainState
 
 B, D, STEPS = 4, 3, 12
@@ -90,7 +91,7 @@ def choose(state, candidates):
   return jax.tree.map(lambda rows: rows[chosen], candidates)
 
 
-COMPILED, CHOOSE = jax.jit(step), jax.jit(choose)
+COMPILED, CHOOSE = jax.jit(step), without_memory(jax.jit(choose))
 STATS = jax.jit(lambda opt: {'momentum/size': jnp.sum(opt['momentum'] ** 2)})
 MESH = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
@@ -696,7 +697,9 @@ def test_bare_loop_hands_on_what_it_is_given():
   taken = list(
     loop.steps(
       *(train_step, 10, [draw(1), draw(2)], MESH, range(5, 7), 'a', 'b'),
-      select=lambda state, batch: jax.tree.map(lambda x: x[:2], batch),
+      select=without_memory(
+        lambda state, batch: jax.tree.map(lambda x: x[:2], batch)
+      ),
       context=lambda number: {'number': number},
     )
   )

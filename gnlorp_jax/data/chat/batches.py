@@ -29,6 +29,7 @@ class _Rows:
     max_length: int,
     packing: bool,
     pad_id: int,
+    origins: Sequence[int] | None = None,
   ):
     if min(batch_size, max_length) < 1:
       raise ValueError(
@@ -48,10 +49,15 @@ class _Rows:
     self._max_length = max_length
     self.packing = packing
     self._pad_id = pad_id
-    if packing:
-      self._members = pack(lengths, max_length)
-    else:
-      self._members = [[i] for i in range(len(examples))]
+    self._members = (
+      _packed(lengths, max_length, origins)
+      if packing
+      else [[i] for i in range(len(examples))]
+    )
+    self.source_R = None
+    if origins is not None:
+      first = [origins[row[0]] for row in self._members]
+      self.source_R = np.array(first, np.int32)
     self.lengths_R = np.array(
       [sum(lengths[i] for i in row) for row in self._members]
     )
@@ -87,6 +93,9 @@ class _Rows:
         start = end
     if self.packing:
       batch['segments'] = segments_BT
+    if self.source_R is not None:
+      batch['source'] = np.zeros(self._batch_size, np.int32)
+      batch['source'][: len(index)] = self.source_R[index]
     number = self._most_learned(length)
     return batch if number >= length else _at_learned(batch, number)
 
@@ -103,6 +112,20 @@ class _Rows:
     """P of all batches of T `length`: one shape, so that one is compiled."""
     most = int(self._learned_R[self.lengths_R <= length].max())
     return _POSITIONS * max(1, math.ceil(most / _POSITIONS))
+
+
+def _packed(
+  lengths: Sequence[int], capacity: int, origins: Sequence[int] | None
+) -> list[list[int]]:
+  """Examples that share a row, of one source where sources are given."""
+  if origins is None:
+    return pack(lengths, capacity)
+  rows = []
+  for source in sorted(set(origins)):
+    members = [i for i, origin in enumerate(origins) if origin == source]
+    of_source = pack([lengths[i] for i in members], capacity)
+    rows += [[members[i] for i in row] for row in of_source]
+  return rows
 
 
 def _at_learned(
@@ -137,7 +160,9 @@ class TrainingBatches:
   * `segments`: int32 ``[B, T]``, if packed: 1 for the first document of a row,
     2 for the next, and so on, the padding behind them last;
   * `seeds`: uint32 ``[B]``, if asked for: a function of seed, epoch and row,
-    distinct within an epoch, for dropout.
+    distinct within an epoch, for dropout;
+  * `source`: int32 ``[B]``, if sources are given: the row's. Then examples of
+    different sources share no row.
 
   Packed, T is `max_length` and a row holds what `pack` puts into it, the same
   in every epoch. Otherwise a row is one example and T the smallest of 32, 64,
@@ -160,6 +185,7 @@ class TrainingBatches:
     pad_id: int,
     seed: int = 0,
     with_seeds: bool = False,
+    origins: Sequence[int] | None = None,
   ):
     """Packs the examples.
 
@@ -171,6 +197,7 @@ class TrainingBatches:
       pad_id: Fills up rows.
       seed: At least 0; decides the order.
       with_seeds: Whether batches have `seeds`.
+      origins: Number of the source of every example; None tells none apart.
 
     Raises:
       ValueError: If there are no examples or one is too long.
@@ -181,6 +208,7 @@ class TrainingBatches:
       max_length=max_length,
       packing=packing,
       pad_id=pad_id,
+      origins=origins,
     )
     self._batch_size = batch_size
     self._seed = seed
@@ -213,6 +241,13 @@ class TrainingBatches:
     self._plan = ordering.shuffled(lengths_R, self._batch_size, rng, False)
     mixed = np.random.SeedSequence([self._seed, epoch])
     self._offset = mixed.generate_state(1)[0]
+
+  def rows_by_source(self, count: int) -> tuple[int, ...]:
+    """Rows that each of `count` sources has."""
+    if self._rows.source_R is None:
+      raise ValueError('No sources were given (origins): none are told apart.')
+    rows = np.bincount(self._rows.source_R, minlength=count)
+    return tuple(map(int, rows))
 
   def get_state(self) -> dict[str, Any]:
     """The position: the number of batches taken, fit for JSON."""

@@ -56,6 +56,8 @@ class Prepared(NamedTuple):
     report: Counts by the names of sources.
     fingerprint: A hash of the examples in `training`.
     validation_fingerprint: One of those in `validation`.
+    names: Names of the sources of `training`.
+    origins: Which of them each example of `training` is from.
   """
 
   training: list[Example]
@@ -64,6 +66,8 @@ class Prepared(NamedTuple):
   report: dict[str, Counts]
   fingerprint: str
   validation_fingerprint: str
+  names: tuple[str, ...]
+  origins: list[int]
 
 
 def prepare(
@@ -150,6 +154,8 @@ def prepare(
     report,
     _fingerprint(examples),
     _fingerprint(held_out_examples),
+    tuple(source.name for source in sources),
+    [number for number, _, _ in training],
   )
 
 

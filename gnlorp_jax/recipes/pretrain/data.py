@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from gnlorp_jax import models
 from gnlorp_jax.compose import parameters
 from gnlorp_jax.compose.parameters import is_folder
-from gnlorp_jax.data import batches, masking, text
+from gnlorp_jax.data import batches, masking, mixture, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from gnlorp_jax.training import sharding
@@ -25,8 +25,14 @@ class Text(NamedTuple):
   """What a run learns from and is evaluated on."""
 
   tokenizer: tokenizers.Tokenizer
-  training: text.TokenFile
-  validation: text.TokenFile
+  training: text.TokenFile | mixture.Mixture
+  validation: text.TokenFile | mixture.Mixture
+
+  def held_out(self) -> dict[str, text.TokenFile]:
+    """Validation tokens by source; of one without a name it is empty."""
+    if isinstance(self.validation, mixture.Mixture):
+      return dict(zip(*self.validation, strict=True))
+    return {'': self.validation}
 
 
 def load(config: TrainConfig, model: models.Config) -> Text:
@@ -78,7 +84,7 @@ def load_tokenizer(
       )
   return tokenizers.load(
     spec,
-    source=config.data.source,
+    source=mixture.without_names(config.data.source),
     vocab_size=model.vocab_size,
     cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
     masked=config.is_masked,
@@ -104,8 +110,11 @@ def check_tokenizer(
 
 def token_files(
   config: DataConfig, tokenizer: tokenizers.Tokenizer
-) -> tuple[text.TokenFile, text.TokenFile]:
-  """Training and validation tokens."""
+) -> tuple[text.TokenFile | mixture.Mixture, text.TokenFile | mixture.Mixture]:
+  """Training and validation tokens, of named sources a mixture.
+
+  Without a `validation_source` the end of every source is held out.
+  """
   prepare = functools.partial(
     text.prepare,
     tokenizer=tokenizer,
@@ -114,27 +123,58 @@ def token_files(
     cache_dir=pathlib.Path(config.cache_dir).expanduser(),
     add_bos=config.add_bos,
   )
-  train_file = prepare(config.source)
-  if config.validation_source is None:
-    return text.split(train_file, config.validation_fraction)
-  return train_file, prepare(config.validation_source)
+
+  def mixed(source: str) -> text.TokenFile | mixture.Mixture:
+    named = mixture.parse(source)
+    if not named:
+      return prepare(source)
+    return mixture.Mixture(tuple(named), tuple(map(prepare, named.values())))
+
+  found = mixed(config.source)
+  if config.validation_source is not None:
+    return found, mixed(config.validation_source)
+  if not isinstance(found, mixture.Mixture):
+    return text.split(found, config.validation_fraction)
+  parts = [text.split(f, config.validation_fraction) for f in found.files]
+  training, validation = zip(*parts, strict=True)
+  return found._replace(files=training), found._replace(files=validation)
 
 
 def training_batches(config: TrainConfig, data: Text) -> Any:
-  """A grain iterator: next(), get_state(), set_state()."""
+  """A grain iterator: next(), get_state(), set_state(); it gives pools."""
+  options = _options(config, data)
+  options['batch_size'] = config.coreset.pool or config.batch_size
   return batches.batches(
     data.training,
     with_seeds=has_dropout(config) and not config.is_masked,
-    **_options(config, data),
+    **options,
   )
 
 
+def rows_by_source(config: TrainConfig, data: Text) -> dict[str, int]:
+  """Training rows of each named source; empty without names."""
+  if not isinstance(data.training, mixture.Mixture):
+    return {}
+  length = config.data.seq_len - 2 * config.is_masked
+  sizes = data.training.sizes(length)
+  return dict(zip(data.training.names, sizes, strict=True))
+
+
 def evaluation_batches(
-  config: TrainConfig, data: Text
+  config: TrainConfig, data: Text, tokens: text.TokenFile | None = None
 ) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
-  """Makes an iterator over the validation text, each sequence once."""
+  """Makes an iterator over the validation text, each sequence once.
+
+  Args:
+    config: The run.
+    data: Its text.
+    tokens: One of `Text.held_out`; None: all of it.
+  """
   return lambda: batches.batches(
-    data.validation, shuffle=False, repeat=False, **_options(config, data)
+    tokens or data.validation,
+    shuffle=False,
+    repeat=False,
+    **_options(config, data),
   )
 
 
@@ -164,6 +204,8 @@ def abstract_batch(
     shapes['seeds'] = ((batch,), np.uint32)
   elif has_dropout(config):
     shapes['seeds'] = ((batch,), np.uint32)
+  if mixture.parse(config.data.source) and not config.coreset.is_on:
+    shapes['source'] = ((batch,), np.int32)
   if config.data.document_mask:
     shapes['segments'] = ((batch, seq_len), np.int32)
   shapes['targets'] = (guessed, np.int32)

@@ -11,6 +11,7 @@ import numpy as np
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
+  coreset,
   language_model,
   optimizer,
   parameters,
@@ -19,6 +20,7 @@ from gnlorp_jax.compose import (
 )
 from gnlorp_jax.compose.settings import fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
+from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
 from gnlorp_jax.training import loop, metrics, objectives, sharding
@@ -68,6 +70,7 @@ def plan(
   mesh = program.make_mesh(
     config.mesh, config.batch_size, config.micro_batches, devices
   )
+  coreset.check(config.coreset, config.batch_size, config.micro_batches)
   architecture = parameters.architecture(config.init_from, config.model)
   if config.data.seq_len > architecture.max_seq_len:
     raise ValueError(
@@ -149,6 +152,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
   key = jax.random.key(config.seed)
   tokens = config.batch_size * config.data.seq_len
   numbers = optimizer.numbers(config.optim, config.steps)
+  sizes = data.rows_by_source(config, prepared.text)
   return loop.Run(
     name='' if prepared.config.is_single else pathlib.Path(config.run_dir).name,
     folder=pathlib.Path(config.run_dir),
@@ -177,6 +181,15 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     better=language_model.is_better if config.keep_best else None,
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
+    select=coreset.make(
+      *(config.coreset, built, config.model),
+      batch_size=config.batch_size,
+      micro_batches=config.micro_batches,
+      chunk_tokens=config.loss_chunk_tokens,
+      seed=config.seed,
+      names=tuple(sizes),
+      sizes=tuple(sizes.values()),
+    ),
     renew=lambda state: built.renew(state, numbers),
   )
 
@@ -195,16 +208,22 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
 
   Returns:
     A function of trained and frozen weights, which returns ``loss`` and
-    ``perplexity``, and of each task ``TASK/METRIC`` and ``TASK/METRIC_stderr``.
+    ``perplexity``, of named sources ``loss_NAME`` of each, and of each task
+    ``TASK/METRIC`` and ``TASK/METRIC_stderr``.
   """
   built = prepared.program
-  make_batches = data.evaluation_batches(config, prepared.text)
+  makers = {
+    name: data.evaluation_batches(config, prepared.text, tokens)
+    for name, tokens in prepared.text.held_out().items()
+  }
   # As it is exported: a context begins as the documents of the training do.
   tokenizer = prepared.text.tokenizer
   if prepared.tasks:
     tokenizer = tokenizer.beginning(config.data.add_bos)
 
-  def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
+  def sums_of(
+    make_batches: Any, trained: Any, frozen: Any
+  ) -> tuple[float, float]:
     batches, sums = make_batches(), []
     for number, batch in enumerate(batches):
       if config.eval_batches is not None and number >= config.eval_batches:
@@ -213,8 +232,18 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
       sums.append(built.eval_step(trained, placed, frozen))
     batches.close()
     losses, weights = np.asarray(jax.device_get(sums), np.float64).T
-    loss = float(losses.sum() / max(weights.sum(), 1))
+    return losses.sum(), weights.sum()
+
+  def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
+    sums = {n: sums_of(make, trained, frozen) for n, make in makers.items()}
+    losses, weights = np.sum(list(sums.values()), axis=0)
+    loss = float(losses / max(weights, 1))
     found = {'loss': loss, 'perplexity': float(np.exp(loss))}
+    found |= {
+      f'loss_{name}': float(total / max(weight, 1))
+      for name, (total, weight) in sums.items()
+      if name
+    }
     return found | language_model.ask(
       built,
       trained,
@@ -234,13 +263,18 @@ def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
   if prepared.program.parameters.frozen:
     # They are in no checkpoint.
     found['init_from'] = parameters.pinned(config.init_from)
-  train_file = prepared.text.training
+  tokens = prepared.text.training
+  files = {'': tokens}
+  if isinstance(tokens, Mixture):
+    files = dict(zip(*tokens, strict=True))
+  for name, file in files.items():
+    suffix = f' of {name}' if name else ''
+    found[f'data.training_part{suffix}'] = [file.start, file.stop]
+    found[f'data.tokens{suffix}'] = file.tokens
   return (
     found
     | prepared.program.fixed
     | {
-      'data.training_part': [train_file.start, train_file.stop],
-      'data.tokens': train_file.tokens,
       'tokenizer': prepared.text.tokenizer.fingerprint,
     }
   )

@@ -156,6 +156,7 @@ def summarise(
     if 'train/tokens_per_second' in row
   ]
   built = prepared.program
+  chosen = language_model.chosen_rows(rows)
   summary: dict[str, Any] = {
     'optimizer': config.optim.name,
     'adapter': config.adapter.kind,
@@ -169,6 +170,8 @@ def summarise(
     'memory_bytes': memory(built, config.step, config.optim),
     'device': jax.devices()[0].device_kind,
   }
+  if chosen:
+    summary['coreset'] = chosen
   device_memory = jax.devices()[0].memory_stats()  # None on a CPU.
   if device_memory:
     summary['peak_device_bytes'] = device_memory.get('peak_bytes_in_use')

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import command_line, config_file
+from gnlorp_jax.compose.coreset_settings import CoresetOptions
 from gnlorp_jax.compose.settings import (
   OptimConfig,
   RunConfig,
@@ -35,7 +36,8 @@ class DataConfig:
   and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets;
   'hf:OWNER/NAME:CONFIG:SPLIT[:N]' for the first N documents of a set on the
   Hugging Face hub; 'stdlib' for the sources of the running Python's standard
-  library."""
+  library. NAME=SPEC names each of several sources, whose documents then share
+  no row and whose losses are told apart."""
   validation_source: str | None = result(None)
   """Validation text, named like `source`; None holds out the end of it."""
   validation_fraction: float = free(0.05)
@@ -140,6 +142,8 @@ class TrainConfig(RunConfig):
   """Text generated at the end."""
   eval: TaskOptions = TaskOptions()
   """Tasks asked at every evaluation; only of a causal model."""
+  coreset: CoresetOptions = CoresetOptions()
+  """Training on a choice of a larger pool of rows."""
 
   def __post_init__(self):
     super().__post_init__()
@@ -178,6 +182,12 @@ class TrainConfig(RunConfig):
       )
     if not self.is_masked:
       return
+    if self.coreset.needs_model:
+      raise ValueError(
+        f'coreset.selector={self.coreset.selector!r} compares gradients of '
+        "decoders, and objective='masked' trains an encoder. Use "
+        "coreset.selector='random'."
+      )
     if self.eval.names:
       raise ValueError(
         f"eval.tasks={self.eval.tasks!r} needs objective='causal': a masked "

@@ -148,11 +148,14 @@ def load_template(
 
 def training_batches(config: SftConfig, data: Chat) -> chat.TrainingBatches:
   """An endless iterator with a position: get_state() and set_state()."""
+  options = _options(config, data)
+  options['batch_size'] = config.coreset.pool or config.batch_size
   return chat.TrainingBatches(
     data.examples.training,
     seed=config.seed,
     with_seeds=has_dropout(config),
-    **_options(config, data),
+    origins=data.examples.origins if config.coreset.is_on else None,
+    **options,
   )
 
 

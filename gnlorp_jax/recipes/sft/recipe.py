@@ -12,6 +12,7 @@ import jax
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
+  coreset,
   language_model,
   optimizer,
   parameters,
@@ -19,11 +20,13 @@ from gnlorp_jax.compose import (
   scores,
 )
 from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.data import chat
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.chat import demo
 from gnlorp_jax.recipes.sft import data, evaluation, protocol
 from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import loop, metrics, objectives
+from gnlorp_jax.training.selection.selection import Selection
 
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ def resolve(config: SftConfig) -> SftConfig:
     config, model=architecture, seed=config.seed_numbers[0]
   )
   config = protocol.resolve(config)
+  coreset.check(config.coreset, config.batch_size, config.micro_batches)
   if config.data.max_length > architecture.max_seq_len:
     raise ValueError(
       f'data.max_length={config.data.max_length} is more than the model '
@@ -172,7 +176,8 @@ def _tell_length(config: SftConfig, per_epoch: int, steps: int) -> None:
   _logger.info(
     '%d steps an epoch, of %d rows of up to %d tokens; %d steps in all, at a '
     'learning rate of %s.',
-    *(per_epoch, config.batch_size, config.data.max_length, steps),
+    *(per_epoch, config.coreset.pool or config.batch_size),
+    *(config.data.max_length, steps),
     config.learning_rates if rate is None else f'{rate:g}',
   )
   if config.steps is not None and config.steps > steps:
@@ -236,7 +241,26 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     better=language_model.is_better if _keeps_best(prepared, config) else None,
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
+    select=_selection(prepared, config, batches),
     renew=lambda state: built.renew(state, numbers),
+  )
+
+
+def _selection(
+  prepared: Prepared, config: SftConfig, batches: chat.TrainingBatches
+) -> Selection | None:
+  """How batches are chosen, if they are."""
+  if not config.coreset.is_on:
+    return None
+  names = prepared.chat.examples.names
+  return coreset.make(
+    *(config.coreset, prepared.program, config.model),
+    batch_size=config.batch_size,
+    micro_batches=config.micro_batches,
+    chunk_tokens=config.loss_chunk_tokens,
+    seed=config.seed,
+    names=names,
+    sizes=batches.rows_by_source(len(names)),
   )
 
 

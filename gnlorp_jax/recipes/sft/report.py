@@ -84,7 +84,8 @@ def summarise(
   # A number that was not finite is None in a row, and stays None here.
   first = next((row for row in rows if _is_evaluation(row)), {})
   record, built = outcome.record, prepared.program
-  return {
+  chosen = language_model.chosen_rows(rows)
+  return ({'coreset': chosen} if chosen else {}) | {
     'method': config.method,
     'optimizer': config.optim.name,
     'adapter': config.adapter.kind,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import command_line, config_file, methods
+from gnlorp_jax.compose.coreset_settings import CoresetOptions
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
@@ -172,6 +173,9 @@ class SftConfig(RunConfig):
   """Low-rank changes beside frozen kernels."""
   eval: SftEvalOptions = SftEvalOptions()
   """Answers and tasks asked at every evaluation."""
+  coreset: CoresetOptions = CoresetOptions()
+  """Training on a choice of a larger pool of rows; examples of different
+  sources then share no row."""
 
   def __post_init__(self):
     super().__post_init__()

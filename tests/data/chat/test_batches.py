@@ -234,3 +234,22 @@ def test_examples_that_fit_no_row_are_refused():
     ValueError, match='batch_size=0 and max_length=40 must be'
   ):
     chat.evaluation_batches([example(3, 0)], **options(False, 0))
+
+
+@pytest.mark.parametrize('packing', [False, True])
+def test_rows_are_of_one_source_where_sources_are_told_apart(packing):
+  lengths = [5, 8, 13, 20, 3, 9, 30, 7]
+  origins = [0, 1, 0, 1, 1, 0, 2, 0]
+  examples = [example(n, i) for i, n in enumerate(lengths)]
+  made = chat.TrainingBatches(examples, origins=origins, **options(packing))
+  found = [next(made) for _ in range(made.batches_per_epoch)]
+  assert learnt(found) == expected(examples)
+  rows = np.zeros(3, int)
+  for batch in found:
+    for source, ids in zip(batch['source'], batch['inputs'], strict=True):
+      members = {int(i) // 1000 - 1 for i in ids if i != PAD}
+      assert {origins[i] for i in members} <= {int(source)}
+      rows[source] += bool(members)
+  assert made.rows_by_source(3) == tuple(rows)
+  plain = chat.TrainingBatches(examples, **options(packing))
+  assert 'source' not in next(plain)

@@ -341,7 +341,7 @@ def test_settings_of_all_groups_are_fixed_by_their_dotted_names(default):
   expected = set(KINDS[TrainConfig]['fixed'].split())
   expected |= {f'data.{name}' for name in KINDS[DataConfig]['fixed'].split()}
   expected |= {f'model.{name}' for name in KINDS[model]['fixed'].split()}
-  groups = ('optim', 'adapter', 'step', 'sampling')
+  groups = ('optim', 'adapter', 'step', 'sampling', 'coreset')
   others = {name for name in found if name.split('.')[0] in groups}
   assert set(found) - others == expected
   assert found['model.hidden_size'] == 128

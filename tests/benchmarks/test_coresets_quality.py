@@ -1,0 +1,62 @@
+"""The record and the tables of the comparison of coresets."""
+
+import pytest
+
+from benchmarks.common import record
+from benchmarks.quality import coresets
+
+ROWS = [
+  {
+    'part': 'errors',
+    'model': 'small',
+    'method': 'herding',
+    'last_v': [0.1, 0.3],
+    'whole_model': [0.4, 0.4],
+  },
+  {
+    'part': 'train',
+    'method': 'quotas',
+    'seed': 0,
+    'steps': 4,
+    'losses': {'loss': 2.0, 'loss_rare': 3.0},
+  },
+  {
+    'part': 'train',
+    'method': 'quotas',
+    'seed': 1,
+    'steps': 4,
+    'losses': {'loss': 2.2, 'loss_rare': 3.0},
+  },
+]
+
+
+def test_tables_have_means_and_deviations(tmp_path):
+  path = tmp_path / 'record.json'
+  record.write(path, {'settings': {}, 'rows': ROWS})
+  found = coresets.tables(path)
+  assert set(found) == {'coresets_errors', 'coresets_train'}
+  assert (
+    '| small | herding | 0.200 ± 0.141 | 0.400 ± 0.000 | 2 |'
+    in (found['coresets_errors'])
+  )
+  assert (
+    '| quotas | 4 | 2.1000 ± 0.1414 | 3.0000 ± 0.0000 | 2 |'
+    in (found['coresets_train'])
+  )
+
+
+def test_rows_are_found_again_and_other_settings_refused(tmp_path):
+  path = tmp_path / 'record.json'
+  first = coresets.Record(path, {'steps': 4})
+  for row in ROWS:
+    first.keep(row)
+  again = coresets.Record(path, {'steps': 4})
+  key = {'part': 'train', 'method': 'quotas', 'seed': 1}
+  assert again.find(key) == ROWS[2]
+  assert again.find(key | {'seed': 2}) is None
+  with pytest.raises(ValueError) as error:
+    coresets.Record(path, {'steps': 5})
+  assert str(error.value) == (
+    f"{path} holds rows of the settings {{'steps': 4}}, and asked for are "
+    "{'steps': 5}. Give another --output."
+  )
