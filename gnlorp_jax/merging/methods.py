@@ -229,8 +229,8 @@ def update(
     merged = _dare(
       tau_N,
       options.scaled * weights_N,
-      np.array(options.kept),
-      _stacked(keys_N),
+      np.array(options.kept, np.float32),
+      jnp.stack(keys_N),
     )
     return np.asarray(merged), {}
   is_changed_N = found.norms[name] > 0

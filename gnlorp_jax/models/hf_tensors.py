@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -129,18 +129,38 @@ def write(
   """
   shards = _hf_files.divide(tensors, max_shard_bytes)
   for name, shard in shards.items():
-    with (stage / name).open('wb') as file:
-      file.write(_header(shard))
-      for tensor in shard:
-        array = np.asarray(values(tensor), order='C')
-        if array.shape != tensor.shape or array.nbytes != tensor.nbytes:
-          raise ValueError(
-            f'{tensor.name} is {tensor.dtype}{tensor.shape}, and its values '
-            f'are {array.dtype}{array.shape}.'
-          )
-        file.write(array.reshape(-1).view(np.uint8).data)
+    write_file(stage / name, shard, values)
   if len(shards) > 1:
-    _hf_files.write_object(stage / _hf_files.INDEX, _hf_files.index_of(shards))
+    write_object(stage / _hf_files.INDEX, _hf_files.index_of(shards))
+
+
+def write_file(
+  path: pathlib.Path,
+  tensors: Sequence[Tensor],
+  values: Callable[[Tensor], np.ndarray],
+) -> None:
+  """Writes a file of tensors, one after another.
+
+  Args:
+    path: The file.
+    tensors: As of `write`.
+    values: As of `write`.
+  """
+  with path.open('wb') as file:
+    file.write(_header(tensors))
+    for tensor in tensors:
+      array = np.asarray(values(tensor), order='C')
+      if array.shape != tensor.shape or array.nbytes != tensor.nbytes:
+        raise ValueError(
+          f'{tensor.name} is {tensor.dtype}{list(tensor.shape)}, and its '
+          f'values are {array.dtype}{list(array.shape)}.'
+        )
+      file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_object(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes a JSON object, such as a configuration."""
+  _hf_files.write_object(path, value)
 
 
 def _header(shard: Sequence[Tensor]) -> bytes:

@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -175,9 +175,21 @@ def read(
   return config, traverse_util.unflatten_dict(flat, sep='/')
 
 
+class Product(NamedTuple):
+  """What LoRA adds to a tensor.
+
+  Attributes:
+    shape: That of the tensor, ``[out, in]``.
+    read: Gives ``scale * B A``, float32.
+  """
+
+  shape: tuple[int, int]
+  read: Callable[[], np.ndarray]
+
+
 def open_products(
   folder: str | os.PathLike, stack: contextlib.ExitStack
-) -> dict[str, Callable[[], np.ndarray]]:
+) -> dict[str, Product]:
   """What LoRA in a folder of `peft` adds to each tensor, of any architecture.
 
   Args:
@@ -185,8 +197,7 @@ def open_products(
     stack: Closes the file.
 
   Returns:
-    By the name of the base's tensor, what gives ``scale * B A``, ``[out, in]``,
-    float32.
+    What is added, by the name of the base's tensor.
 
   Raises:
     ValueError: If a file is absent or damaged, or holds anything but the
@@ -202,14 +213,15 @@ def open_products(
     )
   file = stack.enter_context(_open(folder / WEIGHTS))
   ends = tuple(f'.{_ENDINGS[name]}' for name in NAMES[:2])
+  keys = set(file.keys())
   modules = {
     key.removesuffix(end)
-    for key in file.keys()
+    for key in keys
     for end in ends
     if key.startswith(_PREFIX) and key.endswith(end)
   }
   wanted = {module + end for module in modules for end in ends}
-  extra, missing = file.keys() - wanted, wanted - set(file.keys())
+  extra, missing = keys - wanted, wanted - keys
   if extra or missing or not modules:
     raise ValueError(
       f'{folder / WEIGHTS} must hold two factors of each matrix that is '
@@ -217,14 +229,25 @@ def open_products(
       f'{sorted(extra)}. {_MERGE}'
     )
 
-  def product(module: str) -> np.ndarray:
+  shapes = _hf_files.shapes({key: file for key in wanted})
+
+  def read(module: str) -> np.ndarray:
     a, b = (file.get_tensor(module + end).astype(np.float32) for end in ends)
     # The rank is the file's: that of one matrix may be smaller.
     root = len(a) ** 0.5 if fields.get('use_rslora') else len(a)
     return np.float32(fields.get('lora_alpha', 8) / root) * (b @ a)
 
+  def product(module: str) -> Product:
+    a, b = (shapes[module + end] for end in ends)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+      raise ValueError(
+        f'{folder / WEIGHTS} has factors of {module} with the shapes {a} and '
+        f'{b}, which have no product: they are not of linear layers. {_MERGE}'
+      )
+    return Product((b[0], a[1]), functools.partial(read, module))
+
   return {
-    f'{module.removeprefix(_PREFIX)}.weight': functools.partial(product, module)
+    f'{module.removeprefix(_PREFIX)}.weight': product(module)
     for module in sorted(modules)
   }
 
