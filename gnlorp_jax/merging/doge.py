@@ -248,11 +248,14 @@ def _wanted(tau_NOI: jax.Array, lambda_N: jax.Array, inner: Inner) -> jax.Array:
 
 def _inner(tau_NOI: jax.Array, x: jax.Array, inner: Inner) -> jax.Array:
   """Inner products with ``[out, in]`` or ``[n, out, in]``; ``[n(, out)]``."""
-  x = x if x.ndim == 3 else x[None]
-  return (tau_NOI * x).sum(2 if inner == 'row' else (1, 2))
+  axes = 1 if inner == 'row' else (0, 1)
+  others = x if x.ndim == 3 else [x] * len(tau_NOI)
+  return jnp.stack(
+    [(tau * y).sum(axes) for tau, y in zip(tau_NOI, others, strict=True)]
+  )
 
 
 def _back(c: jax.Array, tau_NOI: jax.Array) -> jax.Array:
   """``sum_n c_n tau_n``, ``[out, in]``, with c by row or not."""
-  # A sum, not a product of matrices, for which XLA would turn a copy of tau.
-  return (c.reshape(len(c), -1, 1) * tau_NOI).sum(0)
+  # One by one: XLA sums over a leading axis many times slower on a CPU.
+  return sum(c.reshape(len(c), -1, 1)[n] * tau for n, tau in enumerate(tau_NOI))

@@ -203,7 +203,7 @@ def update(
   found: Survey,
   name: str,
   labels: Sequence[str],
-  tau_N: np.ndarray,
+  tau_N: np.ndarray | jax.Array,
 ) -> tuple[np.ndarray, dict[str, Any]]:
   """What is added to a tensor of the base.
 
@@ -218,6 +218,8 @@ def update(
     The update, ``[*]``, and what there is to tell of it, numbers by name.
   """
   weights_N = _weights(options)
+  # What the caller gave is forgotten: no more than one stack is held on.
+  tau_N = jnp.asarray(tau_N)
   if options.method == 'task_arithmetic':
     return np.asarray(_sum(tau_N, options.scaled * weights_N)), {}
   if options.method == 'ties':
@@ -246,7 +248,7 @@ def update(
 def _doge(
   options: Options,
   found: Survey,
-  tau_NOI: np.ndarray,
+  tau_NOI: jax.Array,
   weights_N: np.ndarray,
   is_changed_N: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, Any]]:
