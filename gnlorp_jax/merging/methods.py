@@ -83,6 +83,9 @@ class Options:
     return self.keep
 
 
+_PART = 2**21  # Entries of a tensor that are merged at once.
+
+
 class Survey(NamedTuple):
   """What is known of all tensors before any is merged.
 
@@ -193,7 +196,10 @@ def survey(
   if options.method == 'ties':
     total = 0.0
     for _, tau_N in stream():
-      total += float(_signs(tau_N, _weights(options), thresholds_N).sum())
+      flat_N = tau_N.reshape(count, -1)
+      for part in _parts(flat_N):
+        signs = _signs(flat_N[:, part], _weights(options), thresholds_N)
+        total += float(signs.sum())
     found = found._replace(majority=float(np.sign(total)))
   return found
 
@@ -218,23 +224,10 @@ def update(
     The update, ``[*]``, and what there is to tell of it, numbers by name.
   """
   weights_N = _weights(options)
+  if options.method not in MATRICES_ONLY:
+    return _by_entries(options, found, name, labels, tau_N)
   # What the caller gave is forgotten: no more than one stack is held on.
   tau_N = jnp.asarray(tau_N)
-  if options.method == 'task_arithmetic':
-    return np.asarray(_sum(tau_N, options.scaled * weights_N)), {}
-  if options.method == 'ties':
-    merged = _ties(tau_N, weights_N, found.thresholds_N, found.majority)
-    notes = _shares(tau_N, found.thresholds_N)
-    return options.scaled * np.asarray(merged), notes
-  if options.method == 'dare':
-    keys_N = [baselines.key_of(options.seed, name, label) for label in labels]
-    merged = _dare(
-      tau_N,
-      options.scaled * weights_N,
-      np.array(options.kept, np.float32),
-      jnp.stack(keys_N),
-    )
-    return np.asarray(merged), {}
   is_changed_N = found.norms[name] > 0
   if not is_changed_N.all():
     tau_N, weights_N = tau_N[is_changed_N], weights_N[is_changed_N]
@@ -243,6 +236,43 @@ def update(
     merged = _tsv(scaled_N, num_experts=len(labels))
     return options.scaled * np.asarray(merged), {}
   return _doge(options, found, tau_N, weights_N, is_changed_N)
+
+
+def _by_entries(
+  options: Options,
+  found: Survey,
+  name: str,
+  labels: Sequence[str],
+  tau_N: np.ndarray,
+) -> tuple[np.ndarray, dict[str, Any]]:
+  """The update of a method that sees no rows and columns, in parts."""
+  scaled_N = np.float32(options.scaled) * _weights(options)
+  keys_N = [baselines.key_of(options.seed, name, label) for label in labels]
+  flat_N = tau_N.reshape(len(tau_N), -1)
+  merged = np.empty(flat_N.shape[1], np.float32)
+  for index, part in enumerate(_parts(flat_N)):
+    tau_part_N = flat_N[:, part]
+    if options.method == 'task_arithmetic':
+      merged[part] = _sum(tau_part_N, scaled_N)
+    elif options.method == 'ties':
+      merged[part] = options.scaled * _ties(
+        tau_part_N, _weights(options), found.thresholds_N, found.majority
+      )
+    else:
+      part_keys_N = [jax.random.fold_in(key, index) for key in keys_N]
+      kept_N = np.array(options.kept, np.float32)
+      merged[part] = _dare(tau_part_N, scaled_N, kept_N, jnp.stack(part_keys_N))
+  notes = {}
+  if options.method == 'ties':
+    notes = _shares(tau_N, found.thresholds_N)
+  return merged.reshape(tau_N.shape[1:]), notes
+
+
+def _parts(flat_N: np.ndarray) -> list[slice]:
+  """Entries that are merged at once: copies of them are small."""
+  return [
+    slice(start, start + _PART) for start in range(0, flat_N.shape[1], _PART)
+  ]
 
 
 def _doge(

@@ -80,7 +80,9 @@ def test_dare_keeps_the_mean_and_depends_on_names_alone():
   tau_N = np.stack([tau, 2 * tau, 4 * tau])
   merged, _ = run(options('dare', scale=1.0), tau_N)
   parts = [
-    baselines.dare(tau, 10, baselines.key_of(0, 'w', label))
+    baselines.dare(
+      tau, 10, jax.random.fold_in(baselines.key_of(0, 'w', label), 0)
+    )
     for tau, label in zip(tau_N, LABELS, strict=True)
   ]
   np.testing.assert_allclose(merged, sum(parts), rtol=1e-6)
@@ -106,6 +108,14 @@ def test_weights_are_not_divided_by_their_sum():
     method='task_arithmetic', weights=(1.0, 2.0, 0.0), scale=0.5
   )
   assert run(chosen, tau_N)[0].tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize('method', ['task_arithmetic', 'ties'])
+def test_a_tensor_may_be_merged_in_parts(monkeypatch, method):
+  tau_N = np.random.default_rng(0).standard_normal((3, 7, 5))
+  whole, _ = run(options(method), tau_N)
+  monkeypatch.setattr(methods, '_PART', 8)
+  np.testing.assert_allclose(run(options(method), tau_N)[0], whole, rtol=1e-6)
 
 
 def test_numbers_that_are_not_finite_are_named():

@@ -102,9 +102,9 @@ def peak_bytes(config: MergeConfig, plan: Plan) -> int:
     Bytes. Counted are float32 copies of the tensor: its task vectors and as
     many as the method has beside them.
   """
-  beside = {'average': 3, 'tsv': 8, 'doge': 9}.get(config.method, 4)
+  beside = {'average': 6, 'tsv': 9, 'doge': 9}.get(config.method, 4)
   count = 0 if config.method == 'average' else len(config.folders)
-  sizes = {'merged': count + beside, 'average': 3, 'base': 1, 'head': 1}
+  sizes = {'merged': count + beside, 'average': 6, 'base': 1, 'head': 1}
   return max(
     4 * sizes.get(row.action, 0) * math.prod(row.tensor.shape)
     for row in plan.rows

@@ -175,7 +175,8 @@ class Merger:
     )
     note |= more
     _note_lengths(note, base, update)
-    return base + update
+    base += update
+    return base
 
 
 def _note_lengths(
