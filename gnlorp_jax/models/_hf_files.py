@@ -7,13 +7,14 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+_SHARD = 'model-{number:05d}-of-{count:05d}.safetensors'
 
 # Constants that early versions of transformers saved among the weights.
 _BUFFERS = ('rotary_emb.inv_freq',)
@@ -23,6 +24,53 @@ _BUFFERS = ('rotary_emb.inv_freq',)
 _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 # Values of two tensors that are compared at once.
 _COMPARED = 2**24
+
+
+class Sized(Protocol):
+  """A tensor that is to be written: its name, and its size in bytes."""
+
+  @property
+  def name(self) -> str:
+    """Its name in the checkpoint."""
+
+  @property
+  def nbytes(self) -> int:
+    """Its size there."""
+
+
+AnySized = TypeVar('AnySized', bound=Sized)
+
+
+def divide(
+  tensors: Iterable[AnySized], max_bytes: int
+) -> dict[str, list[AnySized]]:
+  """Divides tensors, in order, among files of limited size, by their names."""
+  shards: list[list[AnySized]] = [[]]
+  room = max_bytes
+  for tensor in tensors:
+    if shards[-1] and tensor.nbytes > room:
+      shards.append([])
+      room = max_bytes
+    shards[-1].append(tensor)
+    room -= tensor.nbytes
+  if len(shards) == 1:
+    return {WEIGHTS: shards[0]}
+  return {
+    _SHARD.format(number=i, count=len(shards)): shard
+    for i, shard in enumerate(shards, start=1)
+  }
+
+
+def index_of(shards: dict[str, list[AnySized]]) -> dict[str, Any]:
+  """Contents of the index that tells which file holds a tensor."""
+  return {
+    'metadata': {
+      'total_size': sum(t.nbytes for shard in shards.values() for t in shard)
+    },
+    'weight_map': {
+      t.name: name for name, shard in shards.items() for t in shard
+    },
+  }
 
 
 def has_weights(folder: pathlib.Path) -> bool:

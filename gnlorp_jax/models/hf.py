@@ -34,7 +34,6 @@ from gnlorp_jax.models import _hf_files
 Table = Sequence[tuple[str, str, bool]]
 
 _CONFIG = 'config.json'
-_SHARD = 'model-{number:05d}-of-{count:05d}.safetensors'
 
 
 def load_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -251,7 +250,7 @@ def export(
   """
   leaves = traverse_util.flatten_dict(params, sep='/')
   with _hf_files.staged(pathlib.Path(folder)) as stage:
-    shards = _shards(_tensors(table, leaves), max_shard_bytes)
+    shards = _hf_files.divide(_tensors(table, leaves), max_shard_bytes)
     for name, shard in shards.items():
       safetensors.numpy.save_file(
         {
@@ -262,7 +261,9 @@ def export(
         metadata={'format': 'pt'},  # transformers insists on it.
       )
     if len(shards) > 1:
-      _hf_files.write_object(stage / _hf_files.INDEX, _index(shards))
+      _hf_files.write_object(
+        stage / _hf_files.INDEX, _hf_files.index_of(shards)
+      )
     _hf_files.write_object(stage / _CONFIG, hf_config)
 
 
@@ -388,34 +389,3 @@ def _check_depth(
       f'The model has {depth} layers, but {folder} holds {count} tensors in '
       'all: its config.json is not that of its weights.'
     )
-
-
-def _shards(
-  tensors: Iterable[_Tensor], max_bytes: int
-) -> dict[str, list[_Tensor]]:
-  """Divides the tensors, in order, among files of limited size."""
-  shards, room = [], 0
-  for tensor in tensors:
-    if not shards or tensor.nbytes > room:
-      shards.append([])
-      room = max_bytes
-    shards[-1].append(tensor)
-    room -= tensor.nbytes
-  if len(shards) == 1:
-    return {_hf_files.WEIGHTS: shards[0]}
-  return {
-    _SHARD.format(number=i, count=len(shards)): shard
-    for i, shard in enumerate(shards, start=1)
-  }
-
-
-def _index(shards: dict[str, list[_Tensor]]) -> dict[str, Any]:
-  """Contents of the index that tells which file holds a tensor."""
-  return {
-    'metadata': {
-      'total_size': sum(t.nbytes for shard in shards.values() for t in shard)
-    },
-    'weight_map': {
-      t.name: name for name, shard in shards.items() for t in shard
-    },
-  }

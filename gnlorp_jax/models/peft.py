@@ -7,12 +7,13 @@ one tensor for each layer there, and turned.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -174,6 +175,83 @@ def read(
   return config, traverse_util.unflatten_dict(flat, sep='/')
 
 
+class Product(NamedTuple):
+  """What LoRA adds to a tensor.
+
+  Attributes:
+    shape: That of the tensor, ``[out, in]``.
+    read: Gives ``scale * B A``, float32.
+  """
+
+  shape: tuple[int, int]
+  read: Callable[[], np.ndarray]
+
+
+def open_products(
+  folder: str | os.PathLike, stack: contextlib.ExitStack
+) -> dict[str, Product]:
+  """What LoRA in a folder of `peft` adds to each tensor, of any architecture.
+
+  Args:
+    folder: As of `read_config`; no table of a family is asked.
+    stack: Closes the file.
+
+  Returns:
+    What is added, by the name of the base's tensor.
+
+  Raises:
+    ValueError: If a file is absent or damaged, or holds anything but the
+      factors of LoRA.
+  """
+  folder = pathlib.Path(folder)
+  fields = _hf_files.read_object(folder / CONFIG)
+  _check_fields(folder / CONFIG, fields)
+  if fields.get('use_dora'):
+    raise ValueError(
+      f'{folder / CONFIG} says use_dora=True: DoRA scales the columns of the '
+      f'kernel itself, which is no product of two factors. {_MERGE}'
+    )
+  file = stack.enter_context(_open(folder / WEIGHTS))
+  ends = tuple(f'.{_ENDINGS[name]}' for name in NAMES[:2])
+  keys = set(file.keys())
+  modules = {
+    key.removesuffix(end)
+    for key in keys
+    for end in ends
+    if key.startswith(_PREFIX) and key.endswith(end)
+  }
+  wanted = {module + end for module in modules for end in ends}
+  extra, missing = keys - wanted, wanted - keys
+  if extra or missing or not modules:
+    raise ValueError(
+      f'{folder / WEIGHTS} must hold two factors of each matrix that is '
+      f'adapted, and nothing else. Missing: {sorted(missing)}. Extra: '
+      f'{sorted(extra)}. {_MERGE}'
+    )
+
+  shapes = _hf_files.shapes({key: file for key in wanted})
+
+  def read(module: str) -> np.ndarray:
+    a, b = (file.get_tensor(module + end).astype(np.float32) for end in ends)
+    # The rank is the file's: that of one matrix may be smaller.
+    root = len(a) ** 0.5 if fields.get('use_rslora') else len(a)
+    return np.float32(fields.get('lora_alpha', 8) / root) * (b @ a)
+
+  def product(module: str) -> Product:
+    a, b = (shapes[module + end] for end in ends)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+      raise ValueError(
+        f'{folder / WEIGHTS} has factors of {module} with the shapes {a} and '
+        f'{b}, which have no product: they are not of linear layers. {_MERGE}'
+      )
+    return Product((b[0], a[1]), functools.partial(read, module))
+
+  return {
+    f'{module.removeprefix(_PREFIX)}.weight': product(module)
+    for module in sorted(modules)
+  }
+
+
 # Names.
 
 # A layer of ours, or all of a kernel that is not stacked, and a module there.
@@ -269,11 +347,7 @@ def _opened(
   """A folder's configuration, the modules of our layers, and its tensors."""
   fields = _hf_files.read_object(folder / CONFIG)
   _check_fields(folder / CONFIG, fields)
-  try:
-    file = safetensors.safe_open(folder / WEIGHTS, 'numpy')
-  except (OSError, safetensors.SafetensorError) as error:
-    raise ValueError(f'Cannot read {folder / WEIGHTS}: {error}') from error
-  with file:
+  with _open(folder / WEIGHTS) as file:
     layers = _adapted(_modules(table), file.keys())
     if not layers:
       raise ValueError(
@@ -293,6 +367,14 @@ def _opened(
       raise ValueError(f'Cannot read {folder / CONFIG}: {error}') from error
     _check_tensors(folder, config, layers, file)
     yield config, layers, file
+
+
+def _open(path: pathlib.Path) -> Any:
+  """A file of tensors; a context that closes it."""
+  try:
+    return safetensors.safe_open(path, 'numpy')
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ValueError(f'Cannot read {path}: {error}') from error
 
 
 def _adapted(

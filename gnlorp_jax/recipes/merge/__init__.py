@@ -1,0 +1,1 @@
+"""Merging Hugging Face folders that were tuned from one base."""
