@@ -70,11 +70,11 @@ def train(
     constants,
   )
   with contextlib.closing(run.batches):
-    for number, moved, _, metrics in taken:
-      state = moved
-      losses.append(metrics['loss'])
-      if number % 100 == 0:
-        harness.progress(f'  step {number}: {float(metrics["loss"]):.4f}')
+    for step in taken:
+      state, loss = step.state, step.metrics['loss']
+      losses.append(loss)
+      if step.number % 100 == 0:
+        harness.progress(f'  step {step.number}: {float(loss):.4f}')
   evals = {
     way: recipe.evaluation(other, other.config)(state.params, constants)['loss']
     for way, other in others.items()

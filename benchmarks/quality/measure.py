@@ -155,8 +155,9 @@ def train(
     constants,
   )
   with contextlib.closing(run.batches):
-    for number, state, _, metrics in taken:
-      waiting.append(metrics['loss'])
+    for step in taken:
+      number, state = step.number, step.state
+      waiting.append(step.metrics['loss'])
       if number % config.eval_every and number < run.steps:
         continue
       losses += map(float, jax.device_get(waiting))

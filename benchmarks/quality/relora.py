@@ -130,11 +130,11 @@ def train(
     *(run.train_step, state, run.batches, run.mesh, numbers), constants
   )
   with contextlib.closing(run.batches):
-    for number, moved, _, metrics in taken:
-      state = moved
-      losses.append(metrics['loss'])
-      if number % 100 == 0:
-        harness.progress(f'  step {number}: {float(metrics["loss"]):.4f}')
+    for step in taken:
+      state, loss = step.state, step.metrics['loss']
+      losses.append(loss)
+      if step.number % 100 == 0:
+        harness.progress(f'  step {step.number}: {float(loss):.4f}')
     position = run.batches.get_state()
   outcome = loop.Outcome(state.params, constants, {})
   return outcome, position, [float(x) for x in jax.device_get(losses)]

@@ -130,9 +130,10 @@ def _measure(
     return on_text and max(step_s) < seconds - (time.perf_counter() - begin)
 
   numbers = itertools.takewhile(goes_on, range(1, 10 * STEPS + 1))
-  for number, *_, metrics in loop.steps(
+  for taken in loop.steps(
     take, state, batches, planned.program.mesh, numbers, frozen
   ):
+    number, metrics = taken.number, taken.metrics
     losses.append(float(metrics['loss']))
     row['skipped_steps'] = int(metrics['skipped_steps'])
     row['peak'] = _memory_stats().get('peak_bytes_in_use')

@@ -72,15 +72,30 @@ def _settings(args: argparse.Namespace, method: str) -> SftConfig:
 
 
 def _padded(batches: list[Any], length: int, pad_id: int) -> list[Any]:
-  """The batches, all of one length, so that one program is timed."""
+  """The batches, all of one shape, so that one program is timed.
+
+  Each names the positions at which it is learned, as many as the one that has
+  most of them.
+  """
+  most = max(batch['targets'].shape[1] for batch in batches)
 
   def widen(name: str, x: np.ndarray) -> np.ndarray:
-    fill = 0 if name == 'weights' else pad_id
-    return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill)
+    fill = pad_id if name in ('inputs', 'targets') else 0
+    size = length if name == 'inputs' else most
+    return np.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=fill)
 
   return [
-    {name: widen(name, x) for name, x in batch.items()} for batch in batches
+    {
+      name: widen(name, x)
+      for name, x in {'positions': _everywhere(batch), **batch}.items()
+    }
+    for batch in batches
   ]
+
+
+def _everywhere(batch: dict[str, np.ndarray]) -> np.ndarray:
+  rows, size = batch['targets'].shape
+  return np.tile(np.arange(size, dtype=np.int32), (rows, 1))
 
 
 class _Theirs(peers.TorchTraining):
@@ -121,7 +136,9 @@ class _Theirs(peers.TorchTraining):
     """As `peers.TorchTraining`."""
     torch, batch = self.torch, self._batches[index]
     tokens = torch.from_numpy(batch['inputs']).long()
-    targets = np.where(batch['weights'] > 0, batch['targets'], -100)
+    targets = np.full(batch['inputs'].shape, -100)
+    b, p = np.nonzero(batch['weights'])
+    targets[b, batch['positions'][b, p]] = batch['targets'][b, p]
     logits = self._model(input_ids=tokens).logits
     return torch.nn.functional.cross_entropy(
       logits.flatten(0, 1), torch.from_numpy(targets).long().flatten()
