@@ -93,8 +93,10 @@ def shared_basis(
     return u * baselines.is_there(s, x.shape)[None]
 
   # One at a time, so that no more than one decomposition is held.
-  own_NOK = jax.lax.map(lambda tau: left(tau)[:, : k // num_experts], tau_NOI)
-  return left(jnp.concatenate(list(own_NOK), 1))[:, : k // subspace]
+  leading_NOK = jax.lax.map(
+    lambda tau: left(tau)[:, : k // num_experts], tau_NOI
+  )
+  return left(jnp.concatenate(list(leading_NOK), 1))[:, : k // subspace]
 
 
 def loss_and_gradient(
