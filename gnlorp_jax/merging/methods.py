@@ -166,11 +166,11 @@ def survey(
   norms, sizes = {}, [0] * count
   coarse = thresholds.Histogram(count)
   for name, tau_N in stream():
-    flat_N = tau_N.reshape(count, -1)
-    norms[name] = np.linalg.norm(flat_N, axis=1)
-    sizes = [size + flat_N.shape[1] for size in sizes]
+    norms[name] = _norms(tau_N)
+    sizes = [size + tau_N[0].size for size in sizes]
     if is_trimmed:
       coarse.add(tau_N)
+    del tau_N  # Before the next one is read.
   found = Survey(norms)
   if options.method == 'doge':
     found = found._replace(eta=_eta(options, norms))
@@ -184,6 +184,7 @@ def survey(
   fine = thresholds.Histogram(count, buckets)
   for _, tau_N in stream():
     fine.add(tau_N)
+    del tau_N
   lows, _ = fine.find(inside)
   thresholds_N = np.array(
     [
@@ -200,6 +201,7 @@ def survey(
       for part in _parts(flat_N):
         signs = _signs(flat_N[:, part], _weights(options), thresholds_N)
         total += float(signs.sum())
+      del tau_N, flat_N
     found = found._replace(majority=float(np.sign(total)))
   return found
 
@@ -266,6 +268,16 @@ def _by_entries(
   if options.method == 'ties':
     notes = _shares(tau_N, found.thresholds_N)
   return merged.reshape(tau_N.shape[1:]), notes
+
+
+def _norms(tau_N: np.ndarray) -> np.ndarray:
+  """Lengths of task vectors, ``[n]``, without a copy of all of them."""
+  flat_N = tau_N.reshape(len(tau_N), -1)
+  squares = [
+    np.square(flat_N[:, part]).sum(1, dtype=np.float64)
+    for part in _parts(flat_N)
+  ]
+  return np.sqrt(np.sum(squares, axis=0))
 
 
 def _parts(flat_N: np.ndarray) -> list[slice]:

@@ -120,7 +120,7 @@ class Merger:
     note = self.notes.setdefault(row.tensor.name, {})
     make = self._average if is_average else self._merged
     made = make(row.name, note)
-    if not np.isfinite(made.astype(np.float32)).all():
+    if not np.isfinite(made.astype(np.float32, copy=False)).all():
       raise ValueError(
         f'{row.name}: {self._options.method} gave numbers that are not finite. '
         'Leave the tensor alone by --exclude, or choose another method.'
