@@ -62,9 +62,15 @@ class _Rows:
       [sum(lengths[i] for i in row) for row in self._members]
     )
     learned = [np.count_nonzero(example.weights[1:]) for example in examples]
-    self._learned_R = np.array(
+    learned_R = np.array(
       [sum(learned[i] for i in row) for row in self._members]
     )
+    # P by T: batches of one T have one shape, which is compiled once.
+    self._positions = {
+      length: _POSITIONS * max(1, math.ceil(most / _POSITIONS))
+      for length in set(map(self._padded, self.lengths_R.tolist()))
+      for most in [learned_R[self.lengths_R <= length].max()]
+    }
 
   def __len__(self) -> int:
     return len(self._members)
@@ -96,7 +102,7 @@ class _Rows:
     if self.source_R is not None:
       batch['source'] = np.zeros(self._batch_size, np.int32)
       batch['source'][: len(index)] = self.source_R[index]
-    number = self._most_learned(length)
+    number = self._positions[length]
     return batch if number >= length else _at_learned(batch, number)
 
   def _padded(self, longest: int) -> int:
@@ -107,11 +113,6 @@ class _Rows:
     while length < longest:
       length *= 2
     return min(length, self._max_length)
-
-  def _most_learned(self, length: int) -> int:
-    """P of all batches of T `length`: one shape, so that one is compiled."""
-    most = int(self._learned_R[self.lengths_R <= length].max())
-    return _POSITIONS * max(1, math.ceil(most / _POSITIONS))
 
 
 def _packed(

@@ -167,7 +167,9 @@ def make(
       choice.learns_N,
       _counts(rule, host, choice),
     )
-    return memory, batch, _facts(rule, host, choice, jax.device_get(memory))
+    # Moments may be as large as the matrix: they stay where they are.
+    told = jax.device_get(memory._replace(moments={}))
+    return memory, batch, _facts(rule, host, choice, told)
 
   return Selection(abstract, jax.jit(zeros, out_shardings=whole), choose)
 

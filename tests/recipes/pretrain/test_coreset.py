@@ -26,26 +26,13 @@ from gnlorp_jax.training.checkpoint import Checkpointer
 from gnlorp_jax.training.selection import selection
 
 T, ROWS = 8, 4
-TINY = llama.LlamaConfig(
-  vocab_size=64,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  max_seq_len=T,
-  initializer_std=0.3,
-)
-FUSED = phi3.Phi3Config(
-  vocab_size=64,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  max_seq_len=T,
-  initializer_std=0.3,
-)
+SIZES = {
+  **{'vocab_size': 64, 'hidden_size': 16, 'intermediate_size': 24},
+  **{'num_layers': 2, 'num_heads': 4, 'num_kv_heads': 2, 'max_seq_len': T},
+  'initializer_std': 0.3,
+}
+TINY = llama.LlamaConfig(**SIZES)
+FUSED = phi3.Phi3Config(**SIZES)
 LORA = AdapterOptions(kind='lora', rank=2)
 CONFIG = TrainConfig(
   model=TINY,
