@@ -71,19 +71,33 @@ def test_value_is_near_that_of_the_best_subset():
     assert (1 - 1 / np.e) * best <= found <= best + 1e-9
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('submodlib') is None,
-  reason='submodlib, the library of the release, is not installed',
-)
-def test_picks_of_submodlib_are_greedy_too_and_worth_the_same():
+def picks_of_submodlib(similarity_NN, count):
   from submodlib.functions.facilityLocation import FacilityLocationFunction
 
+  found = FacilityLocationFunction(
+    n=len(similarity_NN), mode='dense', sijs=similarity_NN, separate_rep=False
+  ).maximize(budget=count, optimizer='LazyGreedy', show_progress=False)
+  return [j for j, _ in found]
+
+
+def picks_of_apricot(similarity_NN, count):
+  from apricot import FacilityLocationSelection
+
+  found = FacilityLocationSelection(count, 'precomputed', optimizer='naive')
+  return found.fit(similarity_NN).ranking.tolist()
+
+
+# submodlib is the library of the release.
+@pytest.mark.parametrize(
+  ('library', 'picks'),
+  [('submodlib', picks_of_submodlib), ('apricot', picks_of_apricot)],
+)
+def test_picks_of_libraries_are_greedy_too_and_worth_the_same(library, picks):
+  if importlib.util.find_spec(library) is None:
+    pytest.skip(f'{library} is not installed')
   for distance_NN, count in cases():
     similarity_NN = distance_NN.max() - distance_NN
-    theirs = FacilityLocationFunction(
-      n=len(distance_NN), mode='dense', sijs=similarity_NN, separate_rep=False
-    ).maximize(budget=count, optimizer='LazyGreedy', show_progress=False)
-    theirs = [j for j, _ in theirs]
+    theirs = picks(similarity_NN, count)
     assert_every_pick_gains_most(similarity_NN, theirs)
     ours = picking.facility(distance_NN, count, 'released')
     found = value(similarity_NN, ours)
