@@ -9,6 +9,9 @@ of LLaMA-7B.
 
   python -m benchmarks.scaling.merge_memory
   python -m benchmarks.scaling.merge_memory --layers 2 --methods ties doge
+
+What was measured before, of other methods, layers or numbers of experts, stays
+in the record.
 """
 
 import argparse
@@ -127,7 +130,9 @@ def configure(
   return config
 
 
-def measure(root: pathlib.Path, method: str, experts: Sequence[str]) -> Any:
+def measure(
+  root: pathlib.Path, method: str, experts: Sequence[str], layers: int
+) -> dict[str, Any]:
   """Merges, and tells what it took."""
   config = configure(root, method, experts)
   begin = time.perf_counter()
@@ -136,6 +141,7 @@ def measure(root: pathlib.Path, method: str, experts: Sequence[str]) -> Any:
   return {
     'method': method,
     'experts': len(experts),
+    'layers': layers,
     'seconds': round(time.perf_counter() - begin, 1),
     'peak_bytes': peak['bytes'],
     'computed_bytes': found['peak_bytes'],
@@ -172,13 +178,15 @@ def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
     [
       row['method'],
       str(row['experts']),
+      str(row['layers']),
       f'{row["seconds"]:.0f}',
       *(f'{row[k] / 2**20:.0f}' for k in ('peak_bytes', 'computed_bytes')),
       f'{computed("7b", row["method"], 4) / 2**30:.2f}',
     ]
     for row in found['rows']
   ]
-  heads = ['method', 'experts', 'seconds', 'peak, MiB', 'computed, MiB']
+  heads = ['method', 'experts', 'layers', 'seconds', 'peak, MiB']
+  heads.append('computed, MiB')
   return {'merge_memory': markdown([*heads, '7B x 4, computed, GiB'], rows)}
 
 
@@ -205,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
   config = llama.preset(args.size)
   if args.layers is not None:
     config = dataclasses.replace(config, num_layers=args.layers)
-  tensors, rows = tensors_of(config), []
+  tensors, kept = tensors_of(config), _kept(args)
   with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
     root = pathlib.Path(temporary)
     write(root / 'base', config, tensors, 0)
@@ -214,8 +222,8 @@ def run(args: argparse.Namespace) -> None:
       for i in range(1, args.experts + 1)
     ]
     for method in args.methods:
-      rows.append(measure(root, method, experts))
-      row = rows[-1]
+      row = measure(root, method, experts, config.num_layers)
+      kept[_key(row)] = row
       harness.progress(
         f'{method}: {row["peak_bytes"] / 2**20:.0f} MiB, computed '
         f'{row["computed_bytes"] / 2**20:.0f} MiB, {row["seconds"]} s'
@@ -225,10 +233,20 @@ def run(args: argparse.Namespace) -> None:
         {
           'environment': harness.environment(),
           'size': args.size,
-          'layers': config.num_layers,
-          'rows': rows,
+          'rows': list(kept.values()),
         },
       )
+
+
+def _kept(args: argparse.Namespace) -> dict[tuple[Any, ...], dict[str, Any]]:
+  """What was measured before of that size."""
+  found = record.read(args.output) if args.output.exists() else {'rows': []}
+  rows = found['rows'] if found.get('size') == args.size else []
+  return {_key(row): row for row in rows}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+  return row['method'], row['experts'], row['layers']
 
 
 if __name__ == '__main__':

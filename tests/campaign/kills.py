@@ -1,0 +1,298 @@
+r"""Kills small runs at any moment, resumes them, and compares what they leave.
+
+  python -m tests.campaign.kills --minutes 60
+  python -m tests.campaign.kills --minutes 5 --only GLUE --seed 3
+
+Every configuration runs once undisturbed. Then trials follow, one configuration
+after the other, until the time is over: the command runs in an empty folder and
+is killed with SIGKILL, up to five times, either at a random time or just after
+a path has appeared that the undisturbed run made too (part of a checkpoint, an
+export, a plot, a cache, a report), and at last runs to its end. A trial is good
+if all that it left equals what the undisturbed run left, bit for bit, with
+nothing more beside it. What failed is kept and told; the exit status is 1 then.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tests.campaign import trees
+from tests.campaign.configurations import (
+  CONFIGURATIONS,
+  OUTPUT,
+  Configuration,
+  write_inputs,
+)
+
+MOST_KILLS = 5  # Of a trial.
+TIMEOUT = 600.0  # Seconds of a process.
+_LOOK = 0.002  # Seconds between two looks at a folder.
+# What a path is part of; the first that fits.
+_KINDS = {
+  'checkpoint': 'checkpoints|best',
+  'export': r'hf|safetensors|tokenizer|^out|\.merge',
+  'cache': 'cache|tokens-',
+  'plot': r'\.png',
+  'report': 'json|txt|md',
+}
+
+
+class Undisturbed(NamedTuple):
+  """What a configuration does when nobody disturbs it.
+
+  Attributes:
+    left: What it leaves behind, as `trees.digest` tells it.
+    paths: All that appeared while it ran, names of chance taken out.
+    seconds: How long it ran, with its programs compiled.
+  """
+
+  left: dict[str, Any]
+  paths: list[str]
+  seconds: float
+
+
+def kind_of(path: str) -> str:
+  """Which part of a run a path belongs to."""
+  for kind, pattern in _KINDS.items():
+    if re.search(pattern, path):
+      return kind
+  return 'other'
+
+
+def pattern_of(path: str) -> str:
+  """A path without what differs from run to run: long hexadecimal numbers."""
+  return re.sub(r'[0-9a-f]{6,}|\d{4,}', '*', path)
+
+
+def paths_in(folder: pathlib.Path) -> Iterator[str]:
+  """All paths in a folder in which others write and remove."""
+  for parent, folders, files in os.walk(folder):
+    for name in (*folders, *files):
+      yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def start(
+  configuration: Configuration, root: pathlib.Path, folder: pathlib.Path
+) -> subprocess.Popen[bytes]:
+  """Starts a configuration in a folder, in a session of its own."""
+  with (folder.parent / f'{folder.name}.log').open('ab') as log:
+    return subprocess.Popen(
+      configuration.command(root),
+      cwd=folder,
+      env=configuration.environment(root),
+      stdout=log,
+      stderr=log,
+      start_new_session=True,
+    )
+
+
+def wait(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
+  """Waits for the end.
+
+  Raises:
+    RuntimeError: If it takes too long or fails, with its last words.
+  """
+  try:
+    status = process.wait(TIMEOUT)
+  except subprocess.TimeoutExpired:
+    kill(process)
+    raise RuntimeError(f'still running after {TIMEOUT:.0f} s') from None
+  if status:
+    log = (folder.parent / f'{folder.name}.log').read_text(errors='replace')
+    raise RuntimeError(f'exit status {status}: {log[-1500:]}')
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+  """Kills a process and its children."""
+  os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def undisturbed(
+  configuration: Configuration, root: pathlib.Path, folder: pathlib.Path
+) -> Undisturbed:
+  """Runs a configuration twice: to compile, and to see what it does."""
+  for name in ('compiling', 'undisturbed'):
+    found = folder / name
+    found.mkdir(parents=True)
+    begin = time.monotonic()
+    process, seen = start(configuration, root, found), {}
+    while process.poll() is None and time.monotonic() < begin + TIMEOUT:
+      seen |= dict.fromkeys(map(pattern_of, paths_in(found)))
+      time.sleep(_LOOK)
+    wait(process, found)
+    seconds = time.monotonic() - begin
+  first = trees.digest(folder / 'compiling')
+  left = trees.digest(folder / 'undisturbed')
+  differing = trees.differences(left, first)
+  if differing:
+    raise RuntimeError(f'two undisturbed runs differ: {differing}')
+  return Undisturbed(left, list(seen), seconds)
+
+
+def disturb(
+  process: subprocess.Popen[bytes],
+  folder: pathlib.Path,
+  quiet: Undisturbed,
+  rng: random.Random,
+) -> str | None:
+  """Kills a process at some moment.
+
+  Returns:
+    The kind of moment; None if the process ended before it came.
+  """
+  by_kind = collections.defaultdict(list)
+  for path in quiet.paths:
+    by_kind[kind_of(path)].append(path)
+  kind = rng.choice(['any time', *sorted(by_kind)])
+  before = set(map(pattern_of, paths_in(folder)))
+  waited = [p for p in by_kind[kind] if p not in before]
+  # A path that is there already does not appear: any time will do then.
+  path = rng.choice(waited) if waited else None
+  delay = rng.uniform(0, 0.05 if path else 1.2 * quiet.seconds)
+  begin = time.monotonic()
+  while process.poll() is None and time.monotonic() < begin + TIMEOUT:
+    is_there = path is None or path in map(pattern_of, paths_in(folder))
+    if is_there:
+      time.sleep(min(delay, 0.05))
+      delay -= 0.05
+    if is_there and delay <= 0 and process.poll() is None:
+      kill(process)
+      return 'any time' if path is None else kind
+    time.sleep(0 if is_there else _LOOK)
+  return None
+
+
+def trial(
+  configuration: Configuration,
+  root: pathlib.Path,
+  folder: pathlib.Path,
+  quiet: Undisturbed,
+  rng: random.Random,
+) -> list[str]:
+  """Kills and resumes a configuration until its end.
+
+  Returns:
+    The kinds of moments at which it was killed.
+
+  Raises:
+    RuntimeError: If it does not end well, or as the undisturbed one.
+  """
+  folder.mkdir(parents=True)
+  kinds: list[str] = []
+  for _ in range(rng.randint(1, MOST_KILLS)):
+    process = start(configuration, root, folder)
+    kind = disturb(process, folder, quiet, rng)
+    if kind is None:
+      wait(process, folder)
+    else:
+      kinds.append(kind)
+    if not configuration.overwrites and (folder / OUTPUT).exists():
+      break
+  else:
+    wait(start(configuration, root, folder), folder)
+  differing = trees.differences(trees.digest(folder), quiet.left)
+  if differing:
+    raise RuntimeError(f'after kills at {kinds}: {differing}')
+  return kinds
+
+
+def campaign(
+  names: list[str], minutes: float, seed: int, root: pathlib.Path
+) -> dict[str, Any]:
+  """Trials of all configurations in turn, until the time is over.
+
+  Args:
+    names: Of `CONFIGURATIONS`.
+    minutes: After that many no further trial begins.
+    seed: Of the moments.
+    root: An empty folder. What failed stays in it.
+
+  Returns:
+    Counts of trials and of kills by kind, and what failed.
+  """
+  end = time.monotonic() + 60 * minutes
+  write_inputs(root)
+  quiet: dict[str, Undisturbed] = {}
+  kinds: collections.Counter[str] = collections.Counter()
+  trials: collections.Counter[str] = collections.Counter()
+  failures = []
+  for number, name in enumerate(itertools.cycle(names)):
+    if time.monotonic() > end:
+      break
+    folder = root / f'{number:04d}'
+    configuration = CONFIGURATIONS[name]
+    try:
+      if name not in quiet:
+        quiet[name] = undisturbed(configuration, root, folder)
+      rng = random.Random(f'{seed} {number}')
+      found = trial(configuration, root, folder / 'trial', quiet[name], rng)
+    except RuntimeError as error:
+      failures.append({'trial': number, 'name': name, 'error': str(error)})
+      say(f'{number} {name}: FAILED {error}')
+      if name not in quiet:
+        names = [other for other in names if other != name]
+      continue
+    trials[name] += 1
+    kinds.update(found)
+    say(f'{number} {name}: {", ".join(found) or "not killed"}')
+    shutil.rmtree(folder)
+  return {
+    'seed': seed,
+    'trials': dict(trials),
+    'kills': dict(kinds),
+    'failures': failures,
+  }
+
+
+def say(text: str) -> None:
+  """Writes a line at once."""
+  sys.stdout.write(f'{text}\n')
+  sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs a campaign; returns 1 if a trial failed."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add('--minutes', type=float, default=30.0, help='default: %(default)s')
+  add('--only', default='', help='configurations whose name has this')
+  add('--seed', type=int, default=0, help='of the moments')
+  add('--folder', type=pathlib.Path, help='an empty one; default: temporary')
+  add('--output', type=pathlib.Path, help='a JSON file of what was found')
+  args = parser.parse_args(arguments)
+  names = [name for name in CONFIGURATIONS if args.only in name]
+  if not names:
+    parser.error(f'--only {args.only!r}: there are {list(CONFIGURATIONS)}.')
+  root = args.folder or pathlib.Path(tempfile.mkdtemp(prefix='campaign'))
+  root.mkdir(parents=True, exist_ok=True)
+  # Orbax warns of every checkpoint that it reads without a device.
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  found = campaign(names, args.minutes, args.seed, root.resolve())
+  text = json.dumps(found, indent=2)
+  if args.output:
+    args.output.write_text(f'{text}\n')
+  say(text)
+  if not found['failures'] and args.folder is None:
+    shutil.rmtree(root)
+  return 1 if found['failures'] else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
