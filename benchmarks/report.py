@@ -24,6 +24,7 @@ BENCHMARKS = (
   'quality.sft',
   'refresh.measure',
   'scaling.measure',
+  'scaling.merge_memory',
   'scaling.plan_7b',
   'scaling.state_bytes',
   'step.layerwise_step',

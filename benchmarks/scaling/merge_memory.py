@@ -137,20 +137,19 @@ def measure(
   config = configure(root, method, experts)
   begin = time.perf_counter()
   with anonymous_peak() as peak:
-    found = recipe.merge(config, _silent)
+    recipe.merge(config, _silent)
   return {
     'method': method,
     'experts': len(experts),
     'layers': layers,
     'seconds': round(time.perf_counter() - begin, 1),
     'peak_bytes': peak['bytes'],
-    'computed_bytes': found['peak_bytes'],
   }
 
 
-def computed(size: str, method: str, experts: int) -> int:
-  """What `--dry-run` would say of a preset, from shapes alone."""
-  tensors = {t.name: t for t in tensors_of(llama.preset(size))}
+def computed(size: llama.LlamaConfig, method: str, experts: int) -> int:
+  """What `--dry-run` would say of a model, from shapes alone."""
+  tensors = {t.name: t for t in tensors_of(size)}
   folder = folders.Folder(
     label='base',
     path=pathlib.Path(),
@@ -174,14 +173,16 @@ def _silent(title: str) -> Iterator[Any]:
 def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
   """The table of the page."""
   found = record.read(path)
+  measured, large = llama.preset(found['size']), llama.preset('7b')
   rows = [
     [
       row['method'],
       str(row['experts']),
       str(row['layers']),
       f'{row["seconds"]:.0f}',
-      *(f'{row[k] / 2**20:.0f}' for k in ('peak_bytes', 'computed_bytes')),
-      f'{computed("7b", row["method"], 4) / 2**30:.2f}',
+      f'{row["peak_bytes"] / 2**20:.0f}',
+      f'{computed(measured, row["method"], row["experts"]) / 2**20:.0f}',
+      f'{computed(large, row["method"], 4) / 2**30:.2f}',
     ]
     for row in found['rows']
   ]
@@ -224,10 +225,8 @@ def run(args: argparse.Namespace) -> None:
     for method in args.methods:
       row = measure(root, method, experts, config.num_layers)
       kept[_key(row)] = row
-      harness.progress(
-        f'{method}: {row["peak_bytes"] / 2**20:.0f} MiB, computed '
-        f'{row["computed_bytes"] / 2**20:.0f} MiB, {row["seconds"]} s'
-      )
+      peak = row['peak_bytes'] / 2**20
+      harness.progress(f'{method}: {peak:.0f} MiB, {row["seconds"]} s')
       record.write(
         args.output,
         {

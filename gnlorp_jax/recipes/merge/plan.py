@@ -103,7 +103,7 @@ def peak_bytes(config: MergeConfig, plan: Plan) -> int:
     many as the method has beside them.
   """
   # Measured by benchmarks.scaling.merge_memory.
-  beside = {'average': 6, 'tsv': 9, 'doge': 9}.get(config.method, 5)
+  beside = {'average': 6, 'tsv': 9, 'doge': 20}.get(config.method, 5)
   count = 0 if config.method == 'average' else len(config.folders)
   sizes = {'merged': count + beside, 'average': 6, 'base': 1, 'head': 1}
   return max(
