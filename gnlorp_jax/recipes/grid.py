@@ -22,7 +22,7 @@ import rich.table
 from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.training import loop
 from gnlorp_jax.training.checkpoint import check_compatible
-from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
 
 _logger = logging.getLogger(__name__)
@@ -191,6 +191,13 @@ def run_once(
     result = member.describe() | outcome.record
     # A run that keeps no best parameters ends with its last ones.
     result['best'] = result['best'] or result['last']
+  except Interrupted:
+    _logger.warning(
+      '%s: %s is trained, and its results are not written yet. The same '
+      'command does it.',
+      *(stop.received.name, run.name),
+    )
+    raise
   except DivergedError as error:
     if is_single:
       raise

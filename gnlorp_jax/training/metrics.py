@@ -65,6 +65,8 @@ class MetricsWriter:
       starts afresh.
     name: What to call the run beside others; the folder's name, if empty.
     log: Where else rows go; None: nowhere.
+    evaluated: The step of the last evaluation that is not repeated, where that
+      is before `resume_step`: rows of later ones (``eval/...``) are dropped.
 
   Raises:
     ValueError: If they cannot go there.
@@ -76,6 +78,7 @@ class MetricsWriter:
     resume_step: int | None = None,
     name: str = '',
     log: Log | None = None,
+    evaluated: int | None = None,
   ):
     # Who only builds programs need not have it.
     from tensorboardX.event_file_writer import EventsWriter
@@ -87,7 +90,9 @@ class MetricsWriter:
     # First, as it is what may fail.
     self._wandb = _start_wandb(run_dir, resume_step, name, log or Log())
     path = run_dir / METRICS_FILE
-    _drop_later_lines(path, -1 if resume_step is None else resume_step)
+    resumed = -1 if resume_step is None else resume_step
+    evaluated = resumed if evaluated is None else min(evaluated, resumed)
+    _drop_later_lines(path, resumed, evaluated)
     self._file = path.open('a', encoding='utf-8')
     # Written in this thread: tensorboardX's SummaryWriter has one of its own,
     # which dies on a full disk and leaves its caller waiting for ever.
@@ -199,11 +204,16 @@ def _finite_or_none(value):
   return value if math.isfinite(value) else None
 
 
-def _drop_later_lines(path, resume_step):
-  """Rewrites the file without a torn line and without later steps."""
+def _drop_later_lines(path, resume_step, evaluated):
+  """Rewrites the file without a torn line and without what comes again."""
   if not path.exists():
     return
-  lines = [line for line in read_metrics(path) if line['step'] <= resume_step]
+
+  def stays(line):
+    is_evaluation = any(name.startswith('eval/') for name in line)
+    return line['step'] <= (evaluated if is_evaluation else resume_step)
+
+  lines = [line for line in read_metrics(path) if stays(line)]
   # A kill while writing must leave the old file: the new one replaces it whole.
   temporary = path.with_suffix('.tmp')
   temporary.write_text(
@@ -228,6 +238,16 @@ def log_to_terminal() -> None:
   # httpx tells addresses, and those of downloads are signed.
   for chatty in ('absl', 'httpx', 'httpx2', 'jax', 'orbax'):
     logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def tell(name: str, number: int, found: Mapping[str, float]) -> None:
+  """Says what the evaluation of a run found after a step."""
+  _logger.info(
+    '%sstep %d: %s',
+    f'{name}: ' if name else '',
+    number,
+    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
+  )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.grid import write_atomically
 from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import sharding
+from gnlorp_jax.training import interrupt
 
 SAMPLES_FILE = 'samples.jsonl'
 
@@ -76,11 +76,10 @@ def losses(
     trained: The parameters that train.
     frozen: The others.
   """
-  sums = []
-  for batch in data.evaluation_batches(config, found):
-    placed = sharding.put_batch(batch, program.mesh)
-    sums.append(program.eval_step(trained, placed, frozen))
-  loss, weight, right = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+  batches = data.evaluation_batches(config, found)
+  loss, weight, right = language_model.evaluate(
+    program, batches, trained, frozen
+  )
   return {
     'loss': float(loss / weight),
     'perplexity': float(np.exp(loss / weight)),
@@ -155,7 +154,7 @@ def answer(
   size = config.eval.batch_size
   stop_ids = found.template.stop_ids
   texts = []
-  for start in range(0, len(prompts), size):
+  for start in interrupt.until_stopped(range(0, len(prompts), size)):
     answers = generate(
       model,
       params,
