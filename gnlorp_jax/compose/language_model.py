@@ -19,6 +19,7 @@ from gnlorp_jax.compose.program import Program
 from gnlorp_jax.compose.settings import TaskOptions
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.tokenizer import Tokenizer
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models import hf
 from gnlorp_jax.training import interrupt, sharding
 from gnlorp_jax.training.loop import Found, Outcome
@@ -196,6 +197,9 @@ def export(
     outcome: What the loop left; adapters are merged.
     folder: The folder.
     add_bos: As in `Tokenizer.save`.
+
+  Raises:
+    ValueError: If the folder holds what no run wrote.
   """
   family = models.family(model)
   hf_config = family.config_to_hf(
@@ -205,9 +209,12 @@ def export(
     pad_token_id=tokenizer.pad_id,
   )
   params = program.parameters.merge(outcome.params, outcome.constants)
-  folders.export(
-    folder,
-    params,
-    functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
-  )
-  tokenizer.save(folder, add_bos=add_bos)
+  with writing.replaced(folder) as draft:
+    folders.export(
+      draft,
+      params,
+      functools.partial(
+        hf.export, table=family.HF_TENSORS, hf_config=hf_config
+      ),
+    )
+    tokenizer.save(draft, add_bos=add_bos)

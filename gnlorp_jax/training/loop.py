@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import rich
 
-from gnlorp_jax.training import metrics, sharding
+from gnlorp_jax.training import metrics, monitor, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import (
   Clock,
   Health,
   Instruments,
-  check_weights,
   peak_bytes,
   risen,
 )
@@ -206,7 +205,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     )
 
     def save(number: int, *, wait: bool = False) -> None:
-      check_weights(number, state.params)
+      monitor.check_weights(number, state.params)
       position = {
         'batches': run.batches.get_state(),
         'record': clock.update(keeper.record),
@@ -222,7 +221,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
         raise _stopped(run, number, stop.received) from None
       if found:
         write(number, {f'eval/{name}': v for name, v in found.items()})
-        metrics.tell(run.name, number, found)
+        monitor.tell(run.name, number, found)
       if keeper.note(number, found, state.params):
         # After the best model, which the checkpoint must find.
         save(number)
@@ -362,7 +361,7 @@ def _resume_or_start(
   if run.renew is not None:
     state = run.renew(state)
   number = int(state.step)
-  check_weights(number, state.params)
+  monitor.check_weights(number, state.params)
   if number > run.steps:
     raise ValueError(
       f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise '

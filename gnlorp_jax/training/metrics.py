@@ -19,6 +19,8 @@ import rich.console
 import rich.logging
 import rich.progress
 
+from gnlorp_jax.disk import writing
+
 _logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
@@ -215,11 +217,7 @@ def _drop_later_lines(path, resume_step, evaluated):
 
   lines = [line for line in read_metrics(path) if stays(line)]
   # A kill while writing must leave the old file: the new one replaces it whole.
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(
-    ''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8'
-  )
-  os.replace(temporary, path)
+  writing.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def log_to_terminal() -> None:
@@ -238,16 +236,6 @@ def log_to_terminal() -> None:
   # httpx tells addresses, and those of downloads are signed.
   for chatty in ('absl', 'httpx', 'httpx2', 'jax', 'orbax'):
     logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def tell(name: str, number: int, found: Mapping[str, float]) -> None:
-  """Says what the evaluation of a run found after a step."""
-  _logger.info(
-    '%sstep %d: %s',
-    f'{name}: ' if name else '',
-    number,
-    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
-  )
 
 
 @contextlib.contextmanager
@@ -384,7 +372,7 @@ def plot_losses(
   axes.spines[['top', 'right']].set_visible(False)
   if axes.lines:
     axes.legend(frameon=False)
-  figure.savefig(png, dpi=150)
+  _save(figure, png)
 
 
 def plot_layers(
@@ -426,8 +414,13 @@ def plot_layers(
   )
   in_all.set(xlabel='steps trained')
   in_all.spines[['top', 'right']].set_visible(False)
-  figure.savefig(png, dpi=150)
+  _save(figure, png)
   return True
+
+
+def _save(figure, png):
+  with writing.written(pathlib.Path(png)) as draft:
+    figure.savefig(draft, format='png', dpi=150)
 
 
 def _series(lines, name):

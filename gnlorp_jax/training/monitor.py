@@ -171,6 +171,16 @@ class Health:
       )
 
 
+def tell(name: str, number: int, found: Mapping[str, float]) -> None:
+  """Says what the evaluation of a run found after a step."""
+  _logger.info(
+    '%sstep %d: %s',
+    f'{name}: ' if name else '',
+    number,
+    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
+  )
+
+
 def check_weights(number: int, params: Any) -> None:
   """Checks weights before they are saved, or after they were read.
 

@@ -280,7 +280,7 @@ def test_results_are_read_in_the_order_of_their_folders(tmp_path):
   for name in ('b/x', 'a/y', 'a/x'):
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    grid.write_atomically(folder / 'result.json', json.dumps({'name': name}))
+    (folder / 'result.json').write_text(json.dumps({'name': name}))
   (tmp_path / 'a/unfinished').mkdir()
   found = grid.read_results(tmp_path, '*/*')
   assert [one['name'] for one in found] == ['a/x', 'a/y', 'b/x']

@@ -277,7 +277,7 @@ def told(caplog):
     record.getMessage()
     for record in caplog.records
     if record.name
-    in ('gnlorp_jax.training.loop', 'gnlorp_jax.training.metrics')
+    in ('gnlorp_jax.training.loop', 'gnlorp_jax.training.monitor')
   ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import glue
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue.tasks import Split, TaskData
 from gnlorp_jax.training import interrupt, losses, sharding
@@ -147,15 +148,16 @@ def export(
 ) -> None:
   """Writes the model as a Hugging Face folder, adapters merged."""
   params = program.parameters.merge(outcome.params, outcome.constants)
-  folders.export(
-    folder,
-    params,
-    lambda folder, params: roberta.export_classifier(
-      folder,
-      data.architecture,
+  with writing.replaced(folder) as draft:
+    folders.export(
+      draft,
       params,
-      data.task.labels,
-      data.task.name,
-    ),
-  )
-  data.tokenizer.save(folder)
+      lambda folder, params: roberta.export_classifier(
+        folder,
+        data.architecture,
+        params,
+        data.task.labels,
+        data.task.name,
+      ),
+    )
+    data.tokenizer.save(draft)

@@ -12,9 +12,9 @@ from gnlorp_jax.compose import language_model
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import chat
 from gnlorp_jax.data.tasks.questions import Task
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.models.interface import Model
-from gnlorp_jax.recipes.grid import write_atomically
 from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import interrupt
@@ -185,4 +185,4 @@ def keep_samples(
     kept = [line for line in lines if json.loads(line)['step'] < step]
   kept += [json.dumps(row, ensure_ascii=False) for row in rows]
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, '\n'.join(kept) + '\n')
+  writing.write_text(path, '\n'.join(kept) + '\n')
