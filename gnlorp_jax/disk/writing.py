@@ -41,12 +41,27 @@ def put_in_place(draft: pathlib.Path, path: pathlib.Path) -> None:
     for folder, _, names in os.walk(draft):
       for name in names:
         os.chmod(os.path.join(folder, name), mode)
-        _sync(os.path.join(folder, name))
-      _sync(folder)
-  else:
-    _sync(draft)
+  sync(draft)
   os.replace(draft, path)
-  _sync(path.parent)
+  sync(path.parent, deep=False)
+
+
+def sync(path: str | os.PathLike, *, deep: bool = True) -> None:
+  """Waits until a file or a folder is on the disk.
+
+  Args:
+    path: The file or folder.
+    deep: Whether all that is in a folder counts too, or its names alone.
+
+  Raises:
+    OSError: If it does not get there.
+  """
+  for folder, _, names in os.walk(path) if deep else ():
+    for name in names:
+      _sync(os.path.join(folder, name))
+    _sync(folder)
+  if not (deep and os.path.isdir(path)):
+    _sync(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

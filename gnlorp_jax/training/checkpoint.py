@@ -7,6 +7,7 @@ record with the shape, dtype and checksum of every array; one that fails its
 record, or cannot be read, is moved aside, and the one before it is used.
 """
 
+import asyncio
 import contextlib
 import gc
 import itertools
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gnlorp_jax.disk import writing
 from gnlorp_jax.training import integrity
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Checkpointer:
           ocp.checkpoint_managers.preservation_policy.LatestN(keep)
         ),
         create=not read_only,
+        temporary_path_class=_SyncedPath,
         # In the thread that fails: made in another, the writers of the files
         # wait five minutes for a folder that could not be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -303,6 +306,16 @@ class Checkpointer:
         f'{_first_line(error)}. Checkpoints that were complete are untouched. '
         'Check the free space and the permissions.'
       ) from error
+
+
+class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint that is on the disk before it gets its name."""
+
+  async def finalize(self, *args, **kwargs):
+    await asyncio.to_thread(writing.sync, self.get())
+    await super().finalize(*args, **kwargs)
+    folder = self.get_final().parent
+    await asyncio.to_thread(writing.sync, folder, deep=False)
 
 
 def check_path(directory: str | pathlib.Path) -> None:

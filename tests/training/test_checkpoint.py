@@ -593,6 +593,24 @@ def test_killed_run_leaves_a_usable_directory(tmp_path):
     assert {path.name for path in directory.iterdir()} == {str(step + 1)}
 
 
+def test_checkpoint_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+  synced, fsync = [], os.fsync
+
+  def note(descriptor):
+    is_named = (tmp_path / '1').exists()
+    synced.append((os.fstat(descriptor).st_ino, is_named))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', note)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, small_state(1), {}, {})
+  for path in (tmp_path / '1').rglob('*'):
+    # What Orbax writes on the way tells nothing that is read.
+    is_read = path.name not in ('commit_success.txt', '_CHECKPOINT_METADATA')
+    assert (path.stat().st_ino, False) in synced or not is_read, path
+  assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+
 def test_saved_names_are_those_of_the_tree(tmp_path, one_device):
   # Other tools can read the state: Orbax stores it under its own names.
   state = make_state(one_device)
