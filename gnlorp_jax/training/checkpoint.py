@@ -223,7 +223,7 @@ class Checkpointer:
         except integrity.DamagedError as error:
           damaged[step] = str(error)
         gc.collect()
-      self._check_readable(step)
+        self._check_readable(step)
       _logger.warning(
         'The checkpoint of step %d in %s is damaged: %s.',
         step,
