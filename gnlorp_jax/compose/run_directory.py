@@ -58,8 +58,10 @@ def opened(
 
 @contextlib.contextmanager
 def _held(folder: pathlib.Path) -> Iterator[None]:
-  """Holds a run directory's lock."""
+  """Holds a run directory's lock; one that stays empty is removed again."""
+  made = [path for path in (folder, *folder.parents) if not path.exists()]
   with contextlib.ExitStack() as stack:
+    stack.callback(_remove_empty, made)
     try:
       folder.mkdir(parents=True, exist_ok=True)
       stack.enter_context(lock.hold(folder / _LOCK))
@@ -81,6 +83,13 @@ def _held(folder: pathlib.Path) -> Iterator[None]:
         'Choose another or correct its permissions.'
       ) from error
     yield
+
+
+def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
+  """Removes folders, inner ones first, up to one that holds something."""
+  with contextlib.suppress(OSError):
+    for folder in folders:
+      folder.rmdir()
 
 
 def _check_apart(export: pathlib.Path, read: str | None) -> None:

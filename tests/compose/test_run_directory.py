@@ -29,8 +29,20 @@ def test_directory_is_made_and_held_once(tmp_path):
     with pytest.raises(OSError, match=f'{text}by process {os.getpid()} on '):
       open_once(folder)
     open_once(tmp_path / 'a')  # A grid's folder is not that of its runs.
-  open_once(folder)
-  assert not list(folder.iterdir())
+  # Nothing is left of who did nothing.
+  assert not list(tmp_path.iterdir())
+
+
+def test_directory_stays_of_who_did_something(tmp_path):
+  with run_directory.opened(tmp_path / 'a' / 'run'):
+    (tmp_path / 'a' / 'run' / 'metrics.jsonl').write_text('')
+  open_once(tmp_path / 'b')
+  assert [path.name for path in tmp_path.rglob('*')] == [
+    *('a', 'run', 'metrics.jsonl')
+  ]
+  (tmp_path / 'b').mkdir()
+  open_once(tmp_path / 'b')
+  assert (tmp_path / 'b').is_dir()
 
 
 def test_the_first_of_joined_processes_holds_it_for_all(tmp_path, monkeypatch):
