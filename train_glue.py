@@ -24,7 +24,7 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 import logging
 import sys
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, run_directory
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.glue import recipe, report, table, tasks
 from gnlorp_jax.recipes.glue.settings import GlueConfig, parse
@@ -58,7 +58,7 @@ def finetune(config: GlueConfig) -> None:
     config.learning_rates or 'of the table or given',
     ', '.join(map(str, config.seed_numbers)),
   )
-  with StopRequest() as stop:
+  with run_directory.opened(config.run_dir), StopRequest() as stop:
     # All of them: a malformed row of the last one must not be found after days.
     for data in [tasks.load_task(config, task) for task in found]:
       for method in config.method_names:
@@ -73,7 +73,7 @@ def finetune(config: GlueConfig) -> None:
           return result
 
         grid.search(config.searched_rates, config.seed_numbers, run)
-  table.show(table.write(config.run_dir))
+    table.show(table.write(config.run_dir))
   _logger.info(
     'Results of all runs are in %s: results.json, results.md, results.png.',
     config.run_dir,

@@ -55,15 +55,16 @@ def pretrain(config: TrainConfig) -> None:
       )
     )
     return
-  prepared = recipe.prepare(config)
-  if config.is_single:
-    run = recipe.make_run(prepared, prepared.config)
+  with report.opened(config):
+    prepared = recipe.prepare(config)
+    if config.is_single:
+      run = recipe.make_run(prepared, prepared.config)
+      with StopRequest() as stop:
+        outcome = loop.train(run, stop)
+      report.show(config, *report.finish(prepared, prepared.config, outcome))
+      return
     with StopRequest() as stop:
-      outcome = loop.train(run, stop)
-    report.show(config, *report.finish(prepared, prepared.config, outcome))
-    return
-  with StopRequest() as stop:
-    results = report.run_grid(prepared, stop)
+      results = report.run_grid(prepared, stop)
   grid.show(config.run_dir, results)
 
 

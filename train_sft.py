@@ -60,17 +60,18 @@ def fine_tune(config: SftConfig) -> None:
     config = recipe.resolve(config)
     report.show_preview(config, data.load(config))
     return
-  prepared = recipe.prepare(config)
-  with StopRequest() as stop:
-    if not config.is_single:
-      results = report.run_grid(prepared, stop)
-      grid.show(prepared.config.run_dir, results)
-      return
-    run = recipe.make_run(prepared, prepared.config)
-    outcome = loop.train(run, stop)
-  report.show(
-    prepared.config, report.finish(prepared, prepared.config, outcome)
-  )
+  with report.opened(recipe.resolve(config)):
+    prepared = recipe.prepare(config)
+    with StopRequest() as stop:
+      if not config.is_single:
+        results = report.run_grid(prepared, stop)
+        grid.show(prepared.config.run_dir, results)
+        return
+      run = recipe.make_run(prepared, prepared.config)
+      outcome = loop.train(run, stop)
+    report.show(
+      prepared.config, report.finish(prepared, prepared.config, outcome)
+    )
 
 
 if __name__ == '__main__':

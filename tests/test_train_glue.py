@@ -210,7 +210,7 @@ def test_search_takes_the_best_rate_for_the_other_seeds(tmp_path, monkeypatch):
     rate = float(f'{float(run.instruments.schedule(0)):.3g}')
     ran.append((rate, run.metadata['seed']))
     found = {'step': 1, 'loss': 1.0, 'matthews_correlation': values[rate]}
-    run.folder.mkdir(parents=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     record = {'best': found, 'last': found, 'seconds_per_step': None}
     return loop.Outcome(None, None, record)
 

@@ -865,6 +865,6 @@ def test_run_directory_that_cannot_be_written_is_told(
   (tmp_path / 'file').write_text('')
   folder = tmp_path / 'file' / 'run'
   assert message_of(options(folder), capsys) == (
-    f'error: Checkpoint directory {folder / "checkpoints"} cannot be written: '
-    'Not a directory. Choose another directory or correct its permissions.'
+    f'error: The run directory {folder} cannot be written: Not a directory. '
+    'Choose another or correct its permissions.'
   )

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gnlorp_jax.disk import writing
+
 POINTS = 30  # Of a recorded curve, at most.
 
 
@@ -37,9 +39,7 @@ def write(path: pathlib.Path, record: Any) -> None:
     ValueError: If a number is not finite, which JSON cannot say.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(_text(record) + '\n')
-  partial.replace(path)
+  writing.write_text(path, _text(record) + '\n')
 
 
 def _has_rows(node: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,10 +74,10 @@ def export_peft(
   *,
   base: str | None,
 ) -> None:
-  """Writes the adapters of a run as a folder of PEFT, in place of one there.
+  """Writes the adapters of a run as a folder of PEFT.
 
   Args:
-    folder: The folder.
+    folder: The folder, which is absent or empty.
     trained: The parameters that train, as `Parameters.trained`.
     frozen: Those that do not, adapters that label rules freeze among them.
     adapter: The configuration of the adapters.
@@ -112,7 +111,6 @@ def export_peft(
     name, _, revision = base.removeprefix(hub.PREFIX).partition('@')
   elif base is not None and pathlib.Path(base).is_dir():
     name = str(pathlib.Path(base).resolve())
-  shutil.rmtree(folder, ignore_errors=True)
   peft.export(
     folder,
     adapter,

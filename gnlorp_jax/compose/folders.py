@@ -8,7 +8,6 @@ grid, and on another grid the weights would be rounded again.
 import dataclasses
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -176,14 +175,13 @@ def export(
   params: Any,
   write: Callable[[pathlib.Path, Any], None],
 ) -> None:
-  """Writes a Hugging Face folder, in place of one that is there.
+  """Writes a Hugging Face folder.
 
   Args:
-    folder: The folder.
+    folder: The folder, which is absent or empty.
     params: What `merged` returned.
     write: Writes a folder of parameters, such as `hf.export` with its table.
   """
-  shutil.rmtree(folder, ignore_errors=True)
   write(folder, params)
   grid = {
     f'{"/".join(path)}/{part}': np.asarray(getattr(leaf.stored, part))

@@ -7,10 +7,11 @@ end.
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import folders, parameters, scores
@@ -18,7 +19,9 @@ from gnlorp_jax.compose.program import Program
 from gnlorp_jax.compose.settings import TaskOptions
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.tokenizer import Tokenizer
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models import hf
+from gnlorp_jax.training import interrupt, sharding
 from gnlorp_jax.training.loop import Found, Outcome
 
 _logger = logging.getLogger(__name__)
@@ -83,6 +86,35 @@ def read_tasks(config: TaskOptions) -> tuple[data_tasks.Task, ...]:
   )
 
 
+def evaluate(
+  program: Program,
+  batches: Iterable[dict[str, np.ndarray]],
+  trained: Any,
+  frozen: Any,
+) -> np.ndarray:
+  """Sums over batches; a signal that asks to stop ends it between two.
+
+  Args:
+    program: What the run computes.
+    batches: The batches, on the host.
+    trained: The parameters that train.
+    frozen: The others.
+
+  Returns:
+    The sums of what `Objective.evaluate` returns, float64.
+
+  Raises:
+    Interrupted: After a signal.
+  """
+  found: list[Any] = []
+  for batch in interrupt.until_stopped(batches):
+    placed = sharding.put_batch(batch, program.mesh)
+    found.append(program.eval_step(trained, placed, frozen))
+    # One is ahead: a signal is honoured soon.
+    jax.block_until_ready(found[-2:-1])
+  return np.asarray(jax.device_get(found), np.float64).sum(axis=0)
+
+
 def ask(
   program: Program,
   trained: Any,
@@ -103,6 +135,9 @@ def ask(
 
   Returns:
     Of each task ``TASK/METRIC`` and ``TASK/METRIC_stderr``.
+
+  Raises:
+    Interrupted: After a signal that asks to stop, between two batches.
   """
   scored = scores.evaluate_tasks(
     program.model,
@@ -110,6 +145,7 @@ def ask(
     tokenizer,
     tasks,
     batch_size=batch_size,
+    progress=lambda done, total: interrupt.check(),
   )
   return {
     f'{task}/{name}{part}': metric[key]
@@ -161,6 +197,9 @@ def export(
     outcome: What the loop left; adapters are merged.
     folder: The folder.
     add_bos: As in `Tokenizer.save`.
+
+  Raises:
+    ValueError: If the folder holds what no run wrote.
   """
   family = models.family(model)
   hf_config = family.config_to_hf(
@@ -170,9 +209,12 @@ def export(
     pad_token_id=tokenizer.pad_id,
   )
   params = program.parameters.merge(outcome.params, outcome.constants)
-  folders.export(
-    folder,
-    params,
-    functools.partial(hf.export, table=family.HF_TENSORS, hf_config=hf_config),
-  )
-  tokenizer.save(folder, add_bos=add_bos)
+  with writing.replaced(folder) as draft:
+    folders.export(
+      draft,
+      params,
+      functools.partial(
+        hf.export, table=family.HF_TENSORS, hf_config=hf_config
+      ),
+    )
+    tokenizer.save(draft, add_bos=add_bos)

@@ -1,9 +1,11 @@
 """Folders that are written once and then only read."""
 
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable
+
+from gnlorp_jax.disk import writing
+
+_PREFIX = 'writing-'
 
 
 def cached_folder(
@@ -13,7 +15,8 @@ def cached_folder(
 
   The folder is filled under a temporary name and renamed when complete, so an
   interrupted run leaves nothing that a later one could mistake for the result,
-  and of several processes at once the first to finish wins.
+  and of several processes at once the first to finish wins. What killed ones
+  left is removed.
 
   Args:
     folder: Where the result lives. Its name must identify its content.
@@ -22,18 +25,13 @@ def cached_folder(
   Returns:
     `folder`, which now exists.
   """
+  writing.sweep(folder.parent, _PREFIX)
   if folder.is_dir():
     return folder
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=folder.parent, prefix='writing-'
-  ) as temporary:
-    # An inner folder: the temporary one is readable by its owner only.
-    draft = pathlib.Path(temporary, folder.name)
-    draft.mkdir()
+  with writing.drafted(folder, _PREFIX) as draft:
     fill(draft)
     try:
-      os.rename(draft, folder)
+      writing.put_in_place(draft, folder)
     except OSError:
       if not folder.is_dir():
         raise

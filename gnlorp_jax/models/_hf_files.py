@@ -5,12 +5,13 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
+
+from gnlorp_jax.disk import writing
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -102,14 +103,10 @@ def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   folder = folder.absolute()
   check_absent(folder)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{folder.name}.', dir=folder.parent
-  ) as temporary:
-    stage = pathlib.Path(temporary) / folder.name
-    stage.mkdir()
+  writing.sweep(folder.parent, writing.prefix_of(folder))
+  with writing.drafted(folder) as stage:
     yield stage
-    stage.rename(folder)
+    writing.put_in_place(stage, folder)
 
 
 def open_tensors(

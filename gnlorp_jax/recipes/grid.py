@@ -4,12 +4,12 @@ A finished run leaves a ``result.json`` and is not repeated; one that was
 interrupted goes on at its batch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
-import os
 import pathlib
 import shutil
 import statistics
@@ -20,9 +20,10 @@ import rich.console
 import rich.table
 
 from gnlorp_jax.compose.settings import RunConfig
+from gnlorp_jax.disk import writing
 from gnlorp_jax.training import loop
 from gnlorp_jax.training.checkpoint import check_compatible
-from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Member(NamedTuple):
       compared from others; it may be empty.
     metric: The number that runs are compared by.
     higher_is_better: Which way.
+    opened: Has the run's folder for this process alone while it trains.
   """
 
   run: loop.Run
@@ -52,6 +54,9 @@ class Member(NamedTuple):
   describe: Callable[[], Result]
   metric: str
   higher_is_better: bool
+  opened: Callable[[], contextlib.AbstractContextManager[None]] = (
+    contextlib.nullcontext
+  )
 
 
 def quality(value: float | None, *, higher_is_better: bool = True) -> float:
@@ -59,16 +64,6 @@ def quality(value: float | None, *, higher_is_better: bool = True) -> float:
   if value is None or math.isnan(value):
     return -math.inf
   return value if higher_is_better else -value
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is there whole or not at all."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def read_results(run_dir: str | pathlib.Path, pattern: str) -> list[Result]:
@@ -186,11 +181,19 @@ def run_once(
     _logger.info('%s is finished already.', run.name)
     return result
   try:
-    outcome = loop.train(run, stop)
-    member.finish(outcome)
+    with member.opened():
+      outcome = loop.train(run, stop)
+      member.finish(outcome)
     result = member.describe() | outcome.record
     # A run that keeps no best parameters ends with its last ones.
     result['best'] = result['best'] or result['last']
+  except Interrupted:
+    _logger.warning(
+      '%s: %s is trained, and its results are not written yet. The same '
+      'command does it.',
+      *(stop.received.name, run.name),
+    )
+    raise
   except DivergedError as error:
     if is_single:
       raise
@@ -208,7 +211,7 @@ def run_once(
     'settings': run.metadata,
   }
   text = json.dumps(result, indent=2, allow_nan=False)
-  write_atomically(path, text + '\n')
+  writing.write_text(path, text + '\n')
   _remove_what_is_not_kept(run, result, keep)
   if stop.received:  # Came while the run was finished.
     raise SystemExit(128 + stop.received)
@@ -229,6 +232,7 @@ def run_all(
   config: Settings,
   make_run: Callable[[Settings], loop.Run],
   finish: Callable[[Settings, loop.Outcome], Any],
+  opened: Callable[[Settings], contextlib.AbstractContextManager[None]],
   stop: StopRequest,
 ) -> list[Result]:
   """Runs the first seed with every learning rate, the others with the best.
@@ -238,6 +242,7 @@ def run_all(
       these. Runs are compared by the ``loss`` of their evaluations.
     make_run: Makes a run of its settings, which name one rate and one seed.
     finish: Writes what a run leaves behind, from its settings and outcome.
+    opened: Has the folder of the run of some settings for this process alone.
     stop: Tells of signals.
 
   Returns:
@@ -261,10 +266,11 @@ def run_all(
       describe=lambda: {'group': '', 'learning_rate': chosen, 'seed': seed},
       metric='loss',
       higher_is_better=False,
+      opened=functools.partial(opened, one),
     )
     result = run_once(member, stop, keep='all', is_single=False)
     text = json.dumps(read_results(folder, '*'), indent=2, allow_nan=False)
-    write_atomically(folder / 'results.json', text + '\n')
+    writing.write_text(folder / 'results.json', text + '\n')
     return result
 
   return search(config.searched_rates, config.seed_numbers, run)

@@ -7,11 +7,13 @@ record with the shape, dtype and checksum of every array; one that fails its
 record, or cannot be read, is moved aside, and the one before it is used.
 """
 
+import asyncio
 import contextlib
 import gc
 import itertools
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gnlorp_jax.disk import writing
 from gnlorp_jax.training import integrity
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ _logger = logging.getLogger(__name__)
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
 _NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+# What has a meaning in patterns of names of files.
+_PATTERNS = '*?[\\'
 
 
 class Checkpointer:
@@ -45,7 +51,7 @@ class Checkpointer:
       writing to it.
 
   Raises:
-    ValueError: If `keep` is less than 1.
+    ValueError: If `keep` is less than 1, or as of `check_path`.
     OSError: If the directory cannot be written.
   """
 
@@ -59,6 +65,7 @@ class Checkpointer:
     if keep < 1:
       raise ValueError(f'keep={keep} must be at least 1.')
     self._directory = pathlib.Path(directory).absolute()
+    check_path(self._directory)
     self._read_only = read_only
     self._current_step = None
     logging.getLogger('absl').addFilter(_keep_log_record)
@@ -72,6 +79,10 @@ class Checkpointer:
           ocp.checkpoint_managers.preservation_policy.LatestN(keep)
         ),
         create=not read_only,
+        temporary_path_class=_SyncedPath,
+        # In the thread that fails: made in another, the writers of the files
+        # wait five minutes for a folder that could not be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
     )
 
@@ -140,6 +151,7 @@ class Checkpointer:
     Raises:
       ValueError: If the state has other arrays than the checkpoint, or if
         there are checkpoints but none is whole.
+      OSError: If files of one may not be read.
     """
 
     def read(step):
@@ -211,6 +223,7 @@ class Checkpointer:
         except integrity.DamagedError as error:
           damaged[step] = str(error)
         gc.collect()
+        self._check_readable(step)
       _logger.warning(
         'The checkpoint of step %d in %s is damaged: %s.',
         step,
@@ -238,6 +251,29 @@ class Checkpointer:
       state = self._manager.restore(step, args=args)['state']
     integrity.check_contents(state, arrays)
     return state
+
+  def _check_readable(self, step):
+    """Raises OSError if files are there that cannot be opened.
+
+    Whether they are whole is then not known: they may be another user's.
+    """
+
+    def refuse(error):
+      if isinstance(error, FileNotFoundError):
+        return
+      raise OSError(
+        f'The checkpoint of step {step} in {self._directory} cannot be read: '
+        f'{error.strerror}: {error.filename!r}. It was left as it is. Correct '
+        'its permissions, or use another run directory.'
+      ) from error
+
+    checkpoint = self._directory / str(step)
+    for folder, _, names in os.walk(checkpoint, onerror=refuse):
+      for name in names:
+        try:
+          open(os.path.join(folder, name), 'rb').close()
+        except OSError as error:
+          refuse(error)
 
   def _check_fits(self, step, arrays, abstract_state):
     try:
@@ -270,6 +306,38 @@ class Checkpointer:
         f'{_first_line(error)}. Checkpoints that were complete are untouched. '
         'Check the free space and the permissions.'
       ) from error
+
+
+class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint that is on the disk before it gets its name."""
+
+  async def finalize(self, *args, **kwargs):
+    await asyncio.to_thread(writing.sync, self.get())
+    await super().finalize(*args, **kwargs)
+    folder = self.get_final().parent
+    await asyncio.to_thread(writing.sync, folder, deep=False)
+
+
+def check_path(directory: str | pathlib.Path) -> None:
+  """Checks that what is saved in a directory will be found there.
+
+  Orbax looks for the files of a checkpoint by a pattern that begins with their
+  directory, so that nothing in the name of one may be a pattern itself.
+
+  Args:
+    directory: Where checkpoints are, or a folder that they will be in.
+
+  Raises:
+    ValueError: If its absolute path holds a character of patterns.
+  """
+  path = str(pathlib.Path(directory).absolute())
+  found = sorted(set(path) & set(_PATTERNS))
+  if found:
+    raise ValueError(
+      f'The path {path} holds {"".join(found)}, and no checkpoint could be '
+      f'read back from it: none of {_PATTERNS} may stand in the name of a '
+      'folder with checkpoints, or of one above it. Choose another folder.'
+    )
 
 
 def check_compatible(

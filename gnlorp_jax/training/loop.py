@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import rich
 
-from gnlorp_jax.training import metrics, sharding
+from gnlorp_jax.training import metrics, monitor, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
-from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import (
   Clock,
   Health,
@@ -200,16 +200,12 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     clock = Clock(record)
     health = Health(first, int(state.skipped))
     keeper = stack.enter_context(_Keeper(run, record))
-    writer = stack.enter_context(
-      metrics.MetricsWriter(run.folder, first or None, run.name, run.log)
-    )
-    show_progress = stack.enter_context(
-      metrics.progress(
-        run.steps, first, name=run.name, console=rich.get_console()
-      )
+    write, show_progress = stack.enter_context(
+      _opened(run, first, record['last'])
     )
 
     def save(number: int, *, wait: bool = False) -> None:
+      monitor.check_weights(number, state.params)
       position = {
         'batches': run.batches.get_state(),
         'record': clock.update(keeper.record),
@@ -218,17 +214,21 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       saved.save(number, kept, position, run.metadata, wait=wait)
 
     def evaluate(number: int) -> None:
-      found = run.evaluate(state.params, constants)
+      try:
+        found = run.evaluate(state.params, constants)
+      except Interrupted:
+        save(number, wait=True)
+        raise _stopped(run, number, stop.received) from None
       if found:
-        writer.write(number, {f'eval/{name}': v for name, v in found.items()})
-        _tell(run.name, number, found)
+        write(number, {f'eval/{name}': v for name, v in found.items()})
+        monitor.tell(run.name, number, found)
       if keeper.note(number, found, state.params):
         # After the best model, which the checkpoint must find.
         save(number)
       clock.restart()
 
-    if first == 0 and run.every.evaluate_first:
-      evaluate(0)
+    if _evaluates(run, first, record['last']):
+      evaluate(first)
     for step in steps(
       *(run.train_step, state, run.batches, run.mesh),
       () if keeper.gives_up else range(first + 1, run.steps + 1),
@@ -244,7 +244,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       # leave the same rows.
       if number % run.every.log == 0 or is_last or number == 1:
         row = _row(run.instruments, step, clock)
-        writer.write(number, row)
+        write(number, row)
         health.check(number, row)
         if (speed := row.get('train/tokens_per_second')) is not None:
           show_progress(number, row['train/loss'], speed)
@@ -278,6 +278,28 @@ def _check(run: Run) -> None:
     )
 
 
+@contextlib.contextmanager
+def _opened(run: Run, first: int, last: Found | None) -> Iterator[Any]:
+  """What writes rows of metrics, and what shows how far a run is."""
+  with (
+    metrics.MetricsWriter(
+      *(run.folder, first or None, run.name, run.log),
+      evaluated=-1 if last is None else last['step'],
+    ) as writer,
+    metrics.progress(
+      run.steps, first, name=run.name, console=rich.get_console()
+    ) as show_progress,
+  ):
+    yield writer.write, show_progress
+
+
+def _evaluates(run: Run, first: int, last: Found | None) -> bool:
+  """Whether to evaluate before any step; also what a signal had ended."""
+  is_due = first % run.every.evaluate == 0 or first == run.steps
+  is_new = last is None or last['step'] != first
+  return is_due and is_new if first else run.every.evaluate_first
+
+
 def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
   """Says that a run stops after a signal; what ends the program."""
   _logger.warning(
@@ -285,16 +307,6 @@ def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
     *(received.name, number, run.steps, run.folder),
   )
   return SystemExit(128 + received)
-
-
-def _tell(name: str, number: int, found: dict[str, float]) -> None:
-  """Says what an evaluation found."""
-  _logger.info(
-    '%sstep %d: %s',
-    f'{name}: ' if name else '',
-    number,
-    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
-  )
 
 
 def _tell_early_end(run: Run, record: Record) -> None:
@@ -307,9 +319,7 @@ def _tell_early_end(run: Run, record: Record) -> None:
   )
 
 
-def _row(
-  instruments: Instruments, step: Taken, clock: Clock
-) -> dict[str, float]:
+def _row(instruments: Instruments, step: Taken, clock: Clock) -> Record:
   """The metrics of a step, fetched from the device."""
   values = {f'train/{name}': value for name, value in step.metrics.items()}
   values |= instruments.stats(step.state.opt_state)
@@ -351,6 +361,7 @@ def _resume_or_start(
   if run.renew is not None:
     state = run.renew(state)
   number = int(state.step)
+  monitor.check_weights(number, state.params)
   if number > run.steps:
     raise ValueError(
       f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise '

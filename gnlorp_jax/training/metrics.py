@@ -19,6 +19,8 @@ import rich.console
 import rich.logging
 import rich.progress
 
+from gnlorp_jax.disk import writing
+
 _logger = logging.getLogger(__name__)
 
 METRICS_FILE = 'metrics.jsonl'
@@ -65,6 +67,8 @@ class MetricsWriter:
       starts afresh.
     name: What to call the run beside others; the folder's name, if empty.
     log: Where else rows go; None: nowhere.
+    evaluated: The step of the last evaluation that is not repeated, where that
+      is before `resume_step`: rows of later ones (``eval/...``) are dropped.
 
   Raises:
     ValueError: If they cannot go there.
@@ -76,6 +80,7 @@ class MetricsWriter:
     resume_step: int | None = None,
     name: str = '',
     log: Log | None = None,
+    evaluated: int | None = None,
   ):
     # Who only builds programs need not have it.
     from tensorboardX.event_file_writer import EventsWriter
@@ -87,7 +92,9 @@ class MetricsWriter:
     # First, as it is what may fail.
     self._wandb = _start_wandb(run_dir, resume_step, name, log or Log())
     path = run_dir / METRICS_FILE
-    _drop_later_lines(path, -1 if resume_step is None else resume_step)
+    resumed = -1 if resume_step is None else resume_step
+    evaluated = resumed if evaluated is None else min(evaluated, resumed)
+    _drop_later_lines(path, resumed, evaluated)
     self._file = path.open('a', encoding='utf-8')
     # Written in this thread: tensorboardX's SummaryWriter has one of its own,
     # which dies on a full disk and leaves its caller waiting for ever.
@@ -199,17 +206,18 @@ def _finite_or_none(value):
   return value if math.isfinite(value) else None
 
 
-def _drop_later_lines(path, resume_step):
-  """Rewrites the file without a torn line and without later steps."""
+def _drop_later_lines(path, resume_step, evaluated):
+  """Rewrites the file without a torn line and without what comes again."""
   if not path.exists():
     return
-  lines = [line for line in read_metrics(path) if line['step'] <= resume_step]
+
+  def stays(line):
+    is_evaluation = any(name.startswith('eval/') for name in line)
+    return line['step'] <= (evaluated if is_evaluation else resume_step)
+
+  lines = [line for line in read_metrics(path) if stays(line)]
   # A kill while writing must leave the old file: the new one replaces it whole.
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(
-    ''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8'
-  )
-  os.replace(temporary, path)
+  writing.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def log_to_terminal() -> None:
@@ -364,7 +372,7 @@ def plot_losses(
   axes.spines[['top', 'right']].set_visible(False)
   if axes.lines:
     axes.legend(frameon=False)
-  figure.savefig(png, dpi=150)
+  _save(figure, png)
 
 
 def plot_layers(
@@ -406,8 +414,13 @@ def plot_layers(
   )
   in_all.set(xlabel='steps trained')
   in_all.spines[['top', 'right']].set_visible(False)
-  figure.savefig(png, dpi=150)
+  _save(figure, png)
   return True
+
+
+def _save(figure, png):
+  with writing.written(pathlib.Path(png)) as draft:
+    figure.savefig(draft, format='png', dpi=150)
 
 
 def _series(lines, name):

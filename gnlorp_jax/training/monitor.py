@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _logger = logging.getLogger(__name__)
@@ -148,10 +149,7 @@ class Health:
       DivergedError: If going on is pointless.
     """
     if not np.isfinite(row['train/weight_norm']):
-      raise DivergedError(
-        f'The weights are not finite at step {number}, and no step can mend '
-        'them. Start from weights that are.'
-      )
+      raise DivergedError(_not_finite(number))
     steps = number - self._last[0]
     skipped = int(row['train/skipped_steps']) - self._last[1]
     self._last = number, int(row['train/skipped_steps'])
@@ -171,6 +169,56 @@ class Health:
         'training has diverged. Restart with a lower optim.learning_rate or '
         'with clipping; check the data around this step.'
       )
+
+
+def tell(name: str, number: int, found: Mapping[str, float]) -> None:
+  """Says what the evaluation of a run found after a step."""
+  _logger.info(
+    '%sstep %d: %s',
+    f'{name}: ' if name else '',
+    number,
+    ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),
+  )
+
+
+def check_weights(number: int, params: Any) -> None:
+  """Checks weights before they are saved, or after they were read.
+
+  Args:
+    number: The number of steps taken.
+    params: Pytree of arrays, on devices or in the memory of the host; codes
+      and other integers are finite.
+
+  Raises:
+    DivergedError: If any is not finite.
+  """
+  if not _are_finite(params):
+    raise DivergedError(
+      f'{_not_finite(number)} They are not saved; checkpoints of earlier steps '
+      'stay. Where one of this step is there, delete it, and the one before it '
+      'is used.'
+    )
+
+
+def _not_finite(number: int) -> str:
+  return (
+    f'The weights are not finite at step {number}, and no step can mend them. '
+    'Start from weights that are, or lower optim.learning_rate.'
+  )
+
+
+@jax.jit
+def _are_finite(tree: Any) -> jax.Array:
+  # Some of it may lie in the memory of the host.
+  on_devices = jax.device_put(tree, jax.memory.Space.Device)
+  return jnp.stack(
+    [
+      jnp.all(jnp.isfinite(leaf))
+      for leaf in jax.tree.leaves(on_devices)
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    or [jnp.array(True)]
+  ).all()
 
 
 def peak_bytes() -> int | None:

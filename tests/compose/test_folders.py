@@ -213,8 +213,8 @@ def test_export_holds_the_decoded_values_and_import_gives_the_codes_back(
     return
   assert_same(again, params)
   # And once more, out of what was read.
-  export(tmp_path / 'hf', again, config.model)
-  second = safetensors.numpy.load_file(tmp_path / 'hf/model.safetensors')
+  export(tmp_path / 'second', again, config.model)
+  second = safetensors.numpy.load_file(tmp_path / 'second/model.safetensors')
   for name in tensors:
     np.testing.assert_array_equal(second[name], tensors[name])
 

@@ -5,12 +5,14 @@ The runs here are stand-ins whose loop returns at once.
 
 import json
 import math
+import signal
 import types
 
 import pytest
 
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.training import loop, monitor
+from gnlorp_jax.training.interrupt import Interrupted
 
 
 def result(seed, value, *, rate=1e-3, **others):
@@ -145,7 +147,7 @@ def trains(monkeypatch, member):
   def use(ending):
     def train(run, stop):
       member.trained += 1
-      if isinstance(ending, Exception):
+      if isinstance(ending, BaseException):
         raise ending
       return loop.Outcome({'w': 1}, {}, ending)
 
@@ -259,11 +261,26 @@ def test_signal_while_a_run_is_finished_ends_the_grid_after_it(member, trains):
   assert not list(member.folder.glob('*.tmp'))
 
 
+def test_signal_while_results_are_made_leaves_them_to_the_next_command(
+  member, trains, caplog
+):
+  trains(Interrupted(143))
+  with pytest.raises(SystemExit) as stop:
+    run_once(member, received=signal.SIGTERM)
+  assert stop.value.code == 143
+  assert not (member.folder / 'result.json').exists()
+  assert len(files_of(member.folder)) == 4
+  assert caplog.messages == [
+    'SIGTERM: demo is trained, and its results are not written yet. The same '
+    'command does it.'
+  ]
+
+
 def test_results_are_read_in_the_order_of_their_folders(tmp_path):
   for name in ('b/x', 'a/y', 'a/x'):
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    grid.write_atomically(folder / 'result.json', json.dumps({'name': name}))
+    (folder / 'result.json').write_text(json.dumps({'name': name}))
   (tmp_path / 'a/unfinished').mkdir()
   found = grid.read_results(tmp_path, '*/*')
   assert [one['name'] for one in found] == ['a/x', 'a/y', 'b/x']

@@ -1,4 +1,5 @@
 import logging
+import os
 import pathlib
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import chex
@@ -19,7 +21,11 @@ import pytest
 
 from gnlorp_jax.training import sharding
 from gnlorp_jax.training import state as state_lib
-from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
+from gnlorp_jax.training.checkpoint import (
+  Checkpointer,
+  check_compatible,
+  check_path,
+)
 
 RULES = (('.*', sharding.shard_largest_axis('fsdp', min_size=1024)),)
 TX = optax.chain(
@@ -371,6 +377,40 @@ def test_trouble_of_the_machine_is_no_damage(two_saved, monkeypatch, error):
   assert_restored(restore_small(two_saved), 20)
 
 
+@pytest.fixture
+def as_another_user(two_saved):
+  """Lets a test run as someone who may not read what is closed to others."""
+  is_root = os.geteuid() == 0
+  if is_root:  # Whom no permission holds back.
+    for folder in [*two_saved.parents][:3]:
+      folder.chmod(0o755)
+    for path in [two_saved, *two_saved.rglob('*')]:
+      os.chown(path, 65534, 65534)
+    os.seteuid(65534)
+  yield
+  os.seteuid(0 if is_root else os.geteuid())
+
+
+@pytest.mark.parametrize(
+  'closed', ['record', 'state', 'state/manifest.ocdbt', 'state/d']
+)
+def test_files_of_another_user_are_no_damage(
+  two_saved, as_another_user, closed
+):
+  path = two_saved / '20' / closed
+  usual = path.stat().st_mode
+  path.chmod(0)
+  text = (
+    f'The checkpoint of step 20 in {two_saved} cannot be read: Permission '
+    f"denied: '{path}"
+  )
+  with Checkpointer(two_saved) as checkpointer:
+    with pytest.raises(OSError, match=f'^{re.escape(text)}.*permissions'):
+      checkpointer.restore_latest(abstract(small_state(0)))
+  path.chmod(usual)
+  assert_restored(restore_small(two_saved), 20)
+
+
 def test_metadata_is_read_without_arrays(two_saved):
   shutil.rmtree(two_saved / '20' / 'state')
   with Checkpointer(two_saved) as checkpointer:
@@ -406,6 +446,46 @@ def test_unwritable_directory_is_an_error(tmp_path):
   )
   with pytest.raises(OSError, match=f'^{re.escape(text)}$'):
     Checkpointer(directory)
+
+
+@pytest.mark.parametrize(
+  ('name', 'found'),
+  [('lr=[0.1,0.2]', '['), ('a*?', '*?'), ('**', '*'), ('a\\b', '\\')],
+)
+def test_directory_that_would_be_a_pattern_is_refused(tmp_path, name, found):
+  directory = tmp_path / name / 'checkpoints'
+  text = (
+    f'The path {directory} holds {found}, and no checkpoint could be read back '
+    'from it: none of *?[\\ may stand in the name of a folder with '
+    'checkpoints, or of one above it. Choose another folder.'
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    Checkpointer(directory)
+  assert not directory.parent.exists()
+
+
+def test_directory_of_other_characters_is_read_back(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match='another folder'):
+    check_path('a[1]')  # Also where it lies is looked at.
+  directory = tmp_path / "~lr={0.1,2} ü%20$x:#'!]" / 'checkpoints'
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(10, small_state(10), {'at': 10}, {'width': 64})
+  assert_restored(restore_small(directory), 10)
+
+
+def test_folder_that_cannot_be_made_is_an_error_and_nothing_waits(two_saved):
+  aside = two_saved.with_name('aside')
+  with pytest.raises(OSError, match='could not be written.*Not a directory'):
+    with Checkpointer(two_saved) as checkpointer:
+      two_saved.rename(aside)
+      two_saved.write_text('in the way')
+      checkpointer.save(30, small_state(30), {}, {})
+  # Orbax's own, for which the end of the process would wait.
+  writers = [t for t in threading.enumerate() if 'orbax' in type(t).__module__]
+  for thread in writers:
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_full_disk_is_an_error_and_spares_the_last_checkpoint(two_saved):
@@ -511,6 +591,24 @@ def test_killed_run_leaves_a_usable_directory(tmp_path):
       )
     assert_restored(restore_small(directory), step + 1)
     assert {path.name for path in directory.iterdir()} == {str(step + 1)}
+
+
+def test_checkpoint_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+  synced, fsync = [], os.fsync
+
+  def note(descriptor):
+    is_named = (tmp_path / '1').exists()
+    synced.append((os.fstat(descriptor).st_ino, is_named))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', note)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, small_state(1), {}, {})
+  for path in (tmp_path / '1').rglob('*'):
+    # What Orbax writes on the way tells nothing that is read.
+    is_read = path.name not in ('commit_success.txt', '_CHECKPOINT_METADATA')
+    assert (path.stat().st_ino, False) in synced or not is_read, path
+  assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
 def test_saved_names_are_those_of_the_tree(tmp_path, one_device):

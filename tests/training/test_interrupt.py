@@ -4,12 +4,19 @@ import os
 import signal
 import time
 
+import jax
 import pytest
 
-from gnlorp_jax.training.interrupt import StopRequest
+from gnlorp_jax.training.interrupt import (
+  Interrupted,
+  StopRequest,
+  until_stopped,
+)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_signal_is_noted_and_handlers_are_restored(number):
   before = signal.getsignal(number)
   with StopRequest() as stop:
@@ -35,3 +42,40 @@ def test_second_interrupt_has_its_usual_effect(usual_interrupt):
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(5)  # The signal ends it.
+
+
+def test_program_under_nohup_stays_deaf():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with StopRequest() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert stop.received is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_ends_what_goes_through_batches_between_two():
+  seen = []
+
+  def go_through():
+    for number in until_stopped(range(5)):
+      seen.append(number)
+      if number == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+      seen.append(f'{number} is done')
+
+  with StopRequest():
+    with pytest.raises(Interrupted) as ended:
+      go_through()
+  assert ended.value.code == 128 + signal.SIGTERM
+  assert seen[-2:] == [2, '2 is done']
+  # A request that is over stops nothing.
+  assert list(until_stopped('ab')) == ['a', 'b']
+
+
+def test_processes_that_others_wait_for_go_through_all_batches(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with StopRequest() as stop:
+    stop.received = signal.SIGTERM
+    assert list(until_stopped('ab')) == ['a', 'b']

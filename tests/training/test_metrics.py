@@ -87,6 +87,20 @@ def test_resumed_run_holds_each_step_once(tmp_path):
   assert starts[-1] == 4
 
 
+def test_evaluation_that_comes_once_more_is_held_once(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    for step in (1, 2):
+      writer.write(step, {'train/loss': 1.0})
+      writer.write(step, {'eval/loss': 1.0})
+  MetricsWriter(tmp_path, 2, evaluated=1).close()
+  kept = [(line['step'], *line) for line in read_lines(tmp_path)]
+  assert kept == [
+    (1, 'step', 'train/loss'),
+    (1, 'step', 'eval/loss'),
+    (2, 'step', 'train/loss'),
+  ]
+
+
 def test_torn_last_line_is_dropped(tmp_path):
   write_steps(tmp_path, [1, 2])
   with (tmp_path / 'metrics.jsonl').open('a') as file:

@@ -1,9 +1,11 @@
 """What is watched while a run trains: its rows, its speed, its health."""
 
 import logging
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -176,13 +178,28 @@ def test_divergence_says_how_long_and_what_to_do():
   )
 
 
+def test_weights_are_checked_whatever_holds_them():
+  monitor.check_weights(3, {'codes': jnp.arange(3), 'empty': jnp.ones((0, 2))})
+  monitor.check_weights(3, {})
+  text = (
+    'The weights are not finite at step 3, and no step can mend them. Start '
+    'from weights that are, or lower optim.learning_rate. They are not saved; '
+    'checkpoints of earlier steps stay. Where one of this step is there, '
+    'delete it, and the one before it is used.'
+  )
+  for bad in (jnp.inf, jnp.nan):
+    scales = jnp.ones((2, 3), jnp.bfloat16).at[1, 2].set(bad)
+    with pytest.raises(monitor.DivergedError, match=f'^{re.escape(text)}$'):
+      monitor.check_weights(3, {'codes': jnp.arange(3), 'scales': scales})
+
+
 @pytest.mark.parametrize('norm', [np.nan, np.inf])
 def test_weights_that_are_not_finite_end_a_run_at_once(norm):
   with pytest.raises(DivergedError) as error:
     Health(4, 0).check(5, {'train/weight_norm': norm, 'train/skipped_steps': 0})
   assert str(error.value) == (
     'The weights are not finite at step 5, and no step can mend them. Start '
-    'from weights that are.'
+    'from weights that are, or lower optim.learning_rate.'
   )
   assert isinstance(error.value, ValueError)  # A user's mistake, as others.
 

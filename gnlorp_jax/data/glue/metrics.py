@@ -14,6 +14,7 @@ import scipy.stats
 import sklearn.metrics
 
 from gnlorp_jax.data.glue.tasks import Task
+from gnlorp_jax.disk import writing
 
 
 def scores(
@@ -111,9 +112,7 @@ def write_submission(
   path = pathlib.Path(folder) / name
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = ['index\tprediction', *(f'{index}\t{text}' for index, text in rows)]
-  path.write_text(
-    ''.join(f'{line}\n' for line in lines), encoding='utf-8', newline='\n'
-  )
+  writing.write_text(path, ''.join(f'{line}\n' for line in lines))
   return path
 
 

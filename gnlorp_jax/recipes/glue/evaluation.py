@@ -12,9 +12,10 @@ import numpy as np
 from gnlorp_jax.compose import folders
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import glue
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue.tasks import Split, TaskData
-from gnlorp_jax.training import losses, sharding
+from gnlorp_jax.training import interrupt, losses, sharding
 from gnlorp_jax.training.loop import Outcome
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def outputs_of(
 
   Returns:
     The outputs, ``[N, C]`` float32.
+
+  Raises:
+    Interrupted: After a signal that asks to stop, between two batches.
   """
   size = program.mesh.size * math.ceil(batch_size / program.mesh.size)
   outputs = np.zeros((len(split.encoded), data.task.num_outputs), np.float32)
@@ -51,14 +55,15 @@ def outputs_of(
     is_example = index_B >= 0
     outputs[index_B[is_example]] = np.asarray(values_BC)[is_example]
 
-  for batch in glue.batches(
+  batches = glue.batches(
     split.encoded,
     None,
     batch_size=size,
     pad_id=data.architecture.pad_id,
     buckets=data.buckets,
     shuffle=False,
-  ):
+  )
+  for batch in interrupt.until_stopped(batches):
     placed = sharding.put_batch({'inputs': batch['inputs']}, program.mesh)
     waiting.append((batch['index'], program.eval_step(params, placed, frozen)))
     if len(waiting) > 2:  # The device has work while one is fetched.
@@ -143,15 +148,16 @@ def export(
 ) -> None:
   """Writes the model as a Hugging Face folder, adapters merged."""
   params = program.parameters.merge(outcome.params, outcome.constants)
-  folders.export(
-    folder,
-    params,
-    lambda folder, params: roberta.export_classifier(
-      folder,
-      data.architecture,
+  with writing.replaced(folder) as draft:
+    folders.export(
+      draft,
       params,
-      data.task.labels,
-      data.task.name,
-    ),
-  )
-  data.tokenizer.save(folder)
+      lambda folder, params: roberta.export_classifier(
+        folder,
+        data.architecture,
+        params,
+        data.task.labels,
+        data.task.name,
+      ),
+    )
+    data.tokenizer.save(draft)

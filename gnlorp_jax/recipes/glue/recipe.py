@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gnlorp_jax.compose import folders, optimizer, parameters, program
+from gnlorp_jax.compose import (
+  folders,
+  optimizer,
+  parameters,
+  program,
+  run_directory,
+)
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
@@ -327,6 +333,12 @@ def make_run(
     describe=functools.partial(describe, prepared, rate, seed),
     metric=metric,
     higher_is_better=True,
+    opened=functools.partial(
+      run_directory.opened,
+      folder,
+      exports=('hf',) if exports else (),
+      reads=(config.init_from, config.adapter.init_from, config.tokenizer),
+    ),
   )
 
 

@@ -18,13 +18,9 @@ import rich.console
 import rich.table
 
 from gnlorp_jax.compose.methods import METHODS
+from gnlorp_jax.disk import writing
 from gnlorp_jax.optim.inspect import format_bytes
-from gnlorp_jax.recipes.grid import (
-  Result,
-  best_learning_rate,
-  read_results,
-  write_atomically,
-)
+from gnlorp_jax.recipes.grid import Result, best_learning_rate, read_results
 
 _logger = logging.getLogger(__name__)
 
@@ -331,7 +327,8 @@ def plot(results: Sequence[Result], png: str | pathlib.Path) -> None:
     ncols=3 if width < 8 else 6,
     frameon=False,
   )
-  figure.savefig(png, dpi=150)
+  with writing.written(pathlib.Path(png)) as draft:
+    figure.savefig(draft, format='png', dpi=150)
 
 
 def _plot_tasks(axes: Any, rows: Sequence[Row], tasks: Sequence[str]) -> None:
@@ -372,12 +369,12 @@ def write(run_dir: str | pathlib.Path, *, picture: bool = True) -> list[Result]:
   """
   run_dir = pathlib.Path(run_dir)
   results = read_results(run_dir, '*/*/*')
-  write_atomically(
+  writing.write_text(
     run_dir / 'results.json',
     json.dumps(results, indent=2, allow_nan=False) + '\n',
   )
   if results:
-    write_atomically(run_dir / 'results.md', to_markdown(results))
+    writing.write_text(run_dir / 'results.md', to_markdown(results))
   if results and picture:
     plot(results, run_dir / 'results.png')
   return results

@@ -1,7 +1,9 @@
 """Pre-training: from settings to runs of the training loop."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
-from gnlorp_jax.training import loop, metrics, objectives, sharding
+from gnlorp_jax.training import loop, metrics, objectives
 
 
 class Planned(NamedTuple):
@@ -221,18 +223,10 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
   if prepared.tasks:
     tokenizer = tokenizer.beginning(config.data.add_bos)
 
-  def sums_of(
-    make_batches: Any, trained: Any, frozen: Any
-  ) -> tuple[float, float]:
-    batches, sums = make_batches(), []
-    for number, batch in enumerate(batches):
-      if config.eval_batches is not None and number >= config.eval_batches:
-        break
-      placed = sharding.put_batch(batch, built.mesh)
-      sums.append(built.eval_step(trained, placed, frozen))
-    batches.close()
-    losses, weights = np.asarray(jax.device_get(sums), np.float64).T
-    return losses.sum(), weights.sum()
+  def sums_of(make_batches: Any, trained: Any, frozen: Any) -> np.ndarray:
+    with contextlib.closing(make_batches()) as batches:
+      some = itertools.islice(batches, config.eval_batches)
+      return language_model.evaluate(built, some, trained, frozen)
 
   def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
     sums = {n: sums_of(make, trained, frozen) for n, make in makers.items()}

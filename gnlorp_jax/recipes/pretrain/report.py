@@ -1,5 +1,6 @@
 """What a pre-training run leaves behind: plot, sample, export, summary."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 import rich.console
 
-from gnlorp_jax.compose import language_model
+from gnlorp_jax.compose import language_model, run_directory
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
@@ -45,10 +47,20 @@ def finish(
   metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, outcome, folder / 'hf')
   sample = sample_text(prepared, config, outcome)
-  (folder / 'sample.txt').write_text(sample, encoding='utf-8')
+  writing.write_text(folder / 'sample.txt', sample)
   summary = summarise(prepared, config, outcome)
-  (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  text = json.dumps(summary, indent=2) + '\n'
+  writing.write_text(folder / 'summary.json', text)
   return summary, sample
+
+
+def opened(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+  """The run directory, for this process alone: see `run_directory.opened`."""
+  return run_directory.opened(
+    config.run_dir,
+    exports=('hf',) if config.is_single else (),
+    reads=(config.init_from, config.adapter.init_from, config.data.tokenizer),
+  )
 
 
 def sample_text(
@@ -227,5 +239,6 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
     prepared.config,
     functools.partial(make_run, prepared),
     functools.partial(finish, prepared),
+    opened,
     stop,
   )

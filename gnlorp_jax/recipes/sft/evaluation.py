@@ -12,12 +12,12 @@ from gnlorp_jax.compose import language_model
 from gnlorp_jax.compose.program import Program
 from gnlorp_jax.data import chat
 from gnlorp_jax.data.tasks.questions import Task
+from gnlorp_jax.disk import writing
 from gnlorp_jax.models.generate import generate
 from gnlorp_jax.models.interface import Model
-from gnlorp_jax.recipes.grid import write_atomically
 from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import sharding
+from gnlorp_jax.training import interrupt
 
 SAMPLES_FILE = 'samples.jsonl'
 
@@ -76,11 +76,10 @@ def losses(
     trained: The parameters that train.
     frozen: The others.
   """
-  sums = []
-  for batch in data.evaluation_batches(config, found):
-    placed = sharding.put_batch(batch, program.mesh)
-    sums.append(program.eval_step(trained, placed, frozen))
-  loss, weight, right = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+  batches = data.evaluation_batches(config, found)
+  loss, weight, right = language_model.evaluate(
+    program, batches, trained, frozen
+  )
   return {
     'loss': float(loss / weight),
     'perplexity': float(np.exp(loss / weight)),
@@ -155,7 +154,7 @@ def answer(
   size = config.eval.batch_size
   stop_ids = found.template.stop_ids
   texts = []
-  for start in range(0, len(prompts), size):
+  for start in interrupt.until_stopped(range(0, len(prompts), size)):
     answers = generate(
       model,
       params,
@@ -186,4 +185,4 @@ def keep_samples(
     kept = [line for line in lines if json.loads(line)['step'] < step]
   kept += [json.dumps(row, ensure_ascii=False) for row in rows]
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, '\n'.join(kept) + '\n')
+  writing.write_text(path, '\n'.join(kept) + '\n')

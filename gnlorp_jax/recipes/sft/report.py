@@ -1,5 +1,6 @@
 """What an instruction-tuning run leaves behind: samples, export, summary."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,9 +12,15 @@ import rich.console
 import rich.padding
 import rich.text
 
-from gnlorp_jax.compose import adaptation, language_model, parameters
+from gnlorp_jax.compose import (
+  adaptation,
+  language_model,
+  parameters,
+  run_directory,
+)
 from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import chat
+from gnlorp_jax.disk import writing
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
 from gnlorp_jax.recipes.sft import data
@@ -45,8 +52,19 @@ def finish(
   metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, config, outcome)
   summary = summarise(prepared, config, outcome)
-  (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  text = json.dumps(summary, indent=2) + '\n'
+  writing.write_text(folder / 'summary.json', text)
   return summary
+
+
+def opened(config: SftConfig) -> contextlib.AbstractContextManager[None]:
+  """The run directory, for this process alone: see `run_directory.opened`."""
+  name = {'merged': 'hf', 'adapter': 'adapter'}.get(config.export)
+  return run_directory.opened(
+    config.run_dir,
+    exports=(name,) if name and config.is_single else (),
+    reads=(config.init_from, config.adapter.init_from, config.data.tokenizer),
+  )
 
 
 def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
@@ -65,15 +83,16 @@ def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
       add_bos=tokenizer.adds_bos,
     )
   elif config.export == 'adapter':
-    adaptation.export_peft(
-      folder / 'adapter',
-      outcome.params,
-      outcome.constants,
-      prepared.program.adapter,
-      config.model,
-      base=parameters.pinned(config.init_from),
-    )
-    tokenizer.save(folder / 'adapter', add_bos=tokenizer.adds_bos)
+    with writing.replaced(folder / 'adapter') as draft:
+      adaptation.export_peft(
+        draft,
+        outcome.params,
+        outcome.constants,
+        prepared.program.adapter,
+        config.model,
+        base=parameters.pinned(config.init_from),
+      )
+      tokenizer.save(draft, add_bos=tokenizer.adds_bos)
 
 
 def summarise(
@@ -225,5 +244,6 @@ def run_grid(prepared: Prepared, stop: StopRequest) -> list[Result]:
     prepared.config,
     functools.partial(make_run, prepared),
     functools.partial(finish, prepared),
+    opened,
     stop,
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import signal
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from gnlorp_jax.compose.settings import MeshConfig
 from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe
 from gnlorp_jax.training import loop
+from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +57,13 @@ def test_outputs_of_a_sharded_model_are_those_of_one_device(
   assert {s.data.shape for s in kernel.addressable_shards} == {(2, 64, 128)}
   found = outputs_of(sharded, trained, frozen)
   np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_signal_ends_an_evaluation_between_two_batches(prepared, started):
+  with StopRequest() as stop:
+    stop.received = signal.SIGTERM
+    with pytest.raises(Interrupted):
+      outputs_of(prepared, *started)
 
 
 def test_outputs_do_not_depend_on_the_size_of_batches(prepared, started):
