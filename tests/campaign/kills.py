@@ -2,6 +2,7 @@ r"""Kills small runs at any moment, resumes them, and compares what they leave.
 
   python -m tests.campaign.kills --minutes 60
   python -m tests.campaign.kills --minutes 5 --only GLUE --seed 3
+  python -m tests.campaign.kills --minutes 60 --disk
 
 Every configuration runs once undisturbed. Then trials follow, one configuration
 after the other, until the time is over: the command runs in an empty folder and
@@ -10,10 +11,15 @@ a path has appeared that the undisturbed run made too (part of a checkpoint, an
 export, a plot, a cache, a report), and at last runs to its end. A trial is good
 if all that it left equals what the undisturbed run left, bit for bit, with
 nothing more beside it. What failed is kept and told; the exit status is 1 then.
+
+With --disk, as root of a Linux, a run is not killed: it has a disk of its own,
+which is full from that moment until the run has ended, by itself, with a clear
+message.
 """
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import logging
@@ -27,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tests.campaign import trees
@@ -39,6 +45,9 @@ from tests.campaign.configurations import (
 )
 
 MOST_KILLS = 5  # Of a trial.
+PATIENCE = 120.0  # Seconds in which a run notices that the disk is full.
+_DISK = 64  # MiB.
+_FILLER = 'filler'
 TIMEOUT = 600.0  # Seconds of a process.
 _LOOK = 0.002  # Seconds between two looks at a folder.
 # What a path is part of; the first that fits.
@@ -49,6 +58,9 @@ _KINDS = {
   'plot': r'\.png',
   'report': 'json|txt|md',
 }
+
+
+Strike = Callable[[subprocess.Popen[bytes], pathlib.Path], None]
 
 
 class Undisturbed(NamedTuple):
@@ -109,17 +121,52 @@ def wait(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
   try:
     status = process.wait(TIMEOUT)
   except subprocess.TimeoutExpired:
-    kill(process)
+    kill(process, folder)
     raise RuntimeError(f'still running after {TIMEOUT:.0f} s') from None
   if status:
     log = (folder.parent / f'{folder.name}.log').read_text(errors='replace')
     raise RuntimeError(f'exit status {status}: {log[-1500:]}')
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
   """Kills a process and its children."""
   os.killpg(process.pid, signal.SIGKILL)
   process.wait()
+
+
+def fill(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
+  """Fills the disk until a process has ended.
+
+  Raises:
+    RuntimeError: If it does not end, or not with a message.
+  """
+  log = folder.parent / f'{folder.name}.log'
+  begin = log.stat().st_size
+  filler = folder / _FILLER
+  with contextlib.suppress(OSError), filler.open('wb', buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+  try:
+    status = process.wait(PATIENCE)
+  except subprocess.TimeoutExpired:
+    kill(process, folder)
+    raise RuntimeError(f'runs on {PATIENCE:.0f} s on a full disk') from None
+  finally:
+    filler.unlink()
+  words = log.read_bytes()[begin:].decode(errors='replace')
+  if 'Traceback' in words or (status and 'error' not in words):
+    raise RuntimeError(f'on a full disk, exit status {status}: {words[-1500:]}')
+
+
+@contextlib.contextmanager
+def own_disk(folder: pathlib.Path) -> Iterator[None]:
+  """Mounts a small disk at a folder."""
+  options = ['-t', 'tmpfs', '-o', f'size={_DISK}M']
+  subprocess.run(['mount', *options, 'none', str(folder)], check=True)
+  try:
+    yield
+  finally:
+    subprocess.run(['umount', str(folder)], check=True)
 
 
 def undisturbed(
@@ -149,8 +196,9 @@ def disturb(
   folder: pathlib.Path,
   quiet: Undisturbed,
   rng: random.Random,
+  strike: Strike,
 ) -> str | None:
-  """Kills a process at some moment.
+  """Strikes a process at some moment.
 
   Returns:
     The kind of moment; None if the process ended before it came.
@@ -171,7 +219,7 @@ def disturb(
       time.sleep(min(delay, 0.05))
       delay -= 0.05
     if is_there and delay <= 0 and process.poll() is None:
-      kill(process)
+      strike(process, folder)
       return 'any time' if path is None else kind
     time.sleep(0 if is_there else _LOOK)
   return None
@@ -183,20 +231,20 @@ def trial(
   folder: pathlib.Path,
   quiet: Undisturbed,
   rng: random.Random,
+  strike: Strike = kill,
 ) -> list[str]:
-  """Kills and resumes a configuration until its end.
+  """Strikes and resumes a configuration until its end.
 
   Returns:
-    The kinds of moments at which it was killed.
+    The kinds of moments at which it was struck.
 
   Raises:
     RuntimeError: If it does not end well, or as the undisturbed one.
   """
-  folder.mkdir(parents=True)
   kinds: list[str] = []
   for _ in range(rng.randint(1, MOST_KILLS)):
     process = start(configuration, root, folder)
-    kind = disturb(process, folder, quiet, rng)
+    kind = disturb(process, folder, quiet, rng, strike)
     if kind is None:
       wait(process, folder)
     else:
@@ -212,7 +260,11 @@ def trial(
 
 
 def campaign(
-  names: list[str], minutes: float, seed: int, root: pathlib.Path
+  names: list[str],
+  minutes: float,
+  seed: int,
+  root: pathlib.Path,
+  strike: Strike = kill,
 ) -> dict[str, Any]:
   """Trials of all configurations in turn, until the time is over.
 
@@ -221,6 +273,7 @@ def campaign(
     minutes: After that many no further trial begins.
     seed: Of the moments.
     root: An empty folder. What failed stays in it.
+    strike: `kill` or `fill`.
 
   Returns:
     Counts of trials and of kills by kind, and what failed.
@@ -240,7 +293,10 @@ def campaign(
       if name not in quiet:
         quiet[name] = undisturbed(configuration, root, folder)
       rng = random.Random(f'{seed} {number}')
-      found = trial(configuration, root, folder / 'trial', quiet[name], rng)
+      tried = folder / 'trial'
+      tried.mkdir(parents=True)
+      with own_disk(tried) if strike is fill else contextlib.nullcontext():
+        found = trial(configuration, root, tried, quiet[name], rng, strike)
     except RuntimeError as error:
       failures.append({'trial': number, 'name': name, 'error': str(error)})
       say(f'{number} {name}: FAILED {error}')
@@ -274,6 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
   add('--minutes', type=float, default=30.0, help='default: %(default)s')
   add('--only', default='', help='configurations whose name has this')
   add('--seed', type=int, default=0, help='of the moments')
+  add('--disk', action='store_true', help='fill the disk instead of killing')
   add('--folder', type=pathlib.Path, help='an empty one; default: temporary')
   add('--output', type=pathlib.Path, help='a JSON file of what was found')
   args = parser.parse_args(arguments)
@@ -284,7 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
   root.mkdir(parents=True, exist_ok=True)
   # Orbax warns of every checkpoint that it reads without a device.
   logging.getLogger('absl').setLevel(logging.ERROR)
-  found = campaign(names, args.minutes, args.seed, root.resolve())
+  strike = fill if args.disk else kill
+  found = campaign(names, args.minutes, args.seed, root.resolve(), strike)
   text = json.dumps(found, indent=2)
   if args.output:
     args.output.write_text(f'{text}\n')

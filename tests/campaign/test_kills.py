@@ -45,8 +45,9 @@ def trials(counter, words, count):
   quiet = kills.undisturbed(configuration, root, root / 'quiet')
   found = []
   for number in range(count):
-    rng = random.Random(number)
-    found += kills.trial(configuration, root, root / f'{number}', quiet, rng)
+    rng, folder = random.Random(number), root / f'{number}'
+    folder.mkdir()
+    found += kills.trial(configuration, root, folder, quiet, rng)
   return found
 
 
