@@ -165,8 +165,8 @@ def test_stopped_run_goes_on_at_its_batch(
 ):
   args = [*LORA, '--run-dir', str(tmp_path)]
   stopped_by_a_signal(train_glue.main, args, number)
-  # A signal after the last step lets the run finish, and stops there.
-  assert (tmp_path / RUN / 'result.json').is_file() == (number == 9)
+  # After the last step, too: what is evaluated then may take long.
+  assert not (tmp_path / RUN / 'result.json').is_file()
   train_glue.main(args)
   assert_same_run(tmp_path, whole)
 

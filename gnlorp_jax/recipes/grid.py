@@ -180,42 +180,47 @@ def run_once(
     _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
     _logger.info('%s is finished already.', run.name)
     return result
+  with member.opened():
+    result = _train(member, stop, is_single=is_single) | {
+      'main_metric': member.metric,
+      'higher_is_better': member.higher_is_better,
+      'settings': run.metadata,
+    }
+    text = json.dumps(result, indent=2, allow_nan=False)
+    writing.write_text(path, text + '\n')
+    _remove_what_is_not_kept(run, result, keep)
+  if stop.received:  # Came while the run was finished.
+    raise SystemExit(128 + stop.received)
+  return result
+
+
+def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
+  """Trains a run; what its result says of it."""
   try:
-    with member.opened():
-      outcome = loop.train(run, stop)
-      member.finish(outcome)
+    outcome = loop.train(member.run, stop)
+    member.finish(outcome)
     result = member.describe() | outcome.record
     # A run that keeps no best parameters ends with its last ones.
     result['best'] = result['best'] or result['last']
+    return result
   except Interrupted:
     _logger.warning(
       '%s: %s is trained, and its results are not written yet. The same '
       'command does it.',
-      *(stop.received.name, run.name),
+      *(stop.received.name, member.run.name),
     )
     raise
   except DivergedError as error:
     if is_single:
       raise
-    _logger.warning('%s diverged and is given up: %s', run.name, error)
+    _logger.warning('%s diverged and is given up: %s', member.run.name, error)
     nothing = {'step': None, member.metric: None}
-    result = member.describe() | {
+    return member.describe() | {
       'best': nothing,
       'last': nothing,
       'seconds_per_step': None,
       'diverged': str(error),
     }
-  result |= {
-    'main_metric': member.metric,
-    'higher_is_better': member.higher_is_better,
-    'settings': run.metadata,
-  }
-  text = json.dumps(result, indent=2, allow_nan=False)
-  writing.write_text(path, text + '\n')
-  _remove_what_is_not_kept(run, result, keep)
-  if stop.received:  # Came while the run was finished.
-    raise SystemExit(128 + stop.received)
-  return result
 
 
 def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
