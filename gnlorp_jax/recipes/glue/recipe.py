@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gnlorp_jax.compose import (
+  compiled,
   folders,
   optimizer,
   parameters,
@@ -228,6 +229,8 @@ def _program(
 def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
   """Builds what the runs of a method on a task share; allocates nothing.
 
+  What was compiled for others is forgotten where it is too much.
+
   Args:
     config: The settings.
     data: The task with its examples.
@@ -239,6 +242,7 @@ def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
   Raises:
     ValueError: If parts of the settings do not fit each other or the devices.
   """
+  compiled.bound()
   config = resolve(config, data.task.name, method)
   mesh = program.make_mesh(config.mesh, config.batch_size, config.micro_batches)
   per_epoch = glue.num_batches(len(data.train.encoded), config.batch_size)

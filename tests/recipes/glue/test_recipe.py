@@ -406,6 +406,14 @@ def test_one_of_several_processes_is_refused(settings, monkeypatch):
     recipe.check(settings, [])
 
 
+def test_methods_and_tasks_bound_what_is_compiled(prepare, monkeypatch):
+  calls = []
+  monkeypatch.setattr(recipe.compiled, 'bound', lambda: calls.append(1))
+  for method in ('full', 'lora'):
+    prepare(method)
+  assert calls == [1, 1]
+
+
 def test_batch_that_cannot_be_split_is_refused(prepare):
   with pytest.raises(ValueError, match='batch_size=6 cannot be split over'):
     prepare('full', batch_size=6, mesh=MeshConfig(data=4))
