@@ -366,7 +366,8 @@ def test_bits_of_the_weights_cannot_change_within_a_run(
   assert message_of(args, capsys) == (
     f'error: Checkpoint in {finished.folder} was made with other settings: '
     'step.weight_bits None != 8. Use another run directory or the same '
-    'settings.'
+    'settings. To go on all the same, name what may differ: --accept '
+    "'step.weight_bits'."
   )
 
 
@@ -855,7 +856,8 @@ def test_resuming_another_run_is_told(finished, options, capsys):
   assert message_of(args, capsys) == (
     f'error: Checkpoint in {finished.folder} was made with other '
     'settings: model.hidden_size 32 != 16, optim.rank 4 != 2, seed 0 != 1. Use '
-    'another run directory or the same settings.'
+    'another run directory or the same settings. To go on all the same, name '
+    "what may differ: --accept 'model.hidden_size,optim.rank,seed'."
   )
 
 

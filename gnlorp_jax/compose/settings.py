@@ -367,6 +367,9 @@ class RunConfig:
   """Where metrics go beside the files of the run: 'wandb' is Weights & Biases
   (needs the extra wandb; with WANDB_MODE=offline in the environment nothing
   leaves this machine)."""
+  accept: str | None = free(None)
+  """Settings and data, joined by commas as the error names them, in which a run
+  directory may differ from the command that resumes it."""
   dry_run: bool = free(False)
   """Only report what would happen to every parameter, and how many bytes the
   optimizer takes."""

@@ -8,6 +8,7 @@ Shape suffixes in this file:
   T  sequence length
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ import rich.progress
 
 from gnlorp_jax.data import cache, sources
 from gnlorp_jax.data.tokenizer import Tokenizer
+from gnlorp_jax.disk import fingerprint, writing
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class TokenFile:
     bad_records: Records of the source that were skipped.
     start: First item of this part: a token if packed, a row if padded.
     stop: The item after the last one.
+    fingerprint: Of the whole file's content.
   """
 
   path: pathlib.Path
@@ -66,6 +69,7 @@ class TokenFile:
   bad_records: int
   start: int
   stop: int
+  fingerprint: str = ''
 
   def items(self) -> np.memmap:
     """Maps the ids into memory: ``[stop - start]`` or ``[stop - start, T]``."""
@@ -149,8 +153,13 @@ def prepare(
       folder, source, tokenizer, mode, seq_len, bos_id, progress
     ),
   )
-  metadata = json.loads((folder / 'metadata.json').read_text())
-  return TokenFile(path=folder / 'tokens.bin', **metadata)
+  path, described = folder / 'tokens.bin', folder / 'metadata.json'
+  metadata = json.loads(described.read_text())
+  if 'fingerprint' not in metadata:  # Of an earlier version.
+    metadata['fingerprint'] = fingerprint.of_file(path)
+    with contextlib.suppress(OSError):  # It may be another user's.
+      writing.write_text(described, json.dumps(metadata, indent=2))
+  return TokenFile(path=path, **metadata)
 
 
 def split(
@@ -261,6 +270,7 @@ def _write(
     'bad_records': tally.bad,
     'start': 0,
     'stop': items,
+    'fingerprint': fingerprint.of_file(folder / 'tokens.bin'),
   }
   (folder / 'metadata.json').write_text(json.dumps(metadata, indent=2))
 

@@ -176,7 +176,7 @@ def run_once(
   path = run.folder / RESULT_FILE
   if path.is_file():
     result = json.loads(path.read_text(encoding='utf-8'))
-    check_compatible(result['settings'], run.metadata, run.folder)
+    check_compatible(result['settings'], run.metadata, run.folder, run.accepted)
     _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
     _logger.info('%s is finished already.', run.name)
     return result

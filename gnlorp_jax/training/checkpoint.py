@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -344,6 +345,7 @@ def check_compatible(
   saved: dict[str, Any],
   current: dict[str, Any],
   directory: str | pathlib.Path,
+  accepted: Collection[str] = (),
 ) -> None:
   """Checks that a checkpoint was made with the architecture at hand.
 
@@ -351,22 +353,29 @@ def check_compatible(
     saved: The architecture in the checkpoint's metadata.
     current: The architecture of this run.
     directory: Where the checkpoint is, for the error's text.
+    accepted: Names of fields that may differ; a warning says so.
 
   Raises:
-    ValueError: If any field differs; all that do are listed.
+    ValueError: If any other field differs; all that do are listed.
   """
   current = json.loads(json.dumps(current))  # A tuple is saved as a list.
   absent = '(absent)'
-  differences = [
-    f'{name} {saved.get(name, absent)} != {current.get(name, absent)}'
+  differences = {
+    name: f'{name} {saved.get(name, absent)} != {current.get(name, absent)}'
     for name in sorted(saved.keys() | current.keys())
     if saved.get(name, absent) != current.get(name, absent)
-  ]
-  if differences:
+  }
+  if not differences.keys() <= set(accepted):
     raise ValueError(
       f'Checkpoint in {directory} was made with other settings: '
-      f'{", ".join(differences)}. Use another run directory or the same '
-      'settings.'
+      f'{", ".join(differences.values())}. Use another run directory or the '
+      'same settings. To go on all the same, name what may differ: '
+      f"--accept '{','.join(differences)}'."
+    )
+  if differences:
+    _logger.warning(
+      'Going on in %s with other settings, which were accepted: %s.',
+      *(directory, ', '.join(differences.values())),
     )
 
 

@@ -62,6 +62,7 @@ class Run(NamedTuple):
     evaluate: Maps (parameters, constants) to numbers by name.
     instruments: What rows of metrics say besides.
     metadata: What a checkpoint must agree with.
+    accepted: Names in it that may differ.
     every: How often things are done.
     keep: Number of checkpoints kept.
     constants: Makes the constants, such as frozen weights, of a run that
@@ -99,6 +100,7 @@ class Run(NamedTuple):
   select: Selection | None = None
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
+  accepted: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -260,7 +262,8 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       if is_last:
         break
     if keeper.gives_up:
-      _tell_early_end(run, keeper.record)
+      told = (run.name, run.steps, run.patience, keeper.record)
+      monitor.tell_early_end(*told)
     record = clock.update(keeper.record) | {
       'skipped_steps': int(state.skipped),
       'peak_device_bytes': risen(peak, peak_bytes()),
@@ -309,16 +312,6 @@ def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
   return SystemExit(128 + received)
 
 
-def _tell_early_end(run: Run, record: Record) -> None:
-  """Says that a run ends before its last step, and why."""
-  _logger.info(
-    '%sends at step %d of %d: no evaluation was better than that of step %d '
-    'for patience=%d of them. Raise patience to go on.',
-    f'{run.name} ' if run.name else '',
-    *(record['last']['step'], run.steps, record['best']['step'], run.patience),
-  )
-
-
 def _row(instruments: Instruments, step: Taken, clock: Clock) -> Record:
   """The metrics of a step, fetched from the device."""
   values = {f'train/{name}': value for name, value in step.metrics.items()}
@@ -352,7 +345,7 @@ def _resume_or_start(
     times = {'seconds_per_step': None, 'wall_seconds': 0.0}
     memory = None if run.select is None else run.select.start()
     return state, memory, constants, record | times
-  check_compatible(metadata, run.metadata, run.folder)
+  check_compatible(metadata, run.metadata, run.folder, run.accepted)
   memory = None if run.select is None else run.select.abstract
   kept, position, _ = saved.restore_latest(_kept(run.abstract_state, memory))
   state = kept

@@ -181,6 +181,18 @@ def tell(name: str, number: int, found: Mapping[str, float]) -> None:
   )
 
 
+def tell_early_end(
+  name: str, steps: int, patience: int | None, record: Mapping[str, Any]
+) -> None:
+  """Says that a run ends before its last step, and why."""
+  _logger.info(
+    '%sends at step %d of %d: no evaluation was better than that of step %d '
+    'for patience=%d of them. Raise patience to go on.',
+    f'{name} ' if name else '',
+    *(record['last']['step'], steps, record['best']['step'], patience),
+  )
+
+
 def check_weights(number: int, params: Any) -> None:
   """Checks weights before they are saved, or after they were read.
 

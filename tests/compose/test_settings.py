@@ -20,7 +20,7 @@ KINDS = {
     'fixed': 'batch_size seed',
     'result': 'steps micro_batches init_from eval_every patience',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
-    'log_every log dry_run',
+    'log_every log dry_run accept',
   },
   # Fixed is what decides what the optimizer's state holds.
   OptimConfig: {

@@ -2,6 +2,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
@@ -296,6 +297,31 @@ def test_first_of_two_writers_wins(tmp_path):
   assert cache.cached_folder(folder, fill) == folder
   assert (folder / 'who').read_text() == 'fast'
   assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_killed_processes_were_writing_is_removed(tmp_path):
+  left = tmp_path / 'writing-abcd1234' / 'tokens'
+  left.mkdir(parents=True)
+  (left / 'tokens.bin').write_text('half')
+  for _ in range(2):
+    cache.cached_folder(tmp_path / 'tokens', lambda draft: None)
+    assert list(tmp_path.iterdir()) == [tmp_path / 'tokens']
+    (tmp_path / 'writing-abcd1235').mkdir()
+
+
+def test_fingerprint_is_that_of_the_content(source, tokenizer, tmp_path):
+  file = text.prepare(source, tokenizer, cache_dir=tmp_path / 'cache')
+  (tmp_path / 'moved').mkdir()
+  copy = shutil.copy(source, tmp_path / 'moved')
+  moved = text.prepare(str(copy), tokenizer, cache_dir=tmp_path / 'cache')
+  assert moved.path != file.path and moved.fingerprint == file.fingerprint
+  # One of an earlier version has none, and gets it.
+  described = file.path.parent / 'metadata.json'
+  content = json.loads(described.read_text())
+  assert content.pop('fingerprint') == file.fingerprint
+  described.write_text(json.dumps(content))
+  assert text.prepare(source, tokenizer, cache_dir=tmp_path / 'cache') == file
+  assert json.loads(described.read_text())['fingerprint'] == file.fingerprint
 
 
 def test_failed_rename_is_not_hidden(tmp_path):

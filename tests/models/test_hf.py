@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -673,6 +674,17 @@ def test_export_overwrites_nothing(tmp_path):
     'nothing. Choose another folder or remove it.'
   )
   assert (tmp_path / 'out/model.safetensors').read_bytes() == before
+
+
+def test_exported_files_have_the_mode_of_new_files(tmp_path):
+  model, params = build()
+  before = os.umask(0o022)
+  try:
+    export(tmp_path / 'out', model, params)
+  finally:
+    os.umask(before)
+  modes = {path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()}
+  assert modes == {0o644}
 
 
 def test_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def test_pretraining_starts_from_the_hub(server, tmp_path):
     config=planned.config,
     program=planned.program,
     text=types.SimpleNamespace(
-      training=types.SimpleNamespace(start=0, stop=1, tokens=1),
+      training=types.SimpleNamespace(start=0, stop=1, tokens=1, fingerprint=''),
       tokenizer=types.SimpleNamespace(fingerprint=''),
     ),
   )

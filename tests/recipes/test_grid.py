@@ -115,7 +115,10 @@ def test_without_rates_every_seed_runs_with_that_of_the_settings(caplog):
 def member(tmp_path):
   """A run without a loop, and what its `finish` was called with."""
   run = types.SimpleNamespace(
-    name='demo', folder=tmp_path, metadata={'optim.rank': 2, 'rules': ('a',)}
+    name='demo',
+    folder=tmp_path,
+    metadata={'optim.rank': 2, 'rules': ('a',)},
+    accepted=(),
   )
   finished = []
   made = grid.Member(
@@ -212,6 +215,15 @@ def test_finished_run_of_other_settings_is_refused(member, trains):
   member.member.run.metadata['optim.rank'] = 3
   with pytest.raises(ValueError, match='optim.rank 2 != 3'):
     run_once(member)
+
+
+def test_finished_run_of_accepted_settings_is_read(member, trains):
+  trains(RECORD)
+  run_once(member)
+  member.member.run.metadata['optim.rank'] = 3
+  member.member.run.accepted = ('optim.rank',)
+  assert run_once(member)['settings']['optim.rank'] == 2
+  assert member.trained == 1
 
 
 def test_run_without_a_best_evaluation_is_judged_by_its_last(member, trains):

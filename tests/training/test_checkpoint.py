@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -378,37 +379,40 @@ def test_trouble_of_the_machine_is_no_damage(two_saved, monkeypatch, error):
 
 
 @pytest.fixture
-def as_another_user(two_saved):
-  """Lets a test run as someone who may not read what is closed to others."""
-  is_root = os.geteuid() == 0
-  if is_root:  # Whom no permission holds back.
-    for folder in [*two_saved.parents][:3]:
-      folder.chmod(0o755)
-    for path in [two_saved, *two_saved.rglob('*')]:
-      os.chown(path, 65534, 65534)
-    os.seteuid(65534)
-  yield
-  os.seteuid(0 if is_root else os.geteuid())
+def of_another_user(two_saved):
+  """A copy, read by someone who may not read what is closed to others."""
+  is_root = os.geteuid() == 0  # Whom no permission holds back.
+  # Not below pytest's folder, which each of its processes closes to others.
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    copy = pathlib.Path(folder) / 'checkpoints'
+    shutil.copytree(two_saved, copy)
+    if is_root:
+      for path in [copy, *copy.rglob('*')]:
+        os.chown(path, 65534, 65534)
+      os.seteuid(65534)
+    try:
+      yield copy
+    finally:
+      os.seteuid(0 if is_root else os.geteuid())
 
 
 @pytest.mark.parametrize(
   'closed', ['record', 'state', 'state/manifest.ocdbt', 'state/d']
 )
-def test_files_of_another_user_are_no_damage(
-  two_saved, as_another_user, closed
-):
-  path = two_saved / '20' / closed
+def test_files_of_another_user_are_no_damage(of_another_user, closed):
+  path = of_another_user / '20' / closed
   usual = path.stat().st_mode
   path.chmod(0)
   text = (
-    f'The checkpoint of step 20 in {two_saved} cannot be read: Permission '
+    f'The checkpoint of step 20 in {of_another_user} cannot be read: Permission '
     f"denied: '{path}"
   )
-  with Checkpointer(two_saved) as checkpointer:
+  with Checkpointer(of_another_user) as checkpointer:
     with pytest.raises(OSError, match=f'^{re.escape(text)}.*permissions'):
       checkpointer.restore_latest(abstract(small_state(0)))
   path.chmod(usual)
-  assert_restored(restore_small(two_saved), 20)
+  assert_restored(restore_small(of_another_user), 20)
 
 
 def test_metadata_is_read_without_arrays(two_saved):
@@ -541,10 +545,21 @@ def test_architecture_that_differs_lists_every_field():
   text = (
     'Checkpoint in runs/a was made with other settings: heads (absent) '
     '!= 4, hidden_size 128 != 256, tied True != (absent). Use another run '
-    'directory or the same settings.'
+    'directory or the same settings. To go on all the same, name what may '
+    "differ: --accept 'heads,hidden_size,tied'."
   )
   with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
     check_compatible(saved, current, 'runs/a')
+
+
+def test_what_is_accepted_may_differ_and_is_told(caplog):
+  saved, current = {'text': 'a', 'rank': 2}, {'text': 'b', 'rank': 2}
+  check_compatible(saved, current, 'runs/a', accepted=('text', 'unknown'))
+  assert caplog.messages == [
+    'Going on in runs/a with other settings, which were accepted: text a != b.'
+  ]
+  with pytest.raises(ValueError, match="--accept 'rank,text'.$"):
+    check_compatible(saved, {'text': 'b'}, 'runs/a', accepted=('text',))
 
 
 SAVE_FOREVER = """

@@ -485,8 +485,17 @@ def test_other_settings_are_an_error(tmp_path):
     loop.train(make_run(tmp_path, metadata={'features': 4}), Stop())
   assert str(error.value) == (
     f'Checkpoint in {tmp_path} was made with other settings: features 3 != 4. '
-    'Use another run directory or the same settings.'
+    'Use another run directory or the same settings. To go on all the same, '
+    "name what may differ: --accept 'features'."
   )
+
+
+def test_other_settings_may_be_accepted(tmp_path):
+  loop.train(make_run(tmp_path, steps=1), Stop())
+  changed = {'metadata': {'features': 4}, 'accepted': ('features',)}
+  loop.train(make_run(tmp_path, **changed), Stop())
+  # They are the run's own from then on.
+  loop.train(make_run(tmp_path, metadata={'features': 4}), Stop())
 
 
 def test_constants_are_made_once_by_whoever_needs_them(tmp_path):
@@ -691,7 +700,7 @@ def test_ended_run_stays_ended_until_patience_is_raised(
 ):
   folder = tmp_path / 'copy'
   shutil.copytree(ended_early[0], folder)
-  with caplog.at_level(logging.INFO, logger='gnlorp_jax.training.loop'):
+  with caplog.at_level(logging.INFO, logger='gnlorp_jax.training'):
     outcome = loop.train(make_run(folder, **EARLY), Stop())
   assert outcome.record['last'] == ended_early[1].record['last']
   np.testing.assert_array_equal(outcome.params['w'], ended_early[1].params['w'])

@@ -18,6 +18,7 @@ import numpy as np
 from gnlorp_jax.compose import (
   compiled,
   folders,
+  identity,
   optimizer,
   parameters,
   program,
@@ -29,6 +30,7 @@ from gnlorp_jax.compose.settings import (
   SamplingOptions,
   StepConfig,
   fixed_settings,
+  words,
 )
 from gnlorp_jax.data import glue
 from gnlorp_jax.models import heads, hf, roberta
@@ -323,6 +325,7 @@ def make_run(
     better=lambda found, best: quality(found[metric]) > quality(best[metric]),
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
+    accepted=words(config.accept or ''),
   )
   return Member(
     run,
@@ -349,7 +352,14 @@ def make_run(
 def metadata(prepared: Prepared, config: GlueConfig) -> dict[str, Any]:
   """What a checkpoint and a result must agree with."""
   config = dataclasses.replace(config, model=prepared.data.architecture)
-  fixed = fixed_settings(config, compared=True) | prepared.program.fixed
+  fixed = identity.of_weights(
+    fixed_settings(config, compared=True),
+    {
+      'init_from': config.init_from,
+      'adapter.init_from': config.adapter.init_from,
+    },
+  )
+  fixed |= prepared.program.fixed
   return fixed | {
     'task': prepared.data.task.name,
     'method': prepared.method,

@@ -14,13 +14,14 @@ import numpy as np
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
   coreset,
+  identity,
   language_model,
   optimizer,
   parameters,
   program,
   scores,
 )
-from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.compose.settings import fixed_settings, words
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
@@ -183,6 +184,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     better=language_model.is_better if config.keep_best else None,
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
+    accepted=words(config.accept or ''),
     select=coreset.make(
       *(config.coreset, built, config.model),
       batch_size=config.batch_size,
@@ -256,7 +258,22 @@ def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
   found = fixed_settings(config, compared=is_grid)
   if prepared.program.parameters.frozen:
     # They are in no checkpoint.
-    found['init_from'] = parameters.pinned(config.init_from)
+    found['init_from'] = config.init_from
+  found = identity.of_weights(
+    found,
+    {
+      'init_from': config.init_from,
+      'adapter.init_from': config.adapter.init_from,
+    },
+  )
+  # Texts are what they hold, not where they lie.
+  del found['data.source']
+  if 'data.validation_source' in found:
+    held_out = prepared.text.held_out()
+    found['data.validation_source'] = {
+      name: [file.fingerprint, file.start, file.stop]
+      for name, file in held_out.items()
+    }
   tokens = prepared.text.training
   files = {'': tokens}
   if isinstance(tokens, Mixture):
@@ -264,7 +281,7 @@ def metadata(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
   for name, file in files.items():
     suffix = f' of {name}' if name else ''
     found[f'data.training_part{suffix}'] = [file.start, file.stop]
-    found[f'data.tokens{suffix}'] = file.tokens
+    found[f'data.tokens{suffix}'] = f'{file.tokens} ({file.fingerprint})'
   return (
     found
     | prepared.program.fixed

@@ -13,13 +13,14 @@ import jax
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
   coreset,
+  identity,
   language_model,
   optimizer,
   parameters,
   program,
   scores,
 )
-from gnlorp_jax.compose.settings import fixed_settings
+from gnlorp_jax.compose.settings import fixed_settings, words
 from gnlorp_jax.data import chat
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.chat import demo
@@ -241,6 +242,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     better=language_model.is_better if _keeps_best(prepared, config) else None,
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
+    accepted=words(config.accept or ''),
     select=_selection(prepared, config, batches),
     renew=lambda state: built.renew(state, numbers),
   )
@@ -274,7 +276,14 @@ def metadata(prepared: Prepared, config: SftConfig) -> dict[str, Any]:
   found = fixed_settings(config, compared=is_grid)
   if prepared.program.parameters.frozen:
     # They are in no checkpoint.
-    found['init_from'] = parameters.pinned(config.init_from)
+    found['init_from'] = config.init_from
+  found = identity.of_weights(
+    found,
+    {
+      'init_from': config.init_from,
+      'adapter.init_from': config.adapter.init_from,
+    },
+  )
   return (
     found
     | prepared.program.fixed

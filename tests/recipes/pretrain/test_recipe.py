@@ -117,7 +117,15 @@ def test_one_of_several_processes_is_refused(monkeypatch):
 # What a checkpoint must agree with.
 
 
-def metadata(tokenizer='f', part=(0, 90), single=True, frozen=None, **changes):
+def metadata(
+  tokenizer='f',
+  part=(0, 90),
+  content='c',
+  held_out='v',
+  single=True,
+  frozen=None,
+  **changes,
+):
   config = TrainConfig(model=TINY, data=DataConfig(seq_len=8))
   for name, value in changes.items():
     group, _, field = name.rpartition('__')
@@ -127,7 +135,12 @@ def metadata(tokenizer='f', part=(0, 90), single=True, frozen=None, **changes):
   shared = dataclasses.replace(config, seeds=None if single else '0,1')
   text = types.SimpleNamespace(
     tokenizer=types.SimpleNamespace(fingerprint=tokenizer),
-    training=types.SimpleNamespace(start=part[0], stop=part[1], tokens=100),
+    training=types.SimpleNamespace(
+      start=part[0], stop=part[1], tokens=100, fingerprint=content
+    ),
+    held_out=lambda: {
+      '': types.SimpleNamespace(start=90, stop=100, fingerprint=held_out)
+    },
   )
   program = types.SimpleNamespace(
     parameters=types.SimpleNamespace(frozen=frozen or {}), fixed={}
@@ -146,7 +159,7 @@ SHAPING = [
   ({'adapter__rules': ('a', 'b')}, "adapter.rules None != ['a', 'b']"),
   ({'step__weight_bits': 8}, 'step.weight_bits None != 8'),
   ({'data__seq_len': 4}, 'data.seq_len 8 != 4'),
-  ({'data__source': 'x'}, 'data.source stdlib != x'),
+  ({'content': 'd'}, 'data.tokens 100 (c) != 100 (d)'),
   ({'data__mode': 'padded'}, 'data.mode packed != padded'),
   ({'batch_size': 8}, 'batch_size 16 != 8'),
   ({'seed': 1}, 'seed 0 != 1'),
@@ -163,9 +176,12 @@ CHANGING = [
   {'eval_every': 3},
   {'keep_best': True},
   {'init_from': 'x'},
-  {'data__validation_source': 'x'},
+  {'held_out': 'w'},
 ]
 FREE = [
+  {'data__source': 'moved/'},
+  {'data__validation_source': 'moved/'},
+  {'accept': 'seed'},
   {'model__remat': True},
   {'model__initializer_std': 0.1},
   {'model__max_seq_len': 16},
@@ -209,9 +225,19 @@ def test_what_does_not_matter_may_change_among_compared_runs(changes):
 
 def test_frozen_weights_come_from_where_they_came(tmp_path):
   """They are in no checkpoint: the folder is read once more."""
-  saved = json.loads(json.dumps(metadata(frozen={'a': 1}, init_from='x')))
-  with pytest.raises(ValueError, match='init_from x != y'):
-    check_compatible(saved, metadata(frozen={'a': 1}, init_from='y'), 'folder')
+  for name in ('x', 'copy', 'y'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'model.safetensors').write_text(
+      name.replace('copy', 'x')
+    )
+
+  def found(name):
+    return metadata(frozen={'a': 1}, init_from=str(tmp_path / name))
+
+  saved = json.loads(json.dumps(found('x')))
+  check_compatible(saved, found('copy'), 'folder')
+  with pytest.raises(ValueError, match='init_from folder with the fingerprint'):
+    check_compatible(saved, found('y'), 'folder')
 
 
 # The loss.
