@@ -405,8 +405,8 @@ def test_files_of_another_user_are_no_damage(of_another_user, closed):
   usual = path.stat().st_mode
   path.chmod(0)
   text = (
-    f'The checkpoint of step 20 in {of_another_user} cannot be read: Permission '
-    f"denied: '{path}"
+    f'The checkpoint of step 20 in {of_another_user} cannot be read: '
+    f"Permission denied: '{path}"
   )
   with Checkpointer(of_another_user) as checkpointer:
     with pytest.raises(OSError, match=f'^{re.escape(text)}.*permissions'):
