@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gnlorp_jax.compose.fields import check_at_least_one, check_between
+from gnlorp_jax.compose.fields import check_at_least_one, check_within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,7 @@ class CoresetOptions:
 
   def __post_init__(self):
     check_at_least_one(self, 'pool', 'directions')
-    check_between(self, 'sketch', 0, float('inf'))
-    check_between(self, 'top', 0, float('inf'))
+    check_within(self, '[0, inf)', 'sketch', 'top')
     if not self.is_on:
       for field in dataclasses.fields(self):
         if (value := getattr(self, field.name)) != field.default:

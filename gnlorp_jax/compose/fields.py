@@ -14,6 +14,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from gnlorp_jax.optim.parts.checks import check_interval
+
 ON_RESUME = 'on_resume'
 
 
@@ -55,19 +57,27 @@ def check_at_least_one(config: Any, *names: str) -> None:
   """Raises ValueError unless the named fields are None or at least 1."""
   for name in names:
     value = getattr(config, name)
-    if value is not None and value < 1:
+    if value is not None and not value >= 1:
       raise ValueError(
         f'{type(config).__name__}.{name} must be at least 1, got {value}.'
       )
 
 
-def check_between(config: Any, name: str, low: float, high: float) -> None:
-  """Raises ValueError unless a field is None or lies in [low, high]."""
-  value = getattr(config, name)
-  if value is not None and not low <= value <= high:
-    raise ValueError(
-      f'{type(config).__name__}.{name} must be in [{low}, {high}], got {value}.'
-    )
+def check_within(
+  config: Any, interval: str, *names: str, fix: str = ''
+) -> None:
+  """Raises ValueError unless the named fields are None or in an interval.
+
+  Args:
+    config: A dataclass.
+    interval: As of `check_interval`, such as ``[0, 1)``: no interval has NaN or
+      an infinity in it.
+    *names: Its fields.
+    fix: What to give instead, a sentence.
+  """
+  for name in names:
+    value = getattr(config, name)
+    check_interval(f'{type(config).__name__}.{name}', value, interval, fix)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Literal, Self
 from gnlorp_jax.compose.fields import ON_RESUME as ON_RESUME
 from gnlorp_jax.compose.fields import (
   check_at_least_one,
-  check_between,
+  check_within,
   free,
   numbers,
   result,
@@ -24,6 +24,7 @@ from gnlorp_jax.compose.fields import (
 from gnlorp_jax.compose.fields import fixed_settings as fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
+from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.training import metrics
 
 OptimizerName = Literal[methods.names()]
@@ -114,18 +115,19 @@ class OptimConfig:
 
   def __post_init__(self):
     check_at_least_one(self, 'rank', 'update_proj_gap', 'cycle')
-    if self.learning_rate is not None and not self.learning_rate > 0:
-      raise ValueError(
-        f'OptimConfig.learning_rate must be positive, got {self.learning_rate}.'
-      )
-    if self.clip_global_norm is not None and not self.clip_global_norm > 0:
-      raise ValueError(
-        'OptimConfig.clip_global_norm must be positive, got '
-        f'{self.clip_global_norm}. Use None not to clip.'
-      )
-    check_between(self, 'warmup_fraction', 0, 1)
-    check_between(self, 'final_fraction', 0, 1)
-    check_between(self, 'restart_warmup_fraction', 0, 1)
+    check_within(self, '(0, inf)', 'learning_rate', 'granularity')
+    check_within(
+      self, '(0, inf)', 'clip_global_norm', fix='Use None not to clip.'
+    )
+    check_within(self, '[0, inf)', 'scale', 'eps', 'weight_decay')
+    check_within(self, '[0, 1)', 'b1', 'b2')
+    check_within(
+      self,
+      '[0, 1]',
+      'warmup_fraction',
+      'final_fraction',
+      'restart_warmup_fraction',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +173,9 @@ class AdapterOptions:
         f"adapters there, 'lora' or 'dora', got kind={self.kind!r}."
       )
     check_at_least_one(self, 'rank', 'restart_every')
-    check_between(self, 'dropout', 0, 1)
-    check_between(self, 'restart_prune_share', 0, 1)
-    if self.alpha is not None and not self.alpha > 0:
-      raise ValueError(
-        f'AdapterOptions.alpha must be positive, got {self.alpha}.'
-      )
+    check_within(self, '(0, inf)', 'alpha')
+    check_within(self, '[0, 1)', 'dropout')
+    check_within(self, '[0, 1]', 'restart_prune_share')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,7 +267,7 @@ class SamplingOptions:
 
   def __post_init__(self):
     check_at_least_one(self, 'layers', 'every')
-    check_between(self, 'warmup_steps', 0, float('inf'))
+    check_within(self, '[0, inf)', 'warmup_steps')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +291,7 @@ class TaskOptions:
 
   def __post_init__(self):
     check_at_least_one(self, 'limit', 'batch_size')
-    check_between(self, 'shots', 0, float('inf'))
+    check_within(self, '[0, inf)', 'shots')
     for name in self.names:
       if name not in data_tasks.names():
         raise ValueError(
@@ -415,8 +414,7 @@ class RunConfig:
         else f'seed={self.seed} must not be less than 0.'
       )
     for rate in self.searched_rates or ():
-      if not rate > 0:
-        raise ValueError(f'A learning rate must be positive, got {rate}.')
+      check_interval('A learning rate', rate, '(0, inf)')
 
   @property
   def seed_numbers(self) -> tuple[int, ...]:

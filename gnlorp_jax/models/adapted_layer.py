@@ -61,8 +61,8 @@ class AdapterConfig:
       )
     if not isinstance(self.rank, int) or self.rank < 1:
       raise ValueError(f'rank={self.rank!r} must be an integer of at least 1.')
-    if not self.alpha > 0:
-      raise ValueError(f'alpha={self.alpha} must be positive.')
+    if not 0 < self.alpha < math.inf:
+      raise ValueError(f'alpha={self.alpha} must be positive and finite.')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout={self.dropout} must be in [0, 1).')
     if not isinstance(self.rules, tuple) or not self.rules:

@@ -30,7 +30,7 @@ Shape suffixes in this file:
 import difflib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -107,8 +107,9 @@ def init(
     `nn.Partitioned` they are in one too, with its names of the axes they share.
 
   Raises:
-    ValueError: If a rule matches no kernel, or `call` applies to one that is
-      matched no `nn.Dense` or `nn.DenseGeneral`.
+    ValueError: If a rule matches no kernel, `call` applies to one that is
+      matched no `nn.Dense` or `nn.DenseGeneral`, or the rank is more than any
+      of them can use.
 
   Note:
     PEFT's draws: Kaiming's uniform distribution with a = sqrt(5), whose bound
@@ -120,18 +121,39 @@ def init(
     axes = dict.fromkeys(chosen, kernels.Axes())
   else:
     axes = kernels.axes_in(call, params, chosen)
+  shapes = {
+    layer: kernels.matrix_shape(kernels.array_of(kernel).shape, axes[layer])
+    for layer, kernel in chosen.items()
+  }
+  _check_rank(config.rank, shapes)
   flat = {}
   keys = jax.random.split(key, len(chosen))
   for (layer, kernel), kernel_key in zip(chosen.items(), keys, strict=True):
     array = kernels.array_of(kernel)
-    shape = kernels.matrix_shape(array.shape, axes[layer])
-    drawn = _draw(config, array, shape, kernel_key)
+    drawn = _draw(config, array, shapes[layer], kernel_key)
     for name, factor in drawn.items():
       shared = 'in' if name == 'lora_a' else 'out'
       flat[*layer, name] = kernels.boxed_beside(
         kernel, axes[layer], factor, shared
       )
   return traverse_util.unflatten_dict(flat)
+
+
+def _check_rank(
+  rank: int, shapes: Mapping[kernels.Path, tuple[int, ...]]
+) -> None:
+  """Raises ValueError if no kernel has as many directions as the rank.
+
+  Where some have, as where keys have fewer heads than queries, the others are
+  given more than they can use: one rank is for all.
+  """
+  most, layer = max((min(shape[-2:]), layer) for layer, shape in shapes.items())
+  if rank > most:
+    raise ValueError(
+      f'rank={rank} is more than any adapted kernel can use: the largest, '
+      f'{"/".join(layer)}, is {shapes[layer][-2]} x {shapes[layer][-1]}. Use '
+      f'at most {most}.'
+    )
 
 
 def _draw(

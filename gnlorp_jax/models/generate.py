@@ -47,8 +47,10 @@ class Sampling(NamedTuple):
 
   def check(self) -> None:
     """Raises ValueError if a number is outside its interval."""
-    if not self.temperature >= 0:
-      raise ValueError(f'temperature={self.temperature} must not be negative.')
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(
+        f'temperature={self.temperature} must be finite and not negative.'
+      )
     if self.top_k is not None and self.top_k < 1:
       raise ValueError(
         f'top_k={self.top_k} must be positive, or None for no limit.'

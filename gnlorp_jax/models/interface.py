@@ -14,6 +14,7 @@ Shape suffixes in this file:
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -299,6 +300,8 @@ def check_positive(config: Any, *names: str) -> None:
   """Raises ValueError if one of these fields is no number that can be used."""
   for name in names:
     value = getattr(config, name)
+    if value is not None and not math.isfinite(value):
+      raise ValueError(f'{name}={value} must be a finite number.')
     if value is not None and not value > 0:
       raise ValueError(f'{name}={value} must be positive.')
     # The length of an axis is an int32 in XLA's programs.

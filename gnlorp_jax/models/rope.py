@@ -337,7 +337,7 @@ def _fits(kind: Any, value: Any) -> bool:
   """Whether a value is of that type and, if it is a number, above 0."""
   if kind != _MANY:
     is_number = isinstance(value, int | float)
-    return isinstance(value, bool) or (is_number and value > 0)
+    return isinstance(value, bool) or (is_number and 0 < value < math.inf)
   return isinstance(value, tuple) and all(_fits(float, v) for v in value)
 
 

@@ -114,12 +114,12 @@ def test_helpers_keep_the_default():
     ),
     (
       lambda: OptimConfig(learning_rate=float('nan')),
-      'OptimConfig.learning_rate must be positive, got nan.',
+      'OptimConfig.learning_rate must be a finite number in (0, inf), got nan.',
     ),
     (
       lambda: OptimConfig(clip_global_norm=0.0),
-      'OptimConfig.clip_global_norm must be positive, got 0.0. Use None not to '
-      'clip.',
+      'OptimConfig.clip_global_norm must be in (0, inf), got 0.0. Use None '
+      'not to clip.',
     ),
     (
       lambda: AdapterOptions(rank=0),
@@ -139,11 +139,11 @@ def test_helpers_keep_the_default():
     ),
     (
       lambda: AdapterOptions(alpha=0.0),
-      'AdapterOptions.alpha must be positive, got 0.0.',
+      'AdapterOptions.alpha must be in (0, inf), got 0.0.',
     ),
     (
       lambda: AdapterOptions(dropout=-0.1),
-      'AdapterOptions.dropout must be in [0, 1], got -0.1.',
+      'AdapterOptions.dropout must be in [0, 1), got -0.1.',
     ),
     (
       lambda: StepConfig(accumulate='projected'),
@@ -181,7 +181,7 @@ def test_helpers_keep_the_default():
     ),
     (
       lambda: RunConfig(learning_rates='1e-3,-1'),
-      'A learning rate must be positive, got -1.0.',
+      'A learning rate must be in (0, inf), got -1.0.',
     ),
   ],
 )

@@ -714,7 +714,7 @@ def test_split_and_combine_are_inverse():
     ),
     ({'rank': 0}, 'rank=0 must be an integer of at least 1.'),
     ({'rank': 2.0}, 'rank=2.0 must be an integer of at least 1.'),
-    ({'alpha': 0.0}, 'alpha=0.0 must be positive.'),
+    ({'alpha': 0.0}, 'alpha=0.0 must be positive and finite.'),
     ({'dropout': 1.0}, 'dropout=1.0 must be in [0, 1).'),
     (
       {'rules': 'kernel'},
@@ -732,6 +732,24 @@ def test_wrong_configurations_are_refused(fields, text):
   with pytest.raises(ValueError) as error:
     adapters.AdapterConfig(**{'kind': 'lora', **fields})
   assert str(error.value) == text
+
+
+def test_rank_that_no_kernel_can_use_is_refused():
+  params = {
+    'wide': {'kernel': jnp.ones((64, 32))},
+    'narrow': {'kernel': jnp.ones((64, 4))},
+  }
+  key = jax.random.key(0)
+  rules = ('kernel',)
+  # One rank is for all: the narrow one has fewer directions.
+  found = adapters.init(config_of('lora', rank=32, rules=rules), params, key)
+  assert found['narrow']['lora_a'].shape == (64, 32)
+  with pytest.raises(ValueError) as error:
+    adapters.init(config_of('lora', rank=100_000, rules=rules), params, key)
+  assert str(error.value) == (
+    'rank=100000 is more than any adapted kernel can use: the largest, wide, '
+    'is 64 x 32. Use at most 32.'
+  )
 
 
 def test_rule_without_a_kernel_is_refused():

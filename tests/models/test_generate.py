@@ -299,7 +299,12 @@ def test_no_prompts_give_nothing():
       'Prompt 1 has ids from 3 to 37, and the model has those of [0, 37). Use '
       'its own tokenizer.',
     ),
-    ([[1]], 1, {'temperature': -1}, 'temperature=-1 must not be negative.'),
+    (
+      [[1]],
+      1,
+      {'temperature': -1},
+      'temperature=-1 must be finite and not negative.',
+    ),
     (
       [[1]],
       1,

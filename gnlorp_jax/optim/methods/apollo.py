@@ -66,7 +66,7 @@ def apollo_recovery(
   Raises:
     ValueError: If `granularity` is unknown, or a number out of its interval.
   """
-  check_interval('scale', scale, 0, float('inf'))
+  check_interval('scale', scale, '[0, inf)')
   check_choice('granularity', granularity, get_args(Granularity))
   limit = limiter(norm_growth_limit)
   factor = scale**0.5

@@ -93,7 +93,7 @@ def assemble(
       the labels do not fit the parameters.
   """
   check_moment_bits(moment_bits)
-  check_interval('weight_decay', weight_decay, 0, float('inf'))
+  check_interval('weight_decay', weight_decay, '[0, inf)')
   step = descend(learning_rate, weight_decay, decay_order=decay_order)
   find_labels = functools.partial(
     labels, param_labels, weight_dimension_numbers=weight_dimension_numbers

@@ -262,7 +262,7 @@ def scale_by_ldadam(
     `with_low_rank_projection`.
   """
   check_int('rank', rank)
-  check_interval('rho', rho, 0, 1)
+  check_interval('rho', rho, '[0, 1)')
   check_choice('side', side, get_args(Side))
   if side == 'both':
     raise ValueError(

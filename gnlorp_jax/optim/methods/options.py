@@ -15,6 +15,7 @@ import jax
 
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.parts.adam import DecayOrder, EpsMode, scale_by_adam
+from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.optim.parts.kernel_axes import DimensionNumbers, KernelAxes
 from gnlorp_jax.optim.parts.labels import ParamLabels
 from gnlorp_jax.optim.projections import Projection
@@ -245,6 +246,8 @@ def with_options(
       except TypeError as error:
         raise TypeError(f'{name}() {error}') from None
       _check_static(name, bound.arguments)
+      for argument, value in bound.arguments.items():
+        check_interval(argument, value, '(-inf, inf)')
       return method(*args, **{**options, **kwargs})
 
     with_all_options.__signature__ = signature  # type: ignore[attr-defined]

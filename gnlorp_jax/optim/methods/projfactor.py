@@ -68,8 +68,8 @@ def factored_recovery(b2: float, eps: float) -> Recovery:
   Raises:
     ValueError: If a number is out of its interval.
   """
-  check_interval('b2', b2, 0, 1)
-  check_interval('eps', eps, 0, float('inf'))
+  check_interval('b2', b2, '[0, 1)')
+  check_interval('eps', eps, '[0, inf)')
 
   def init(shape: tuple[int, ...]) -> Factors:
     *stack, m, n = shape
@@ -114,7 +114,7 @@ def scale_by_first_moment(b1: float) -> optax.GradientTransformation:
   Raises:
     ValueError: If `b1` is out of its interval.
   """
-  check_interval('b1', b1, 0, 1)
+  check_interval('b1', b1, '[0, 1)')
 
   def init_fn(params: optax.Params) -> FirstMomentState:
     return FirstMomentState(optax.tree.zeros_like(params, dtype=jnp.float32))

@@ -118,11 +118,15 @@ def scale_by_adafactor(
     Its `decay_rate` is negative. `optax.scale_by_factored_rms` leaves matrices
     with fewer than 128 rows or columns, thus most projected ones, unfactored.
   """
-  _check_positive('decay_rate', decay_rate, 0.8)
-  _check_positive('eps', eps, 1e-30)
-  _check_positive('clip_threshold', clip_threshold, 1.0)
+  check_interval(
+    'decay_rate', decay_rate, '(0, inf)', 'The usual value is 0.8.'
+  )
+  check_interval('eps', eps, '(0, inf)', 'The usual value is 1e-30.')
+  check_interval(
+    'clip_threshold', clip_threshold, '(0, inf)', 'The usual value is 1.0.'
+  )
   if b1 is not None:
-    check_interval('b1', b1, 0, 1)
+    check_interval('b1', b1, '[0, 1)')
 
   def is_matrix(path: tuple[Any, ...], param: jax.Array) -> bool:
     return param.ndim >= 2 and bool(re.search(matrix_names, path_name(path)))
@@ -182,11 +186,3 @@ def scale_by_adafactor(
     return updates, AdafactorState(count, mu, row, col, nu)
 
   return skip_empty(optax.GradientTransformation(init_fn, update_fn))
-
-
-def _check_positive(name: str, value: Any, usual: float) -> None:
-  """Raises unless value > 0; traced values cannot be checked."""
-  if isinstance(value, int | float) and not value > 0:
-    raise ValueError(
-      f'{name} must be positive, got {value}. The usual value is {usual}.'
-    )

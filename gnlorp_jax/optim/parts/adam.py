@@ -68,9 +68,9 @@ def scale_by_adam(
     always float32.
   """
   check_choice('eps_mode', eps_mode, get_args(EpsMode))
-  check_interval('b1', b1, 0, 1)
-  check_interval('b2', b2, 0, 1)
-  check_interval('eps', eps, 0, float('inf'))
+  check_interval('b1', b1, '[0, 1)')
+  check_interval('b2', b2, '[0, 1)')
+  check_interval('eps', eps, '[0, inf)')
 
   def zeros(params: optax.Params) -> optax.Params:
     return optax.tree.zeros_like(params, dtype=jnp.float32)

@@ -1,5 +1,6 @@
 """Argument checks of the library: the value, the rule, the fix."""
 
+import math
 import numbers
 from typing import Any
 
@@ -29,10 +30,36 @@ def check_int(name: str, value: int) -> None:
     raise ValueError(f'{name} must be at least 1, got {value}.')
 
 
-def check_interval(name: str, value: Any, low: float, high: float) -> None:
-  """Raises unless low <= value < high; traced values cannot be checked."""
-  if isinstance(value, int | float) and not low <= value < high:
-    raise ValueError(f'{name} must be in [{low}, {high}), got {value}.')
+def check_interval(name: str, value: Any, interval: str, fix: str = '') -> None:
+  """Raises a `ValueError` unless a number lies in an interval.
+
+  Args:
+    name: What to call the number in the error.
+    value: The number. What is none, such as a schedule or a traced array, is
+      not checked.
+    interval: As one writes it, such as ``[0, 1)`` or ``(0, inf)``. NaN and the
+      infinities are in none, whatever its brackets say.
+    fix: What to give instead, a sentence.
+
+  Examples:
+    >>> check_interval('b1', 0.9, '[0, 1)')
+    >>> check_interval('learning_rate', float('nan'), '(-inf, inf)')
+    Traceback (most recent call last):
+      ...
+    ValueError: learning_rate must be a finite number in (-inf, inf), got nan.
+  """
+  if not isinstance(value, numbers.Real):
+    return
+  low, high = map(float, interval[1:-1].split(','))
+  number = float(value)
+  above = number >= low if interval[0] == '[' else number > low
+  below = number <= high if interval[-1] == ']' else number < high
+  finite = math.isfinite(number)
+  if not (finite and above and below):
+    raise ValueError(
+      f'{name} must be {"" if finite else "a finite number "}in {interval}, '
+      f'got {value}.{" " * bool(fix)}{fix}'
+    )
 
 
 def check_params(params: optax.Params | None) -> None:

@@ -103,7 +103,7 @@ def limiter(limit: float | None) -> Limiter:
   """
   if limit is None:
     return Limiter(lambda shape: (), lambda x_MN, state: (x_MN, state))
-  check_interval('norm_growth_limit', limit, 1, math.inf)
+  check_interval('norm_growth_limit', limit, '[1, inf)')
 
   def init(shape: tuple[int, ...]) -> jax.Array:
     return jnp.full(shape[:-2], NO_NORM, jnp.float32)

@@ -12,7 +12,7 @@ from gnlorp_jax.compose.settings import (
   OptimConfig,
   RunConfig,
   check_at_least_one,
-  check_between,
+  check_within,
   free,
   result,
   words,
@@ -146,7 +146,7 @@ class GlueConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     check_at_least_one(self, 'epochs', 'eval_batch_size', 'max_length')
-    check_between(self, 'dropout', 0, 1)
+    check_within(self, '[0, 1)', 'dropout')
     if self.optim.learning_rate is not None and self.learning_rates is not None:
       raise ValueError(
         f'optim.learning_rate={self.optim.learning_rate} and learning_rates='

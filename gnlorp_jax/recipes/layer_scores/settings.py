@@ -2,13 +2,12 @@
 
 import dataclasses
 import difflib
-import math
 import pathlib
 from typing import Literal
 
 from gnlorp_jax.compose import command_line, pretrained
 from gnlorp_jax.compose.layer_scores import KINDS, Kind
-from gnlorp_jax.compose.settings import check_at_least_one, words
+from gnlorp_jax.compose.settings import check_at_least_one, check_within, words
 from gnlorp_jax.models.interface import Dtype
 
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0, 13.0)
@@ -74,10 +73,7 @@ class LayerScoresConfig:
       raise ValueError(f'length={self.length} must be at least 2.')
     if self.seed < 0:
       raise ValueError(f'seed={self.seed} must not be less than 0.')
-    if not 0 < self.threshold < math.inf:
-      raise ValueError(
-        f'threshold={self.threshold} must be positive and finite; 5 is usual.'
-      )
+    check_within(self, '(0, inf)', 'threshold', fix='5 is usual.')
     if self.template is not None and self.format != 'chat':
       raise ValueError(
         f'template={self.template!r} writes conversations down, and with '

@@ -4,8 +4,9 @@ import dataclasses
 import re
 from typing import Literal
 
-from gnlorp_jax.compose.settings import check_at_least_one, words
+from gnlorp_jax.compose.settings import check_at_least_one, check_within, words
 from gnlorp_jax.merging import doge, methods
+from gnlorp_jax.optim.parts.checks import check_interval
 
 _LAYER_MATRICES = r'\.\d+\.'
 _OF_DOGE = ('eta', 'subspace', 'steps', 'rate', 'solver', 'inner', 'project')
@@ -112,11 +113,11 @@ class MergeConfig:
           f'keep={keep:g} must be in [1, 100]: it is in percent, so that a '
           'share of 0.3 is keep=30. To merge nothing leave the expert out.'
         )
-    if self.eta != 'auto' and not self.eta > 0:
-      raise ValueError(f"eta={self.eta} must be positive, or 'auto'.")
-    for name in ('rate', 'shard_gb'):
-      if not getattr(self, name) > 0:
-        raise ValueError(f'{name}={getattr(self, name)} must be positive.')
+    check_within(self, '(0, inf)', 'rate', 'shard_gb')
+    check_within(self, '(0, inf)', 'eta', fix="Or give 'auto'.")
+    check_within(self, '(-inf, inf)', 'scale')
+    for weight in self.weights:
+      check_interval('A weight of an expert', weight, '(-inf, inf)')
     if self.method == 'doge' and any(weight <= 0 for weight in self.weights):
       raise ValueError(
         f'weights={self.weights} must be positive in doge, whose coefficients '

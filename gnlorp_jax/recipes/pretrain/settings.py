@@ -17,7 +17,7 @@ from gnlorp_jax.compose.settings import (
   RunConfig,
   TaskOptions,
   check_at_least_one,
-  check_between,
+  check_within,
   free,
   result,
 )
@@ -62,11 +62,7 @@ class DataConfig:
 
   def __post_init__(self):
     check_at_least_one(self, 'seq_len')
-    if not 0 < self.validation_fraction < 1:
-      raise ValueError(
-        'DataConfig.validation_fraction must lie between 0 and 1, got '
-        f'{self.validation_fraction}.'
-      )
+    check_within(self, '(0, 1)', 'validation_fraction')
     if self.document_mask and self.mode != 'packed':
       raise ValueError(
         "data.document_mask=True needs data.mode='packed', got "
@@ -93,7 +89,7 @@ class SampleConfig:
   None: among all that `top_k` leaves."""
 
   def __post_init__(self):
-    check_between(self, 'num_tokens', 0, float('inf'))
+    check_within(self, '[0, inf)', 'num_tokens')
     Sampling(self.temperature, self.top_k, self.top_p).check()
 
 
@@ -148,6 +144,7 @@ class TrainConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     check_at_least_one(self, 'eval_batches', 'loss_chunk_tokens')
+    check_within(self, '(0, 1)', 'mask_rate')
     if self.patience is not None and not self.keep_best:
       raise ValueError(
         f'patience={self.patience} counts evaluations since the best one, and '
@@ -192,10 +189,6 @@ class TrainConfig(RunConfig):
       raise ValueError(
         f"eval.tasks={self.eval.tasks!r} needs objective='causal': a masked "
         'model continues no text.'
-      )
-    if not 0 < self.mask_rate < 1:
-      raise ValueError(
-        f'TrainConfig.mask_rate must lie between 0 and 1, got {self.mask_rate}.'
       )
     if self.data.mode != 'packed':
       raise ValueError(

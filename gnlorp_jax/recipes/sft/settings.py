@@ -4,6 +4,7 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from gnlorp_jax import models
@@ -15,6 +16,7 @@ from gnlorp_jax.compose.settings import (
   RunConfig,
   TaskOptions,
   check_at_least_one,
+  check_within,
   free,
   result,
 )
@@ -66,7 +68,8 @@ class ChatDataConfig:
 
   def __post_init__(self):
     check_at_least_one(self, 'max_length', 'limit')
-    if self.val_size < 0 or (self.val_size > 1 and self.val_size % 1):
+    size = self.val_size
+    if not 0 <= size < math.inf or (size > 1 and size % 1):
       raise ValueError(
         f'data.val_size={self.val_size} must be a number of examples, such as '
         '100, a share below 1, such as 0.02, or 0 for none.'
@@ -99,10 +102,7 @@ class SftEvalOptions(TaskOptions):
   def __post_init__(self):
     super().__post_init__()
     check_at_least_one(self, 'max_tokens')
-    for name in ('generate', 'temperature'):
-      value = getattr(self, name)
-      if value is not None and value < 0:
-        raise ValueError(f'eval.{name}={value} must not be negative.')
+    check_within(self, '[0, inf)', 'generate', 'temperature')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,8 +180,7 @@ class SftConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     check_at_least_one(self, 'loss_chunk_tokens')
-    if self.epochs is not None and not self.epochs > 0:
-      raise ValueError(f'epochs={self.epochs} must be positive.')
+    check_within(self, '(0, inf)', 'epochs')
     if self.patience is not None and not self._finds_best:
       raise ValueError(
         f'patience={self.patience} counts evaluations since the best one; that '

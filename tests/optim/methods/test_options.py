@@ -1,6 +1,7 @@
 """Shared keywords: filled in, checked, and told by `help`."""
 
 import inspect
+import math
 import pydoc
 import re
 
@@ -29,6 +30,21 @@ def test_help_tells_every_option_with_its_default(name):
   assert not re.search(r': As in `', text)
   for parameter in list(parameters.values())[1:]:
     assert parameter.default is not inspect.Parameter.empty
+
+
+@every_alias
+def test_no_number_may_be_other_than_finite(name):
+  alias = methods.get(name)
+  checked = {'learning_rate'} | {
+    argument
+    for argument, parameter in inspect.signature(alias).parameters.items()
+    if isinstance(parameter.default, float)
+  }
+  for argument in checked:
+    for value in (math.nan, math.inf):
+      with pytest.raises(ValueError) as error:
+        alias(**{'learning_rate': 1e-3, argument: value})
+      assert str(error.value).startswith(f'{argument} must be a finite number')
 
 
 def test_defaults_are_those_of_the_method():

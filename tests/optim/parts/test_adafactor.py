@@ -214,12 +214,12 @@ def test_state_buffers_are_distinct_so_that_they_can_be_donated():
   [
     (
       {'decay_rate': -0.8},
-      'decay_rate must be positive, got -0.8. The usual value is 0.8.',
+      'decay_rate must be in (0, inf), got -0.8. The usual value is 0.8.',
     ),
-    ({'eps': 0}, 'eps must be positive, got 0. The usual value is 1e-30.'),
+    ({'eps': 0}, 'eps must be in (0, inf), got 0. The usual value is 1e-30.'),
     (
       {'clip_threshold': 0.0},
-      'clip_threshold must be positive, got 0.0. The usual value is 1.0.',
+      'clip_threshold must be in (0, inf), got 0.0. The usual value is 1.0.',
     ),
     ({'b1': 1.0}, 'b1 must be in [0, 1), got 1.0.'),
   ],

@@ -41,7 +41,10 @@ def test_folders_without_adapters_are_refused(tmp_path):
   'options, text',
   [
     ({'max_tokens': 0}, 'ChatConfig.max_tokens must be at least 1, got 0.'),
-    ({'temperature': -1.0}, 'temperature=-1.0 must not be negative.'),
+    (
+      {'temperature': -1.0},
+      'temperature=-1.0 must be finite and not negative.',
+    ),
     ({'seed': -1}, 'seed=-1 must not be less than 0.'),
     (
       {'prompt': ' '},

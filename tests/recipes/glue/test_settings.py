@@ -158,7 +158,7 @@ def test_all_methods_are_those_that_are_compared():
     (['--learning-rates', ''], "learning_rates='' names nothing."),
     (
       ['--clip-global-norm', '0'],
-      'OptimConfig.clip_global_norm must be positive, got 0.0. Use None',
+      'OptimConfig.clip_global_norm must be in (0, inf), got 0.0. Use None',
     ),
     (
       ['--task', 'a/b', '--data.train', 'x', '--data.dev', 'y'],
@@ -168,7 +168,7 @@ def test_all_methods_are_those_that_are_compared():
       ['--task', 'mrpc', '--data.train', 'x', '--data.dev', 'y'],
       'that is the name of a task of GLUE, whose averages it would',
     ),
-    (['--learning-rates', '1e-3,-1'], 'must be positive, got -1.0'),
+    (['--learning-rates', '1e-3,-1'], 'must be in (0, inf), got -1.0'),
     (
       ['--learning-rate', '1', '--learning-rates', '1'],
       "optim.learning_rate=1.0 and learning_rates='1' exclude each other: give "
@@ -176,17 +176,17 @@ def test_all_methods_are_those_that_are_compared():
     ),
     (
       ['--optim.learning-rate', '-1'],
-      'OptimConfig.learning_rate must be positive, got -1.0.',
+      'OptimConfig.learning_rate must be in (0, inf), got -1.0.',
     ),
     (['--seed', '-1'], 'seed=-1 must not be less than 0.'),
     (['--rank', '0'], 'OptimConfig.rank must be at least 1, got 0.'),
     (
       ['--adapter-alpha', '-1'],
-      'AdapterOptions.alpha must be positive, got -1.0.',
+      'AdapterOptions.alpha must be in (0, inf), got -1.0.',
     ),
     (
       ['--adapter-dropout', '2'],
-      'AdapterOptions.dropout must be in [0, 1], got 2.0.',
+      'AdapterOptions.dropout must be in [0, 1), got 2.0.',
     ),
     (
       ['--warmup-fraction', '2'],
@@ -198,7 +198,7 @@ def test_all_methods_are_those_that_are_compared():
       'TaskDataConfig.max_dev_examples must be at least 1, got 0.',
     ),
     (['--epochs', '0'], 'GlueConfig.epochs must be at least 1, got 0.'),
-    (['--dropout', '2'], 'GlueConfig.dropout must be in [0, 1], got 2.0.'),
+    (['--dropout', '2'], 'GlueConfig.dropout must be in [0, 1), got 2.0.'),
   ],
 )
 def test_mistakes_are_named_with_their_mending(args, text, capsys):

@@ -44,9 +44,13 @@ def test_the_threshold_joins_those_that_are_always_told():
     *(
       (
         {'threshold': value},
-        f'threshold={value} must be positive and finite; 5 is usual.',
+        f'LayerScoresConfig.threshold must be {rule}, got {value}. 5 is usual.',
       )
-      for value in (0.0, math.inf, math.nan)
+      for value, rule in (
+        (0.0, 'in (0, inf)'),
+        (math.inf, 'a finite number in (0, inf)'),
+        (math.nan, 'a finite number in (0, inf)'),
+      )
     ),
     (
       {'template': 'alpaca'},

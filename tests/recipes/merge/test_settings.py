@@ -84,8 +84,11 @@ def test_experts_may_be_joined_by_commas():
       "These options have no effect with method='doge': scale=0.5: eta=0.07 is "
       'absolute. Leave them out.',
     ),
-    ({'method': 'doge', 'eta': -1.0}, "eta=-1.0 must be positive, or 'auto'."),
-    ({'shard_gb': 0.0}, 'shard_gb=0.0 must be positive.'),
+    (
+      {'method': 'doge', 'eta': -1.0},
+      "MergeConfig.eta must be in (0, inf), got -1.0. Or give 'auto'.",
+    ),
+    ({'shard_gb': 0.0}, 'MergeConfig.shard_gb must be in (0, inf), got 0.0.'),
     (
       {'method': 'doge', 'weights': (1.0, -1.0)},
       'weights=(1.0, -1.0) must be positive in doge, whose coefficients they '

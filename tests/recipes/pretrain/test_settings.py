@@ -118,12 +118,12 @@ def test_help_explains_every_field(capsys):
     (['--steps', '0'], 'TrainConfig.steps must be at least 1, got 0.'),
     (
       ['--optim.learning-rate', '-1'],
-      'OptimConfig.learning_rate must be positive, got -1.0.',
+      'OptimConfig.learning_rate must be in (0, inf), got -1.0.',
     ),
     (
       ['--optim.clip-global-norm', '0'],
-      'OptimConfig.clip_global_norm must be positive, got 0.0. Use None not to '
-      'clip.',
+      'OptimConfig.clip_global_norm must be in (0, inf), got 0.0. Use None '
+      'not to clip.',
     ),
     (
       ['--optim.warmup-fraction', '1.5'],
@@ -145,7 +145,7 @@ def test_help_explains_every_field(capsys):
     ),
     (
       ['--sample.num-tokens', '-5'],
-      'SampleConfig.num_tokens must be in [0, inf], got -5.',
+      'SampleConfig.num_tokens must be in [0, inf), got -5.',
     ),
     (['--eval-batches', '0'], 'TrainConfig.eval_batches must be at least 1'),
     (
@@ -176,7 +176,7 @@ def test_help_explains_every_field(capsys):
     (['--eval.limit', '0'], 'TaskOptions.limit must be at least 1, got 0.'),
     (
       ['--data.validation-fraction', '3'],
-      'DataConfig.validation_fraction must lie between 0 and 1, got 3.0.',
+      'DataConfig.validation_fraction must be in (0, 1), got 3.0.',
     ),
     (
       ['--model.num-heads', '3'],
@@ -205,7 +205,7 @@ def test_help_explains_every_field(capsys):
     ),
     (
       ['--adapter.dropout', '1.5'],
-      'AdapterOptions.dropout must be in [0, 1], got 1.5.',
+      'AdapterOptions.dropout must be in [0, 1), got 1.5.',
     ),
     (
       ['--learning-rates', '0.1,x'],

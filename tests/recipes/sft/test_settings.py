@@ -1,6 +1,7 @@
 """What a command line of train_sft.py becomes, and what it refuses."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_a_file_is_what_options_override(tmp_path):
       {'adapter': AdapterOptions(alpha=3.0)},
       "method='gradnormlorp' has no adapters for options of adapter to change.",
     ),
-    ({'epochs': 0.0}, 'epochs=0.0 must be positive.'),
+    ({'epochs': 0.0}, 'SftConfig.epochs must be in (0, inf), got 0.0.'),
     (
       {
         'learning_rates': '1,2',
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_refused(fields, expected):
   assert expected in refused(SftConfig, **fields)
 
 
-@pytest.mark.parametrize('size', [-1, 1.5])
+@pytest.mark.parametrize('size', [-1, 1.5, math.inf, math.nan])
 def test_sizes_to_hold_out_are_shares_or_numbers(size):
   assert f'data.val_size={size} must be a number of examples' in refused(
     ChatDataConfig, val_size=size
@@ -127,8 +128,12 @@ def test_sizes_to_hold_out_are_shares_or_numbers(size):
 
 
 def test_answers_have_numbers_in_range():
-  assert 'eval.generate=-1' in refused(SftEvalOptions, generate=-1)
-  assert 'eval.temperature=-1.0' in refused(SftEvalOptions, temperature=-1.0)
+  assert 'generate must be in [0, inf), got -1' in refused(
+    SftEvalOptions, generate=-1
+  )
+  assert 'temperature must be in [0, inf), got -1.0' in refused(
+    SftEvalOptions, temperature=-1.0
+  )
   assert 'max_tokens must be at least 1' in refused(
     SftEvalOptions, max_tokens=0
   )
