@@ -21,15 +21,18 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import logging
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, run_directory
-from gnlorp_jax.recipes import grid
-from gnlorp_jax.recipes.glue import recipe, report, table, tasks
-from gnlorp_jax.recipes.glue.settings import GlueConfig, parse
-from gnlorp_jax.training import metrics
-from gnlorp_jax.training.interrupt import StopRequest
+with interruption.starting():
+  import logging
+  import sys
+
+  from gnlorp_jax.compose import command_line, run_directory
+  from gnlorp_jax.recipes import grid
+  from gnlorp_jax.recipes.glue import recipe, report, table, tasks
+  from gnlorp_jax.recipes.glue.settings import GlueConfig, parse
+  from gnlorp_jax.training import metrics
+  from gnlorp_jax.training.interrupt import StopRequest
 
 _logger = logging.getLogger('train_glue')
 

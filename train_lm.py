@@ -21,15 +21,18 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, coreset, program
-from gnlorp_jax.optim import format_report
-from gnlorp_jax.recipes import grid
-from gnlorp_jax.recipes.pretrain import recipe, report
-from gnlorp_jax.recipes.pretrain.settings import TrainConfig, parse
-from gnlorp_jax.training import loop, metrics
-from gnlorp_jax.training.interrupt import StopRequest
+with interruption.starting():
+  import sys
+
+  from gnlorp_jax.compose import command_line, coreset, program
+  from gnlorp_jax.optim import format_report
+  from gnlorp_jax.recipes import grid
+  from gnlorp_jax.recipes.pretrain import recipe, report
+  from gnlorp_jax.recipes.pretrain.settings import TrainConfig, parse
+  from gnlorp_jax.training import loop, metrics
+  from gnlorp_jax.training.interrupt import StopRequest
 
 
 def main(args: list[str] | None = None) -> None:

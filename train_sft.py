@@ -22,15 +22,18 @@ import os
 # XLA's own: the small factorisations of a refresh took a hundred times as long.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, coreset, program
-from gnlorp_jax.optim import format_report
-from gnlorp_jax.recipes import grid
-from gnlorp_jax.recipes.sft import data, recipe, report
-from gnlorp_jax.recipes.sft.settings import SftConfig, parse
-from gnlorp_jax.training import loop, metrics
-from gnlorp_jax.training.interrupt import StopRequest
+with interruption.starting():
+  import sys
+
+  from gnlorp_jax.compose import command_line, coreset, program
+  from gnlorp_jax.optim import format_report
+  from gnlorp_jax.recipes import grid
+  from gnlorp_jax.recipes.sft import data, recipe, report
+  from gnlorp_jax.recipes.sft.settings import SftConfig, parse
+  from gnlorp_jax.training import loop, metrics
+  from gnlorp_jax.training.interrupt import StopRequest
 
 
 def main(args: list[str] | None = None) -> None:

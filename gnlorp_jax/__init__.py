@@ -1,31 +1,44 @@
 """Memory-lean language-model training in JAX: GradNormLoRP and its family."""
 
-from gnlorp_jax.optim import (
-  LazyRefresh,
-  WeightDimensionNumbers,
-  adamw,
-  apollo,
-  apollo_mini,
-  dct_adamw,
-  fira,
-  for_any_tree,
-  format_report,
-  galore,
-  galore_adafactor,
-  gradnormlorp,
-  inspect,
-  ldadam,
-  projections,
-  projfactor,
-  q_galore,
-  quantize_moments,
-  report,
-  spare_norms_and_biases,
-  stochastic_rounding,
-  vlorp,
-  with_low_rank_projection,
-  with_weight_norm,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from gnlorp_jax.optim import (
+    LazyRefresh,
+    WeightDimensionNumbers,
+    adamw,
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
+    for_any_tree,
+    format_report,
+    galore,
+    galore_adafactor,
+    gradnormlorp,
+    inspect,
+    ldadam,
+    projections,
+    projfactor,
+    q_galore,
+    quantize_moments,
+    report,
+    spare_norms_and_biases,
+    stochastic_rounding,
+    vlorp,
+    with_low_rank_projection,
+    with_weight_norm,
+  )
+else:
+
+  def __getattr__(name: str) -> Any:
+    # Names are looked up when they are asked for: commands lie in this package
+    # too, and must hear of Ctrl-C before JAX is imported.
+    if name not in __all__:
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module('gnlorp_jax.optim'), name)
+
 
 __version__ = '0.1.0'
 
@@ -55,3 +68,7 @@ __all__ = [
   'with_low_rank_projection',
   'with_weight_norm',
 ]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

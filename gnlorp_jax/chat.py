@@ -20,25 +20,24 @@ import os
 # XLA's own.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import signal
-import sys
+from gnlorp_jax.compose import interruption
 
-import rich.console
+with interruption.starting():
+  import sys
 
-from gnlorp_jax.compose import command_line
-from gnlorp_jax.recipes.chat import recipe, terminal
-from gnlorp_jax.recipes.chat.settings import ChatConfig, parse
+  import rich.console
+
+  from gnlorp_jax.compose import command_line
+  from gnlorp_jax.recipes.chat import recipe, terminal
+  from gnlorp_jax.recipes.chat.settings import ChatConfig, parse
 
 
 def main(args: list[str] | None = None) -> None:
   """Runs the command line `args`; a user's mistake ends with one message."""
   words = sys.argv[1:] if args is None else args
-  try:
-    command_line.run(
-      lambda: chat(parse(words, __doc__)), traceback_variable='CHAT_TRACEBACK'
-    )
-  except KeyboardInterrupt:
-    raise SystemExit(128 + signal.SIGINT) from None
+  command_line.run(
+    lambda: chat(parse(words, __doc__)), traceback_variable='CHAT_TRACEBACK'
+  )
 
 
 def chat(config: ChatConfig) -> None:

@@ -19,11 +19,14 @@ import os
 # XLA's own.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, progress
-from gnlorp_jax.recipes.evaluate import recipe, report
-from gnlorp_jax.recipes.evaluate.settings import EvaluateConfig, parse
+with interruption.starting():
+  import sys
+
+  from gnlorp_jax.compose import command_line, progress
+  from gnlorp_jax.recipes.evaluate import recipe, report
+  from gnlorp_jax.recipes.evaluate.settings import EvaluateConfig, parse
 
 
 def main(args: list[str] | None = None) -> None:

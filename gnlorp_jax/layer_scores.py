@@ -21,12 +21,15 @@ import os
 # XLA's own.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import pathlib
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, progress
-from gnlorp_jax.recipes.layer_scores import recipe, report
-from gnlorp_jax.recipes.layer_scores.settings import LayerScoresConfig, parse
+with interruption.starting():
+  import pathlib
+  import sys
+
+  from gnlorp_jax.compose import command_line, progress
+  from gnlorp_jax.recipes.layer_scores import recipe, report
+  from gnlorp_jax.recipes.layer_scores.settings import LayerScoresConfig, parse
 
 
 def main(args: list[str] | None = None) -> None:

@@ -18,12 +18,15 @@ import os
 # XLA's own.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-import sys
+from gnlorp_jax.compose import interruption
 
-from gnlorp_jax.compose import command_line, progress
-from gnlorp_jax.recipes.merge import recipe, report
-from gnlorp_jax.recipes.merge.parsing import parse
-from gnlorp_jax.recipes.merge.settings import MergeConfig
+with interruption.starting():
+  import sys
+
+  from gnlorp_jax.compose import command_line, progress
+  from gnlorp_jax.recipes.merge import recipe, report
+  from gnlorp_jax.recipes.merge.parsing import parse
+  from gnlorp_jax.recipes.merge.settings import MergeConfig
 
 
 def main(args: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import gnlorp_jax
-from gnlorp_jax import optim
+from gnlorp_jax import optim, plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,12 +34,21 @@ def test_all_names_what_is_there(module):
   tree = ast.parse(pathlib.Path(module.__file__).read_text())
   imported = [
     alias.asname or alias.name
-    for node in tree.body
+    for node in ast.walk(tree)
     if isinstance(node, ast.ImportFrom)
+    and node.module.startswith('gnlorp_jax.')
     for alias in node.names
   ]
   assert module.__all__ == sorted(set(imported))
   assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize('module', [gnlorp_jax, plan])
+def test_names_that_are_looked_up_late_are_all_there(module):
+  assert set(module.__all__) <= set(dir(module))
+  assert all(getattr(module, name) is not None for name in module.__all__)
+  with pytest.raises(AttributeError, match=r"'gnlorp_jax.*' has no attribute"):
+    _ = module.absent
 
 
 def test_the_face_of_the_package_is_a_part_of_the_optimizers():

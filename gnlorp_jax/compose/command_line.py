@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from gnlorp_jax.compose import interruption
+
 _logger = logging.getLogger(__name__)
 
 Settings = TypeVar('Settings')
@@ -53,7 +55,7 @@ def override(
 
 
 def run(main: Callable[[], None], traceback_variable: str) -> None:
-  """Runs a program; a user's mistake ends it with one message.
+  """Runs a program; a user's mistake, or Ctrl-C, ends it with one message.
 
   Args:
     main: The program.
@@ -61,14 +63,16 @@ def run(main: Callable[[], None], traceback_variable: str) -> None:
       shows where it arose.
 
   Raises:
-    SystemExit: With status 2, after a ValueError or an OSError.
+    SystemExit: With status 2, after a ValueError or an OSError; as of
+      `interruption.running`.
   """
-  try:
-    main()
-  except (ValueError, OSError) as error:
-    if traceback_variable in os.environ:
-      raise
-    exit_with_message(error)
+  with interruption.running():
+    try:
+      main()
+    except (ValueError, OSError) as error:
+      if traceback_variable in os.environ:
+        raise
+      exit_with_message(error)
 
 
 def exit_with_message(error: Exception) -> None:

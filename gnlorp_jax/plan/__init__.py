@@ -17,9 +17,24 @@ PLAN_TRACEBACK set in the environment, an error shows where it arose.
   python -m gnlorp_jax.plan sft --model llama-3.1-8b --method lora
 """
 
-from gnlorp_jax.plan.count import Plan, compiled, lower_bound
-from gnlorp_jax.plan.settings import GluePlanConfig, PlanConfig, SftPlanConfig
-from gnlorp_jax.plan.suggest import Suggestion, changes, replace, suggestions
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from gnlorp_jax.plan.count import Plan, compiled, lower_bound
+  from gnlorp_jax.plan.settings import GluePlanConfig, PlanConfig, SftPlanConfig
+  from gnlorp_jax.plan.suggest import Suggestion, changes, replace, suggestions
+else:
+
+  def __getattr__(name: str) -> Any:
+    # When they are asked for, as in the package above.
+    for module in ('count', 'settings', 'suggest'):
+      if name in __all__:
+        found = importlib.import_module(f'{__name__}.{module}')
+        if hasattr(found, name):
+          return getattr(found, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
 
 __all__ = [
   'GluePlanConfig',
@@ -33,3 +48,7 @@ __all__ = [
   'replace',
   'suggestions',
 ]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

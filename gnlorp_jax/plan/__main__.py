@@ -1,16 +1,19 @@
 """The command `python -m gnlorp_jax.plan`; the package says what it does."""
 
-import difflib
-import logging
-import os
-import sys
+from gnlorp_jax.compose import interruption
 
-import jax
+with interruption.starting():
+  import difflib
+  import logging
+  import os
+  import sys
 
-from gnlorp_jax import plan
-from gnlorp_jax.compose import command_line
-from gnlorp_jax.plan.report import report
-from gnlorp_jax.plan.settings import RECIPES, Settings
+  import jax
+
+  from gnlorp_jax import plan
+  from gnlorp_jax.compose import command_line
+  from gnlorp_jax.plan.report import report
+  from gnlorp_jax.plan.settings import RECIPES, Settings
 
 
 def main(args: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import TextIO
 
 import rich.console
 
+from gnlorp_jax.compose import interruption
 from gnlorp_jax.recipes.chat.recipe import Dialogue
 
 RESET, QUIT = '/reset', '/quit'
@@ -68,15 +69,16 @@ def talk(dialogue: Dialogue, console: rich.console.Console) -> None:
   with contextlib.suppress(ImportError):
     importlib.import_module('readline')  # Lines can be edited and called back.
   _note(console, _WELCOME)
-  for question in _questions(console):
-    if question == RESET:
-      dialogue.reset()
-      _note(console, 'What was said is forgotten.')
-      continue
-    try:
-      _show(dialogue, question, console)
-    except ValueError as error:
-      _note(console, f'error: {error}')
+  with interruption.raising():
+    for question in _questions(console):
+      if question == RESET:
+        dialogue.reset()
+        _note(console, 'What was said is forgotten.')
+        continue
+      try:
+        _show(dialogue, question, console)
+      except ValueError as error:
+        _note(console, f'error: {error}')
 
 
 def _questions(console: rich.console.Console) -> Iterator[str]:

@@ -1,0 +1,98 @@
+"""Ctrl-C: one line and status 130, wherever in a command it comes.
+
+Python raises KeyboardInterrupt at whatever is running. Code in C may turn it
+into another error, or into none, or crash of it while a library is loaded. So
+commands have handlers of their own: `starting` around their imports, where
+nothing is lost by an end at once, and `running` around the rest.
+
+This module imports little: it is what a command imports first.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+STATUS = 128 + signal.SIGINT
+"""As shells have it."""
+_LINE = '\nInterrupted.\n'
+_GRACE_SECONDS = 10.0
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+  """Where Ctrl-C ends the process at once: around the imports of a command."""
+  with _handling(_end):
+    yield
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+  """Where Ctrl-C ends what is done, which may clean up after itself.
+
+  A second Ctrl-C ends the process at once, and so does the first where nothing
+  came of it for 10 seconds. Code that has another handler for a while, such as
+  that of a training loop, is not interrupted.
+
+  Raises:
+    SystemExit: With `STATUS`, in the place of whatever error the interrupt
+      became.
+  """
+  noted: list[threading.Timer] = []
+
+  def interrupt(number: int, frame: FrameType | None) -> None:
+    if noted:
+      _end(number, frame)
+    timer = threading.Timer(_GRACE_SECONDS, _end, (number, None))
+    timer.daemon = True
+    noted.append(timer)
+    timer.start()
+    raise KeyboardInterrupt
+
+  try:
+    with _handling(interrupt):
+      yield
+  except BaseException as error:
+    is_ours = bool(noted) and not isinstance(error, SystemExit)
+    if not is_ours and not isinstance(error, KeyboardInterrupt):
+      raise
+    if noted:  # What follows is the end of the process: threads are waited for.
+      signal.signal(signal.SIGINT, _end)
+    sys.stderr.write(_LINE)
+    raise SystemExit(STATUS) from None
+  finally:
+    for timer in noted:
+      timer.cancel()
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+  """Where Ctrl-C is a KeyboardInterrupt that the code expects, and no more."""
+  with _handling(signal.default_int_handler):
+    yield
+
+
+@contextlib.contextmanager
+def _handling(handler: Handler) -> Iterator[None]:
+  """Has a handler for SIGINT; other threads than the main one cannot."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  previous = signal.signal(signal.SIGINT, handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+  """Ends the process at once: no exception, which code in C might swallow."""
+  del number, frame
+  os.write(2, _LINE.encode())
+  os._exit(STATUS)
