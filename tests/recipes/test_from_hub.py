@@ -1,7 +1,9 @@
 """Both recipes start from models of the hub."""
 
+import contextlib
 import dataclasses
 import json
+import socket
 import types
 
 import jax
@@ -9,13 +11,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gnlorp_jax.compose import parameters
+from gnlorp_jax.compose import parameters, pretrained
 from gnlorp_jax.compose.settings import AdapterOptions, MeshConfig
+from gnlorp_jax.data import chat, sources, tokenizer
 from gnlorp_jax.models import hf, llama, roberta
 from gnlorp_jax.plan.settings import GluePlanConfig
 from gnlorp_jax.recipes.glue import recipe as glue_recipe
 from gnlorp_jax.recipes.glue import tasks
-from gnlorp_jax.recipes.glue.settings import GlueConfig
+from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
+from gnlorp_jax.recipes.merge.folders import open_base
 from gnlorp_jax.recipes.pretrain import data, recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from tests.data import small_hub
@@ -45,6 +49,33 @@ def tokenizer_file():
     ('</s>', 2), ('<s>', 0)
   )
   return backend.to_str().encode()
+
+
+@pytest.mark.parametrize(
+  'ask',
+  [
+    tokenizer.load,
+    sources.documents,
+    lambda name: sources.fingerprint(f'{name}[:10]'),
+    chat.read,
+    lambda name: parameters.architecture(name, TINY),
+    lambda name: pretrained.find(name, dtype='float32'),
+    lambda name: open_base(name, contextlib.ExitStack()),
+    lambda name: recipe.plan(TrainConfig(init_from=name), 1),
+    lambda name: tasks.find_tasks(
+      GlueConfig(task='rte', init_from=name, data=TaskDataConfig(source=name))
+    ),
+  ],
+)
+@pytest.mark.parametrize('name', ['me/tiny', './tiny', 'hf:/me/tiny'])
+def test_only_a_name_with_its_prefix_asks_the_network(ask, name, monkeypatch):
+  def asked(*args, **kwargs):
+    raise AssertionError(f'The network was asked for {args}.')
+
+  monkeypatch.setattr(socket, 'getaddrinfo', asked)
+  monkeypatch.setattr(socket.socket, 'connect', asked)
+  with pytest.raises(ValueError, match='tiny'):
+    ask(name)
 
 
 def contents(folder):
