@@ -74,13 +74,33 @@ def family_of(hf_config: Mapping[str, Any]) -> ModuleType:
       f' Its text_config is of model_type={part.get("model_type")!r}: save '
       'that part by itself with transformers.'
       if isinstance(part, Mapping)
-      else ''
+      else _described_by_class(hf_config)
     )
     raise ValueError(
       f'Unsupported model: model_type={name!r} (supported: '
       f'{list(family_names())}).{hint}'
     )
   return importlib.import_module(f'{families.__name__}.{name}')
+
+
+def _described_by_class(hf_config: Mapping[str, Any]) -> str:
+  """Which family a configuration without a `model_type` seems to be of.
+
+  It is not taken for granted: families differ in what an absent field means.
+  """
+  named = hf_config.get('architectures')
+  if hf_config.get('model_type') is not None or not isinstance(named, list):
+    return ''
+  for name in family_names():
+    module = importlib.import_module(f'{families.__name__}.{name}')
+    preset = next(iter(module.PRESETS.values()))
+    if set(module.config_to_hf(preset)['architectures']) <= set(
+      map(str, named)
+    ):
+      return (
+        f' Its architectures={named!r} are of "model_type": "{name}": add it.'
+      )
+  return ''
 
 
 def presets() -> dict[str, Config]:

@@ -240,7 +240,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     if (
       not isinstance(name, str)
       or pathlib.PurePath(name).name != name
-      or not name
+      or name in ('', '.', '..')
     ):
       raise ValueError(
         f'{path} places {tensor} in {name!r}; it must be the name of a file in '

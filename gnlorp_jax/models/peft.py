@@ -8,6 +8,7 @@ one tensor for each layer there, and turned.
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import re
@@ -229,13 +230,21 @@ def open_products(
       f'{sorted(extra)}. {_MERGE}'
     )
 
-  shapes = _hf_files.shapes({key: file for key in wanted})
+  files = {key: file for key in wanted}
+  _hf_files.check_floats(folder, wanted, files)
+  alpha = fields.get('lora_alpha', 8)
+  is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+  if not is_number or not math.isfinite(alpha):
+    raise ValueError(
+      f'{folder / CONFIG} has lora_alpha={alpha!r}; expected a finite number.'
+    )
+  shapes = _hf_files.shapes(files)
 
   def read(module: str) -> np.ndarray:
     a, b = (file.get_tensor(module + end).astype(np.float32) for end in ends)
     # The rank is the file's: that of one matrix may be smaller.
     root = len(a) ** 0.5 if fields.get('use_rslora') else len(a)
-    return np.float32(fields.get('lora_alpha', 8) / root) * (b @ a)
+    return np.float32(alpha / root) * (b @ a)
 
   def product(module: str) -> Product:
     a, b = (shapes[module + end] for end in ends)

@@ -3,6 +3,7 @@
 Shape suffixes in this file: B sequences, T positions, V vocabulary.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -298,6 +299,22 @@ def test_tensors_must_be_those_of_the_configuration(folder):
   )
   path.unlink()
   assert str(path) in message(peft.read, folder, llama.HF_TENSORS)
+
+
+def test_products_are_of_numbers(folder):
+  path = folder / peft.WEIGHTS
+  change(folder, lora_alpha='16')
+  with contextlib.ExitStack() as stack:
+    assert "has lora_alpha='16'; expected a finite number." in message(
+      peft.open_products, folder, stack
+    )
+  tensors = safetensors.numpy.load_file(path)
+  codes = {name: x.astype(np.int8) for name, x in tensors.items()}
+  safetensors.numpy.save_file(codes, path)
+  with contextlib.ExitStack() as stack:
+    assert 'holds weights of other dtypes' in message(
+      peft.open_products, folder, stack
+    )
 
 
 def test_half_precision_is_kept(tmp_path):

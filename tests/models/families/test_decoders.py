@@ -352,6 +352,19 @@ def test_sizes_that_no_model_has_are_refused_by_arithmetic():
   )
 
 
+def test_class_without_a_type_is_no_family_but_a_hint():
+  for name, family in (('Mistral', 'mistral'), ('Gemma3', 'gemma3_text')):
+    with pytest.raises(ValueError) as error:
+      models.family_of({'architectures': [f'{name}ForCausalLM'], **BASE})
+    assert str(error.value).endswith(
+      f"Its architectures=['{name}ForCausalLM'] are of "
+      f'"model_type": "{family}": add it.'
+    )
+  for other in (['MambaForCausalLM'], 3, [], [3]):
+    with pytest.raises(ValueError, match=r"'smollm3'\]\)\.$"):
+      models.family_of({'architectures': other})
+
+
 def test_unknown_families_are_refused_by_name():
   with pytest.raises(ValueError) as error:
     models.family_of({'model_type': 'mamba'})
