@@ -11,7 +11,7 @@ A field without it is fixed.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -79,6 +79,18 @@ def check_within(
   for name in names:
     value = getattr(config, name)
     check_interval(f'{type(config).__name__}.{name}', value, interval, fix)
+
+
+def check_seeds(name: str, seeds: Iterable[int]) -> None:
+  """Raises ValueError unless each seed gives random numbers of its own.
+
+  JAX takes the last 32 bits: 2**32 would be 0 again.
+  """
+  for seed in seeds:
+    if not 0 <= seed < 2**32:
+      raise ValueError(
+        f'{name}={seed} must be a whole number from 0 to {2**32 - 1}.'
+      )
 
 
 class WrongTypeError(ValueError):

@@ -15,6 +15,7 @@ from typing import Literal, Self
 from gnlorp_jax.compose.fields import ON_RESUME as ON_RESUME
 from gnlorp_jax.compose.fields import (
   check_at_least_one,
+  check_seeds,
   check_within,
   free,
   numbers,
@@ -407,12 +408,7 @@ class RunConfig:
         raise ValueError(
           f'{name}={text!r} names nothing. Give one or more, joined by commas.'
         )
-    if min(self.seed_numbers) < 0:
-      raise ValueError(
-        f'seeds={self.seeds!r}: a seed must not be less than 0. Give others.'
-        if self.seeds is not None
-        else f'seed={self.seed} must not be less than 0.'
-      )
+    check_seeds('seed', self.seed_numbers)
     for rate in self.searched_rates or ():
       check_interval('A learning rate', rate, '(0, inf)')
 

@@ -172,9 +172,17 @@ def test_helpers_keep_the_default():
     ),
     (
       lambda: RunConfig(seeds='0,-1'),
-      "seeds='0,-1': a seed must not be less than 0. Give others.",
+      'seed=-1 must be a whole number from 0 to 4294967295.',
     ),
-    (lambda: RunConfig(seed=-1), 'seed=-1 must not be less than 0.'),
+    (
+      lambda: RunConfig(seed=-1),
+      'seed=-1 must be a whole number from 0 to 4294967295.',
+    ),
+    # Which JAX would take for 0.
+    (
+      lambda: RunConfig(seed=2**32),
+      'seed=4294967296 must be a whole number from 0 to 4294967295.',
+    ),
     (
       lambda: RunConfig(learning_rates=''),
       "learning_rates='' names nothing. Give one or more, joined by commas.",

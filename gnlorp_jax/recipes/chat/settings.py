@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from gnlorp_jax.compose import command_line, pretrained
+from gnlorp_jax.compose.fields import check_seeds
 from gnlorp_jax.compose.settings import check_at_least_one
 from gnlorp_jax.models.generate import Sampling
 from gnlorp_jax.models.interface import Dtype
@@ -49,8 +50,7 @@ class ChatConfig:
   def __post_init__(self):
     check_at_least_one(self, 'max_tokens')
     Sampling(self.temperature, self.top_k, self.top_p).check()
-    if self.seed < 0:
-      raise ValueError(f'seed={self.seed} must not be less than 0.')
+    check_seeds('seed', [self.seed])
     if self.prompt is not None and not self.prompt.strip():
       raise ValueError(
         'prompt asks nothing: it is empty. Leave it out to talk.'

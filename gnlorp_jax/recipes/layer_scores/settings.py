@@ -6,6 +6,7 @@ import pathlib
 from typing import Literal
 
 from gnlorp_jax.compose import command_line, pretrained
+from gnlorp_jax.compose.fields import check_seeds
 from gnlorp_jax.compose.layer_scores import KINDS, Kind
 from gnlorp_jax.compose.settings import check_at_least_one, check_within, words
 from gnlorp_jax.models.interface import Dtype
@@ -71,8 +72,7 @@ class LayerScoresConfig:
     check_at_least_one(self, 'sequences', 'batch_size', 'gradient_batches')
     if self.length is not None and self.length < 2:
       raise ValueError(f'length={self.length} must be at least 2.')
-    if self.seed < 0:
-      raise ValueError(f'seed={self.seed} must not be less than 0.')
+    check_seeds('seed', [self.seed])
     check_within(self, '(0, inf)', 'threshold', fix='5 is usual.')
     if self.template is not None and self.format != 'chat':
       raise ValueError(

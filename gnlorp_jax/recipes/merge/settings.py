@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
+from gnlorp_jax.compose.fields import check_seeds
 from gnlorp_jax.compose.settings import check_at_least_one, check_within, words
 from gnlorp_jax.merging import doge, methods
 from gnlorp_jax.optim.parts.checks import check_interval
@@ -86,6 +87,7 @@ class MergeConfig:
 
   def __post_init__(self):
     check_at_least_one(self, 'subspace', 'steps')
+    check_seeds('seed', [self.seed])
     self._check_numbers()
     for name in ('include', 'exclude'):
       pattern = getattr(self, name)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from gnlorp_jax import models
 from gnlorp_jax.compose import parameters
 from gnlorp_jax.compose.parameters import is_folder
-from gnlorp_jax.data import batches, masking, mixture, text
+from gnlorp_jax.data import batches, masking, mixture, sources, text
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
 from gnlorp_jax.training import sharding
@@ -46,6 +46,11 @@ def load(config: TrainConfig, model: models.Config) -> Text:
     ValueError: If the folder to start from has no tokenizer and none is named,
       or the tokenizer does not fit the model.
   """
+  # All of them, before any is read: that takes long.
+  for source in filter(
+    None, (config.data.source, config.data.validation_source)
+  ):
+    sources.fingerprint(mixture.without_names(source))
   tokenizer = load_tokenizer(config, model)
   check_tokenizer(tokenizer, model, masked=config.is_masked)
   if (

@@ -63,6 +63,11 @@ class DataConfig:
   def __post_init__(self):
     check_at_least_one(self, 'seq_len')
     check_within(self, '(0, 1)', 'validation_fraction')
+    if self.mode == 'padded' and self.seq_len < 2:
+      raise ValueError(
+        f"data.seq_len={self.seq_len} must be at least 2 with data.mode='padded"
+        "': a token, and that which ends a document."
+      )
     if self.document_mask and self.mode != 'packed':
       raise ValueError(
         "data.document_mask=True needs data.mode='packed', got "
@@ -189,6 +194,11 @@ class TrainConfig(RunConfig):
       raise ValueError(
         f"eval.tasks={self.eval.tasks!r} needs objective='causal': a masked "
         'model continues no text.'
+      )
+    if self.data.seq_len < 3:
+      raise ValueError(
+        f'data.seq_len={self.data.seq_len} must be at least 3 with objective='
+        "'masked': a token to guess, and those that begin and end a sequence."
       )
     if self.data.mode != 'packed':
       raise ValueError(

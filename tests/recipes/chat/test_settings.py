@@ -45,7 +45,7 @@ def test_folders_without_adapters_are_refused(tmp_path):
       {'temperature': -1.0},
       'temperature=-1.0 must be finite and not negative.',
     ),
-    ({'seed': -1}, 'seed=-1 must not be less than 0.'),
+    ({'seed': -1}, 'seed=-1 must be a whole number from 0 to 4294967295.'),
     (
       {'prompt': ' '},
       'prompt asks nothing: it is empty. Leave it out to talk.',

@@ -40,7 +40,7 @@ def test_the_threshold_joins_those_that_are_always_told():
       'LayerScoresConfig.sequences must be at least 1, got 0.',
     ),
     ({'length': 1}, 'length=1 must be at least 2.'),
-    ({'seed': -1}, 'seed=-1 must not be less than 0.'),
+    ({'seed': -1}, 'seed=-1 must be a whole number from 0 to 4294967295.'),
     *(
       (
         {'threshold': value},

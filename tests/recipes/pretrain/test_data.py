@@ -90,6 +90,13 @@ def test_start_from_a_preset_trains_a_tokenizer(source):
   assert data.load_tokenizer(config, TINY).vocab_size <= 300
 
 
+def test_all_sources_are_looked_for_before_one_is_read(source, monkeypatch):
+  config = config_of(source, data={'validation_source': 'validaton.txt'})
+  monkeypatch.setattr(data, 'load_tokenizer', None)
+  with pytest.raises(ValueError, match=r"Unknown data source 'validaton\.txt'"):
+    data.load(config, TINY)
+
+
 @pytest.fixture
 def beginning(tmp_path):
   """A folder whose tokenizer puts a token before every text."""

@@ -134,6 +134,17 @@ def test_help_explains_every_field(capsys):
       'data.seq_len=4096 is longer than the model accepts: '
       'model.max_seq_len=128. Lower the former or raise the latter.',
     ),
+    # Not when the text is tokenised.
+    (
+      ['--objective', 'masked', '--data.seq-len', '2'],
+      "data.seq_len=2 must be at least 3 with objective='masked': a token to "
+      'guess, and those that begin and end a sequence.',
+    ),
+    (
+      ['--data.mode', 'padded', '--data.seq-len', '1'],
+      "data.seq_len=1 must be at least 2 with data.mode='padded': a token, and "
+      'that which ends a document.',
+    ),
     (
       ['--sample.top-k', '0'],
       'top_k=0 must be positive, or None for no limit.',
