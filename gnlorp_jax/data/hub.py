@@ -99,12 +99,15 @@ class Texts(NamedTuple):
   limit: int | None
   is_reached: bool
 
-  def documents(self) -> Iterator[Any]:
-    """Reads the field `text` of each record as it arrives from the hub.
+  def documents(self, column: str = 'text') -> Iterator[Any]:
+    """Reads the text of each record as it arrives from the hub.
+
+    Args:
+      column: The field of the text.
 
     Raises:
       ValueError: If the library `datasets` is not installed, there is no such
-        configuration or split, records have no field `text`, or the hub is not
+        configuration or split, records have no such field, or the hub is not
         reached.
     """
     if not self.is_reached:
@@ -128,12 +131,12 @@ class Texts(NamedTuple):
         ) from error
       if record is None:
         return
-      if 'text' not in record:
+      if column not in record:
         raise ValueError(
-          f'{self.spec!r} has no field "text"; its fields are '
-          f'{sorted(record)}. Name a data set of texts.'
+          f'{self.spec!r} has no field "{column}"; its fields are '
+          f'{sorted(record)}. Name that of the text, or a data set of texts.'
         )
-      yield record['text']
+      yield record[column]
       read += 1
 
 

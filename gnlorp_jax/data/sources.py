@@ -5,6 +5,7 @@ A source is named by one string, a comma-separated list of
 * a text file: one document (`.txt`, `.md`, `.tokens`, `.py`, or anything else);
 * a `.jsonl` or `.json` file of JSON lines with a field `text`, as in C4;
 * either of these compressed by gzip (`.gz`);
+* a `.parquet` file with a column `text`, which needs pyarrow;
 * a folder: every file in it with one of these suffixes, sorted by path;
 * a glob such as `data/c4-train.*.json.gz`, sorted by path;
 * `tfds:NAME` or `tfds:NAME@SPLIT`: a TensorFlow Datasets set that is prepared
@@ -13,13 +14,13 @@ A source is named by one string, a comma-separated list of
   of the Hugging Face hub, for instance `hf:allenai/c4:en[:1000000]`; see `hub`;
 * `stdlib`: about 4 MB of the Python files of the running interpreter, which
   every machine has.
+
+The field or column may have another name than `text`.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import glob
-import gzip
 import hashlib
 import itertools
 import json
@@ -32,11 +33,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gnlorp_jax.data import hub
+from gnlorp_jax.data.files import (
+  COMPRESSED,
+  JSON_SUFFIXES,
+  TABLE_SUFFIX,
+  TEXT_COLUMN,
+  TEXT_SUFFIXES,
+  TextFile,
+  check_file,
+  check_suffix,
+  check_text,
+  inner_suffix,
+)
+from gnlorp_jax.data.files import Tally as Tally
 
 logger = logging.getLogger(__name__)
-
-TEXT_SUFFIXES = ('.md', '.py', '.tokens', '.txt')
-JSON_SUFFIXES = ('.json', '.jsonl')
 
 _STDLIB_BYTES = 4_000_000
 _STDLIB_EXCLUDED = frozenset(
@@ -50,53 +61,21 @@ _STDLIB_EXCLUDED = frozenset(
     'tests',
   )
 )
-_BAD_SHOWN = 10
-_BAD_ALLOWED = 10
-_BAD_FRACTION_ALLOWED = 0.01
 
 
-@dataclasses.dataclass
-class Tally:
-  """What a pass over a source has met so far; kept up to date by the reader.
-
-  Attributes:
-    records: Lines (of files) and elements (of data sets) read, bad ones
-      included.
-    bad: Records skipped because they hold no readable text.
-    first_bad: Place and fault of the first of them.
-    fraction: Part of the source that has been read, in [0, 1].
-  """
-
-  records: int = 0
-  bad: int = 0
-  first_bad: str = ''
-  fraction: float = 0.0
-
-  @property
-  def too_many(self) -> bool:
-    """Whether more than 10 and more than 1 % of the records are bad."""
-    return self.bad > max(_BAD_ALLOWED, _BAD_FRACTION_ALLOWED * self.records)
-
-  def report(self, place: str, fault: Exception) -> None:
-    """Counts a bad record and warns about the first few by name."""
-    self.bad += 1
-    self.first_bad = self.first_bad or f'{place}: {fault}'
-    if self.bad <= _BAD_SHOWN:
-      logger.warning('Skipped %s: %s', place, fault)
-    elif self.bad == _BAD_SHOWN + 1:
-      logger.warning('Further bad records are counted but not shown.')
-
-
-def documents(source: str, tally: Tally | None = None) -> Iterator[str]:
+def documents(
+  source: str, tally: Tally | None = None, column: str = TEXT_COLUMN
+) -> Iterator[str]:
   """Reads the documents of a source, always in the same order.
 
-  A bad line (not UTF-8, not JSON, no string field `text`, or where a gzip file
-  breaks off) is skipped with a warning that names file and line. Documents of
-  white space alone are left out.
+  A bad line (not UTF-8, not JSON, no string field `column`) is skipped with a
+  warning that names file and line. So is the rest of a file that breaks off or
+  is damaged. Documents of white space alone are left out.
 
   Args:
     source: Name of the source; see the head of this module.
     tally: Updated while reading, for progress and for a report.
+    column: The field or column of the text.
 
   Returns:
     An iterator over documents. The name is resolved at once, the text is read
@@ -104,16 +83,19 @@ def documents(source: str, tally: Tally | None = None) -> Iterator[str]:
 
   Raises:
     ValueError: If the source is unknown or unreadable (at once), holds no text,
-      or if more than 10 and more than 1 % of its records are bad.
+      if more than 10 and more than 1 % of its records are bad, by number or by
+      bytes, or more than 1 % of its files are damaged.
   """
-  return _read(source, _resolve(source), Tally() if tally is None else tally)
+  parts = _resolve(source, column)
+  return _read(source, parts, Tally() if tally is None else tally)
 
 
-def fingerprint(source: str) -> str:
+def fingerprint(source: str, column: str = TEXT_COLUMN) -> str:
   """Identifies the content of a source without reading it.
 
   Args:
     source: Name of the source; see the head of this module.
+    column: The field or column of the text.
 
   Returns:
     A hash of the paths, sizes and modification times of the files, of the
@@ -123,7 +105,7 @@ def fingerprint(source: str) -> str:
   Raises:
     ValueError: If the source is unknown or unreadable.
   """
-  identity = json.dumps([part.identity() for part in _resolve(source)])
+  identity = json.dumps([part.identity() for part in _resolve(source, column)])
   return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -135,12 +117,7 @@ def _read(source: str, parts: Sequence['_Part'], tally: Tally) -> Iterator[str]:
       if text and not text.isspace():
         empty = False
         yield text
-    if tally.too_many:
-      raise ValueError(
-        f'Data source {source!r} has {tally.bad} bad records among the first '
-        f'{tally.records}; at most 1 % may be bad. The first is '
-        f'{tally.first_bad}. Repair the file or leave it out.'
-      )
+    tally.check(source, len(parts))
   tally.fraction = 1.0
   if empty:
     raise ValueError(
@@ -149,27 +126,25 @@ def _read(source: str, parts: Sequence['_Part'], tally: Tally) -> Iterator[str]:
     )
 
 
-def _resolve(source: str) -> list['_Part']:
+def _resolve(source: str, column: str = TEXT_COLUMN) -> list['_Part']:
   names = [name.strip() for name in source.split(',')]
   if not all(names):
     raise ValueError(
       f'Data source {source!r} has an empty name; expected names joined by '
       'single commas.'
     )
-  return [part for name in names for part in _resolve_one(name)]
+  return [part for name in names for part in _resolve_one(name, column)]
 
 
-def _resolve_one(name: str) -> list['_Part']:
+def _resolve_one(name: str, column: str) -> list['_Part']:
   if name == 'stdlib':
-    return [_File(path) for path in _stdlib_files()]
+    return [TextFile(path) for path in _stdlib_files()]
   if name.startswith('tfds:'):
-    return [_open_prepared(name)]
+    return [_open_prepared(name, column)]
   if hub.is_hub(name):
-    return [_Streamed(hub.texts(name))]
+    return [_Streamed(hub.texts(name), column)]
   path = pathlib.Path(name).expanduser()
-  if path.is_file():
-    files = [path]
-  elif path.is_dir():
+  if path.is_dir():
     files = _folder_files(path)
     if not files:
       raise ValueError(
@@ -177,6 +152,8 @@ def _resolve_one(name: str) -> list['_Part']:
         f'ending in one of {TEXT_SUFFIXES + JSON_SUFFIXES}, or these plus '
         "'.gz'."
       )
+  elif os.path.lexists(path):
+    files = [path]
   else:
     files = []
     for match in sorted(glob.glob(str(path), recursive=True)):
@@ -185,11 +162,9 @@ def _resolve_one(name: str) -> list['_Part']:
     if not files:
       raise ValueError(_unknown(name, path))
   for file in files:
-    if not os.access(file, os.R_OK):
-      raise ValueError(
-        f'Data source {name!r} cannot be read: no permission to open {file}.'
-      )
-  return [_File(file) for file in files]
+    check_suffix(file)
+    check_file(file)
+  return [TextFile(file, column) for file in files]
 
 
 def _unknown(name: str, path: pathlib.Path) -> str:
@@ -204,17 +179,24 @@ def _unknown(name: str, path: pathlib.Path) -> str:
   )
 
 
-def _inner_suffix(path: pathlib.Path) -> str:
-  return pathlib.PurePath(path.name.removesuffix('.gz')).suffix
-
-
 def _folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The text files of a folder, and compressed ones that cannot be read."""
   return sorted(
     path
     for path in folder.rglob('*')
-    if _inner_suffix(path) in TEXT_SUFFIXES + JSON_SUFFIXES
+    if _is_text(path)
     and not any(p.startswith('.') for p in path.relative_to(folder).parts)
-    and path.is_file()
+    and not path.is_dir()
+  )
+
+
+def _is_text(path: pathlib.Path) -> bool:
+  known = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+  if path.suffix == TABLE_SUFFIX or inner_suffix(path) in known:
+    return True
+  # Such as a.jsonl.zst: it is refused, not left out unnoticed.
+  return any(suffix in known for suffix in path.suffixes[:-1]) and (
+    path.suffix in COMPRESSED
   )
 
 
@@ -243,86 +225,23 @@ def _stdlib_files() -> list[pathlib.Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
-  path: pathlib.Path
-
-  def identity(self) -> list[Any]:
-    stat = self.path.stat()
-    return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-  def texts(self, tally: Tally) -> Iterator[tuple[str, float]]:
-    """Yields each document and the fraction of the file read by then."""
-    lines = self._lines(tally)
-    if _inner_suffix(self.path) not in JSON_SUFFIXES:
-      yield ''.join(line for _, line, _ in lines), 1.0
-      return
-    for number, line, fraction in lines:
-      if line.isspace():
-        continue
-      try:
-        text = _text_field(line)
-      except (ValueError, RecursionError) as fault:
-        tally.report(f'{self.path}:{number}', fault)
-      else:
-        yield text, fraction
-
-  def _lines(self, tally: Tally) -> Iterator[tuple[int, str, float]]:
-    """Yields number, text and fraction of the file for each readable line."""
-    size = max(self.path.stat().st_size, 1)
-    with contextlib.ExitStack() as stack:
-      raw = stack.enter_context(open(self.path, 'rb'))
-      stream = raw
-      if self.path.suffix == '.gz':
-        stream = stack.enter_context(gzip.open(raw))
-      number = 0
-      while True:
-        number += 1
-        try:
-          line = stream.readline()
-          if not line:
-            return
-          tally.records += 1
-          text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-        except UnicodeDecodeError as fault:
-          tally.report(f'{self.path}:{number}', fault)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
-          tally.records += 1
-          tally.report(f'{self.path}:{number}', fault)
-          return
-        else:
-          # Position in the file on disk, compressed or not.
-          yield number, text, raw.tell() / size
-
-
-def _text_field(line: str) -> str:
-  record = json.loads(line)
-  text = record.get('text') if isinstance(record, dict) else None
-  _check_text(text)
-  return text
-
-
-def _check_text(text: Any) -> None:
-  if not isinstance(text, str):
-    raise ValueError('expected a record with a string field "text"')
-  text.encode()  # JSON can spell half a surrogate pair, which is not text.
-
-
-@dataclasses.dataclass(frozen=True)
 class _Prepared:
   """A split of a prepared TFDS data set."""
 
   name: str
   place: str
   elements: Sequence[dict[str, Any]]
+  column: str
 
   def identity(self) -> list[Any]:
-    return [self.name, self.place, len(self.elements)]
+    found = [self.name, self.place, len(self.elements)]
+    return found if self.column == TEXT_COLUMN else [*found, self.column]
 
   def texts(self, tally: Tally) -> Iterator[tuple[str, float]]:
     for index in range(len(self.elements)):
       tally.records += 1
       try:
-        text = self.elements[index]['text'].decode()
+        text = self.elements[index][self.column].decode()
       except UnicodeDecodeError as fault:
         tally.report(f'{self.name}:{index}', fault)
       else:
@@ -363,14 +282,15 @@ def open_prepared(name: str) -> tuple[Any, Sequence[dict[str, Any]]]:
     ) from error
 
 
-def _open_prepared(name: str) -> _Prepared:
+def _open_prepared(name: str, column: str) -> _Prepared:
   builder, elements = open_prepared(name)
-  if 'text' not in builder.info.features:
+  if column not in builder.info.features:
     raise ValueError(
-      f"{name!r} has no feature 'text'; its features are "
-      f'{sorted(builder.info.features)}. Name a data set of texts.'
+      f'{name!r} has no feature {column!r}; its features are '
+      f'{sorted(builder.info.features)}. Name that of the text, or a data set '
+      'of texts.'
     )
-  return _Prepared(name, str(builder.data_path), elements)
+  return _Prepared(name, str(builder.data_path), elements, column)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,22 +298,24 @@ class _Streamed:
   """Documents of a data set of the hub."""
 
   data: hub.Texts
+  column: str
 
   def identity(self) -> list[Any]:
     data = self.data
     named = [data.repository, data.config, data.split]
-    return ['hf', *named, data.commit, data.limit]
+    found = ['hf', *named, data.commit, data.limit]
+    return found if self.column == TEXT_COLUMN else [*found, self.column]
 
   def texts(self, tally: Tally) -> Iterator[tuple[str, float]]:
     """Yields each document and the fraction read, of an unknown whole 0."""
-    for number, text in enumerate(self.data.documents(), 1):
+    for number, text in enumerate(self.data.documents(self.column), 1):
       tally.records += 1
       try:
-        _check_text(text)
+        check_text(text, self.column)
       except ValueError as fault:
         tally.report(f'{self.data.spec}:{number}', fault)
       else:
         yield text, number / self.data.limit if self.data.limit else 0.0
 
 
-_Part = _File | _Prepared | _Streamed
+_Part = TextFile | _Prepared | _Streamed

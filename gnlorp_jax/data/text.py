@@ -22,6 +22,7 @@ import rich.console
 import rich.progress
 
 from gnlorp_jax.data import cache, sources
+from gnlorp_jax.data.files import TEXT_COLUMN
 from gnlorp_jax.data.tokenizer import Tokenizer
 from gnlorp_jax.disk import fingerprint, writing
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 MODES = ('packed', 'padded')
 
 # Enters the key of the cache: raise it when the layout of the files changes.
-_FORMAT = 1
+_FORMAT = 2
 _PIECE_CHARACTERS = 2**19
 _GROUP_CHARACTERS = 2**21
 
@@ -52,6 +53,8 @@ class TokenFile:
     documents: Documents in the whole file.
     tokens: Tokens in the whole file, `eos_id` included, padding not.
     bad_records: Records of the source that were skipped.
+    bad_bytes: Their bytes.
+    damaged_files: Files of the source whose rest could not be read.
     start: First item of this part: a token if packed, a row if padded.
     stop: The item after the last one.
     fingerprint: Of the whole file's content.
@@ -67,6 +70,8 @@ class TokenFile:
   documents: int
   tokens: int
   bad_records: int
+  bad_bytes: int = 0
+  damaged_files: int = 0
   start: int
   stop: int
   fingerprint: str = ''
@@ -93,6 +98,7 @@ def prepare(
   cache_dir: str | pathlib.Path,
   progress: bool = True,
   add_bos: bool = False,
+  column: str = TEXT_COLUMN,
 ) -> TokenFile:
   """Tokenises a source into a cached file, or finds it there.
 
@@ -111,9 +117,10 @@ def prepare(
     cache_dir: Folder of all cached files; made if need be.
     progress: Whether to show a progress bar where the terminal can.
     add_bos: Whether every document begins with the tokenizer's `bos_id`.
+    column: The field or column of the text.
 
   Returns:
-    The token file.
+    The token file. Of what had to be left out a warning tells, every time.
 
   Raises:
     ValueError: If the mode is unknown, `seq_len` does not fit it, the tokenizer
@@ -139,7 +146,7 @@ def prepare(
   bos_id = tokenizer.check_bos() if add_bos else None
   key = [
     _FORMAT,
-    sources.fingerprint(source),
+    sources.fingerprint(source, column),
     tokenizer.fingerprint,
     mode,
     seq_len,
@@ -150,16 +157,48 @@ def prepare(
   folder = cache.cached_folder(
     pathlib.Path(cache_dir) / f'tokens-{digest}',
     lambda folder: _write(
-      folder, source, tokenizer, mode, seq_len, bos_id, progress
+      folder, source, column, tokenizer, mode, seq_len, bos_id, progress
     ),
   )
+  found = _read_cached(folder)
+  if found.bad_records or found.damaged_files:
+    logger.warning(
+      '%s: left out were %d bad records (%s bytes) and the rest of %d damaged '
+      'files.',
+      source,
+      found.bad_records,
+      f'{found.bad_bytes:,}',
+      found.damaged_files,
+    )
+  return found
+
+
+def _read_cached(folder: pathlib.Path) -> TokenFile:
+  """A token file of the cache.
+
+  Raises:
+    ValueError: If it is damaged.
+  """
   path, described = folder / 'tokens.bin', folder / 'metadata.json'
-  metadata = json.loads(described.read_text())
-  if 'fingerprint' not in metadata:  # Of an earlier version.
-    metadata['fingerprint'] = fingerprint.of_file(path)
+  try:
+    metadata = json.loads(described.read_text('utf-8'))
+    found = TokenFile(path=path, **metadata)
+    row = found.seq_len or 1
+    size = found.stop * row * np.dtype(found.dtype).itemsize
+    there = found.path.stat().st_size
+    if there != size:
+      raise ValueError(f'{found.path} has {there:,} bytes, not {size:,}')
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise ValueError(
+      f'The cached tokens in {folder} are damaged: {error}. Remove that '
+      'folder: the next run makes it again.'
+    ) from error
+  if not found.fingerprint:  # Of an earlier version.
+    found = dataclasses.replace(found, fingerprint=fingerprint.of_file(path))
+    metadata['fingerprint'] = found.fingerprint
     with contextlib.suppress(OSError):  # It may be another user's.
       writing.write_text(described, json.dumps(metadata, indent=2))
-  return TokenFile(path=path, **metadata)
+  return found
 
 
 def split(
@@ -216,6 +255,7 @@ def check_vocab(tokenizer_vocab: int, model_vocab: int) -> None:
 def _write(
   folder: pathlib.Path,
   source: str,
+  column: str,
   tokenizer: Tokenizer,
   mode: str,
   seq_len: int | None,
@@ -228,7 +268,7 @@ def _write(
   is_first = True  # The next piece, of its document.
   documents = tokens = items = 0
   tally = sources.Tally()
-  texts = sources.documents(source, tally)
+  texts = sources.documents(source, tally, column)
   with (
     open(folder / 'tokens.bin', 'wb') as file,
     _progress_bar(progress) as bar,
@@ -268,6 +308,8 @@ def _write(
     'documents': documents,
     'tokens': tokens,
     'bad_records': tally.bad,
+    'bad_bytes': tally.bad_bytes,
+    'damaged_files': tally.damaged,
     'start': 0,
     'stop': items,
     'fingerprint': fingerprint.of_file(folder / 'tokens.bin'),

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from gnlorp_jax.data import bpe, cache, hub, sources, tokenizer_files
+from gnlorp_jax.data.files import TEXT_COLUMN
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +304,7 @@ def load(
   vocab_size: int = 8192,
   cache_dir: str | pathlib.Path | None = None,
   masked: bool = False,
+  column: str = TEXT_COLUMN,
 ) -> Tokenizer:
   """Loads a tokenizer, or trains one.
 
@@ -318,6 +320,7 @@ def load(
       fingerprint of the source and by `vocab_size`.
     masked: For `'bpe'`, whether it gets the special tokens of RoBERTa, and puts
       them around single sentences and pairs as RoBERTa does.
+    column: For `'bpe'`, the field or column of the text.
 
   Returns:
     The tokenizer.
@@ -328,7 +331,7 @@ def load(
       missing.
   """
   if spec == 'bpe':
-    return _load_bpe(source, vocab_size, cache_dir, masked)
+    return _load_bpe(source, vocab_size, cache_dir, masked, column)
   if hub.is_hub(spec):
     return _load_file(hub.folder(spec, 'tokenizer') / 'tokenizer.json')
   path = pathlib.Path(spec).expanduser()
@@ -375,6 +378,7 @@ def _load_bpe(
   vocab_size: int,
   cache_dir: str | pathlib.Path | None,
   masked: bool,
+  column: str,
 ) -> Tokenizer:
   if source is None or cache_dir is None:
     raise ValueError(
@@ -389,12 +393,14 @@ def _load_bpe(
       f'for each of the 256 bytes and for {", ".join(special)}. Use at least '
       f'{smallest}.'
     )
-  key = f'{sources.fingerprint(source)} {vocab_size}' + ' masked' * masked
+  key = f'{sources.fingerprint(source, column)} {vocab_size}'
+  key += ' masked' * masked
   digest = hashlib.sha256(key.encode()).hexdigest()[:16]
 
   def train(folder: pathlib.Path) -> None:
     logger.info('Training a BPE tokenizer of %d on %s.', vocab_size, source)
-    backend = bpe.train(sources.documents(source), vocab_size, special)
+    documents = sources.documents(source, column=column)
+    backend = bpe.train(documents, vocab_size, special)
     if masked:
       backend.post_processor = tokenizers.processors.RobertaProcessing(
         ('</s>', 2), ('<s>', 0), add_prefix_space=False

@@ -438,7 +438,7 @@ def test_faults_of_streams_are_told(server, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', Streams([{'content': ''}]))
   assert read() == (
     "'hf:me/texts[:9]' has no field \"text\"; its fields are ['content']. "
-    'Name a data set of texts.'
+    'Name that of the text, or a data set of texts.'
   )
 
   class Broken(Streams):

@@ -40,7 +40,9 @@ def test_json_lines_are_one_document_each(tmp_path, name):
   path = write(tmp_path / name, json_lines('one\ntwo', 'né') + '\n')
   docs, tally = read(path)
   assert docs == ['one\ntwo', 'né']
-  assert tally == sources.Tally(records=3, fraction=1.0)
+  assert (tally.records, tally.bad, tally.damaged) == (3, 0, 0)
+  assert tally.fraction == 1.0
+  assert tally.bytes == len(json_lines('one\ntwo', 'né')) + 1
 
 
 def test_byte_order_mark_is_removed(tmp_path):
@@ -121,26 +123,153 @@ def test_undecodable_line_of_text_file_is_skipped_and_named(tmp_path, caplog):
   assert f'Skipped {path}:2: ' in caplog.text
 
 
-def test_truncated_gzip_keeps_what_came_before_and_is_named(tmp_path, caplog):
-  # Two members: the first is whole, the second breaks off.
+def break_off(path):
+  """A file of two members, of which the second breaks off."""
   first = gzip.compress(json_lines('one', 'two').encode())
   second = gzip.compress(json_lines('x' * 500).encode())
-  path = tmp_path / 'a.json.gz'
   path.write_bytes(first + second[: len(second) // 2])
-  docs, tally = read(path)
-  assert docs == ['one', 'two']
-  assert tally.bad == 1
-  assert f'Skipped {path}:3: Compressed file ended' in caplog.text
+  return path
 
 
-def test_file_that_is_not_gzip_is_an_error_naming_it(tmp_path):
-  path = tmp_path / 'a.txt.gz'
-  path.write_text('plain')
-  with pytest.raises(
-    ValueError, match='holds no text. Bad records: 1'
-  ) as error:
+def test_file_that_breaks_off_is_refused(tmp_path, caplog):
+  path = break_off(tmp_path / 'a.json.gz')
+  with pytest.raises(ValueError) as error:
     read(path)
-  assert f'{path}:1: Not a gzipped file' in str(error.value)
+  assert str(error.value).startswith(
+    f"Data source '{path}' has 1 damaged of 1 files; at most 1 % may be. The "
+    f'first is {path}:3: Compressed file ended'
+  )
+  assert str(error.value).endswith('Get them again, or leave them out.')
+
+
+def test_one_of_many_files_may_break_off_and_is_told(tmp_path, caplog):
+  for number in range(99):
+    write(tmp_path / f'b{number:02}.txt', 'good')
+  path = break_off(tmp_path / 'a.json.gz')
+  docs, tally = read(tmp_path)
+  assert docs == ['one', 'two', *['good'] * 99]
+  assert (tally.damaged, tally.bad) == (1, 0)
+  assert f'Damaged: {path}:3: Compressed file ended' in caplog.text
+  # Most documents of a set may be in few files: these are what is counted.
+  write(tmp_path / 'c.jsonl.gz', '').write_bytes(b'')
+  with pytest.raises(ValueError, match='has 2 damaged of 101 files; at most 1'):
+    read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('content', 'fault'),
+  [
+    (b'plain', ":1: Not a gzipped file \\(b'pl'\\)"),
+    (b'', ': it is empty'),
+    (gzip.compress(b'x' * 9)[:-12] + b'?' * 12, ':1: '),
+  ],
+)
+def test_file_that_is_not_gzip_is_an_error_naming_it(tmp_path, content, fault):
+  path = tmp_path / 'a.txt.gz'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=rf'The first is {path}{fault}'):
+    read(path)
+
+
+def test_few_bad_lines_that_hold_most_bytes_are_too_many(tmp_path):
+  good = json_lines(*['good'] * 2000)
+  bad = json_lines('lost' * 10_000)[:-2] + '\n'
+  path = write(tmp_path / 'a.jsonl', good + bad * 3)
+  with pytest.raises(ValueError) as error:
+    read(path)
+  assert (
+    f'has 3 bad records among the first 2003 ({3 * len(bad):,} of '
+    f'{len(good) + 3 * len(bad):,} bytes); at most 1 % may be bad.'
+  ) in str(error.value)
+
+
+# What is no file of text.
+
+
+@pytest.mark.parametrize('make', ['pipe', 'device', 'link', 'pointer'])
+@pytest.mark.parametrize('asked', ['by name', 'by glob', 'in a folder'])
+def test_what_is_no_file_is_not_opened(tmp_path, make, asked):
+  path = tmp_path / 'a.txt'
+  if make == 'pipe':
+    os.mkfifo(path)
+  elif make == 'device':
+    path.symlink_to('/dev/zero')
+  elif make == 'link':
+    path.symlink_to(tmp_path / 'nowhere')
+  else:
+    path.write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n'
+    )
+  text = {
+    'pipe': f'{path} is no file, but a pipe, a device or the like.',
+    'device': f'{path} is no file, but a pipe, a device or the like.',
+    'link': f'{path} is a link to {tmp_path}/nowhere, which is not there.',
+    'pointer': f'{path} is a pointer of git-lfs, not the file itself: get that',
+  }
+  name = {'by name': path, 'by glob': tmp_path / '*.txt'}.get(asked, tmp_path)
+  with pytest.raises(ValueError) as error:
+    sources.documents(str(name))
+  assert str(error.value).startswith(text[make])
+
+
+@pytest.mark.parametrize(
+  ('name', 'fix'),
+  [
+    ('a.jsonl.zst', 'Decompress it (unzstd), or compress it by gzip.'),
+    ('a.txt.XZ', 'Decompress it (unxz), or compress it by gzip.'),
+    ('a.zip', 'Unpack it and name the folder.'),
+    ('a.arrow', 'Write it as JSON lines, Parquet or plain text.'),
+  ],
+)
+def test_files_of_other_kinds_are_refused_by_their_names(tmp_path, name, fix):
+  path = tmp_path / name
+  path.write_bytes(b'x')
+  with pytest.raises(ValueError) as error:
+    sources.documents(str(path))
+  assert str(error.value) == (
+    f'{path}: files ending in {path.suffix} are not read. {fix}'
+  )
+
+
+def test_compressed_text_of_a_folder_is_not_left_out_unnoticed(folder):
+  (folder / 'sub' / 'c.jsonl.zst').write_bytes(b'x')
+  with pytest.raises(ValueError, match=r'c\.jsonl\.zst: files ending in \.zst'):
+    sources.documents(str(folder))
+
+
+# Tables, and columns of another name.
+
+
+def test_tables_are_read(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  path = tmp_path / 'a.parquet'
+  table = {
+    'text': ['one', None, 'two'],
+    'body': ['b1', 'b2', ' '],
+  }
+  parquet.write_table(pyarrow.table(table), path)
+  docs, tally = read(tmp_path)
+  assert docs == ['one', 'two']
+  assert (tally.records, tally.bad) == (3, 1)
+  assert tally.first_bad.startswith(f'{path}:2: expected a record with a str')
+  assert list(sources.documents(str(path), column='body')) == ['b1', 'b2']
+  with pytest.raises(ValueError, match=r"the columns \['text', 'body'\], a"):
+    list(sources.documents(str(path), column='txt'))
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ValueError, match=f'Cannot read {path}: '):
+    read(path)
+
+
+def test_text_may_be_in_another_column(tmp_path):
+  line = json.dumps({'text': 'no', 'content': 'yes'}) + '\n'
+  path = str(write(tmp_path / 'a.jsonl', line))
+  assert list(sources.documents(path, column='content')) == ['yes']
+  with pytest.raises(ValueError, match='with a string field "body"'):
+    list(sources.documents(path, column='body'))
+  default = sources.fingerprint(path)
+  assert sources.fingerprint(path, 'text') == default
+  assert sources.fingerprint(path, 'content') != default
 
 
 def test_ten_bad_lines_are_tolerated_but_not_eleven_of_a_thousand(tmp_path):
@@ -151,9 +280,10 @@ def test_ten_bad_lines_are_tolerated_but_not_eleven_of_a_thousand(tmp_path):
   with pytest.raises(ValueError) as error:
     read(path)
   assert str(error.value) == (
-    f"Data source '{path}' has 11 bad records among the first 1000; at most "
-    f'1 % may be bad. The first is {path}:1: Expecting value: line 1 column 1 '
-    '(char 0). Repair the file or leave it out.'
+    f"Data source '{path}' has 11 bad records among the first 1000 (44 of "
+    f'{44 + len(good):,} bytes); at most 1 % may be bad. The first is '
+    f'{path}:1: Expecting value: line 1 column 1 (char 0). Repair the file '
+    'or leave it out.'
   )
 
 

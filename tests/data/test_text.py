@@ -370,11 +370,69 @@ def test_bad_records_are_counted_beside_the_file(tmp_path, tokenizer, caplog):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "alpha"}\nbad\n{"text": "beta"}\n')
   file = text.prepare(str(path), tokenizer, cache_dir=tmp_path / 'cache')
-  assert (file.documents, file.bad_records) == (2, 1)
+  assert (file.documents, file.bad_records, file.bad_bytes) == (2, 1, 4)
   metadata = json.loads((file.path.parent / 'metadata.json').read_text())
   assert metadata['bad_records'] == 1
   assert f'Skipped {path}:2: ' in caplog.text
   assert '2 documents, 4 tokens, 1 bad records skipped.' in caplog.text
+
+
+def test_what_was_left_out_is_told_at_every_start(tmp_path, tokenizer, caplog):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "alpha"}\nbad\n')
+  for _ in range(2):
+    caplog.clear()
+    text.prepare(str(path), tokenizer, cache_dir=tmp_path / 'cache')
+    assert caplog.messages[-1] == (
+      f'{path}: left out were 1 bad records (4 bytes) and the rest of 0 '
+      'damaged files.'
+    )
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'fault'),
+  [
+    ('metadata.json', b'', 'Expecting value'),
+    ('metadata.json', b'[]', 'argument after ** must be a mapping'),
+    (
+      'metadata.json',
+      b'{}',
+      'missing 11 required keyword-only arguments',
+    ),
+    ('metadata.json', None, 'No such file or directory'),
+    ('tokens.bin', b'12', '{folder}/tokens.bin has 2 bytes, not 4'),
+    ('tokens.bin', None, 'No such file or directory'),
+  ],
+)
+def test_damaged_cache_is_told_with_its_mending(
+  tmp_path, tokenizer, name, content, fault
+):
+  path = tmp_path / 'a.txt'
+  path.write_text('alpha')
+  found = text.prepare(str(path), tokenizer, cache_dir=tmp_path / 'cache')
+  folder = found.path.parent
+  (folder / name).unlink()
+  if content is not None:
+    (folder / name).write_bytes(content)
+  with pytest.raises(ValueError) as error:
+    text.prepare(str(path), tokenizer, cache_dir=tmp_path / 'cache')
+  message = str(error.value)
+  assert message.startswith(f'The cached tokens in {folder} are damaged: ')
+  assert fault.format(folder=folder) in message
+  assert message.endswith('Remove that folder: the next run makes it again.')
+
+
+def test_text_of_another_column_is_cached_apart(tmp_path, tokenizer):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "alpha", "body": "beta beta"}\n')
+  found = [
+    text.prepare(
+      str(path), tokenizer, cache_dir=tmp_path / 'cache', column=column
+    )
+    for column in ('text', 'body')
+  ]
+  assert found[0].path != found[1].path
+  assert found[0].tokens < found[1].tokens
 
 
 @pytest.mark.parametrize(

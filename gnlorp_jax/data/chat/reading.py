@@ -28,6 +28,7 @@ import dataclasses
 import glob
 import gzip
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -37,6 +38,12 @@ from typing import Any
 from gnlorp_jax.data import sources
 from gnlorp_jax.data.chat import conversations, formats
 from gnlorp_jax.data.chat.conversations import Conversation
+from gnlorp_jax.data.files import (
+  check_file,
+  check_suffix,
+  inner_suffix,
+  table_rows,
+)
 
 SUFFIXES = ('.json', '.jsonl', '.parquet')
 BAD = 'bad record'
@@ -112,7 +119,7 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
   files = [path]
   if path.is_dir():
     files = _in_folder(path)
-  elif not path.is_file():
+  elif not os.path.lexists(path):
     matches = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
     files = [
       file
@@ -127,7 +134,9 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
       '[NAME=]PATH[@WEIGHT], joined by commas.'
     )
   for file in files:
-    if _suffix(file) in _OTHER_SUFFIXES:
+    check_suffix(file)
+    check_file(file)
+    if inner_suffix(file) in _OTHER_SUFFIXES:
       raise ValueError(
         f'{file} is no file of conversations: {", ".join(SUFFIXES)} are read, '
         'each of them one JSON object per line or row. Write it as JSON lines, '
@@ -137,15 +146,11 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
   return name or path.name, files, weight
 
 
-def _suffix(path: pathlib.Path) -> str:
-  return pathlib.PurePath(path.name.removesuffix('.gz')).suffix
-
-
 def _in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(
     path
     for path in folder.rglob('*')
-    if _suffix(path) in SUFFIXES
+    if inner_suffix(path) in SUFFIXES
     and not any(p.startswith('.') for p in path.relative_to(folder).parts)
     and path.is_file()
   )
@@ -211,12 +216,14 @@ def _conversations(
 
 def _records(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   """Yields number of the line, or row, and record: or what is wrong with it."""
-  if _suffix(path) == '.parquet':
-    yield from enumerate(_parquet(path), 1)
+  if inner_suffix(path) == '.parquet':
+    yield from enumerate(table_rows(path), 1)
     return
   try:
     raw = path.read_bytes()
     if path.suffix == '.gz':
+      if not raw:
+        raise EOFError('it is empty')
       raw = gzip.decompress(raw)
   except (OSError, EOFError, zlib.error) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
@@ -253,18 +260,3 @@ def _listed(path: pathlib.Path, raw: bytes) -> Iterator[tuple[int, Any]]:
     counted = position
     _, position = decoder.raw_decode(text, position)
     yield line, element
-
-
-def _parquet(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  try:
-    from pyarrow import parquet
-  except ImportError as error:
-    raise ValueError(
-      f'{path} is a Parquet file, which needs pyarrow: pip install pyarrow, or '
-      'convert it to JSON lines.'
-    ) from error
-  try:
-    for batch in parquet.ParquetFile(path).iter_batches():
-      yield from batch.to_pylist()
-  except (OSError, ValueError) as error:
-    raise ValueError(f'Cannot read {path}: {error}') from error

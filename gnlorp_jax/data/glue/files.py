@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gnlorp_jax.data import sources
+from gnlorp_jax.data.files import check_file, check_suffix
 from gnlorp_jax.data.glue.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,8 @@ def _open(
   """
   if not path.is_file():
     raise ValueError(f'No file {path}; expected a .tsv or .jsonl file.')
+  check_suffix(path)
+  check_file(path)
   # Only line feeds end a row: texts may hold what str.splitlines splits at.
   lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
   while lines and not lines[-1].strip():

@@ -17,6 +17,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from gnlorp_jax.data.files import check_file, check_suffix
+
 _ASKED = ' to the question: '
 _OPTION = re.compile(r'(?:^|\s+)(?:Answer|Solution)[1-9]: ?')
 
@@ -74,6 +76,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: If the file is not readable as such, or empty.
   """
+  check_suffix(path)
+  check_file(path)
   try:
     text = path.read_text(encoding='utf-8')
     if path.suffix == '.csv':
@@ -83,7 +87,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     else:
       # Not `splitlines`: JSON allows other line ends inside a string.
       found = [json.loads(line) for line in text.split('\n') if line.strip()]
-  except (OSError, ValueError, csv.Error) as error:
+  except (OSError, ValueError, RecursionError, csv.Error) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
   if not found or not all(isinstance(record, dict) for record in found):
     raise ValueError(f'{path} holds no records: expected objects with fields.')

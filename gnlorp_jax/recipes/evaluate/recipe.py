@@ -14,6 +14,7 @@ from gnlorp_jax.compose import pretrained, scores
 from gnlorp_jax.compose.progress import Progress
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.data.files import check_file, check_suffix
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.evaluate import harness
 from gnlorp_jax.recipes.evaluate.settings import (
@@ -165,6 +166,9 @@ def _one(
 
 
 def _read_text(path: pathlib.Path) -> str:
+  if path.exists():
+    check_suffix(path)
+    check_file(path)
   try:
     text = path.read_text(encoding='utf-8')
   except (OSError, ValueError) as error:

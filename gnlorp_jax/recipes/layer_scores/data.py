@@ -88,6 +88,7 @@ def _text(
     tokenizer,
     cache_dir=pathlib.Path(config.cache_dir).expanduser(),
     add_bos=tokenizer.adds_bos,
+    column=config.text_column,
   )
   available = file.num_sequences(length)
   if not available:

@@ -27,6 +27,9 @@ class LayerScoresConfig:
   .json.gz as in C4, ...), folders and globs, joined by commas;
   'hf:OWNER/NAME:CONFIG:SPLIT[:N]' for the first N documents of a set of the
   hub. With --format chat conversations, named as in train_sft.py."""
+  text_column: str = 'text'
+  """The field of JSON lines, or the column of a table or a data set, that holds
+  the text."""
   format: Literal['text', 'chat'] = 'text'
   """'text' joins documents and cuts them every --length tokens; of 'chat' each
   conversation is a sequence."""

@@ -50,7 +50,7 @@ def load(config: TrainConfig, model: models.Config) -> Text:
   for source in filter(
     None, (config.data.source, config.data.validation_source)
   ):
-    sources.fingerprint(mixture.without_names(source))
+    sources.fingerprint(mixture.without_names(source), config.data.text_column)
   tokenizer = load_tokenizer(config, model)
   check_tokenizer(tokenizer, model, masked=config.is_masked)
   if (
@@ -93,6 +93,7 @@ def load_tokenizer(
     vocab_size=model.vocab_size,
     cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
     masked=config.is_masked,
+    column=config.data.text_column,
   )
 
 
@@ -127,6 +128,7 @@ def token_files(
     seq_len=config.seq_len if config.mode == 'padded' else None,
     cache_dir=pathlib.Path(config.cache_dir).expanduser(),
     add_bos=config.add_bos,
+    column=config.text_column,
   )
 
   def mixed(source: str) -> text.TokenFile | mixture.Mixture:

@@ -32,7 +32,7 @@ class DataConfig:
   """Text and how it becomes tokens."""
 
   source: str = 'stdlib'
-  """Training text: files (.txt, .jsonl, .json.gz as in C4, ...), folders
+  """Training text: files (.txt, .jsonl, .json.gz as in C4, .parquet), folders
   and globs, joined by commas; 'tfds:NAME' for TensorFlow Datasets;
   'hf:OWNER/NAME:CONFIG:SPLIT[:N]' for the first N documents of a set on the
   Hugging Face hub; 'stdlib' for the sources of the running Python's standard
@@ -42,6 +42,9 @@ class DataConfig:
   """Validation text, named like `source`; None holds out the end of it."""
   validation_fraction: float = free(0.05)
   """Share of `source` held out where there is no `validation_source`."""
+  text_column: str = free('text')
+  """The field of JSON lines, or the column of a table or a data set, that holds
+  the text."""
   tokenizer: str = free('bpe')
   """A tokenizer.json, a folder with one, 'hf:OWNER/NAME' of the Hugging Face
   hub, or 'bpe' to train one on the text, as large as the model's vocabulary."""

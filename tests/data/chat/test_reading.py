@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import sys
 
 import pytest
@@ -226,3 +227,20 @@ def test_long_messages_are_read(write):
   path = write('a.jsonl', lines(row(1, 'long ' * 20_000)))
   (conversation,) = read_one(path).conversations
   assert len(conversation.messages[1].content) == 100_000
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+  os.mkfifo(tmp_path / 'a.jsonl')
+  for name in ('a.jsonl', '*.jsonl'):
+    with pytest.raises(ValueError, match='is no file, but a pipe, a device or'):
+      chat.read(str(tmp_path / name))
+  pointer = tmp_path / 'b.jsonl'
+  pointer.write_text('version https://git-lfs.github.com/spec/v1\n')
+  with pytest.raises(ValueError, match=f'{pointer} is a pointer of git-lfs'):
+    chat.read(str(pointer))
+
+
+def test_empty_compressed_file_is_damaged(tmp_path):
+  (tmp_path / 'a.jsonl.gz').touch()
+  with pytest.raises(ValueError, match=r'Cannot read .*a.jsonl.gz: it is empt'):
+    chat.read(str(tmp_path / 'a.jsonl.gz'))
