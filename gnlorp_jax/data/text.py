@@ -282,6 +282,7 @@ def _write(
         pieces.append(np.concatenate([begin, ids]) if is_first else ids)
         is_first = is_last
         documents += is_last
+      tokenizer.check_known(pieces, source)
       if mode == 'padded':
         block, counted = _rows(pieces, seq_len, tokenizer)
       else:

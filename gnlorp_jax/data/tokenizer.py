@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from gnlorp_jax.data import bpe, cache, hub, sources, tokenizer_files
-from gnlorp_jax.data.files import TEXT_COLUMN
+from gnlorp_jax.data.files import TEXT_COLUMN, check_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Tokenizer:
     chat_template: Jinja template of a conversation, or None.
     mask_id: Id that stands for a token to be guessed, or None. Never added by
       this class.
+    unknown_id: Id of text that no piece stands for, or None.
     text_ids: Ids of the pieces of text, ascending, ``[N]``: of all but the ids
       above, other special tokens and the unknown token.
     vocab_size: Largest id a text can produce, plus one: ordinary pieces and the
@@ -107,7 +108,8 @@ class Tokenizer:
     added = backend.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
     control = {self.eos_id, self.pad_id, self.bos_id, self.mask_id} - {None}
-    unknown = {_find(backend, None, _UNKNOWN_TOKENS)} - {None}
+    self.unknown_id = _find(backend, None, _UNKNOWN_TOKENS)
+    unknown = {self.unknown_id} - {None}
     self.vocab_size = max((ids - special) | control | unknown) + 1
     # A unigram model has control tokens among its pieces and may choose one for
     # text that spells it, whatever `encode_special_tokens` says.
@@ -263,6 +265,27 @@ class Tokenizer:
       )
     return self.bos_id
 
+  def check_known(self, rows: Iterable[np.ndarray], what: str) -> None:
+    """Checks that the tokenizer is one of such text.
+
+    Args:
+      rows: Token ids of the text.
+      what: What to call it.
+
+    Raises:
+      ValueError: If more than half of them stand for unknown text.
+    """
+    rows = list(rows)
+    count = sum(len(row) for row in rows)
+    unknown = sum(np.count_nonzero(row == self.unknown_id) for row in rows)
+    if 2 * unknown > count:
+      raise ValueError(
+        f'The tokenizer makes {unknown:,} of {count:,} tokens of {what} '
+        f'{self.backend.id_to_token(self.unknown_id)!r}, which stands for text '
+        'that it does not know: it is of another language or spelling. Name '
+        'another tokenizer.'
+      )
+
   def _config(self) -> dict[str, Any]:
     """Contents of `tokenizer_config.json`."""
     name_of = self.backend.id_to_token
@@ -353,6 +376,7 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
       f'No tokenizer at {path}; expected a tokenizer.json, or a folder with '
       'one, such as save_pretrained of transformers writes.'
     )
+  check_file(path)
   try:
     backend = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # The library raises nothing more specific.

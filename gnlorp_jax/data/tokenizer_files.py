@@ -127,14 +127,18 @@ def read(folder: pathlib.Path, backend: tokenizers.Tokenizer) -> Beside:
     backend: The tokenizer, which knows the ids.
 
   Raises:
-    ValueError: If a file is no JSON object, or its ids are no integers.
+    ValueError: If a file is no JSON object, its ids are no integers, or its
+      tokens or templates no texts.
 
   Note:
     transformers prefers `special_tokens_map.json` if `tokenizer_config.json`
     has no `added_tokens_decoder`. Where the two differ a warning says so.
   """
   config = read_object(folder / CONFIG)
-  for name, value in read_object(folder / _SPECIAL).items():
+  _check_shape(folder / CONFIG, config)
+  special = read_object(folder / _SPECIAL)
+  _check_shape(folder / _SPECIAL, special)
+  for name, value in special.items():
     value = _plain(value)
     is_needed = name == 'eos_token' and config.get(name) is None
     if name not in config or is_needed:
@@ -165,6 +169,34 @@ def read(folder: pathlib.Path, backend: tokenizers.Tokenizer) -> Beside:
   )
 
 
+def _check_shape(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises ValueError for tokens and templates that are none."""
+  for name in TOKEN_NAMES:
+    value = _plain(config.get(name))
+    if value is not None and not isinstance(value, str):
+      raise ValueError(
+        f'{path} has {name}={value!r}; expected a text, null, or an object '
+        'whose "content" is one.'
+      )
+  found = config.get('chat_template')
+  named = found if isinstance(found, list) else []
+  is_list = all(
+    isinstance(entry, dict)
+    and isinstance(entry.get('name'), str)
+    and isinstance(entry.get('template'), str)
+    for entry in named
+  )
+  is_object = isinstance(found, dict) and all(
+    isinstance(template, str) for template in found.values()
+  )
+  is_text = found is None or isinstance(found, str)
+  if not (is_text or is_object or (isinstance(found, list) and is_list)):
+    raise ValueError(
+      f'{path} has chat_template={found!r}; expected a text, or a list of '
+      'objects with "name" and "template".'
+    )
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object; an absent file is an empty one.
 
@@ -175,7 +207,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return {}
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path} must hold a JSON object, not {value!r}.')

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnlorp_jax.models.interface import Cache, Model
+from gnlorp_jax.models.interface import Cache, Model, check_ids
 
 # Prompts are padded to multiples, so that few lengths are compiled, and long
 # ones read in pieces, so that the scores of a piece exist at a time.
@@ -212,13 +212,7 @@ def _check_ids(model, prompts):
       raise ValueError(
         f'Prompt {number} is text: give token ids, such as the tokenizer makes.'
       )
-    ids = np.asarray(prompt)
-    size = model.config.vocab_size
-    if ids.size and not 0 <= ids.min() <= ids.max() < size:
-      raise ValueError(
-        f'Prompt {number} has ids from {ids.min()} to {ids.max()}, and the '
-        f'model has those of [0, {size}). Use its own tokenizer.'
-      )
+    check_ids(f'Prompt {number}', np.asarray(prompt), model.config.vocab_size)
 
 
 def _check(model, prompts, num_tokens, sampling, key):

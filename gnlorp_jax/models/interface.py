@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Config = TypeVar('Config')
 Params = dict[str, Any]
@@ -253,6 +254,18 @@ def check_seq_len(tokens_BT: jax.Array, max_seq_len: int) -> None:
       f'Sequence of {tokens_BT.shape[1]} tokens is longer than '
       f'max_seq_len={max_seq_len}. Use shorter sequences or raise '
       'max_seq_len.'
+    )
+
+
+def check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
+  """Raises ValueError if a model has no embedding of one of the ids.
+
+  JAX raises no error there: it takes another row, or NaN.
+  """
+  if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+    raise ValueError(
+      f'{what} has ids from {ids.min()} to {ids.max()}, and the model has '
+      f'those of [0, {vocab_size}). Use its own tokenizer.'
     )
 
 

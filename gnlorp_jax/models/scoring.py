@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnlorp_jax.models.interface import Model
+from gnlorp_jax.models.interface import Model, check_ids
 
 Request = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 Progress = Callable[[int, int], None]
@@ -84,12 +84,15 @@ def log_likelihoods(
     float64.
 
   Raises:
-    ValueError: If an argument is outside its interval, or a context or a
-      continuation is empty or the latter too long.
+    ValueError: If an argument is outside its interval, a context or a
+      continuation is empty or the latter too long, or the model lacks an id.
   """
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size} must be positive.')
   length = _longest(model, max_length)
+  for number, parts in enumerate(requests):
+    for ids in map(np.asarray, parts):
+      check_ids(f'Request {number}', ids, model.config.vocab_size)
   rows = _rows(requests, length)
   totals = np.zeros(len(requests))
   is_greedy = np.ones(len(requests), bool)

@@ -299,3 +299,23 @@ def test_special_tokens_have_the_names_that_templates_use(bpe, masked_bpe):
     'cls_token': '<s>',
     'mask_token': '<mask>',
   }
+
+
+def test_text_of_another_language_is_told():
+  backend = word_level(**{'x': 0, 'the': 1, '</s>': 2, '<unk>': 3})
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  backend.model.unk_token = '<unk>'
+  tokenizer = tokenizer_lib.Tokenizer(backend)
+  tokenizer.check_known(tokenizer.encode_batch(['the the der']), 'a.txt')
+  with pytest.raises(ValueError) as error:
+    tokenizer.check_known(tokenizer.encode_batch(['der die das the']), 'a.txt')
+  assert str(error.value) == (
+    "The tokenizer makes 3 of 5 tokens of a.txt '<unk>', which stands for text "
+    'that it does not know: it is of another language or spelling. Name '
+    'another tokenizer.'
+  )
+
+
+def test_tokenizer_without_an_unknown_token_knows_all(bpe):
+  assert bpe.unknown_id is None
+  bpe.check_known(bpe.encode_batch(['der die das']), 'a.txt')

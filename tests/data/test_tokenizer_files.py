@@ -9,6 +9,7 @@ import tokenizers
 
 from gnlorp_jax.data import bpe, text, tokenizer_files
 from gnlorp_jax.data import tokenizer as tokenizer_lib
+from gnlorp_jax.data.tokenizer_files import CONFIG
 
 BOS, EOS, EOT = '<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'
 SPECIAL = (BOS, EOS, EOT, '<|header|>')
@@ -382,3 +383,37 @@ def test_export_cannot_put_a_token_before_a_text_that_is_not_there(
 def test_absent_files_say_nothing(tmp_path, llama_backend):
   found = tokenizer_files.read(tmp_path, llama_backend)
   assert found == tokenizer_files.Beside()
+
+
+@pytest.mark.parametrize(
+  ('file', 'fields', 'text'),
+  [
+    (CONFIG, {'eos_token': 3}, 'has eos_token=3; expected a text, null, or an'),
+    (CONFIG, {'pad_token': ['a']}, "has pad_token=['a']; expected a text"),
+    (CONFIG, {'bos_token': {'content': None}}, None),
+    (CONFIG, {'bos_token': {'content': 3}}, 'has bos_token=3; expected a text'),
+    (CONFIG, {'chat_template': 3}, 'has chat_template=3; expected a text, or'),
+    (CONFIG, {'chat_template': ['a']}, "has chat_template=['a']; expected a"),
+    (CONFIG, {'chat_template': [{'name': 'default'}]}, 'has chat_template=[{'),
+    (CONFIG, {'chat_template': {'default': 3}}, 'has chat_template={'),
+    ('special_tokens_map.json', {'eos_token': 3}, 'has eos_token=3; expected'),
+  ],
+)
+def test_files_of_another_shape_are_refused(tmp_path, file, fields, text):
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({'</s>': 0}, unk_token='</s>')
+  )
+  (tmp_path / file).write_text(json.dumps(fields))
+  if text is None:
+    tokenizer_files.read(tmp_path, backend)
+    return
+  with pytest.raises(ValueError) as error:
+    tokenizer_files.read(tmp_path, backend)
+  assert str(error.value).startswith(f'{tmp_path / file} {text}')
+
+
+def test_deeply_nested_files_are_refused(tmp_path):
+  path = tmp_path / CONFIG
+  path.write_text('[' * 100_000)
+  with pytest.raises(ValueError, match=f'Cannot read {path}: '):
+    tokenizer_files.read_object(path)

@@ -200,6 +200,11 @@ def test_nothing_is_asked():
       'Begin with a start- or end-of-sequence token.',
     ),
     (
+      ([1, 99], [2]),
+      'Request 0 has ids from 1 to 99, and the model has those of [0, 61). Use '
+      'its own tokenizer.',
+    ),
+    (
       ([1], np.zeros(41, int)),
       'Request 0 has 41 tokens to score, more than the 40 that the model is '
       'given at a time. Use `rolling`.',

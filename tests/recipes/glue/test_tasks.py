@@ -114,3 +114,12 @@ def test_architecture_takes_dropout_and_dtypes_of_the_run(data):
     found = architecture(*start, *words)
     assert (found.param_dtype, found.remat) == ('bfloat16', True)
     assert found.vocab_size == len(data.tokenizer.backend.get_vocab())
+
+
+def test_tokens_around_a_text_are_of_the_model_too(settings, data, monkeypatch):
+  def encode(*args):
+    return [np.array([0, data.architecture.vocab_size])]
+
+  monkeypatch.setattr(tasks.glue, 'encode', encode)
+  with pytest.raises(ValueError, match='The tokenizer produces ids up to'):
+    tasks.load_task(settings, data.task)
