@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
-from gnlorp_jax.compose.fields import WrongTypeError, check_types
+from gnlorp_jax.models.field_types import WrongTypeError, check_types
 
 Config = TypeVar('Config')
 

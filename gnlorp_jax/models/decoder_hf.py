@@ -1,10 +1,11 @@
 """Decoders in Hugging Face's checkpoints: names of tensors and of fields."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from gnlorp_jax.models import rope
 from gnlorp_jax.models.decoder_config import DecoderConfig, WindowedConfig
+from gnlorp_jax.models.field_types import described, is_of
 
 _LAYER = 'model.layers.{layer}'
 
@@ -145,6 +146,7 @@ class Layout(NamedTuple):
       ValueError: If fields are missing or ask for what is not supported; all
         reasons are named.
     """
+    self._check_objects(hf)
     hf = self.prepare(hf)
     filled = {
       **self.defaults,
@@ -166,16 +168,25 @@ class Layout(NamedTuple):
       for name, value in fixed.items()
       if name in filled and filled[name] != value
     ]
+    names = {**_FIELDS, **self.fields}
     sizes = _reasons_of_sizes(filled)
+    sizes += self._reasons_of_types(
+      {
+        theirs: (ours, filled[theirs])
+        for ours, theirs in names.items()
+        if filled.get(theirs) is not None
+        and theirs not in (*_REQUIRED, *_OPTIONAL)
+      }
+    )
     theta, scaling, why = _read_rope(filled)
     # What goes through layers one by one needs their number.
     read, more = ({}, []) if sizes else self.read(filled)
+    more += self._reasons_of_types({k: (k, v) for k, v in read.items()})
     reasons += [*sizes, *why, *more]
     if reasons:
       raise ValueError(
         f'Unsupported {self.name} configuration: {", ".join(reasons)}.'
       )
-    names = {**_FIELDS, **self.fields}
     dtype = filled.get('dtype') or filled.get('torch_dtype')
     given = {
       ours: filled[theirs]
@@ -191,6 +202,33 @@ class Layout(NamedTuple):
       rope_scaling=scaling,
       **{**given, **read},
     )
+
+  def _check_objects(self, hf: Mapping[str, Any]) -> None:
+    """Raises ValueError where an object is needed and something else is."""
+    wrong = [
+      f'{name}={hf[name]!r} (supported: an object, or null)'
+      for name in ('rope_scaling', 'rope_parameters')
+      if not isinstance(hf.get(name) or {}, Mapping)
+    ]
+    if wrong:
+      raise ValueError(
+        f'Unsupported {self.name} configuration: {", ".join(wrong)}.'
+      )
+
+  def _reasons_of_types(
+    self, values: Mapping[str, tuple[str, Any]]
+  ) -> list[str]:
+    """Why values have no meaning as our fields.
+
+    Args:
+      values: Our field and the value, by Hugging Face's name.
+    """
+    types = get_type_hints(self.config)
+    return [
+      f'{theirs}={value!r} (supported: {described(types[ours])})'
+      for theirs, (ours, value) in values.items()
+      if not is_of(value, types[ours])
+    ]
 
   def config_to_hf(
     self,
@@ -264,6 +302,8 @@ def _read_rope(
     fields, original or hf.get('max_position_embeddings')
   )
   theta = fields.get('rope_theta') or hf.get('rope_theta')
+  if theta is not None and not is_of(theta, float):
+    reasons.append(f'rope_theta={theta!r} (supported: a number)')
   part = fields.get('partial_rotary_factor') or hf.get('partial_rotary_factor')
   if part not in (None, 1, 1.0):
     reasons.append(f'partial_rotary_factor={part!r} (supported: 1.0)')

@@ -21,7 +21,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from gnlorp_jax.models import _hf_files
+from gnlorp_jax.models.field_types import described, is_of
 
 Table = Sequence[tuple[str, str, bool]]
 
@@ -93,7 +94,8 @@ def read_fields(
     checkpoint is, otherwise float32.
 
   Raises:
-    ValueError: If fields without a default are missing; all are named.
+    ValueError: If fields without a default are missing, or have values of
+      another type; all are named.
   """
   missing = [
     names[field.name]
@@ -103,6 +105,14 @@ def read_fields(
   ]
   if missing:
     raise ValueError(f'{family} configuration lacks the fields {missing}.')
+  types = get_type_hints(config_class)
+  wrong = [
+    f'{theirs}={hf_config[theirs]!r} (supported: {described(types[ours])})'
+    for ours, theirs in names.items()
+    if theirs in hf_config and not is_of(hf_config[theirs], types[ours])
+  ]
+  if wrong:
+    raise ValueError(f'Unsupported {family} configuration: {", ".join(wrong)}.')
   dtype = hf_config.get('dtype') or hf_config.get('torch_dtype')
   return {
     'param_dtype': 'bfloat16' if dtype == 'bfloat16' else 'float32',

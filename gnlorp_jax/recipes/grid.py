@@ -21,7 +21,7 @@ import rich.table
 
 from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.disk import writing
-from gnlorp_jax.training import loop
+from gnlorp_jax.training import loop, records
 from gnlorp_jax.training.checkpoint import check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
@@ -29,6 +29,10 @@ from gnlorp_jax.training.monitor import DivergedError
 _logger = logging.getLogger(__name__)
 
 RESULT_FILE = 'result.json'
+_NEEDED = (
+  *('best', 'last', 'learning_rate', 'main_metric', 'seed'),
+  *('seconds_per_step', 'settings'),
+)
 # What a finished run writes: see `run_once`.
 Result = dict[str, Any]
 Kept = Literal['best', 'all', 'none']
@@ -66,15 +70,41 @@ def quality(value: float | None, *, higher_is_better: bool = True) -> float:
   return value if higher_is_better else -value
 
 
-def read_results(run_dir: str | pathlib.Path, pattern: str) -> list[Result]:
+def read_results(
+  run_dir: str | pathlib.Path, pattern: str, fields: Sequence[str] = ()
+) -> list[Result]:
   """All finished runs below a folder, in the order of their folders.
 
   Args:
     run_dir: The folder.
     pattern: Where the folders of runs are, such as ``*/*/*``.
+    fields: What results of these runs have beside what all have.
+
+  Raises:
+    ValueError: If a result is damaged.
   """
   paths = sorted(pathlib.Path(run_dir).glob(f'{pattern}/{RESULT_FILE}'))
-  return [json.loads(path.read_text(encoding='utf-8')) for path in paths]
+  return [_read_result(path, fields) for path in paths]
+
+
+def _read_result(path: pathlib.Path, fields: Sequence[str] = ()) -> Result:
+  """The result of a finished run.
+
+  Raises:
+    ValueError: If the file is damaged, or not one that `run_once` wrote.
+  """
+  fix = 'Remove it, and the run goes on from its last checkpoint or anew.'
+  result = records.read_object(
+    path, 'result of a run', (*_NEEDED, *fields), fix
+  )
+  best, metric = result['best'], result['main_metric']
+  is_whole = isinstance(best, dict) and {'step', metric} <= best.keys()
+  if not is_whole or not isinstance(result['settings'], dict):
+    raise ValueError(
+      f'{path} is no result of a run: its best={best!r} and settings must be '
+      f'objects, the former with a step and {metric!r}. {fix}'
+    )
+  return result
 
 
 def search(
@@ -175,7 +205,7 @@ def run_once(
   run = member.run
   path = run.folder / RESULT_FILE
   if path.is_file():
-    result = json.loads(path.read_text(encoding='utf-8'))
+    result = _read_result(path)
     check_compatible(result['settings'], run.metadata, run.folder, run.accepted)
     _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
     _logger.info('%s is finished already.', run.name)

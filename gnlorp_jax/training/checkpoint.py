@@ -32,7 +32,10 @@ _logger = logging.getLogger(__name__)
 
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE = (
+  *(MemoryError, PermissionError, jax.errors.JaxRuntimeError),
+  integrity.OtherVersionError,
+)
 
 # What has a meaning in patterns of names of files.
 _PATTERNS = '*?[\\'
@@ -244,7 +247,8 @@ class Checkpointer:
   def _read_record(self, step):
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
     with _failures_as_damage():
-      return integrity.unseal(self._manager.restore(step, args=args)['record'])
+      sealed = self._manager.restore(step, args=args)['record']
+      return integrity.unseal(sealed, ('data_state', 'metadata', 'arrays'))
 
   def _read_state(self, step, abstract_state, arrays):
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))

@@ -6,6 +6,7 @@ A sealed record is JSON that carries a checksum of itself.
 
 import json
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,9 +14,16 @@ import jax.numpy as jnp
 
 from gnlorp_jax.training.sharding import path_string
 
+VERSION = 1
+"""Of the form of sealed records."""
+
 
 class DamagedError(Exception):
   """What was read is not what was written."""
+
+
+class OtherVersionError(ValueError):
+  """A record was written by a program that writes another form."""
 
 
 def describe(state: Any) -> dict[str, dict[str, Any]]:
@@ -119,18 +127,35 @@ def checksum(x: jax.Array) -> jax.Array:
 def seal(record: dict[str, Any]) -> dict[str, Any]:
   """Adds a checksum to a copy of a record, as JSON will return it."""
   content = json.loads(json.dumps(record))
-  return {'content': content, 'crc32': _crc32(content)}
+  return {'version': VERSION, 'content': content, 'crc32': _crc32(content)}
 
 
-def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
+def unseal(sealed: Any, fields: Iterable[str] = ()) -> dict[str, Any]:
   """The record that was sealed.
 
+  Args:
+    sealed: What `seal` made; a record without a version is of the first.
+    fields: Fields that it must have.
+
   Raises:
-    DamagedError: If its checksum does not fit.
+    DamagedError: If its checksum does not fit, or it is none.
+    OtherVersionError: If it is of another version.
   """
-  if _crc32(sealed['content']) != sealed['crc32']:
+  if not isinstance(sealed, dict) or not {'content', 'crc32'} <= sealed.keys():
+    raise DamagedError(f'no sealed record, but {str(sealed)[:40]!r}')
+  version = sealed.get('version', 1)
+  if version != VERSION:
+    raise OtherVersionError(
+      f'The record is of version {version!r}, and this program reads version '
+      f'{VERSION}. Use the gnlorp_jax that wrote it, or another run directory.'
+    )
+  content = sealed['content']
+  if _crc32(content) != sealed['crc32']:
     raise DamagedError('the checksum does not fit the record')
-  return sealed['content']
+  missing = [name for name in fields if name not in content]
+  if not isinstance(content, dict) or missing:
+    raise DamagedError(f'the record lacks the fields {missing}')
+  return content
 
 
 @jax.jit

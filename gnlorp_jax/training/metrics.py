@@ -20,6 +20,7 @@ import rich.logging
 import rich.progress
 
 from gnlorp_jax.disk import writing
+from gnlorp_jax.training import records
 
 _logger = logging.getLogger(__name__)
 
@@ -195,10 +196,13 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
   Returns:
     One dict per line, with ``step`` and the metrics; None stands for a number
     that was not finite.
+
+  Raises:
+    ValueError: If the file is absent, or a line is damaged.
   """
-  text = pathlib.Path(path).read_text(encoding='utf-8')
-  complete, _, _ = text.rpartition('\n')
-  return [json.loads(line) for line in complete.splitlines()]
+  return records.read_rows(
+    pathlib.Path(path), 'Repair or remove the line, or remove the file.'
+  )
 
 
 def _finite_or_none(value):

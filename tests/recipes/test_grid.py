@@ -288,11 +288,57 @@ def test_signal_while_results_are_made_leaves_them_to_the_next_command(
   ]
 
 
+def whole_result(**changes):
+  return {
+    'learning_rate': 1e-3,
+    'seed': 0,
+    'best': {'step': 4, 'loss': 3.25},
+    'last': {'step': 5, 'loss': 3.5},
+    'main_metric': 'loss',
+    'seconds_per_step': 0.1,
+    'settings': {},
+    **changes,
+  }
+
+
+@pytest.mark.parametrize(
+  ('text', 'fault'),
+  [
+    ('', 'Expecting value: line 1 column 1 (char 0)'),
+    ('[]', "expected a JSON object, got '[]'"),
+    ('{}', "it lacks the fields ['best', 'last', 'learning_rate', 'main_me"),
+    ('[' * 100_000, ''),
+    (json.dumps(whole_result(best=None)), 'its best=None and settings must be'),
+    (json.dumps(whole_result(best={'step': 4})), "its best={'step': 4} and"),
+    (json.dumps(whole_result(settings=[])), "its best={'step': 4, 'loss'"),
+  ],
+)
+def test_damaged_result_is_told_with_its_mending(tmp_path, text, fault):
+  path = tmp_path / 'x' / 'result.json'
+  path.parent.mkdir()
+  path.write_text(text)
+  with pytest.raises(ValueError) as error:
+    grid.read_results(tmp_path, '*')
+  assert str(error.value).startswith(f'{path} is no result of a run: {fault}')
+  assert str(error.value).endswith(
+    'Remove it, and the run goes on from its last checkpoint or anew.'
+  )
+
+
+def test_results_of_a_table_have_more_fields(tmp_path):
+  (tmp_path / 'x').mkdir()
+  path = tmp_path / 'x' / 'result.json'
+  path.write_text(json.dumps(whole_result()))
+  with pytest.raises(ValueError, match=r"lacks the fields \['task'\]"):
+    grid.read_results(tmp_path, '*', ['task'])
+
+
 def test_results_are_read_in_the_order_of_their_folders(tmp_path):
   for name in ('b/x', 'a/y', 'a/x'):
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    (folder / 'result.json').write_text(json.dumps({'name': name}))
+    result = whole_result(name=name)
+    (folder / 'result.json').write_text(json.dumps(result))
   (tmp_path / 'a/unfinished').mkdir()
   found = grid.read_results(tmp_path, '*/*')
   assert [one['name'] for one in found] == ['a/x', 'a/y', 'b/x']

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from gnlorp_jax.training import sharding
+from gnlorp_jax.training import integrity, sharding
 from gnlorp_jax.training import state as state_lib
 from gnlorp_jax.training.checkpoint import (
   Checkpointer,
@@ -347,6 +347,13 @@ def test_nothing_but_damage_is_an_error_and_stays_in_place(two_saved):
   with Checkpointer(two_saved) as checkpointer:
     with pytest.raises(ValueError, match=f'^{re.escape(text)}'):
       checkpointer.latest_metadata()
+  assert {path.name for path in two_saved.iterdir()} == {'10', '20'}
+
+
+def test_records_of_another_version_are_left_alone(two_saved, monkeypatch):
+  monkeypatch.setattr(integrity, 'VERSION', 2)
+  with pytest.raises(ValueError, match='is of version 1, and this program re'):
+    restore_small(two_saved)
   assert {path.name for path in two_saved.iterdir()} == {'10', '20'}
 
 

@@ -127,3 +127,33 @@ def test_changed_record_is_damaged():
     integrity.DamagedError, match='^the checksum does not fit the record$'
   ):
     integrity.unseal(sealed)
+
+
+@pytest.mark.parametrize(
+  'sealed', [None, [], {}, {'content': {}}, {'crc32': 0}, 'text']
+)
+def test_what_is_no_sealed_record_is_damaged(sealed):
+  with pytest.raises(integrity.DamagedError, match='^no sealed record, but '):
+    integrity.unseal(sealed)
+
+
+def test_record_without_its_fields_is_damaged():
+  sealed = integrity.seal({'a': 1})
+  assert integrity.unseal(sealed, ('a',)) == {'a': 1}
+  text = r"^the record lacks the fields \['b'\]$"
+  with pytest.raises(integrity.DamagedError, match=text):
+    integrity.unseal(sealed, ('a', 'b'))
+
+
+def test_record_of_another_version_is_none_of_ours_and_not_damaged():
+  sealed = integrity.seal({'a': 1})
+  assert sealed['version'] == 1
+  with pytest.raises(ValueError) as error:
+    integrity.unseal(sealed | {'version': 2})
+  assert str(error.value) == (
+    'The record is of version 2, and this program reads version 1. Use the '
+    'gnlorp_jax that wrote it, or another run directory.'
+  )
+  # Those of before the field are of the first.
+  del sealed['version']
+  assert integrity.unseal(sealed) == {'a': 1}

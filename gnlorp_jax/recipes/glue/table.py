@@ -29,6 +29,7 @@ EIGHT_TASKS = ('cola', 'stsb', 'mrpc', 'rte', 'sst2', 'mnli', 'qnli', 'qqp')
 NINE_TASKS = (*EIGHT_TASKS, 'wnli')
 
 # Metrics as tables name them, where that differs.
+_SIZES = ('trainable_parameters', 'optimizer_state_bytes')
 _SHORT = {'matthews_correlation': 'Matthews', 'f1': 'F1', 'pearson': 'Pearson'}
 
 
@@ -368,7 +369,7 @@ def write(run_dir: str | pathlib.Path, *, picture: bool = True) -> list[Result]:
     All results there.
   """
   run_dir = pathlib.Path(run_dir)
-  results = read_results(run_dir, '*/*/*')
+  results = read_results(run_dir, '*/*/*', ('task', 'method', *_SIZES))
   writing.write_text(
     run_dir / 'results.json',
     json.dumps(results, indent=2, allow_nan=False) + '\n',

@@ -159,8 +159,9 @@ def summarise(
 ) -> dict[str, Any]:
   """The run in numbers: losses, speed, memory."""
   rows = metrics.read_metrics(pathlib.Path(config.run_dir) / 'metrics.jsonl')
-  # A number that was not finite is None in a row, and stays None here.
-  first = next(row for row in rows if 'eval/loss' in row)
+  # A number that was not finite is None in a row, and stays None here. So is
+  # what was lost with rows, which are no reason not to end.
+  first = next((row for row in rows if 'eval/loss' in row), {})
   last = outcome.record['best'] or outcome.record['last']
   speeds = [
     row['train/tokens_per_second']
@@ -174,7 +175,7 @@ def summarise(
     'adapter': config.adapter.kind,
     'parameters': num_params(built),
     'steps': outcome.record['last']['step'],
-    'first_eval_loss': first['eval/loss'],
+    'first_eval_loss': first.get('eval/loss'),
     'last_eval_loss': last['loss'],
     'last_eval_perplexity': last['perplexity'],
     'tasks': {name: x for name, x in last.items() if '/' in name},
@@ -205,8 +206,10 @@ def show(config: TrainConfig, summary: dict[str, Any], sample: str) -> None:
     console.print(sample, markup=False, highlight=False)
     console.rule()
   first, last = summary['first_eval_loss'], summary['last_eval_loss']
-  if first is None or last is None:
+  if last is None:
     outcome = 'The validation loss is not finite.'
+  elif first is None:
+    outcome = f'Validation loss {last:.3f}; of the first, no number is known.'
   else:
     change = 'lower' if last <= first else 'higher'
     outcome = (

@@ -17,7 +17,7 @@ from gnlorp_jax.models.generate import generate
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import interrupt
+from gnlorp_jax.training import interrupt, records
 
 SAMPLES_FILE = 'samples.jsonl'
 
@@ -181,8 +181,16 @@ def keep_samples(
   """
   kept = []
   if path.is_file():
-    lines = path.read_text(encoding='utf-8').splitlines()
-    kept = [line for line in lines if json.loads(line)['step'] < step]
-  kept += [json.dumps(row, ensure_ascii=False) for row in rows]
+    kept = [row for row in read_samples(path) if row['step'] < step]
+  lines = [json.dumps(row, ensure_ascii=False) for row in (*kept, *rows)]
   path.parent.mkdir(parents=True, exist_ok=True)
-  writing.write_text(path, '\n'.join(kept) + '\n')
+  writing.write_text(path, '\n'.join(lines) + '\n')
+
+
+def read_samples(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a file that `keep_samples` wrote.
+
+  Raises:
+    ValueError: If a line is damaged.
+  """
+  return records.read_rows(path, 'Repair or remove the line.')

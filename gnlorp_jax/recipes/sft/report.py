@@ -24,7 +24,7 @@ from gnlorp_jax.disk import writing
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
 from gnlorp_jax.recipes.sft import data
-from gnlorp_jax.recipes.sft.evaluation import SAMPLES_FILE
+from gnlorp_jax.recipes.sft.evaluation import SAMPLES_FILE, read_samples
 from gnlorp_jax.recipes.sft.recipe import Prepared, make_run
 from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import metrics
@@ -188,11 +188,7 @@ def _show_answers(
   path = pathlib.Path(config.run_dir) / SAMPLES_FILE
   if not path.is_file():
     return
-  rows = [
-    row
-    for line in path.read_text(encoding='utf-8').splitlines()
-    if (row := json.loads(line))['step'] == step
-  ]
+  rows = [row for row in read_samples(path) if row['step'] == step]
   for row in rows[:_SHOWN]:
     console.rule(f'{row["messages"][-1]["role"]}', align='left')
     for text, style in (

@@ -352,6 +352,52 @@ def test_sizes_that_no_model_has_are_refused_by_arithmetic():
   )
 
 
+ANY = ['x', [], {}, True, -1, 1.5, ['a'], {'a': 1}, 10**30, float('nan')]
+
+
+@pytest.mark.parametrize('model_type', models.family_names())
+def test_any_value_of_any_field_is_read_or_refused(model_type):
+  family = models.family_of({'model_type': model_type})
+  (config, *_) = family.PRESETS.values()
+  whole = family.config_to_hf(config)
+  refused = set()
+  for field in (
+    *whole,
+    *('rope_scaling', 'rope_parameters', 'partial_rotary_factor'),
+    *('layer_types', 'sliding_window_pattern', 'no_rope_layers'),
+  ):
+    for value in ANY:
+      try:  # Nothing but a ValueError may come of it.
+        family.config_from_hf({**whole, field: copy.deepcopy(value)})
+      except ValueError:
+        refused.add(field)
+  sizes = {'vocab_size', 'hidden_size', 'num_hidden_layers'}
+  assert refused >= {*sizes, 'initializer_range', 'max_position_embeddings'}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    ({'rms_norm_eps': '1e-5'}, "rms_norm_eps='1e-5' (supported: a number)."),
+    (
+      {'tie_word_embeddings': 'no', 'initializer_range': [1]},
+      "tie_word_embeddings='no' (supported: True or False), initializer_range="
+      '[1] (supported: a number).',
+    ),
+    (
+      {'rope_scaling': [2], 'rope_parameters': 3},
+      'rope_scaling=[2] (supported: an object, or null), rope_parameters=3 '
+      '(supported: an object, or null).',
+    ),
+    ({'rope_theta': '1e6'}, "rope_theta='1e6' (supported: a number)."),
+  ],
+)
+def test_values_of_other_types_are_named_with_theirs(changes, text):
+  with pytest.raises(ValueError) as error:
+    config_of('llama', **changes)
+  assert str(error.value) == f'Unsupported LLaMA configuration: {text}'
+
+
 def test_class_without_a_type_is_no_family_but_a_hint():
   for name, family in (('Mistral', 'mistral'), ('Gemma3', 'gemma3_text')):
     with pytest.raises(ValueError) as error:

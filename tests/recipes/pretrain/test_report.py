@@ -217,6 +217,16 @@ def test_summary_of_a_diverged_run_is_still_json(tmp_path, capsys):
   assert 'The validation loss is not finite. Plot, sample,' in shown
 
 
+def test_lost_metrics_are_no_reason_not_to_end(tmp_path, capsys):
+  prepared = prepare(run_dir=tmp_path)
+  (tmp_path / 'metrics.jsonl').touch()
+  summary = report.summarise(prepared, prepared.config, outcome((3.0, 20.1)))
+  assert summary['first_eval_loss'] is None
+  report.show(prepared.config, summary, '')
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert 'Validation loss 3.000; of the first, no number is known.' in shown
+
+
 def test_shown_table_adds_up(tmp_path, capsys):
   prepared = prepare('galore', run_dir=tmp_path)
   write_rows(tmp_path, [(0, {'eval/loss': 4.0, 'eval/perplexity': 55.0})])
