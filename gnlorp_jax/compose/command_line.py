@@ -63,21 +63,38 @@ def run(main: Callable[[], None], traceback_variable: str) -> None:
       shows where it arose.
 
   Raises:
-    SystemExit: With status 2, after a ValueError or an OSError; as of
+    SystemExit: With status 2, after a ValueError or an OSError, or where
+      memory does not suffice; as of
       `interruption.running`.
   """
   with interruption.running():
     try:
       main()
-    except (ValueError, OSError) as error:
-      if traceback_variable in os.environ:
+    except Exception as error:
+      message = _message(error)
+      if message is None or traceback_variable in os.environ:
         raise
-      exit_with_message(error)
+      exit_with_message(message)
 
 
-def exit_with_message(error: Exception) -> None:
+def _message(error: Exception) -> str | None:
+  """What to tell of an error; None of one that is the program's fault."""
+  text = str(error)
+  # JAX, which is not imported here, has one class for whatever XLA complains.
+  is_memory = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text
+  if is_memory:
+    reason = text.partition('\n')[0] or 'no more is to be had'
+    return (
+      f'Out of memory: {reason} Lower batch_size or the length of sequences, '
+      'raise micro_batches, or choose a smaller model; python -m '
+      'gnlorp_jax.plan says what a run takes.'
+    )
+  return text if isinstance(error, ValueError | OSError) else None
+
+
+def exit_with_message(message: str) -> None:
   """Ends the program with the message of a user's mistake, no traceback."""
-  sys.stderr.write(f'error: {error}\n')
+  sys.stderr.write(f'error: {message}\n')
   raise SystemExit(2)
 
 

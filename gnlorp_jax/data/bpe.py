@@ -7,6 +7,9 @@ import tokenizers
 CHARACTERS = 2**25
 """How much of a text is read: more does not change the frequent pieces."""
 
+MOST_ENTRIES = 2**24
+"""The library makes room for all of them at once, and aborts without it."""
+
 
 def train(
   texts: Iterable[str], vocab_size: int, special: Sequence[str]

@@ -252,6 +252,31 @@ def check_vocab(tokenizer_vocab: int, model_vocab: int) -> None:
     )
 
 
+def check_known(
+  tokenizer: Tokenizer, rows: Iterable[np.ndarray], what: str
+) -> None:
+  """Checks that a tokenizer is one of such text.
+
+  Args:
+    tokenizer: The tokenizer.
+    rows: Token ids that it made of the text.
+    what: What to call the text.
+
+  Raises:
+    ValueError: If more than half of them stand for unknown text.
+  """
+  rows = list(rows)
+  count = sum(len(row) for row in rows)
+  unknown = sum(np.count_nonzero(row == tokenizer.unknown_id) for row in rows)
+  if 2 * unknown > count:
+    raise ValueError(
+      f'The tokenizer makes {unknown:,} of {count:,} tokens of {what} '
+      f'{tokenizer.backend.id_to_token(tokenizer.unknown_id)!r}, which stands '
+      'for text that it does not know: it is of another language or spelling. '
+      'Name another tokenizer.'
+    )
+
+
 def _write(
   folder: pathlib.Path,
   source: str,
@@ -282,7 +307,7 @@ def _write(
         pieces.append(np.concatenate([begin, ids]) if is_first else ids)
         is_first = is_last
         documents += is_last
-      tokenizer.check_known(pieces, source)
+      check_known(tokenizer, pieces, source)
       if mode == 'padded':
         block, counted = _rows(pieces, seq_len, tokenizer)
       else:

@@ -265,27 +265,6 @@ class Tokenizer:
       )
     return self.bos_id
 
-  def check_known(self, rows: Iterable[np.ndarray], what: str) -> None:
-    """Checks that the tokenizer is one of such text.
-
-    Args:
-      rows: Token ids of the text.
-      what: What to call it.
-
-    Raises:
-      ValueError: If more than half of them stand for unknown text.
-    """
-    rows = list(rows)
-    count = sum(len(row) for row in rows)
-    unknown = sum(np.count_nonzero(row == self.unknown_id) for row in rows)
-    if 2 * unknown > count:
-      raise ValueError(
-        f'The tokenizer makes {unknown:,} of {count:,} tokens of {what} '
-        f'{self.backend.id_to_token(self.unknown_id)!r}, which stands for text '
-        'that it does not know: it is of another language or spelling. Name '
-        'another tokenizer.'
-      )
-
   def _config(self) -> dict[str, Any]:
     """Contents of `tokenizer_config.json`."""
     name_of = self.backend.id_to_token
@@ -411,11 +390,11 @@ def _load_bpe(
     )
   special = _ROBERTA_TOKENS if masked else (_BPE_PAD, _BPE_EOS)
   smallest = 256 + len(special)
-  if vocab_size < smallest:
+  if not smallest <= vocab_size <= bpe.MOST_ENTRIES:
     raise ValueError(
       f"Tokenizer 'bpe' cannot have vocab_size={vocab_size}: it needs an entry "
       f'for each of the 256 bytes and for {", ".join(special)}. Use at least '
-      f'{smallest}.'
+      f'{smallest}, and at most {bpe.MOST_ENTRIES}.'
     )
   key = f'{sources.fingerprint(source, column)} {vocab_size}'
   key += ' masked' * masked

@@ -191,6 +191,32 @@ def test_mistake_ends_with_one_message(error, capsys, monkeypatch):
   assert capsys.readouterr().err == f'error: {error}\n'
 
 
+class JaxRuntimeError(RuntimeError):
+  """As JAX calls it."""
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (
+      JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory on 9 bytes.\nmore'),
+      'RESOURCE_EXHAUSTED: Out of memory on 9 bytes.',
+    ),
+    (MemoryError('Unable to allocate 9 B'), 'Unable to allocate 9 B'),
+    (MemoryError(), 'no more is to be had'),
+  ],
+)
+def test_lack_of_memory_ends_with_what_helps(error, reason, capsys):
+  with pytest.raises(SystemExit) as stop:
+    command_line.run(lambda: fail(error), 'SHOW_TRACEBACK')
+  assert stop.value.code == 2
+  assert capsys.readouterr().err == (
+    f'error: Out of memory: {reason} Lower batch_size or the length of '
+    'sequences, raise micro_batches, or choose a smaller model; python -m '
+    'gnlorp_jax.plan says what a run takes.\n'
+  )
+
+
 def test_traceback_is_shown_when_asked_for(monkeypatch):
   monkeypatch.setenv('SHOW_TRACEBACK', '1')
   with pytest.raises(ValueError, match='too few'):

@@ -1,5 +1,7 @@
 """Parameters that cannot be held are refused by arithmetic."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,35 @@ def test_devices_of_the_host_share_its_memory(monkeypatch, spec, takes):
   # Where nobody knows, nothing is refused.
   monkeypatch.setattr(memory, '_host_memory', lambda: None)
   memory.check(placed(spec))
+
+
+def test_state_of_the_optimizer_counts(monkeypatch):
+  def leaf(size):
+    return jax.ShapeDtypeStruct((size,), jnp.float32)
+
+  parameters = types.SimpleNamespace(frozen={'w': leaf(256)})
+  built = types.SimpleNamespace(
+    abstract_state={'params': leaf(256), 'mu': leaf(256)}, parameters=parameters
+  )
+  monkeypatch.setattr(memory, '_host_memory', lambda: 3 * 1024)
+  memory.check_run(built)
+  monkeypatch.setattr(memory, '_host_memory', lambda: 3 * 1024 - 1)
+  with pytest.raises(ValueError) as error:
+    memory.check_run(built)
+  assert str(error.value).startswith(
+    'The host has 3.0 KiB of memory, but the weights and the state of the '
+    'optimizer alone take 3.0 KiB of it. Choose a smaller model,'
+  )
+
+
+def test_limit_of_a_container_is_what_there_is(monkeypatch, tmp_path):
+  limits = tmp_path / 'memory.max', tmp_path / 'absent'
+  monkeypatch.setattr(memory, '_CGROUP_LIMITS', limits)
+  limits[0].write_text('max\n')
+  whole = memory._host_memory()
+  assert whole > 2**20
+  limits[0].write_text('1048576\n')
+  assert memory._host_memory() == 2**20
 
 
 @pytest.mark.gpu

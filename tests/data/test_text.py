@@ -521,3 +521,29 @@ def test_check_vocab_names_both_sizes_and_the_fix():
     'vocab_size=32000: every id must be below it. Give the model a vocab_size '
     'of at least 50265 or choose another tokenizer.'
   )
+
+
+def test_text_of_another_language_is_told():
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(
+      {'the': 0, '</s>': 1, '<unk>': 2}, unk_token='<unk>'
+    )
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  words = tokenizer_lib.Tokenizer(backend)
+  text.check_known(words, words.encode_batch(['the the der']), 'a.txt')
+  with pytest.raises(ValueError) as error:
+    text.check_known(words, words.encode_batch(['der die das the']), 'a.txt')
+  assert str(error.value) == (
+    "The tokenizer makes 3 of 5 tokens of a.txt '<unk>', which stands for text "
+    'that it does not know: it is of another language or spelling. Name '
+    'another tokenizer.'
+  )
+
+
+def test_tokenizer_without_an_unknown_token_knows_all():
+  vocabulary = {'a': 0, '</s>': 1}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  letters = tokenizer_lib.Tokenizer(backend)
+  assert letters.unknown_id is None
+  text.check_known(letters, letters.encode_batch(['aaa']), 'a.txt')

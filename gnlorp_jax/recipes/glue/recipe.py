@@ -20,6 +20,7 @@ from gnlorp_jax.compose import (
   compiled,
   folders,
   identity,
+  memory,
   optimizer,
   parameters,
   program,
@@ -40,6 +41,9 @@ from gnlorp_jax.recipes.glue.protocol import resolve
 from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.grid import Member, Result, quality
 from gnlorp_jax.training import loop, metrics, objectives, sharding
+
+# Padding up to such batches costs nothing worth a message.
+_SMALL_BATCH = 64
 
 
 class Planned(NamedTuple):
@@ -82,7 +86,10 @@ def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
   architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in found:
     for method in config.method_names:
-      plan(config, task=task, method=method, architecture=architecture)
+      planned = plan(
+        config, task=task, method=method, architecture=architecture
+      )
+      memory.check_run(planned.program)
 
 
 def plan(
@@ -249,6 +256,7 @@ def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
   compiled.bound()
   config = resolve(config, data.task.name, method)
   mesh = program.make_mesh(config.mesh, config.batch_size, config.micro_batches)
+  _check_batch(config.batch_size, len(data.train.encoded), data.task.name)
   per_epoch = glue.num_batches(len(data.train.encoded), config.batch_size)
   steps = config.epochs * per_epoch
   if config.steps is not None:
@@ -261,6 +269,16 @@ def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
     steps=steps,
     steps_per_epoch=per_epoch,
   )
+
+
+def _check_batch(batch_size: int, examples: int, task: str) -> None:
+  """Raises ValueError for a batch that would be padding for the most part."""
+  if batch_size > max(2 * examples, _SMALL_BATCH):
+    raise ValueError(
+      f'batch_size={batch_size} is more than twice the {examples} training '
+      f'examples of {task}: the rest of every batch would be padding, which '
+      f'takes memory and time. Use at most {max(2 * examples, _SMALL_BATCH)}.'
+    )
 
 
 def make_run(

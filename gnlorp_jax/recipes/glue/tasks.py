@@ -192,7 +192,7 @@ def load_task(settings: GlueConfig, task: glue.Task) -> TaskData:
     labels = examples.labels
     examples = examples._replace(texts=examples.texts[:limit])
     encoded = glue.encode(examples, tokenizer.backend, max_length)
-    tokenizer.check_known(encoded, f'the examples of {task.name}')
+    text.check_known(tokenizer, encoded, f'the examples of {task.name}')
     # Those that it puts around a text, too.
     largest = max((int(ids.max()) for ids in encoded), default=0)
     text.check_vocab(largest + 1, config.vocab_size)

@@ -17,6 +17,7 @@ from gnlorp_jax.compose import (
   coreset,
   identity,
   language_model,
+  memory,
   optimizer,
   parameters,
   program,
@@ -136,6 +137,7 @@ def prepare(config: TrainConfig) -> Prepared:
   command_line.check_run_dir(config.run_dir)
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
+  memory.check_run(planned.program)
   for task in asked:
     scores.check_room(task, planned.config.model.max_seq_len, None)
   if parameters.is_folder(config.init_from):

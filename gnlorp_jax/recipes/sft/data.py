@@ -88,7 +88,9 @@ def load(config: SftConfig) -> Chat:
     seed=config.seed,
   )
   _check_ids(examples, template, config.model.vocab_size)
-  tokenizer.check_known((x.ids for x in examples.training), settings.source)
+  text.check_known(
+    tokenizer, (x.ids for x in examples.training), settings.source
+  )
   _tell(examples)
   return Chat(tokenizer, template, examples)
 

@@ -16,6 +16,7 @@ from gnlorp_jax.compose import (
   coreset,
   identity,
   language_model,
+  memory,
   optimizer,
   parameters,
   program,
@@ -163,6 +164,7 @@ def prepare(config: SftConfig) -> Prepared:
     steps = min(steps, config.steps)
   _tell_length(config, per_epoch, steps)
   built = _build(config, steps)
+  memory.check_run(built)
   language_model.tell_start(config.init_from, config.model)
   return Prepared(
     dataclasses.replace(config, steps=steps),
