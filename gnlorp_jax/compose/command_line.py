@@ -120,29 +120,6 @@ def check_place(option: str, file: str | None) -> None:
     )
 
 
-def check_run_dir(folder: str | os.PathLike[str]) -> None:
-  """Checks that a run can write its directory, before any of its work.
-
-  Args:
-    folder: The directory; it need not be there.
-
-  Raises:
-    ValueError: If it is a file, lies in one, or may not be written.
-  """
-  path = pathlib.Path(folder)
-  there = path
-  while not os.path.lexists(there) and there != there.parent:
-    there = there.parent
-  what = f'run_dir={str(folder)!r}'
-  fix = 'Choose another directory.'
-  if there.is_symlink() and not there.exists():
-    raise ValueError(f'{what}: {there} is a link to what is not there. {fix}')
-  if not there.is_dir():
-    raise ValueError(f'{what}: {there} is no directory, but a file. {fix}')
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise ValueError(f'{what}: no permission to write in {there}. {fix}')
-
-
 def override_with_folder(
   default: Settings, args: list[str], description: str
 ) -> Settings:

@@ -80,8 +80,13 @@ def raising() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handling(handler: Handler) -> Iterator[None]:
-  """Has a handler for SIGINT; other threads than the main one cannot."""
-  if threading.current_thread() is not threading.main_thread():
+  """Has a handler for SIGINT; other threads than the main one cannot.
+
+  A program that a shell put in the background stays deaf to it.
+  """
+  is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+  is_main = threading.current_thread() is threading.main_thread()
+  if is_ignored or not is_main:
     yield
     return
   previous = signal.signal(signal.SIGINT, handler)

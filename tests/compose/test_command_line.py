@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 
 import pytest
 
@@ -226,40 +225,3 @@ def test_traceback_is_shown_when_asked_for(monkeypatch):
 def test_fault_of_the_program_is_no_mistake_of_the_user():
   with pytest.raises(ZeroDivisionError):
     command_line.run(lambda: fail(ZeroDivisionError()), 'SHOW_TRACEBACK')
-
-
-# Places.
-
-
-@pytest.mark.parametrize('name', ['new', 'new/inner', 'there', 'there/x/y'])
-def test_a_run_may_have_any_directory(tmp_path, name):
-  (tmp_path / 'there').mkdir()
-  command_line.check_run_dir(tmp_path / name)
-  assert not (tmp_path / 'new').exists()
-
-
-@pytest.mark.parametrize(
-  ('name', 'text'),
-  [
-    ('file', '{file} is no directory, but a file.'),
-    ('file/run', '{file} is no directory, but a file.'),
-    ('dangling', '{dangling} is a link to what is not there.'),
-    ('dangling/run', '{dangling} is a link to what is not there.'),
-    ('closed/run', 'no permission to write in {closed}.'),
-  ],
-)
-def test_directory_that_no_run_can_write_is_refused(
-  tmp_path, name, text, monkeypatch
-):
-  places = {n: tmp_path / n for n in ('file', 'dangling', 'closed')}
-  places['file'].touch()
-  places['dangling'].symlink_to(tmp_path / 'nowhere')
-  places['closed'].mkdir()
-  # A test may run as root, who may write everywhere.
-  monkeypatch.setattr(os, 'access', lambda path, mode: path.name != 'closed')
-  with pytest.raises(ValueError) as error:
-    command_line.check_run_dir(tmp_path / name)
-  assert str(error.value) == (
-    f'run_dir={str(tmp_path / name)!r}: {text.format(**places)} Choose another '
-    'directory.'
-  )

@@ -130,6 +130,15 @@ def test_another_handler_has_it_for_a_while():
   assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_program_in_the_background_stays_deaf(capsys):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with interruption.starting():
+    press()
+  with interruption.running():
+    press()
+  assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_other_threads_have_no_handlers():
   found = []
 

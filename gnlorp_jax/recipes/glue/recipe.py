@@ -82,7 +82,6 @@ def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
       the devices.
   """
   program.check_one_process('train_glue.py')
-  command_line.check_run_dir(config.run_dir)
   architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in found:
     for method in config.method_names:

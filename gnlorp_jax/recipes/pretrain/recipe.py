@@ -13,7 +13,6 @@ import numpy as np
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
-  command_line,
   coreset,
   identity,
   language_model,
@@ -134,7 +133,6 @@ def prepare(config: TrainConfig) -> Prepared:
       or the devices.
   """
   program.check_one_process('train_lm.py')
-  command_line.check_run_dir(config.run_dir)
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   memory.check_run(planned.program)

@@ -12,7 +12,6 @@ import jax
 
 from gnlorp_jax import models
 from gnlorp_jax.compose import (
-  command_line,
   coreset,
   identity,
   language_model,
@@ -152,7 +151,6 @@ def prepare(config: SftConfig) -> Prepared:
   program.check_one_process('train_sft.py')
   tasks = language_model.read_tasks(config.eval)
   config = resolve(config)
-  command_line.check_run_dir(config.run_dir)
   for task in tasks:
     scores.check_room(task, config.model.max_seq_len, None)
   found = data.load(config)
