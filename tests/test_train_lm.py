@@ -809,7 +809,7 @@ def message_of(args, capsys):
     (
       {'model__vocab_size': 250},
       "Tokenizer 'bpe' cannot have vocab_size=250: it needs an entry for each "
-      'of the 256 bytes and for <|pad|>, <|endoftext|>. Use at least 258.',
+      'of the 256 bytes and for <|pad|>, <|endoftext|>. Use at least 258, ',
     ),
     (
       {'data__seq_len': 32},

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from gnlorp_jax.compose import (
-  command_line,
   compiled,
   folders,
   identity,
