@@ -7,7 +7,6 @@ record with the shape, dtype and checksum of every array; one that fails its
 record, or cannot be read, is moved aside, and the one before it is used.
 """
 
-import asyncio
 import contextlib
 import gc
 import itertools
@@ -16,17 +15,14 @@ import logging
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from gnlorp_jax.disk import writing
-from gnlorp_jax.training import integrity
+from gnlorp_jax.training import integrity, orbax_habits
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +68,7 @@ class Checkpointer:
     check_path(self._directory)
     self._read_only = read_only
     self._current_step = None
-    logging.getLogger('absl').addFilter(_keep_log_record)
+    logging.getLogger('absl').addFilter(orbax_habits.keep_log_record)
     if not read_only:
       _check_writable(self._directory)
       _sweep(self._directory)
@@ -83,7 +79,7 @@ class Checkpointer:
           ocp.checkpoint_managers.preservation_policy.LatestN(keep)
         ),
         create=not read_only,
-        temporary_path_class=_SyncedPath,
+        temporary_path_class=orbax_habits.SyncedPath,
         # In the thread that fails: made in another, the writers of the files
         # wait five minutes for a folder that could not be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -221,7 +217,7 @@ class Checkpointer:
     """
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      with _unheard_complaints():
+      with orbax_habits.unheard_complaints():
         try:
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
@@ -313,16 +309,6 @@ class Checkpointer:
       ) from error
 
 
-class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A checkpoint that is on the disk before it gets its name."""
-
-  async def finalize(self, *args, **kwargs):
-    await asyncio.to_thread(writing.sync, self.get())
-    await super().finalize(*args, **kwargs)
-    folder = self.get_final().parent
-    await asyncio.to_thread(writing.sync, folder, deep=False)
-
-
 def check_path(directory: str | pathlib.Path) -> None:
   """Checks that what is saved in a directory will be found there.
 
@@ -396,22 +382,6 @@ def _failures_as_damage():
     ) from error
 
 
-@contextlib.contextmanager
-def _unheard_complaints():
-  """Silences the coroutines that a failed read of Orbax leaves behind.
-
-  They complain when they are collected, so that must happen in here.
-  """
-  hook = sys.unraisablehook
-  sys.unraisablehook = lambda unraisable: None
-  try:
-    with warnings.catch_warnings():
-      warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
-      yield
-  finally:
-    sys.unraisablehook = hook
-
-
 def _first_line(error):
   return str(error).partition('\n')[0].rstrip('.')
 
@@ -444,9 +414,3 @@ def _sweep(directory):
   for path in directory.iterdir():
     if ocp.utils.TMP_DIR_SUFFIX in path.name:
       shutil.rmtree(path, ignore_errors=True)
-
-
-def _keep_log_record(record):
-  """Drops what Orbax tells at each save, and the errors that it also raises."""
-  from_orbax = 'orbax' in pathlib.Path(record.pathname).parts
-  return not from_orbax or record.levelno == logging.WARNING
