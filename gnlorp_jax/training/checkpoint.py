@@ -28,10 +28,7 @@ _logger = logging.getLogger(__name__)
 
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
-_NOT_DAMAGE = (
-  *(MemoryError, PermissionError, jax.errors.JaxRuntimeError),
-  integrity.OtherVersionError,
-)
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 # What has a meaning in patterns of names of files.
 _PATTERNS = '*?[\\'
@@ -374,7 +371,7 @@ def _failures_as_damage():
   """Turns whatever goes wrong while reading into `integrity.DamagedError`."""
   try:
     yield
-  except (integrity.DamagedError, *_NOT_DAMAGE):
+  except (integrity.DamagedError, integrity.OtherVersionError, *_NOT_DAMAGE):
     raise
   except Exception as error:
     raise integrity.DamagedError(

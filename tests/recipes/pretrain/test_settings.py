@@ -303,13 +303,13 @@ KINDS = {
     'result': 'steps micro_batches init_from eval_every patience eval_batches '
     'keep_best',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
-    'log_every log dry_run loss_chunk_tokens',
+    'log_every log dry_run loss_chunk_tokens accept',
   },
   DataConfig: {
     'fixed': 'source mode add_bos document_mask seq_len',
     'result': 'validation_source',
     # Which part is trained on, and by which tokens, a run compares itself.
-    'free': 'validation_fraction tokenizer cache_dir',
+    'free': 'validation_fraction text_column tokenizer cache_dir',
   },
   TaskOptions: {'free': 'tasks data limit shots batch_size'},
   SampleConfig: {'free': 'prompt num_tokens temperature top_k top_p'},
