@@ -6,9 +6,15 @@ import itertools
 import logging
 import os
 import pathlib
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+import jax
+
+from gnlorp_jax.training import distributed
 
 _logger = logging.getLogger(__name__)
 
@@ -61,14 +67,38 @@ def run(main: Callable[[], None], traceback_variable: str) -> None:
       shows where it arose.
 
   Raises:
-    SystemExit: With status 2, after a ValueError or an OSError.
+    SystemExit: With status 2, after a ValueError or an OSError; with several
+      processes also where another one is lost. What others do not share ends
+      the process at once.
   """
   try:
-    main()
-  except (ValueError, OSError) as error:
-    if traceback_variable in os.environ:
+    with distributed.shared_errors():
+      main()
+  except BaseException as caught:
+    error = distributed.explained(caught)
+    is_told = traceback_variable not in os.environ and isinstance(
+      error, (ValueError, OSError, distributed.LostProcessError)
+    )
+    if distributed.is_alone(error):
+      _leave(error, is_told=is_told)
+    if not is_told:
       raise
+    if not distributed.is_first():
+      raise SystemExit(2) from None
     exit_with_message(error)
+
+
+def _leave(error: BaseException, *, is_told: bool) -> None:
+  """Ends one of several processes, whose error the others do not have."""
+  mark = f'[process {jax.process_index()}]'
+  if is_told:
+    sys.stderr.write(f'{mark} error: {error}\n')
+    distributed.leave(2)
+  if isinstance(error, KeyboardInterrupt):
+    sys.stderr.write(f'{mark} Interrupted.\n')
+    distributed.leave(128 + signal.SIGINT)
+  traceback.print_exception(error)
+  distributed.leave(1)
 
 
 def exit_with_message(error: Exception) -> None:

@@ -21,7 +21,7 @@ import rich.table
 
 from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.disk import writing
-from gnlorp_jax.training import loop
+from gnlorp_jax.training import distributed, loop
 from gnlorp_jax.training.checkpoint import check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
@@ -174,10 +174,11 @@ def run_once(
   """
   run = member.run
   path = run.folder / RESULT_FILE
-  if path.is_file():
-    result = json.loads(path.read_text(encoding='utf-8'))
+  result = distributed.from_first(lambda: _finished(path))
+  if result is not None:
     check_compatible(result['settings'], run.metadata, run.folder, run.accepted)
-    _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
+    # A kill may have come between.
+    distributed.from_first(lambda: _remove_what_is_not_kept(run, result, keep))
     _logger.info('%s is finished already.', run.name)
     return result
   with member.opened():
@@ -186,12 +187,20 @@ def run_once(
       'higher_is_better': member.higher_is_better,
       'settings': run.metadata,
     }
-    text = json.dumps(result, indent=2, allow_nan=False)
-    writing.write_text(path, text + '\n')
-    _remove_what_is_not_kept(run, result, keep)
-  if stop.received:  # Came while the run was finished.
-    raise SystemExit(128 + stop.received)
+    distributed.from_first(lambda: _write(path, result, run, keep))
+  received = distributed.agree_now(stop.received)
+  if received:  # Came while the run was finished.
+    raise distributed.SharedExit(128 + received)
   return result
+
+
+def _write(
+  path: pathlib.Path, result: Result, run: loop.Run, keep: Kept
+) -> None:
+  """Writes a result, and removes what is not kept."""
+  text = json.dumps(result, indent=2, allow_nan=False)
+  writing.write_text(path, text + '\n')
+  _remove_what_is_not_kept(run, result, keep)
 
 
 def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
@@ -221,6 +230,13 @@ def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
       'seconds_per_step': None,
       'diverged': str(error),
     }
+
+
+def _finished(path: pathlib.Path) -> Result | None:
+  """The result in a file, if it is there."""
+  if not path.is_file():
+    return None
+  return json.loads(path.read_text(encoding='utf-8'))
 
 
 def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
@@ -274,9 +290,12 @@ def run_all(
       opened=functools.partial(opened, one),
     )
     result = run_once(member, stop, keep='all', is_single=False)
+    distributed.from_first(write)
+    return result
+
+  def write() -> None:
     text = json.dumps(read_results(folder, '*'), indent=2, allow_nan=False)
     writing.write_text(folder / 'results.json', text + '\n')
-    return result
 
   return search(config.searched_rates, config.seed_numbers, run)
 
