@@ -27,11 +27,11 @@ with interruption.starting():
   import logging
   import sys
 
-  from gnlorp_jax.compose import command_line, run_directory
+  from gnlorp_jax.compose import command_line, device_settings, run_directory
   from gnlorp_jax.recipes import grid
   from gnlorp_jax.recipes.glue import recipe, report, table, tasks
   from gnlorp_jax.recipes.glue.settings import GlueConfig, parse
-  from gnlorp_jax.training import metrics
+  from gnlorp_jax.training import distributed, metrics
   from gnlorp_jax.training.interrupt import StopRequest
 
 _logger = logging.getLogger('train_glue')
@@ -52,6 +52,7 @@ def finetune(config: GlueConfig) -> None:
   if config.dry_run:
     sys.stdout.write(report.dry_run(config))
     return
+  device_settings.join(config)
   found = tasks.find_tasks(config)
   recipe.check(config, found)
   _logger.info(
@@ -63,7 +64,10 @@ def finetune(config: GlueConfig) -> None:
   )
   with run_directory.opened(config.run_dir), StopRequest() as stop:
     # All of them: a malformed row of the last one must not be found after days.
-    for data in [tasks.load_task(config, task) for task in found]:
+    read = distributed.in_turn(
+      lambda: [tasks.load_task(config, task) for task in found]
+    )
+    for data in read:
       for method in config.method_names:
         prepared = recipe.prepare(config, data, method)
 
@@ -72,11 +76,16 @@ def finetune(config: GlueConfig) -> None:
           result = grid.run_once(
             member, stop, keep=config.keep, is_single=config.is_single
           )
-          table.write(config.run_dir, picture=False)
+          distributed.from_first(
+            lambda: table.write(config.run_dir, picture=False)
+          )
           return result
 
         grid.search(config.searched_rates, config.seed_numbers, run)
-    table.show(table.write(config.run_dir))
+    results = distributed.from_first(lambda: table.write(config.run_dir))
+  if not distributed.is_first():
+    return
+  table.show(results)
   _logger.info(
     'Results of all runs are in %s: results.json, results.md, results.png.',
     config.run_dir,

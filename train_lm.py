@@ -26,12 +26,17 @@ from gnlorp_jax.compose import interruption
 with interruption.starting():
   import sys
 
-  from gnlorp_jax.compose import command_line, coreset, program
+  from gnlorp_jax.compose import (
+    command_line,
+    coreset,
+    device_settings,
+    program,
+  )
   from gnlorp_jax.optim import format_report
   from gnlorp_jax.recipes import grid
   from gnlorp_jax.recipes.pretrain import recipe, report
   from gnlorp_jax.recipes.pretrain.settings import TrainConfig, parse
-  from gnlorp_jax.training import loop, metrics
+  from gnlorp_jax.training import distributed, loop, metrics
   from gnlorp_jax.training.interrupt import StopRequest
 
 
@@ -58,17 +63,21 @@ def pretrain(config: TrainConfig) -> None:
       )
     )
     return
+  device_settings.join(config)
   with report.opened(config):
     prepared = recipe.prepare(config)
     if config.is_single:
       run = recipe.make_run(prepared, prepared.config)
       with StopRequest() as stop:
         outcome = loop.train(run, stop)
-      report.show(config, *report.finish(prepared, prepared.config, outcome))
+      found = report.finish(prepared, prepared.config, outcome)
+      if distributed.is_first():
+        report.show(config, *found)
       return
     with StopRequest() as stop:
       results = report.run_grid(prepared, stop)
-  grid.show(config.run_dir, results)
+  if distributed.is_first():
+    grid.show(config.run_dir, results)
 
 
 if __name__ == '__main__':

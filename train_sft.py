@@ -27,12 +27,17 @@ from gnlorp_jax.compose import interruption
 with interruption.starting():
   import sys
 
-  from gnlorp_jax.compose import command_line, coreset, program
+  from gnlorp_jax.compose import (
+    command_line,
+    coreset,
+    device_settings,
+    program,
+  )
   from gnlorp_jax.optim import format_report
   from gnlorp_jax.recipes import grid
   from gnlorp_jax.recipes.sft import data, recipe, report
   from gnlorp_jax.recipes.sft.settings import SftConfig, parse
-  from gnlorp_jax.training import loop, metrics
+  from gnlorp_jax.training import distributed, loop, metrics
   from gnlorp_jax.training.interrupt import StopRequest
 
 
@@ -63,18 +68,20 @@ def fine_tune(config: SftConfig) -> None:
     config = recipe.resolve(config)
     report.show_preview(config, data.load(config))
     return
+  device_settings.join(config)
   with report.opened(recipe.resolve(config)):
     prepared = recipe.prepare(config)
     with StopRequest() as stop:
       if not config.is_single:
         results = report.run_grid(prepared, stop)
-        grid.show(prepared.config.run_dir, results)
+        if distributed.is_first():
+          grid.show(prepared.config.run_dir, results)
         return
       run = recipe.make_run(prepared, prepared.config)
       outcome = loop.train(run, stop)
-    report.show(
-      prepared.config, report.finish(prepared, prepared.config, outcome)
-    )
+    found = report.finish(prepared, prepared.config, outcome)
+    if distributed.is_first():
+      report.show(prepared.config, found)
 
 
 if __name__ == '__main__':

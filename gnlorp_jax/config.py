@@ -9,6 +9,7 @@ from gnlorp_jax.compose.coreset_settings import (
 from gnlorp_jax.compose.settings import AdapterOptions as AdapterOptions
 from gnlorp_jax.compose.settings import MeshConfig as MeshConfig
 from gnlorp_jax.compose.settings import OptimConfig as OptimConfig
+from gnlorp_jax.compose.settings import ProcessOptions as ProcessOptions
 from gnlorp_jax.compose.settings import SamplingOptions as SamplingOptions
 from gnlorp_jax.compose.settings import StepConfig as StepConfig
 from gnlorp_jax.compose.settings import TaskOptions as TaskOptions

@@ -6,11 +6,16 @@ import itertools
 import logging
 import os
 import pathlib
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
+
 from gnlorp_jax.compose import interruption
+from gnlorp_jax.training import distributed
 
 _logger = logging.getLogger(__name__)
 
@@ -64,23 +69,30 @@ def run(main: Callable[[], None], traceback_variable: str) -> None:
 
   Raises:
     SystemExit: With status 2, after a ValueError or an OSError, or where
-      memory does not suffice; as of
+      memory does not suffice; with several processes also where another one is
+      lost. What others do not share ends the process at once. As of
       `interruption.running`.
   """
   with interruption.running():
     try:
-      main()
-    except Exception as error:
-      message = _message(error)
-      if message is None or traceback_variable in os.environ:
+      with distributed.shared_errors():
+        main()
+    except BaseException as caught:
+      error = distributed.explained(caught)
+      message = None if traceback_variable in os.environ else _message(error)
+      if distributed.is_alone(error):
+        _leave(error, message)
+      if message is None:
         raise
+      if not distributed.is_first():
+        raise SystemExit(2) from None
       exit_with_message(message)
 
 
-def _message(error: Exception) -> str | None:
+def _message(error: BaseException) -> str | None:
   """What to tell of an error; None of one that is the program's fault."""
   text = str(error)
-  # JAX, which is not imported here, has one class for whatever XLA complains.
+  # JAX has one class for whatever XLA complains of.
   is_memory = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text
   if is_memory:
     reason = text.partition('\n')[0] or 'no more is to be had'
@@ -89,7 +101,21 @@ def _message(error: Exception) -> str | None:
       'raise micro_batches, or choose a smaller model; python -m '
       'gnlorp_jax.plan says what a run takes.'
     )
-  return text if isinstance(error, ValueError | OSError) else None
+  is_told = ValueError | OSError | distributed.LostProcessError
+  return text if isinstance(error, is_told) else None
+
+
+def _leave(error: BaseException, message: str | None) -> None:
+  """Ends one of several processes, whose error the others do not have."""
+  mark = f'[process {jax.process_index()}]'
+  if message is not None:
+    sys.stderr.write(f'{mark} error: {message}\n')
+    distributed.leave(2)
+  if isinstance(error, KeyboardInterrupt):
+    sys.stderr.write(f'{mark} Interrupted.\n')
+    distributed.leave(128 + signal.SIGINT)
+  traceback.print_exception(error)
+  distributed.leave(1)
 
 
 def exit_with_message(message: str) -> None:

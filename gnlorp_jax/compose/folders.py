@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from gnlorp_jax import optim
 from gnlorp_jax.models import adapters
+from gnlorp_jax.models.on_host import is_writer, to_host
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,
@@ -177,6 +178,8 @@ def export(
 ) -> None:
   """Writes a Hugging Face folder.
 
+  All processes that hold parts of the parameters must ask; process 0 writes.
+
   Args:
     folder: The folder, which is absent or empty.
     params: What `merged` returned.
@@ -184,7 +187,7 @@ def export(
   """
   write(folder, params)
   grid = {
-    f'{"/".join(path)}/{part}': np.asarray(getattr(leaf.stored, part))
+    f'{"/".join(path)}/{part}': to_host(getattr(leaf.stored, part))
     for path, leaf in traverse_util.flatten_dict(params).items()
     if isinstance(leaf, LayerByLayer)
     and is_quantized(leaf.stored)
@@ -192,5 +195,5 @@ def export(
     and not leaf.arrays
     for part in ('scale', 'zero')
   }
-  if grid:
+  if grid and is_writer():
     safetensors.numpy.save_file(grid, folder / GRID_FILE)

@@ -21,8 +21,9 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.tokenizer import Tokenizer
 from gnlorp_jax.disk import writing
 from gnlorp_jax.models import hf
-from gnlorp_jax.training import interrupt, sharding
-from gnlorp_jax.training.loop import Found, Outcome
+from gnlorp_jax.training import distributed, interrupt, sharding
+from gnlorp_jax.training.keeper import Found
+from gnlorp_jax.training.loop import Outcome
 
 _logger = logging.getLogger(__name__)
 
@@ -91,14 +92,17 @@ def evaluate(
   batches: Iterable[dict[str, np.ndarray]],
   trained: Any,
   frozen: Any,
+  batch_size: int | None = None,
 ) -> np.ndarray:
   """Sums over batches; a signal that asks to stop ends it between two.
 
   Args:
     program: What the run computes.
-    batches: The batches, on the host.
+    batches: The rows of batches that belong to this process, on the host.
     trained: The parameters that train.
     frozen: The others.
+    batch_size: Rows of a batch, of all processes together, if they are to be
+      checked.
 
   Returns:
     The sums of what `Objective.evaluate` returns, float64.
@@ -108,7 +112,7 @@ def evaluate(
   """
   found: list[Any] = []
   for batch in interrupt.until_stopped(batches):
-    placed = sharding.put_batch(batch, program.mesh)
+    placed = sharding.put_batch(batch, program.mesh, batch_size)
     found.append(program.eval_step(trained, placed, frozen))
     # One is ahead: a signal is honoured soon.
     jax.block_until_ready(found[-2:-1])
@@ -209,7 +213,7 @@ def export(
     pad_token_id=tokenizer.pad_id,
   )
   params = program.parameters.merge(outcome.params, outcome.constants)
-  with writing.replaced(folder) as draft:
+  with distributed.of_first(lambda: writing.replaced(folder), folder) as draft:
     folders.export(
       draft,
       params,
@@ -217,4 +221,5 @@ def export(
         hf.export, table=family.HF_TENSORS, hf_config=hf_config
       ),
     )
-    tokenizer.save(draft, add_bos=add_bos)
+    if distributed.is_first():
+      tokenizer.save(draft, add_bos=add_bos)

@@ -48,7 +48,7 @@ def check(shapes: Any, what: str = 'the parameters') -> None:
   for leaf in jax.tree.leaves(shapes):
     sharding = getattr(leaf, 'sharding', None)
     shape = leaf.shape
-    devices = {jax.devices()[0]}
+    devices = {jax.local_devices()[0]}
     if sharding is not None:
       shape, devices = sharding.shard_shape(shape), sharding.addressable_devices
     size = math.prod(shape) * leaf.dtype.itemsize

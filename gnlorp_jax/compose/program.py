@@ -139,7 +139,7 @@ class Program(NamedTuple):
     flops_per_token: float | None = None,
   ) -> Instruments:
     """What rows of metrics say of a run of this program."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = PEAK_FLOPS.get(jax.local_devices()[0].device_kind)
     return Instruments(
       schedule=optimizer.schedule(config, steps),
       stats=self.stats,
@@ -147,22 +147,6 @@ class Program(NamedTuple):
       tokens_per_step=tokens_per_step,
       flops_per_token=flops_per_token,
       peak_flops=None if peak is None else peak * self.mesh.size,
-    )
-
-
-def check_one_process(script: str) -> None:
-  """Checks that a script has all devices of a run in its own process.
-
-  Args:
-    script: Its file's name, for the error.
-
-  Raises:
-    ValueError: If it is one of several processes that JAX has joined.
-  """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'This is one of {jax.process_count()} processes: {script} runs in one, '
-      'with all its devices.'
     )
 
 
@@ -178,13 +162,15 @@ def make_mesh(
     config: How they are arranged.
     batch_size: Sequences per step.
     micro_batches: Pieces of a batch.
-    devices: Those to use, real or described; None means all of this process. A
-      number is enough for shapes and shardings.
+    devices: Those to use, real or described; None means all, of every process.
+      A number is enough for shapes and shardings.
 
   Raises:
     ValueError: If sizes do not fit each other or the devices.
   """
   mesh = sharding.make_mesh(config.data, config.fsdp, devices=devices)
+  if devices is None:
+    sharding.process_share(mesh)
   sharding.check_batch(batch_size, micro_batches, mesh)
   return mesh
 

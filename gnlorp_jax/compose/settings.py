@@ -12,6 +12,8 @@ the field's metadata: see `fields`.
 import dataclasses
 from typing import Literal, Self
 
+from gnlorp_jax.compose.device_settings import MeshConfig as MeshConfig
+from gnlorp_jax.compose.device_settings import ProcessOptions as ProcessOptions
 from gnlorp_jax.compose.fields import ON_RESUME as ON_RESUME
 from gnlorp_jax.compose.fields import (
   check_at_least_one,
@@ -317,16 +319,6 @@ class TaskOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """How devices are arranged."""
-
-  data: int = free(-1)
-  """Number of copies of the state; -1 takes all devices that `fsdp` leaves."""
-  fsdp: int = free(1)
-  """Number of pieces each copy is split into."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
   """What every recipe is asked for; each adds model, data and evaluation."""
 
@@ -383,6 +375,8 @@ class RunConfig:
   """Training some layers at a time."""
   mesh: MeshConfig = MeshConfig()
   """Devices."""
+  processes: ProcessOptions = ProcessOptions()
+  """Several processes."""
 
   def __post_init__(self):
     check_at_least_one(

@@ -340,7 +340,7 @@ def make(
     returned as float32 so that softmax and loss are computed in float32.
   """
   kernel = attention.kernel_for(
-    jax.devices()[0] if device is None else device,
+    jax.local_devices()[0] if device is None else device,
     config.compute_dtype,
     config.head_size,
   )

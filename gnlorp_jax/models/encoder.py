@@ -308,7 +308,7 @@ def _check_segments(segments_BT):
 def _functions(module, context, device):
   config = module.config
   kernel = attention.kernel_for(
-    jax.devices()[0] if device is None else device,
+    jax.local_devices()[0] if device is None else device,
     config.compute_dtype,
     config.head_size,
   )

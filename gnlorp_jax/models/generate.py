@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlorp_jax.models.interface import Cache, Model, check_ids
+from gnlorp_jax.models.on_host import to_host
 
 # Prompts are padded to multiples, so that few lengths are compiled, and long
 # ones read in pieces, so that the scores of a piece exist at a time.
@@ -284,7 +285,7 @@ def _blocks(
     slots=tokens_BP.shape[1] + slots,
   )
   count = 1
-  done_B = yield np.asarray(state.last_B)[:, None]
+  done_B = yield to_host(state.last_B)[:, None]
   while True:
     state, block_BT = _go_on(
       params,
@@ -296,7 +297,7 @@ def _blocks(
     )
     added = int(state.count) - count
     count += added
-    done_B = yield np.asarray(block_BT)[:, :added]
+    done_B = yield to_host(block_BT)[:, :added]
 
 
 def _padded(

@@ -31,6 +31,7 @@ from flax import traverse_util
 
 from gnlorp_jax.models import _hf_files
 from gnlorp_jax.models.field_types import described, is_of
+from gnlorp_jax.models.on_host import is_writer, to_host
 
 Table = Sequence[tuple[str, str, bool]]
 
@@ -244,12 +245,13 @@ def export(
   """Writes a checkpoint that transformers reads with `from_pretrained`.
 
   The folder appears when it is complete: it is written under another name in
-  the same place, then renamed. Every tensor keeps its dtype.
+  the same place, then renamed. Every tensor keeps its dtype. All processes that
+  hold parts of the arrays must ask: process 0 writes, tensor by tensor.
 
   Args:
     folder: Folder to create.
-    params: Nested dict of arrays, each wholly addressable by this process, or
-      of what has a shape, a dtype and arrays as slices of its first axis.
+    params: Nested dict of arrays, or of what has a shape, a dtype and arrays as
+      slices of its first axis.
     table: The model's rows (our path, their name, transposed).
     hf_config: Contents of `config.json`.
     max_shard_bytes: Size above which the weights are split into several files,
@@ -259,8 +261,12 @@ def export(
     ValueError: If the folder holds something already.
   """
   leaves = traverse_util.flatten_dict(params, sep='/')
+  shards = _hf_files.divide(_tensors(table, leaves), max_shard_bytes)
+  if not is_writer():
+    for tensor in itertools.chain.from_iterable(shards.values()):
+      _to_numpy(leaves[tensor.path], tensor)
+    return
   with _hf_files.staged(pathlib.Path(folder)) as stage:
-    shards = _hf_files.divide(_tensors(table, leaves), max_shard_bytes)
     for name, shard in shards.items():
       safetensors.numpy.save_file(
         {
@@ -348,6 +354,8 @@ def _read(
   A matrix is turned on its way to the device, where the runtime goes through it
   block by block: NumPy, value by value, takes several times as long.
   """
+  if leaf.sharding is not None and not leaf.sharding.is_fully_addressable:
+    return _read_own(leaf, tensors, files)
   shape = leaf.shape
   is_turned = tensors[0].transpose
   if is_turned:
@@ -360,8 +368,31 @@ def _read(
   return jax.device_put(host, leaf.sharding, may_alias=False)
 
 
+def _read_own(
+  leaf: jax.ShapeDtypeStruct, tensors: list[_Tensor], files: dict[str, Any]
+) -> jax.Array:
+  """One parameter, of which every process reads what its devices hold."""
+  is_stacked = tensors[0].index is not ...
+  pieces: dict[str, np.ndarray] = {}
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    key = str(index)  # Of copies on several devices, read once.
+    if key not in pieces:
+      layers, rest = (index[0], index[1:]) if is_stacked else (slice(1), index)
+      there = rest[::-1] if tensors[0].transpose else rest
+      found = np.stack(
+        [files[t.name].get_slice(t.name)[there] for t in tensors[layers]]
+      )
+      if tensors[0].transpose:
+        found = found.swapaxes(-2, -1)
+      pieces[key] = (found if is_stacked else found[0]).astype(leaf.dtype)
+    return pieces[key]
+
+  return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+
 def _to_numpy(leaf: jax.Array, tensor: _Tensor) -> np.ndarray:
-  value = np.asarray(leaf[tensor.index])
+  value = to_host(leaf[tensor.index])
   return np.ascontiguousarray(value.T if tensor.transpose else value)
 
 

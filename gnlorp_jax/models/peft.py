@@ -27,6 +27,7 @@ from gnlorp_jax.models.adapted_layer import (
   AdapterConfig,
   check_arrays,
 )
+from gnlorp_jax.models.on_host import is_writer, to_host
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
@@ -79,7 +80,8 @@ def export(
     folder: Folder to create.
     config: The configuration of the adapters.
     arrays: Nested dict of the adapters' arrays alone, as of `adapters.init`
-      without `call`, each wholly addressable by this process.
+      without `call`. All processes that hold parts of them must ask; process 0
+      writes.
     table: `HF_TENSORS` of the decoder's family.
     base: Folder of the model that is adapted, or its name on the hub; None
       names none, and whoever reads the adapter has to know.
@@ -107,16 +109,17 @@ def export(
     )
   for layer, found in layers.items():
     check_arrays(config, layer, found)
+  tensors = {
+    _key(module, name): _to_peft(name, leaf[index])
+    for layer, found in layers.items()
+    for name, leaf in found.items()
+    for index, module in _places(modules[layer], leaf.shape[0])
+  }
+  if not is_writer():
+    return
   with _hf_files.staged(pathlib.Path(folder)) as stage:
     safetensors.numpy.save_file(
-      {
-        _key(module, name): _to_peft(name, leaf[index])
-        for layer, found in layers.items()
-        for name, leaf in found.items()
-        for index, module in _places(modules[layer], leaf.shape[0])
-      },
-      stage / WEIGHTS,
-      metadata={'format': 'pt'},
+      tensors, stage / WEIGHTS, metadata={'format': 'pt'}
     )
     fields = _fields(config) | {
       'base_model_name_or_path': base,
@@ -295,7 +298,7 @@ def _names(config: AdapterConfig) -> tuple[str, ...]:
 
 def _to_peft(name: str, x: Any) -> np.ndarray:
   """``[in, r]``, ``[r, out]`` or ``[1, out]`` as a tensor of theirs."""
-  x = np.asarray(x)
+  x = to_host(x)
   return x[0] if name == 'magnitude' else np.ascontiguousarray(x.T)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlorp_jax.models.interface import Model, check_ids
+from gnlorp_jax.models.on_host import to_host
 
 Request = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 Progress = Callable[[int, int], None]
@@ -103,7 +104,7 @@ def log_likelihoods(
   def collect() -> None:
     nonlocal done
     owners, finished, results = waiting.popleft()
-    log_probs, greedy = (np.asarray(x)[: owners.size] for x in results)
+    log_probs, greedy = (to_host(x)[: owners.size] for x in results)
     np.add.at(totals, owners, log_probs.astype(np.float64))
     np.logical_and.at(is_greedy, owners, greedy)
     done += finished

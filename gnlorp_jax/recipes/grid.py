@@ -21,7 +21,7 @@ import rich.table
 
 from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.disk import writing
-from gnlorp_jax.training import loop, records
+from gnlorp_jax.training import distributed, loop, records
 from gnlorp_jax.training.checkpoint import check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
@@ -204,10 +204,11 @@ def run_once(
   """
   run = member.run
   path = run.folder / RESULT_FILE
-  if path.is_file():
-    result = _read_result(path)
+  result = distributed.from_first(lambda: _finished(path))
+  if result is not None:
     check_compatible(result['settings'], run.metadata, run.folder, run.accepted)
-    _remove_what_is_not_kept(run, result, keep)  # A kill may have come between.
+    # A kill may have come between.
+    distributed.from_first(lambda: _remove_what_is_not_kept(run, result, keep))
     _logger.info('%s is finished already.', run.name)
     return result
   with member.opened():
@@ -216,12 +217,20 @@ def run_once(
       'higher_is_better': member.higher_is_better,
       'settings': run.metadata,
     }
-    text = json.dumps(result, indent=2, allow_nan=False)
-    writing.write_text(path, text + '\n')
-    _remove_what_is_not_kept(run, result, keep)
-  if stop.received:  # Came while the run was finished.
-    raise SystemExit(128 + stop.received)
+    distributed.from_first(lambda: _write(path, result, run, keep))
+  received = distributed.agree_now(stop.received)
+  if received:  # Came while the run was finished.
+    raise distributed.SharedExit(128 + received)
   return result
+
+
+def _write(
+  path: pathlib.Path, result: Result, run: loop.Run, keep: Kept
+) -> None:
+  """Writes a result, and removes what is not kept."""
+  text = json.dumps(result, indent=2, allow_nan=False)
+  writing.write_text(path, text + '\n')
+  _remove_what_is_not_kept(run, result, keep)
 
 
 def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
@@ -251,6 +260,11 @@ def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
       'seconds_per_step': None,
       'diverged': str(error),
     }
+
+
+def _finished(path: pathlib.Path) -> Result | None:
+  """The result in a file, if it is there."""
+  return _read_result(path) if path.is_file() else None
 
 
 def _remove_what_is_not_kept(run: loop.Run, result: Result, keep: Kept) -> None:
@@ -304,9 +318,12 @@ def run_all(
       opened=functools.partial(opened, one),
     )
     result = run_once(member, stop, keep='all', is_single=False)
+    distributed.from_first(write)
+    return result
+
+  def write() -> None:
     text = json.dumps(read_results(folder, '*'), indent=2, allow_nan=False)
     writing.write_text(folder / 'results.json', text + '\n')
-    return result
 
   return search(config.searched_rates, config.seed_numbers, run)
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gnlorp_jax.training import integrity, orbax_habits
+from gnlorp_jax.training import distributed, integrity, orbax_habits
 
 _logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Checkpointer:
     self._current_step = None
     logging.getLogger('absl').addFilter(orbax_habits.keep_log_record)
     if not read_only:
-      _check_writable(self._directory)
-      _sweep(self._directory)
+      distributed.from_first(lambda: _check_writable(self._directory))
+      distributed.from_first(lambda: _sweep(self._directory))
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -86,8 +86,9 @@ class Checkpointer:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self.close()
+  def __exit__(self, kind, error, where):
+    if not distributed.is_alone(error):  # Others may never come to the end.
+      self.close()
 
   def save(
     self,
@@ -213,7 +214,8 @@ class Checkpointer:
       that it could not read; None if there is no checkpoint.
     """
     damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in distributed.from_first(lambda: steps):
       with orbax_habits.unheard_complaints():
         try:
           return step, read(step), list(damaged)
@@ -239,13 +241,13 @@ class Checkpointer:
 
   def _read_record(self, step):
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    with _failures_as_damage():
+    with integrity.damage_of_all(), _failures_as_damage():
       sealed = self._manager.restore(step, args=args)['record']
       return integrity.unseal(sealed, ('data_state', 'metadata', 'arrays'))
 
   def _read_state(self, step, abstract_state, arrays):
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    with _failures_as_damage():
+    with integrity.damage_of_all(), _failures_as_damage():
       state = self._manager.restore(step, args=args)['state']
     integrity.check_contents(state, arrays)
     return state

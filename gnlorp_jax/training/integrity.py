@@ -4,14 +4,16 @@ A description lists every array of a state with its shape, dtype and checksum.
 A sealed record is JSON that carries a checksum of itself.
 """
 
+import contextlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.training import distributed
 from gnlorp_jax.training.sharding import path_string
 
 VERSION = 1
@@ -24,6 +26,25 @@ class DamagedError(Exception):
 
 class OtherVersionError(ValueError):
   """A record was written by a program that writes another form."""
+
+
+@contextlib.contextmanager
+def damage_of_all() -> Iterator[None]:
+  """Makes damage that one process met that of all: they must go on alike.
+
+  Raises:
+    DamagedError: In every process, if any met it.
+  """
+  damage = None
+  try:
+    yield
+  except DamagedError as error:
+    damage = str(error)
+    if not distributed.is_joined():
+      raise
+  found = [text for text in distributed.exchange(damage) if text is not None]
+  if found:
+    raise DamagedError(found[0])
 
 
 def describe(state: Any) -> dict[str, dict[str, Any]]:

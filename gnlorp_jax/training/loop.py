@@ -7,9 +7,7 @@ whoever wants nothing written.
 
 import contextlib
 import logging
-import math
 import pathlib
-import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -17,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import rich
 
-from gnlorp_jax.training import metrics, monitor, sharding
+from gnlorp_jax.training import distributed, metrics, monitor, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
+from gnlorp_jax.training.keeper import Found, Keeper, Record
 from gnlorp_jax.training.monitor import (
   Clock,
   Health,
@@ -31,9 +30,6 @@ from gnlorp_jax.training.selection.selection import Selection
 from gnlorp_jax.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
-
-Record = dict[str, Any]
-Found = dict[str, float | None]  # An evaluation; None is no finite number.
 
 
 class Every(NamedTuple):
@@ -78,6 +74,8 @@ class Run(NamedTuple):
     log: Where rows of metrics go beside the folder.
     renew: ``renew(state)``: a state that was read, with what the settings of
       now decide in it, such as learning rates.
+    batch_size: Rows of a batch of `batches`, those of all processes together;
+      None does not check it.
   """
 
   name: str
@@ -101,6 +99,7 @@ class Run(NamedTuple):
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
   accepted: tuple[str, ...] = ()
+  batch_size: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -142,6 +141,7 @@ def steps(
   select: Selection | None = None,
   memory: Any = None,
   context: Callable[[int], Any] | None = None,
+  batch_size: int | None = None,
 ) -> Iterator[Taken]:
   """Takes training steps, one ahead of the device.
 
@@ -155,6 +155,7 @@ def steps(
     select: As in `Run`.
     memory: Of the selection; None begins anew.
     context: As in `Run`.
+    batch_size: As in `Run`.
 
   Yields:
     Each step. When it is yielded the device may still work on it, but not on
@@ -165,7 +166,7 @@ def steps(
   if select is not None and memory is None:
     memory = select.start()
   for number in numbers:
-    batch = sharding.put_batch(next(batches), mesh)
+    batch = sharding.put_batch(next(batches), mesh, batch_size)
     if select is not None:
       memory, batch, facts = select.choose(memory, state, batch, *constants)
     extra = () if context is None else (context(number),)
@@ -186,25 +187,23 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     What it leaves.
 
   Raises:
-    SystemExit: After a signal, when everything is saved; 128 plus its number.
+    SystemExit: After a signal, to any process of the run, when everything is
+      saved; 128 plus its number.
     DivergedError: If going on is pointless.
     ValueError: If the folder holds a run with other settings, or there is
       patience and no best evaluation.
   """
   _check(run)
-  peak = peak_bytes()
+  peak, stopping = peak_bytes(), distributed.Stop(run.mesh)
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(
       Checkpointer(run.folder / 'checkpoints', keep=run.keep)
     )
     state, memory, constants, record = _resume_or_start(run, saved)
     first = int(state.step)
-    clock = Clock(record)
-    health = Health(first, int(state.skipped))
-    keeper = stack.enter_context(_Keeper(run, record))
-    write, show_progress = stack.enter_context(
-      _opened(run, first, record['last'])
-    )
+    clock, health = Clock(record), Health(first, int(state.skipped))
+    keeper = stack.enter_context(_keeper(run, record))
+    write, show_progress = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
       monitor.check_weights(number, state.params)
@@ -238,6 +237,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       select=run.select,
       memory=memory,
       context=run.context,
+      batch_size=run.batch_size,
     ):
       number, state, memory = step.number, step.state, step.memory
       clock.count(step.batch['inputs'], step.metrics)
@@ -256,9 +256,10 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       if number % run.every.checkpoint == 0 or is_last:
         save(number)
         clock.restart()
-      if stop.received and not is_last:
+      received = stopping.agree(stop.received)
+      if received and not is_last:
         save(number, wait=True)
-        raise _stopped(run, number, stop.received)
+        raise _stopped(run, number, received)
       if is_last:
         break
     if keeper.gives_up:
@@ -273,27 +274,40 @@ def train(run: Run, stop: StopRequest) -> Outcome:
 
 
 def _check(run: Run) -> None:
-  """Raises ValueError if parts of a run do not fit each other."""
+  """Raises ValueError if parts of a run, or processes, do not fit."""
   if run.patience is not None and run.better is None:
     raise ValueError(
       f'patience={run.patience} counts evaluations since the best one, and '
       'this run keeps no best. Keep it, or leave patience out.'
     )
+  distributed.check_shared_folder(run.folder)
+  distributed.check_same('metadata', run.metadata)
+
+
+def _keeper(run: Run, record: Record) -> Keeper:
+  """What keeps a run's best parameters."""
+  return Keeper(
+    *(run.folder / 'best', run.better, run.patience),
+    *(run.abstract_state.params, run.metadata, record),
+  )
 
 
 @contextlib.contextmanager
-def _opened(run: Run, first: int, last: Found | None) -> Iterator[Any]:
+def _opened(run: Run, first: int, record: Record) -> Iterator[Any]:
   """What writes rows of metrics, and what shows how far a run is."""
+  last = record['last']
   with (
-    metrics.MetricsWriter(
-      *(run.folder, first or None, run.name, run.log),
-      evaluated=-1 if last is None else last['step'],
-    ) as writer,
+    distributed.opened_by_first(
+      lambda: metrics.MetricsWriter(
+        *(run.folder, first or None, run.name, run.log),
+        evaluated=-1 if last is None else last['step'],
+      )
+    ) as write,
     metrics.progress(
       run.steps, first, name=run.name, console=rich.get_console()
     ) as show_progress,
   ):
-    yield writer.write, show_progress
+    yield write, show_progress
 
 
 def _evaluates(run: Run, first: int, last: Found | None) -> bool:
@@ -305,11 +319,12 @@ def _evaluates(run: Run, first: int, last: Found | None) -> bool:
 
 def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
   """Says that a run stops after a signal; what ends the program."""
-  _logger.warning(
-    '%s: saved step %d of %d in %s. The same command continues.',
-    *(received.name, number, run.steps, run.folder),
-  )
-  return SystemExit(128 + received)
+  if distributed.is_first():
+    _logger.warning(
+      '%s: saved step %d of %d in %s. The same command continues.',
+      *(received.name, number, run.steps, run.folder),
+    )
+  return distributed.SharedExit(128 + received)
 
 
 def _row(instruments: Instruments, step: Taken, clock: Clock) -> Record:
@@ -371,72 +386,3 @@ def _resume_or_start(
   else:
     _logger.info('Resuming %s at step %d.', run.name or run.folder, number)
   return state, memory, run.constants(), position['record']
-
-
-class _Keeper:
-  """Remembers evaluations, and keeps the best parameters if a run asks to."""
-
-  def __init__(self, run: Run, record: Record):
-    # Checkpoints did not always count.
-    self.record = {'since_best': 0} | record
-    self._run = run
-    self._folder = run.folder / 'best'
-    self._best: Checkpointer | None = None
-    if run.better is None:
-      # Of an earlier process that kept it.
-      self.record |= {'best': None, 'since_best': 0}
-      return
-    # An interrupted run finds once more what came after its checkpoint.
-    _remove_later(self._folder, record['last'])
-    self._best = Checkpointer(self._folder, keep=2)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    if self._best is not None:
-      self._best.close()
-
-  @property
-  def gives_up(self) -> bool:
-    """Whether so many evaluations were no better that the run ends."""
-    patience = self._run.patience
-    return patience is not None and self.record['since_best'] >= patience
-
-  def note(self, number: int, found: dict[str, float], params: Any) -> bool:
-    """Takes in an evaluation; whether it is the best so far, and kept."""
-    values = {n: v if math.isfinite(v) else None for n, v in found.items()}
-    self.record['last'] = {'step': number, **values}
-    if self._best is None:
-      return False
-    best = self.record['best']
-    if best is not None and best['step'] == number:
-      return False  # Found once more, after an interruption.
-    if best is not None and not self._run.better(values, best):
-      self.record['since_best'] += 1
-      return False
-    self.record |= {'best': self.record['last'], 'since_best': 0}
-    self._best.save(
-      number, params, {'step': number}, self._run.metadata, wait=True
-    )
-    return True
-
-  def best_params(self, state: TrainState) -> Any:
-    """The parameters of the best evaluation, or the last ones."""
-    best = self.record['best']
-    if self._best is None or best['step'] == int(state.step):
-      return state.params
-    found = self._best.restore_latest(self._run.abstract_state.params)
-    if found is None or found[1]['step'] != best['step']:
-      raise ValueError(
-        f'{self._run.folder} lacks its best model, that of step '
-        f'{best["step"]}. Delete the folder to train it anew.'
-      )
-    return found[0]
-
-
-def _remove_later(folder: pathlib.Path, last: Found | None) -> None:
-  """Removes what was kept after the last evaluation that is remembered."""
-  for path in folder.glob('[0-9]*'):
-    if path.name.isdigit() and (last is None or int(path.name) > last['step']):
-      shutil.rmtree(path)

@@ -20,7 +20,7 @@ import rich.logging
 import rich.progress
 
 from gnlorp_jax.disk import writing
-from gnlorp_jax.training import records
+from gnlorp_jax.training import distributed, records
 
 _logger = logging.getLogger(__name__)
 
@@ -264,6 +264,9 @@ def progress(
     A function ``(step, loss, tokens_per_second)`` to call now and then.
   """
   console = console or rich.console.Console()
+  if not distributed.is_first():
+    yield lambda step, loss, tokens_per_second: None
+    return
   if not console.is_terminal:
     yield _plain_progress(total, plain_interval, name)
     return

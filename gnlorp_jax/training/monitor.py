@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnlorp_jax.training import distributed
+
 _logger = logging.getLogger(__name__)
 
 
-class DivergedError(ValueError):
-  """Training cannot recover."""
+class DivergedError(distributed.SharedError):
+  """Training cannot recover, as all processes of a run see alike."""
 
 
 class Instruments(NamedTuple):
@@ -235,7 +237,7 @@ def _are_finite(tree: Any) -> jax.Array:
 
 def peak_bytes() -> int | None:
   """The most bytes this process has held on its first device, if known."""
-  return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+  return (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
 
 
 def risen(before: int | None, after: int | None) -> int | None:

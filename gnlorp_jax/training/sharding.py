@@ -5,6 +5,7 @@ splits both. Parameters and optimizer state get their shardings from the same
 ordered rules, applied by the same code.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -185,18 +186,58 @@ def check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
   )
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def process_share(mesh: Mesh) -> tuple[int, int]:
+  """Which part of every batch belongs to this process, and of how many.
+
+  Args:
+    mesh: The mesh. Its devices belong to one process after the other.
+
+  Raises:
+    ValueError: If they do not, or some processes have more of them.
+  """
+  if jax.process_count() == 1:
+    return 0, 1
+  owners = [device.process_index for device in mesh.devices.flat]
+  runs = [(owner, len(list(of))) for owner, of in itertools.groupby(owners)]
+  numbers = [owner for owner, _ in runs]
+  if sorted(numbers) != list(range(jax.process_count())) or 1 != len(
+    {size for _, size in runs}
+  ):
+    raise ValueError(
+      f'The devices of a mesh of data={mesh.shape["data"]} and fsdp='
+      f'{mesh.shape["fsdp"]} belong to processes {owners}: each of the '
+      f'{jax.process_count()} processes needs as many, one beside the other. '
+      'Let mesh.data and mesh.fsdp take all devices.'
+    )
+  return numbers.index(jax.process_index()), len(runs)
+
+
+def put_batch(
+  batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
   """Places a batch on the mesh, its leading axis split over all devices.
 
   Args:
-    batch: The rows that belong to this process, ``[B / processes, ...]`` per
-      array; with one process that is the whole batch.
+    batch: The rows that belong to this process (`process_share`),
+      ``[B / processes, ...]`` per array; with one process that is the whole
+      batch.
     mesh: The mesh.
+    batch_size: B, if it is to be checked.
 
   Returns:
     Global arrays ``[B, ...]``.
+
+  Raises:
+    ValueError: If the processes together have another number of rows.
   """
   sharding = batch_sharding(mesh)
+  _, parts = process_share(mesh)
+  for name, rows in batch.items():
+    if batch_size is not None and len(rows) * parts != batch_size:
+      raise ValueError(
+        f'{name!r} has {len(rows)} rows in each of {parts} processes, and a '
+        f'batch has {batch_size} in all: each process gives its own rows only.'
+      )
   return {
     name: jax.make_array_from_process_local_data(sharding, rows)
     for name, rows in batch.items()

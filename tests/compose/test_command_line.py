@@ -3,10 +3,12 @@
 import dataclasses
 import logging
 
+import jax
 import pytest
 
 from gnlorp_jax.compose import command_line
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
+from gnlorp_jax.training import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +227,82 @@ def test_traceback_is_shown_when_asked_for(monkeypatch):
 def test_fault_of_the_program_is_no_mistake_of_the_user():
   with pytest.raises(ZeroDivisionError):
     command_line.run(lambda: fail(ZeroDivisionError()), 'SHOW_TRACEBACK')
+
+
+# Of several processes.
+
+
+class Left(BaseException):
+  """In the place of the end of the process."""
+
+
+@pytest.fixture
+def second(monkeypatch):
+  """Makes this the second of two processes, whose end is an exception."""
+
+  def leave(status):
+    raise Left(status)
+
+  monkeypatch.setattr(distributed, 'is_joined', lambda: True)
+  monkeypatch.setattr(distributed, 'is_first', lambda: False)
+  monkeypatch.setattr(distributed, '_exchange', lambda *said: [None, None])
+  monkeypatch.setattr(distributed, 'leave', leave)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+
+
+@pytest.mark.parametrize(
+  ('error', 'status', 'text'),
+  [
+    (OSError('disk full'), 2, '[process 1] error: disk full\n'),
+    (KeyboardInterrupt(), 130, '[process 1] Interrupted.\n'),
+    (
+      jax.errors.JaxRuntimeError('Gloo failed: x.'),
+      2,
+      '[process 1] error: Another process of this run ended or cannot be '
+      'reached (Gloo failed: x). Its own output says why. Checkpoints that '
+      'were complete are untouched: the same command, in all processes, '
+      'continues.\n',
+    ),
+  ],
+)
+def test_an_error_of_one_process_ends_it_at_once(
+  error, status, text, second, capsys
+):
+  def main():
+    raise error
+
+  with pytest.raises(Left) as left:
+    command_line.run(main, 'SOME_TRACEBACK')
+  assert left.value.args == (status,)
+  assert capsys.readouterr().err == text
+
+
+def test_a_bug_in_one_process_ends_it_with_its_place(second, capsys):
+  def main():
+    raise KeyError('bug')
+
+  with pytest.raises(Left) as left:
+    command_line.run(main, 'SOME_TRACEBACK')
+  assert left.value.args == (1,)
+  assert "KeyError: 'bug'" in capsys.readouterr().err
+
+
+def test_what_all_processes_share_one_tells(second, monkeypatch, capsys):
+  def main():
+    raise distributed.SharedError('seed differs')
+
+  with pytest.raises(SystemExit) as end:
+    command_line.run(main, 'SOME_TRACEBACK')
+  assert end.value.code == 2
+  assert not capsys.readouterr().err
+  monkeypatch.setattr(distributed, 'is_first', lambda: True)
+  with pytest.raises(SystemExit) as end:
+    command_line.run(main, 'SOME_TRACEBACK')
+  assert end.value.code == 2
+  assert capsys.readouterr().err == 'error: seed differs\n'
+
+  def stop():
+    raise distributed.SharedExit(143)
+
+  with pytest.raises(distributed.SharedExit):
+    command_line.run(stop, 'SOME_TRACEBACK')

@@ -228,16 +228,6 @@ def test_devices_that_do_not_fit_are_told(
   assert str(error.value) == text
 
 
-def test_a_script_has_all_devices_in_one_process(monkeypatch):
-  program.check_one_process('train_lm.py')
-  monkeypatch.setattr(jax, 'process_count', lambda: 4)
-  with pytest.raises(ValueError) as error:
-    program.check_one_process('train_lm.py')
-  assert str(error.value) == (
-    'This is one of 4 processes: train_lm.py runs in one, with all its devices.'
-  )
-
-
 # The report.
 
 

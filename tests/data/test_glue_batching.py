@@ -372,6 +372,22 @@ def test_training_batches_go_on_from_any_position(encoded, number):
   assert later.get_state() == whole.get_state()
 
 
+def test_rows_of_processes_joined_are_those_of_one(encoded):
+  few = encoded[:50]
+  whole = take(training_batches(few), 5)  # The fourth is not full.
+  parts = [
+    take(training_batches(few, process_index=i, process_count=4), 5)
+    for i in range(4)
+  ]
+  joined = [
+    {name: np.concatenate([part[name] for part in of]) for name in of[0]}
+    for of in zip(*parts, strict=True)
+  ]
+  assert_equal(joined, whole)
+
+
 def test_training_batches_know_their_mistakes_at_once(encoded):
+  with pytest.raises(ValueError, match='must be a multiple of process_count=5'):
+    training_batches(encoded, process_count=5)
   with pytest.raises(ValueError, match='the last bucket 32. Encode with'):
     training_batches(encoded, buckets=(32,))

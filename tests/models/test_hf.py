@@ -771,3 +771,32 @@ def test_transformers_reads_the_exported_config(tmp_path):
   assert llama.config_from_hf(config.to_dict()) == llama.config_from_hf(
     hf.load_config(tmp_path / 'out')
   )
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_processes_read_by_slices_is_what_one_reads(
+  dtype, tmp_path, monkeypatch
+):
+  model, params = build(dtype=dtype)
+  export(tmp_path / 'out', model, params)
+  mesh = Mesh(np.array(jax.devices()[:4]), ('fsdp',))
+
+  def split(leaf):
+    last = leaf.ndim - 1
+    axis = last if leaf.shape[-1] % 4 == 0 else last - 1
+    names = ['fsdp' if i == axis else None for i in range(leaf.ndim)]
+    of = NamedSharding(mesh, PartitionSpec(*names))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of)
+
+  like = jax.tree.map(split, abstract(model))
+  # As if other processes had some of the devices.
+  monkeypatch.setattr(NamedSharding, 'is_fully_addressable', False)
+  read = []
+  own = hf._read_own
+  monkeypatch.setattr(
+    hf, '_read_own', lambda *parts: read.append(parts) or own(*parts)
+  )
+  found = hf.load_params(tmp_path / 'out', llama.HF_TENSORS, like)
+  monkeypatch.undo()
+  assert len(read) == len(jax.tree.leaves(params))
+  assert_trees_equal(found, params)

@@ -150,6 +150,55 @@ def test_batch_is_split_over_all_devices():
   assert {shard.data.shape for shard in shards} == {(2, 3)}
 
 
+class Owned:
+  """A device of another process, as far as a mesh is asked for it."""
+
+  def __init__(self, owner):
+    self.process_index = owner
+
+
+class Mesh:
+  """Devices of several processes."""
+
+  def __init__(self, *owners):
+    self.devices = np.array([Owned(owner) for owner in owners])
+    self.shape = {'data': len(owners), 'fsdp': 1}
+
+
+def test_each_process_has_its_share_of_a_batch(monkeypatch):
+  assert sharding.process_share(sharding.make_mesh(2, 2)) == (0, 1)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  assert sharding.process_share(Mesh(0, 0, 1, 1)) == (1, 2)
+  assert sharding.process_share(Mesh(1, 1, 0, 0)) == (0, 2)  # Of a TPU.
+
+
+@pytest.mark.parametrize('owners', [(0, 0), (0, 1, 0, 1), (0, 0, 0, 1)])
+def test_devices_that_give_processes_no_equal_shares_are_an_error(
+  owners, monkeypatch
+):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  text = (
+    f'The devices of a mesh of data={len(owners)} and fsdp=1 belong to '
+    f'processes {list(owners)}: each of the 2 processes needs as many, one '
+    'beside the other. Let mesh.data and mesh.fsdp take all devices.'
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    sharding.process_share(Mesh(*owners))
+
+
+def test_rows_of_all_where_those_of_a_process_belong_are_an_error():
+  mesh = sharding.make_mesh(2, 2)
+  rows = {'inputs': np.zeros((8, 3), np.int32)}
+  assert sharding.put_batch(rows, mesh, 8)['inputs'].shape == (8, 3)
+  text = (
+    "'inputs' has 8 rows in each of 1 processes, and a batch has 4 in all: "
+    'each process gives its own rows only.'
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    sharding.put_batch(rows, mesh, 4)
+
+
 @pytest.mark.parametrize(('batch_size', 'micro_batches'), [(8, 2), (4, 1)])
 def test_batch_that_splits_is_accepted(batch_size, micro_batches):
   sharding.check_batch(batch_size, micro_batches, sharding.make_mesh(2, 2))

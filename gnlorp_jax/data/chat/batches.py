@@ -30,6 +30,8 @@ class _Rows:
     packing: bool,
     pad_id: int,
     origins: Sequence[int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
     if min(batch_size, max_length) < 1:
       raise ValueError(
@@ -44,8 +46,16 @@ class _Rows:
         f'Examples have {min(lengths)} to {max(lengths)} tokens; expected 1 to '
         f'max_length={max_length}. Prepare them with that max_length.'
       )
+    if batch_size % process_count:
+      raise ValueError(
+        f'batch_size={batch_size} must be a multiple of process_count='
+        f'{process_count}.'
+      )
     self._examples = examples
-    self._batch_size = batch_size
+    # Which rows of a batch belong to this process.
+    self._count = batch_size // process_count
+    first = process_index * self._count
+    self.own = slice(first, first + self._count)
     self._max_length = max_length
     self.packing = packing
     self._pad_id = pad_id
@@ -76,9 +86,12 @@ class _Rows:
     return len(self._members)
 
   def batch(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The batch of these rows, filled up with rows that count nothing."""
+    """This process's rows of a batch, of which there may be too few.
+
+    It is filled up with rows that count nothing.
+    """
     length = self._padded(int(self.lengths_R[index].max()))
-    shape = (self._batch_size, length)
+    index, shape = index[self.own], (self._count, length)
     batch = {
       'inputs': np.full(shape, self._pad_id, np.int32),
       'targets': np.full(shape, self._pad_id, np.int32),
@@ -100,7 +113,7 @@ class _Rows:
     if self.packing:
       batch['segments'] = segments_BT
     if self.source_R is not None:
-      batch['source'] = np.zeros(self._batch_size, np.int32)
+      batch['source'] = np.zeros(self._count, np.int32)
       batch['source'][: len(index)] = self.source_R[index]
     number = self._positions[length]
     return batch if number >= length else _at_learned(batch, number)
@@ -187,6 +200,8 @@ class TrainingBatches:
     seed: int = 0,
     with_seeds: bool = False,
     origins: Sequence[int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
     """Packs the examples.
 
@@ -199,9 +214,14 @@ class TrainingBatches:
       seed: At least 0; decides the order.
       with_seeds: Whether batches have `seeds`.
       origins: Number of the source of every example; None tells none apart.
+      process_index: Which process this is; it makes only its rows of each
+        batch.
+      process_count: Number of processes. Their rows, joined in order, are the
+        batch a single process would get.
 
     Raises:
-      ValueError: If there are no examples or one is too long.
+      ValueError: If there are no examples, one is too long, or processes cannot
+        share a batch.
     """
     self._rows = _Rows(
       examples,
@@ -210,6 +230,8 @@ class TrainingBatches:
       packing=packing,
       pad_id=pad_id,
       origins=origins,
+      process_index=process_index,
+      process_count=process_count,
     )
     self._batch_size = batch_size
     self._seed = seed
@@ -228,9 +250,8 @@ class TrainingBatches:
     batch = self._rows.batch(index)
     if self._with_seeds:
       filled = np.arange(self._batch_size - len(index)) + len(self._rows)
-      batch['seeds'] = ordering.mix(
-        self._offset, np.concatenate([index, filled])
-      )
+      rows = np.concatenate([index, filled])[self._rows.own]
+      batch['seeds'] = ordering.mix(self._offset, rows)
     self._taken += 1
     return batch
 
@@ -270,6 +291,8 @@ def evaluation_batches(
   max_length: int,
   packing: bool,
   pad_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches that hold every example once, the longest first.
 
@@ -279,6 +302,8 @@ def evaluation_batches(
     max_length: Most tokens of an example, and of a row.
     packing: Whether rows hold several examples.
     pad_id: Fills up rows.
+    process_index: As in `TrainingBatches`, as is the next.
+    process_count: Number of processes.
 
   Returns:
     An iterator over batches like those of `TrainingBatches`.
@@ -292,6 +317,8 @@ def evaluation_batches(
     max_length=max_length,
     packing=packing,
     pad_id=pad_id,
+    process_index=process_index,
+    process_count=process_count,
   )
   order_R = np.argsort(-rows.lengths_R, kind='stable')
   starts = range(0, len(rows), batch_size)

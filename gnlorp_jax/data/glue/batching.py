@@ -85,6 +85,8 @@ def batches(
   shuffle: bool,
   drop_remainder: bool = False,
   start: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Iterates over the batches of one epoch.
 
@@ -99,6 +101,9 @@ def batches(
     distinct within an epoch;
   * `index`: int32 ``[B]``, the example's place in `encoded`, -1 for a row that
     fills up.
+
+  Of several processes each makes its rows alone, ``[B / processes, ...]``, but
+  for `index`, which is that of all.
 
   Shuffled, the examples are drawn in random order, sorted by length within
   windows of 50 batches, cut into batches, and the batches shuffled: the rows of
@@ -120,6 +125,8 @@ def batches(
     shuffle: True for training, False for evaluation.
     drop_remainder: Whether to leave out the examples that do not fill a batch.
     start: Number of batches to skip.
+    process_index: Which process this is.
+    process_count: Number of processes.
 
   Returns:
     The iterator.
@@ -137,6 +144,11 @@ def batches(
   if not buckets or min(buckets) < 1 or sorted(set(buckets)) != list(buckets):
     raise ValueError(
       f'buckets={buckets} must be positive lengths in ascending order.'
+    )
+  if batch_size % process_count:
+    raise ValueError(
+      f'batch_size={batch_size} must be a multiple of process_count='
+      f'{process_count}.'
     )
   total = num_batches(len(encoded), batch_size, drop_remainder=drop_remainder)
   if not total:
@@ -163,8 +175,10 @@ def batches(
     plan = np.split(order_N, range(batch_size, len(order_N), batch_size))
     plan = plan[:total]
   offset = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+  count = batch_size // process_count
+  own = slice(process_index * count, (process_index + 1) * count)
   return (
-    _batch(encoded, labels, index, batch_size, pad_id, buckets, offset)
+    _batch(encoded, labels, index, batch_size, pad_id, buckets, offset, own)
     for index in plan[start:]
   )
 
@@ -177,25 +191,26 @@ def _batch(
   pad_id: int,
   buckets: tuple[int, ...],
   offset: np.uint32,
+  own: slice,
 ) -> dict[str, np.ndarray]:
-  rows = [encoded[i] for i in index]
-  longest = max(len(row) for row in rows)
+  longest = max(len(encoded[i]) for i in index)
   length = next(bucket for bucket in buckets if bucket >= longest)
-  tokens_BT = np.full((batch_size, length), pad_id, np.int32)
-  for tokens_T, row in zip(tokens_BT, rows, strict=False):
-    tokens_T[: len(row)] = row
+  tokens_BT = np.full((own.stop - own.start, length), pad_id, np.int32)
+  for tokens_T, i in zip(tokens_BT, index[own], strict=False):
+    tokens_T[: len(encoded[i])] = encoded[i]
   filled = np.arange(batch_size - len(index))
   batch = {
     'inputs': tokens_BT,
-    'weights': (np.arange(batch_size) < len(index)).astype(np.float32),
+    'weights': (np.arange(batch_size) < len(index)).astype(np.float32)[own],
     'seeds': ordering.mix(
-      offset, np.concatenate([index, len(encoded) + filled])
+      offset, np.concatenate([index, len(encoded) + filled])[own]
     ),
     'index': np.concatenate([index, np.full_like(filled, -1)]).astype(np.int32),
   }
   if labels is not None:
     batch['labels'] = np.zeros(batch_size, labels.dtype)
     batch['labels'][: len(index)] = labels[index]
+    batch['labels'] = batch['labels'][own]
   return batch
 
 
@@ -211,6 +226,8 @@ class TrainingBatches:
     pad_id: Id that fills up short rows.
     buckets: Lengths, ascending.
     seed: Decides the order.
+    process_index: Which process this is; it makes only its rows of each batch.
+    process_count: Number of processes.
   """
 
   def __init__(
@@ -222,6 +239,8 @@ class TrainingBatches:
     pad_id: int,
     buckets: tuple[int, ...] = BUCKETS,
     seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
     self._epoch_batches = functools.partial(
       batches,
@@ -232,6 +251,8 @@ class TrainingBatches:
       buckets=buckets,
       seed=seed,
       shuffle=True,
+      process_index=process_index,
+      process_count=process_count,
     )
     self._per_epoch = num_batches(len(encoded), batch_size)
     self.set_state({'taken': 0})

@@ -25,6 +25,7 @@ from gnlorp_jax.models.families._roberta_tensors import (
 )
 from gnlorp_jax.models.families._roberta_tensors import HF_UNREAD as HF_UNREAD
 from gnlorp_jax.models.interface import Dtype, Params
+from gnlorp_jax.models.on_host import to_host
 
 _logger = logging.getLogger(__name__)
 
@@ -360,7 +361,7 @@ def load_classifier(
     params[_HEAD] = jax.tree.map_with_path(
       lambda path, leaf, array: keep(
         '/'.join([_HEAD, *(entry.key for entry in path)]),
-        jax.device_put(np.asarray(array, leaf.dtype), leaf.sharding),
+        jax.device_put(to_host(array).astype(leaf.dtype), leaf.sharding),
       ),
       shapes[_HEAD],
       new,

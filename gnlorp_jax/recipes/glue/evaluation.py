@@ -15,7 +15,7 @@ from gnlorp_jax.data import glue
 from gnlorp_jax.disk import writing
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue.tasks import Split, TaskData
-from gnlorp_jax.training import interrupt, losses, sharding
+from gnlorp_jax.training import distributed, interrupt, losses, sharding
 from gnlorp_jax.training.loop import Outcome
 
 _logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def outputs_of(
     is_example = index_B >= 0
     outputs[index_B[is_example]] = np.asarray(values_BC)[is_example]
 
+  index, count = sharding.process_share(program.mesh)
   batches = glue.batches(
     split.encoded,
     None,
@@ -62,9 +63,12 @@ def outputs_of(
     pad_id=data.architecture.pad_id,
     buckets=data.buckets,
     shuffle=False,
+    process_index=index,
+    process_count=count,
   )
   for batch in interrupt.until_stopped(batches):
-    placed = sharding.put_batch({'inputs': batch['inputs']}, program.mesh)
+    inputs = {'inputs': batch['inputs']}
+    placed = sharding.put_batch(inputs, program.mesh, size)
     waiting.append((batch['index'], program.eval_step(params, placed, frozen)))
     if len(waiting) > 2:  # The device has work while one is fetched.
       collect()
@@ -136,9 +140,10 @@ def finish(
       _logger.warning('%s diverged: no predictions of %s.', folder, name)
       continue
     # As GLUE's server takes them.
-    glue.write_submission(
-      data.task, folder / 'predictions', name, split.ids, outputs
-    )
+    if distributed.is_first():
+      glue.write_submission(
+        data.task, folder / 'predictions', name, split.ids, outputs
+      )
   if exports:
     export(program, data, outcome, folder / 'hf')
 
@@ -148,7 +153,7 @@ def export(
 ) -> None:
   """Writes the model as a Hugging Face folder, adapters merged."""
   params = program.parameters.merge(outcome.params, outcome.constants)
-  with writing.replaced(folder) as draft:
+  with distributed.of_first(lambda: writing.replaced(folder), folder) as draft:
     folders.export(
       draft,
       params,
@@ -160,4 +165,5 @@ def export(
         data.task.name,
       ),
     )
-    data.tokenizer.save(draft)
+    if distributed.is_first():
+      data.tokenizer.save(draft)

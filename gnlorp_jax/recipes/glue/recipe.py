@@ -80,7 +80,6 @@ def check(config: GlueConfig, found: Sequence[glue.Task]) -> None:
     ValueError: If the settings of any task and method do not fit each other or
       the devices.
   """
-  program.check_one_process('train_glue.py')
   architecture = tasks.architecture(config, tasks.load_tokenizer(config))
   for task in found:
     for method in config.method_names:
@@ -320,14 +319,7 @@ def make_run(
     abstract_state=built.abstract_state,
     start=lambda: built.start(key, optimizer.numbers(optim, prepared.steps)),
     train_step=built.train_step,
-    batches=glue.TrainingBatches(
-      data.train.encoded,
-      data.train.labels,
-      batch_size=config.batch_size,
-      pad_id=data.architecture.pad_id,
-      buckets=data.buckets,
-      seed=seed,
-    ),
+    batches=training_batches(prepared, seed),
     evaluate=functools.partial(
       evaluation.evaluate, built, data, config.eval_batch_size
     ),
@@ -344,6 +336,7 @@ def make_run(
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    batch_size=config.batch_size,
   )
   return Member(
     run,
@@ -364,6 +357,22 @@ def make_run(
       exports=('hf',) if exports else (),
       reads=(config.init_from, config.adapter.init_from, config.tokenizer),
     ),
+  )
+
+
+def training_batches(prepared: Prepared, seed: int) -> glue.TrainingBatches:
+  """The examples of a run, of each batch the rows of this process."""
+  config, data = prepared.config, prepared.data
+  index, count = sharding.process_share(prepared.program.mesh)
+  return glue.TrainingBatches(
+    data.train.encoded,
+    data.train.labels,
+    batch_size=config.batch_size,
+    pad_id=data.architecture.pad_id,
+    buckets=data.buckets,
+    seed=seed,
+    process_index=index,
+    process_count=count,
   )
 
 
@@ -401,7 +410,7 @@ def describe(prepared: Prepared, learning_rate: float, seed: int) -> Result:
     'epochs': prepared.steps / prepared.steps_per_epoch,
     'train_examples': len(data.train.encoded),
     **describe_sizes(built),
-    'device': jax.devices()[0].device_kind,
+    'device': jax.local_devices()[0].device_kind,
     'num_devices': built.mesh.size,
     'versions': {
       'python': platform.python_version(),

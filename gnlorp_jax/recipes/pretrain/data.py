@@ -147,15 +147,29 @@ def token_files(
   return found._replace(files=training), found._replace(files=validation)
 
 
-def training_batches(config: TrainConfig, data: Text) -> Any:
-  """A grain iterator: next(), get_state(), set_state(); it gives pools."""
-  options = _options(config, data)
-  options['batch_size'] = config.coreset.pool or config.batch_size
+def training_batches(
+  config: TrainConfig, data: Text, mesh: Mesh | None = None
+) -> Any:
+  """A grain iterator: next(), get_state(), set_state(); it gives pools.
+
+  Args:
+    config: The run.
+    data: Its text.
+    mesh: Of each batch there are the rows that it gives this process; None:
+      all.
+  """
+  options = _options(config, data, mesh)
+  options['batch_size'] = rows_per_step(config)
   return batches.batches(
     data.training,
     with_seeds=has_dropout(config) and not config.is_masked,
     **options,
   )
+
+
+def rows_per_step(config: TrainConfig) -> int:
+  """Rows that a step is offered: those of a batch, or of a pool."""
+  return config.coreset.pool or config.batch_size
 
 
 def rows_by_source(config: TrainConfig, data: Text) -> dict[str, int]:
@@ -168,25 +182,32 @@ def rows_by_source(config: TrainConfig, data: Text) -> dict[str, int]:
 
 
 def evaluation_batches(
-  config: TrainConfig, data: Text, tokens: text.TokenFile | None = None
+  config: TrainConfig,
+  data: Text,
+  mesh: Mesh | None = None,
+  tokens: text.TokenFile | None = None,
 ) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
   """Makes an iterator over the validation text, each sequence once.
 
   Args:
     config: The run.
     data: Its text.
+    mesh: As of `training_batches`.
     tokens: One of `Text.held_out`; None: all of it.
   """
   return lambda: batches.batches(
     tokens or data.validation,
     shuffle=False,
     repeat=False,
-    **_options(config, data),
+    **_options(config, data, mesh),
   )
 
 
-def _options(config: TrainConfig, data: Text) -> dict[str, Any]:
+def _options(
+  config: TrainConfig, data: Text, mesh: Mesh | None
+) -> dict[str, Any]:
   mask = None
+  index, count = (0, 1) if mesh is None else sharding.process_share(mesh)
   if config.is_masked:
     mask = masking.Masking(data.tokenizer, config.mask_rate)
   return {
@@ -195,6 +216,8 @@ def _options(config: TrainConfig, data: Text) -> dict[str, Any]:
     'seed': config.seed,
     'masking': mask,
     'document_mask': config.data.document_mask,
+    'process_index': index,
+    'process_count': count,
   }
 
 

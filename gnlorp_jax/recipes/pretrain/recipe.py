@@ -27,7 +27,7 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
-from gnlorp_jax.training import loop, metrics, objectives
+from gnlorp_jax.training import distributed, loop, metrics, objectives
 
 
 class Planned(NamedTuple):
@@ -132,7 +132,6 @@ def prepare(config: TrainConfig) -> Prepared:
     ValueError: If parts of the configuration do not fit each other, the data
       or the devices.
   """
-  program.check_one_process('train_lm.py')
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   memory.check_run(planned.program)
@@ -141,7 +140,9 @@ def prepare(config: TrainConfig) -> Prepared:
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
   language_model.tell_start(planned.config.init_from, planned.config.model)
-  text = data.load(planned.config, planned.config.model)
+  text = distributed.in_turn(
+    lambda: data.load(planned.config, planned.config.model)
+  )
   return Prepared(planned, text, asked)
 
 
@@ -166,7 +167,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     abstract_state=built.abstract_state,
     start=lambda: built.start(key, numbers),
     train_step=built.train_step,
-    batches=data.training_batches(config, prepared.text),
+    batches=data.training_batches(config, prepared.text, built.mesh),
     evaluate=evaluation(prepared, config),
     instruments=built.instruments(
       config.optim,
@@ -197,6 +198,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
       sizes=tuple(sizes.values()),
     ),
     renew=lambda state: built.renew(state, numbers),
+    batch_size=data.rows_per_step(config),
   )
 
 
@@ -219,7 +221,7 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
   """
   built = prepared.program
   makers = {
-    name: data.evaluation_batches(config, prepared.text, tokens)
+    name: data.evaluation_batches(config, prepared.text, built.mesh, tokens)
     for name, tokens in prepared.text.held_out().items()
   }
   # As it is exported: a context begins as the documents of the training do.
@@ -230,7 +232,9 @@ def evaluation(prepared: Prepared, config: TrainConfig) -> Any:
   def sums_of(make_batches: Any, trained: Any, frozen: Any) -> np.ndarray:
     with contextlib.closing(make_batches()) as batches:
       some = itertools.islice(batches, config.eval_batches)
-      return language_model.evaluate(built, some, trained, frozen)
+      return language_model.evaluate(
+        built, some, trained, frozen, config.batch_size
+      )
 
   def evaluate(trained: Any, frozen: Any) -> dict[str, float]:
     sums = {n: sums_of(make, trained, frozen) for n, make in makers.items()}

@@ -15,6 +15,7 @@ from gnlorp_jax.compose.report import memory, memory_table, num_params
 from gnlorp_jax.data import tokenizer as tokenizers
 from gnlorp_jax.disk import writing
 from gnlorp_jax.models.generate import generate
+from gnlorp_jax.models.on_host import to_host
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.recipes.grid import Result
 from gnlorp_jax.recipes.pretrain import data
@@ -24,7 +25,7 @@ from gnlorp_jax.recipes.pretrain.recipe import (
   make_run,
 )
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
-from gnlorp_jax.training import metrics
+from gnlorp_jax.training import distributed, metrics
 from gnlorp_jax.training.interrupt import StopRequest
 from gnlorp_jax.training.loop import Outcome
 
@@ -43,15 +44,19 @@ def finish(
     The summary, and the sample.
   """
   folder = pathlib.Path(config.run_dir)
-  metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
-  metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, outcome, folder / 'hf')
   sample = sample_text(prepared, config, outcome)
-  writing.write_text(folder / 'sample.txt', sample)
-  summary = summarise(prepared, config, outcome)
-  text = json.dumps(summary, indent=2) + '\n'
-  writing.write_text(folder / 'summary.json', text)
-  return summary, sample
+
+  def write() -> Result:
+    metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+    metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
+    writing.write_text(folder / 'sample.txt', sample)
+    summary = summarise(prepared, config, outcome)
+    text = json.dumps(summary, indent=2) + '\n'
+    writing.write_text(folder / 'summary.json', text)
+    return summary
+
+  return distributed.from_first(write), sample
 
 
 def opened(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
@@ -116,7 +121,7 @@ def _guesses(prepared: Prepared, config: TrainConfig, params: Any) -> str:
   batch = next(batches)
   batches.close()
   inputs_T = batch['inputs'][0][: config.sample.num_tokens]
-  guesses_TV = np.asarray(
+  guesses_TV = to_host(
     prepared.program.model.apply(params, batch['inputs'][:1])
   )[0]
   guesses_T = guesses_TV.argmax(axis=-1)
@@ -181,11 +186,11 @@ def summarise(
     'tasks': {name: x for name, x in last.items() if '/' in name},
     'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
     'memory_bytes': memory(built, config.step, config.optim),
-    'device': jax.devices()[0].device_kind,
+    'device': jax.local_devices()[0].device_kind,
   }
   if chosen:
     summary['coreset'] = chosen
-  device_memory = jax.devices()[0].memory_stats()  # None on a CPU.
+  device_memory = jax.local_devices()[0].memory_stats()  # None on a CPU.
   if device_memory:
     summary['peak_device_bytes'] = device_memory.get('peak_bytes_in_use')
   if speeds:

@@ -149,10 +149,19 @@ def load_template(
   return chat.load_template(name, tokenizer)
 
 
-def training_batches(config: SftConfig, data: Chat) -> chat.TrainingBatches:
-  """An endless iterator with a position: get_state() and set_state()."""
-  options = _options(config, data)
-  options['batch_size'] = config.coreset.pool or config.batch_size
+def training_batches(
+  config: SftConfig, data: Chat, mesh: Mesh | None = None
+) -> chat.TrainingBatches:
+  """An endless iterator with a position: get_state() and set_state().
+
+  Args:
+    config: The settings.
+    data: The examples.
+    mesh: Of each batch there are the rows that it gives this process; None:
+      all.
+  """
+  options = _options(config, data, mesh)
+  options['batch_size'] = rows_per_step(config)
   return chat.TrainingBatches(
     data.examples.training,
     seed=config.seed,
@@ -162,17 +171,30 @@ def training_batches(config: SftConfig, data: Chat) -> chat.TrainingBatches:
   )
 
 
+def rows_per_step(config: SftConfig) -> int:
+  """Rows that a step is offered: those of a batch, or of a pool."""
+  return config.coreset.pool or config.batch_size
+
+
 def evaluation_batches(
-  config: SftConfig, data: Chat
+  config: SftConfig, data: Chat, mesh: Mesh | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The validation examples, each once, in batches of a micro-batch."""
-  options = _options(config, data)
+  """The validation examples, each once, in batches of a micro-batch.
+
+  The arguments are those of `training_batches`.
+  """
+  options = _options(config, data, mesh)
   options['batch_size'] //= config.micro_batches
   return chat.evaluation_batches(data.examples.validation, **options)
 
 
-def _options(config: SftConfig, data: Chat) -> dict[str, Any]:
+def _options(
+  config: SftConfig, data: Chat, mesh: Mesh | None
+) -> dict[str, Any]:
+  index, count = (0, 1) if mesh is None else sharding.process_share(mesh)
   return {
+    'process_index': index,
+    'process_count': count,
     'batch_size': config.batch_size,
     'max_length': config.data.max_length,
     'packing': config.data.packing,

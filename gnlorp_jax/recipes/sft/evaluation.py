@@ -17,7 +17,7 @@ from gnlorp_jax.models.generate import generate
 from gnlorp_jax.models.interface import Model
 from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import interrupt, records
+from gnlorp_jax.training import distributed, interrupt, records
 
 SAMPLES_FILE = 'samples.jsonl'
 
@@ -76,9 +76,10 @@ def losses(
     trained: The parameters that train.
     frozen: The others.
   """
-  batches = data.evaluation_batches(config, found)
+  batches = data.evaluation_batches(config, found, program.mesh)
   loss, weight, right = language_model.evaluate(
-    program, batches, trained, frozen
+    *(program, batches, trained, frozen),
+    config.batch_size // config.micro_batches,
   )
   return {
     'loss': float(loss / weight),
@@ -125,7 +126,8 @@ def _answers(
     }
     for conversation, text in zip(asked, texts, strict=True)
   ]
-  keep_samples(pathlib.Path(config.run_dir) / SAMPLES_FILE, step, rows)
+  if distributed.is_first():
+    keep_samples(pathlib.Path(config.run_dir) / SAMPLES_FILE, step, rows)
   return {'exact_match': float(np.mean([row['exact_match'] for row in rows]))}
 
 

@@ -27,7 +27,7 @@ from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.chat import demo
 from gnlorp_jax.recipes.sft import data, evaluation, protocol
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import loop, metrics, objectives
+from gnlorp_jax.training import distributed, loop, metrics, objectives
 from gnlorp_jax.training.selection.selection import Selection
 
 _logger = logging.getLogger(__name__)
@@ -148,12 +148,11 @@ def prepare(config: SftConfig) -> Prepared:
     ValueError: If parts of the settings do not fit each other, the examples or
       the devices.
   """
-  program.check_one_process('train_sft.py')
   tasks = language_model.read_tasks(config.eval)
   config = resolve(config)
   for task in tasks:
     scores.check_room(task, config.model.max_seq_len, None)
-  found = data.load(config)
+  found = distributed.in_turn(lambda: data.load(config))
   # The schedule needs to know how long the run is.
   per_epoch = data.training_batches(config, found).batches_per_epoch
   # Not a step more because 0.55 is a little more than it says.
@@ -209,7 +208,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
   numbers = optimizer.numbers(config.optim, config.steps)
   folder = pathlib.Path(config.run_dir)
   every = config.eval_every or prepared.steps_per_epoch
-  batches = data.training_batches(config, prepared.chat)
+  batches = data.training_batches(config, prepared.chat, built.mesh)
   return loop.Run(
     name='' if prepared.config.is_single else folder.name,
     folder=folder,
@@ -247,6 +246,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     accepted=words(config.accept or ''),
     select=_selection(prepared, config, batches),
     renew=lambda state: built.renew(state, numbers),
+    batch_size=data.rows_per_step(config),
   )
 
 

@@ -27,7 +27,7 @@ from gnlorp_jax.recipes.sft import data
 from gnlorp_jax.recipes.sft.evaluation import SAMPLES_FILE, read_samples
 from gnlorp_jax.recipes.sft.recipe import Prepared, make_run
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import metrics
+from gnlorp_jax.training import distributed, metrics
 from gnlorp_jax.training.interrupt import StopRequest
 from gnlorp_jax.training.loop import Outcome
 
@@ -48,13 +48,17 @@ def finish(
     The summary.
   """
   folder = pathlib.Path(config.run_dir)
-  metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
-  metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
   export(prepared, config, outcome)
-  summary = summarise(prepared, config, outcome)
-  text = json.dumps(summary, indent=2) + '\n'
-  writing.write_text(folder / 'summary.json', text)
-  return summary
+
+  def write() -> dict[str, Any]:
+    metrics.plot_losses(folder / 'metrics.jsonl', folder / 'loss.png')
+    metrics.plot_layers(folder / 'metrics.jsonl', folder / 'layers.png')
+    summary = summarise(prepared, config, outcome)
+    text = json.dumps(summary, indent=2) + '\n'
+    writing.write_text(folder / 'summary.json', text)
+    return summary
+
+  return distributed.from_first(write)
 
 
 def opened(config: SftConfig) -> contextlib.AbstractContextManager[None]:
@@ -83,7 +87,10 @@ def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
       add_bos=tokenizer.adds_bos,
     )
   elif config.export == 'adapter':
-    with writing.replaced(folder / 'adapter') as draft:
+    adapter = folder / 'adapter'
+    with distributed.of_first(
+      lambda: writing.replaced(adapter), adapter
+    ) as draft:
       adaptation.export_peft(
         draft,
         outcome.params,
@@ -92,7 +99,8 @@ def export(prepared: Prepared, config: SftConfig, outcome: Outcome) -> None:
         config.model,
         base=parameters.pinned(config.init_from),
       )
-      tokenizer.save(draft, add_bos=tokenizer.adds_bos)
+      if distributed.is_first():
+        tokenizer.save(draft, add_bos=tokenizer.adds_bos)
 
 
 def summarise(
@@ -129,7 +137,7 @@ def summarise(
     'seconds_per_step': record['seconds_per_step'],
     'memory_bytes': memory(built, config.step, config.optim),
     'peak_device_bytes': record['peak_device_bytes'],
-    'device': jax.devices()[0].device_kind,
+    'device': jax.local_devices()[0].device_kind,
   }
 
 

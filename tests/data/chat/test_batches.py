@@ -66,6 +66,36 @@ def test_every_token_is_learnt_once_an_epoch(packing, examples, epochs):
   assert learnt(tried) == expected(examples)
 
 
+@pytest.mark.parametrize('packing', [False, True])
+@small_chat.FEW
+@hypothesis.given(examples=EXAMPLES)
+def test_rows_of_processes_joined_are_those_of_one(packing, examples):
+  made = options(packing) | {'batch_size': 6}
+  origins = [i % 2 for i in range(len(examples))]
+
+  def batches(**parts):
+    training = chat.TrainingBatches(
+      *(examples,), **made, **parts, with_seeds=True, origins=origins
+    )
+    count = training.batches_per_epoch
+    tried = chat.evaluation_batches(examples, **made, **parts)
+    return [*(next(training) for _ in range(count)), *tried]
+
+  parts = [batches(process_index=i, process_count=3) for i in range(3)]
+  for whole, *of in zip(batches(), *parts, strict=True):
+    for name, rows in whole.items():
+      joined = np.concatenate([part[name] for part in of])
+      np.testing.assert_array_equal(joined, rows)
+
+
+def test_processes_that_cannot_share_a_batch_are_an_error():
+  with pytest.raises(ValueError) as error:
+    chat.TrainingBatches([example(3, 0)], **options(False), process_count=2)
+  assert str(error.value) == (
+    'batch_size=3 must be a multiple of process_count=2.'
+  )
+
+
 @small_chat.FEW
 @hypothesis.given(examples=EXAMPLES)
 def test_segments_separate_documents(examples):

@@ -400,12 +400,6 @@ def test_report_says_what_trains_and_what_does_not(settings):
   assert 'optim.name galore, optim.learning_rate 0.01, optim.rank 2' in text
 
 
-def test_one_of_several_processes_is_refused(settings, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match=r'train_glue\.py runs in one, with all'):
-    recipe.check(settings, [])
-
-
 def test_methods_and_tasks_bound_what_is_compiled(prepare, monkeypatch):
   calls = []
   monkeypatch.setattr(recipe.compiled, 'bound', lambda: calls.append(1))

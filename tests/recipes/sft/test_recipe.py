@@ -189,12 +189,6 @@ def test_examples_that_may_be_too_long_for_the_model_are_refused(config):
   )
 
 
-def test_one_of_several_processes_is_refused(config, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match=r'train_sft\.py runs in one, with all'):
-    recipe.prepare(config)
-
-
 def test_a_preset_has_no_tokenizer(config):
   preset = dataclasses.replace(config, init_from='60m')
   with pytest.raises(
