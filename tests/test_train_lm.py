@@ -519,13 +519,19 @@ def test_export_with_adapters_gives_equal_logits_in_pytorch(adapted):
   np.testing.assert_allclose(logits_BTV, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_weights_of_a_run_cannot_come_from_elsewhere(
+def test_frozen_weights_of_a_run_cannot_be_others(
   finished, adapted, options, tmp_path, capsys
 ):
   other = shutil.copytree(finished.folder / 'hf', tmp_path / 'other')
+  weights = safetensors.numpy.load_file(other / 'model.safetensors')
+  weights['model.norm.weight'] = weights['model.norm.weight'] + 1
+  safetensors.numpy.save_file(
+    weights, other / 'model.safetensors', metadata={'format': 'pt'}
+  )
   args = options(adapted.folder, init_from=other, **ADAPTERS)
   message = message_of(args, capsys)
-  assert f'init_from {finished.folder / "hf"} != {other}.' in message
+  assert 'init_from folder with the fingerprint ' in message
+  assert "--accept 'init_from'" in message
 
 
 def test_kernels_in_8_bits_that_train_in_whole_steps_are_told(

@@ -308,18 +308,19 @@ def test_adapters_start_from_a_folder_and_return_to_one(
     assert both[path_name(path)].dtype == np.float32
     np.testing.assert_array_equal(both[path_name(path)], expected)
   assert_same(found.start_frozen(jax.random.key(0)), frozen)
-  for base, name in (
-    ('60m', None),
-    ('hf:owner/name@0123', 'owner/name'),
-    (str(tmp_path), str(tmp_path)),
-  ):
-    adaptation.export_peft(
-      tmp_path / 'out', trained, frozen, built.adapter, TINY, base=base
+  for number, (base, name) in enumerate(
+    (
+      ('60m', None),
+      ('hf:owner/name@0123', 'owner/name'),
+      (str(tmp_path), str(tmp_path)),
     )
-    fields = json.loads((tmp_path / 'out' / peft.CONFIG).read_text())
+  ):
+    out = tmp_path / f'out{number}'
+    adaptation.export_peft(out, trained, frozen, built.adapter, TINY, base=base)
+    fields = json.loads((out / peft.CONFIG).read_text())
     assert fields['base_model_name_or_path'] == name
     assert fields['revision'] == ('0123' if 'hf:' in base else None)
-  again, there = peft.read(tmp_path / 'out', llama.HF_TENSORS)
+  again, there = peft.read(out, llama.HF_TENSORS)
   assert_same(there, arrays)
   assert again == built.adapter
   deeper = dataclasses.replace(config.model, num_layers=L + 1)
