@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from gnlorp_jax import optim
-from gnlorp_jax.models import adapters
+from gnlorp_jax.models import adapters, hf_tensors
 from gnlorp_jax.models.on_host import is_writer, to_host
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
@@ -196,4 +196,4 @@ def export(
     for part in ('scale', 'zero')
   }
   if grid and is_writer():
-    safetensors.numpy.save_file(grid, folder / GRID_FILE)
+    hf_tensors.save(folder / GRID_FILE, grid)

@@ -205,7 +205,9 @@ class Tokenizer:
       backend = self.beginning(add_bos).backend
       config |= {'add_bos_token': add_bos, 'add_eos_token': False}
       _write(folder / tokenizer_files.GENERATION, self._generation_config())
-    backend.save(str(folder / 'tokenizer.json'))
+    # Its own `save` has no OSError where a disk is full.
+    text = backend.to_str(pretty=True)
+    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
     _write(folder / tokenizer_files.CONFIG, config)
     self._beside.write_templates(folder)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from gnlorp_jax.disk import writing
 
@@ -40,6 +41,21 @@ class Sized(Protocol):
 
 
 AnySized = TypeVar('AnySized', bound=Sized)
+
+
+def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes a file of safetensors, as transformers and PEFT want it.
+
+  Raises:
+    OSError: If it cannot be written, such as on a full disk.
+  """
+  try:
+    # transformers insists on the format.
+    safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
+  except safetensors.SafetensorError as error:  # It says why, not where.
+    raise OSError(
+      f'{path} could not be written: {error}. Check the free space.'
+    ) from error
 
 
 def divide(

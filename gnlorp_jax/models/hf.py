@@ -25,8 +25,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from gnlorp_jax.models import _hf_files
@@ -259,6 +257,7 @@ def export(
 
   Raises:
     ValueError: If the folder holds something already.
+    OSError: If it cannot be written.
   """
   leaves = traverse_util.flatten_dict(params, sep='/')
   shards = _hf_files.divide(_tensors(table, leaves), max_shard_bytes)
@@ -268,14 +267,8 @@ def export(
     return
   with _hf_files.staged(pathlib.Path(folder)) as stage:
     for name, shard in shards.items():
-      safetensors.numpy.save_file(
-        {
-          tensor.name: _to_numpy(leaves[tensor.path], tensor)
-          for tensor in shard
-        },
-        stage / name,
-        metadata={'format': 'pt'},  # transformers insists on it.
-      )
+      tensors = {t.name: _to_numpy(leaves[t.path], t) for t in shard}
+      _hf_files.save(stage / name, tensors)
     if len(shards) > 1:
       _hf_files.write_object(
         stage / _hf_files.INDEX, _hf_files.index_of(shards)

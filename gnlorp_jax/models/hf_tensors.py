@@ -158,6 +158,11 @@ def write_file(
       file.write(array.reshape(-1).view(np.uint8).data)
 
 
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes one file of arrays that are all there; as `_hf_files.save`."""
+  _hf_files.save(path, arrays)
+
+
 def write_object(path: pathlib.Path, value: dict[str, Any]) -> None:
   """Writes a JSON object, such as a configuration."""
   _hf_files.write_object(path, value)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from gnlorp_jax.models import _hf_files, hf
@@ -118,9 +117,7 @@ def export(
   if not is_writer():
     return
   with _hf_files.staged(pathlib.Path(folder)) as stage:
-    safetensors.numpy.save_file(
-      tensors, stage / WEIGHTS, metadata={'format': 'pt'}
-    )
+    _hf_files.save(stage / WEIGHTS, tensors)
     fields = _fields(config) | {
       'base_model_name_or_path': base,
       'revision': revision,

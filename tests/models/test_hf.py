@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 
 import jax
@@ -800,3 +801,13 @@ def test_what_processes_read_by_slices_is_what_one_reads(
   monkeypatch.undo()
   assert len(read) == len(jax.tree.leaves(params))
   assert_trees_equal(found, params)
+
+
+def test_what_cannot_be_written_is_told_with_the_file(tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r'tensors could not be written: .*large'):
+      _hf_files.save(tmp_path / 'a.safetensors', {'a': np.zeros(2**20)})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
