@@ -105,7 +105,7 @@ class Pair:
       *('--processes.num-processes', '2'),
       *('--processes.heartbeat-seconds', str(HEARTBEAT)),
     ]
-    flags = os.environ['XLA_FLAGS'].replace('count=4', 'count=2', 1)
+    flags = os.environ['XLA_FLAGS'].replace('count=4', 'count=2')
     self.processes = [
       subprocess.Popen(
         [sys.executable, '-c', DRIVER, str(index)],
@@ -276,6 +276,7 @@ def lasting_pair(compiled_once):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize('name', SCENES)
 def test_scenes_are_those_of_one_process(name, lasting_pair, text, tmp_path):
   script, words = SCENES[name]
@@ -297,6 +298,7 @@ def test_scenes_are_those_of_one_process(name, lasting_pair, text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_signal_to_one_stops_all_and_any_number_goes_on(
   lasting_pair, text, tmp_path, stopped_by_a_signal
 ):
@@ -320,6 +322,7 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize('killed', [1, 0])
 def test_who_waits_for_a_process_that_is_gone_ends(
   killed, pair, text, tmp_path

@@ -330,7 +330,10 @@ def test_mistake_ends_with_one_message(capsys):
 
 def test_mistake_of_a_later_method_ends_before_the_first_run(tmp_path, capsys):
   for changes, message in (
-    (['--adapter.alpha', '-1'], 'AdapterOptions.alpha must be positive, got'),
+    (
+      ['--adapter.alpha', '-1'],
+      'AdapterOptions.alpha must be in (0, inf), got',
+    ),
     (
       ['--optim.weight-decay', '-1'],
       'weight_decay must be in [0, inf), got -1.0',

@@ -21,12 +21,16 @@ lines = path.read_text().splitlines() if path.exists() else []
 if 'careful' in sys.argv:
   lines = lines[:done]
 draft = folder / 'draft'
+
+def write(path, text):
+  draft.write_text(text)
+  draft.replace(path)
+
 for step in range(done + 1, 31):
   lines.append(json.dumps({'step': step, 'seconds': time.time()}))
-  path.write_text(''.join(line + chr(10) for line in lines))
+  write(path, ''.join(line + chr(10) for line in lines))
   time.sleep(0.01)
-  draft.write_text(json.dumps({'step': step}))
-  draft.replace(state)
+  write(state, json.dumps({'step': step}))
 (folder / 'report.md').write_text(f'{time.time()}')
 """
 

@@ -17,8 +17,8 @@ MODULES = ('chat', 'evaluate', 'layer_scores', 'merge', 'plan')
 
 @pytest.fixture(autouse=True)
 def own_handler():
-  """What a test does to the handler of this process ends with it."""
-  previous = signal.getsignal(signal.SIGINT)
+  """Python's, also where tests run in the background, deaf to Ctrl-C."""
+  previous = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, previous)
 

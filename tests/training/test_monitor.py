@@ -216,5 +216,5 @@ def test_peak_of_an_earlier_run_is_not_told():
 def test_peak_is_that_of_the_first_device(monkeypatch):
   assert monitor.peak_bytes() is None  # A CPU does not tell.
   device = types.SimpleNamespace(memory_stats=lambda: {'peak_bytes_in_use': 9})
-  monkeypatch.setattr(monitor.jax, 'devices', lambda: [device])
+  monkeypatch.setattr(monitor.jax, 'local_devices', lambda: [device])
   assert monitor.peak_bytes() == 9

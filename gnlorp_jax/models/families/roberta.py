@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from gnlorp_jax.models import heads, interface
+from gnlorp_jax.models import heads, interface, on_host
 from gnlorp_jax.models import hf as hf_files
 from gnlorp_jax.models.encoder import make, make_classifier
 from gnlorp_jax.models.families._roberta_tensors import (
@@ -25,7 +25,6 @@ from gnlorp_jax.models.families._roberta_tensors import (
 )
 from gnlorp_jax.models.families._roberta_tensors import HF_UNREAD as HF_UNREAD
 from gnlorp_jax.models.interface import Dtype, Params
-from gnlorp_jax.models.on_host import to_host
 
 _logger = logging.getLogger(__name__)
 
@@ -361,7 +360,9 @@ def load_classifier(
     params[_HEAD] = jax.tree.map_with_path(
       lambda path, leaf, array: keep(
         '/'.join([_HEAD, *(entry.key for entry in path)]),
-        jax.device_put(to_host(array).astype(leaf.dtype), leaf.sharding),
+        jax.device_put(
+          on_host.to_host(array).astype(leaf.dtype), leaf.sharding
+        ),
       ),
       shapes[_HEAD],
       new,

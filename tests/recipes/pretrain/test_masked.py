@@ -314,7 +314,7 @@ def test_help_of_the_masked_objective_explains_the_encoder(capsys):
     ),
     (
       lambda: dataclasses.replace(MASKED, mask_rate=1.0),
-      'mask_rate must lie between 0 and 1, got 1.0',
+      'TrainConfig.mask_rate must be in (0, 1), got 1.0',
     ),
     (
       lambda: dataclasses.replace(MASKED, data=DataConfig(mode='padded')),
