@@ -9,7 +9,6 @@ signal stops it, and it goes on.
 import json
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
@@ -22,8 +21,6 @@ import train_glue
 import train_lm
 import train_sft
 from gnlorp_jax.compose import program
-from gnlorp_jax.data import tokenizer
-from gnlorp_jax.models import hf, llama
 from gnlorp_jax.recipes.glue import recipe as glue_recipe
 from gnlorp_jax.recipes.glue import settings as glue_settings
 from gnlorp_jax.recipes.glue import tasks
@@ -33,6 +30,7 @@ from gnlorp_jax.recipes.sft import recipe as sft_recipe
 from gnlorp_jax.recipes.sft import settings as sft_settings
 from gnlorp_jax.training import metrics
 from gnlorp_jax.training.checkpoint import Checkpointer
+from tests import small_inputs
 
 pytestmark = [
   pytest.mark.slow,
@@ -157,12 +155,7 @@ SCENES = {
 def text(tmp_path_factory):
   """A file of text to train a language model on."""
   folder = tmp_path_factory.mktemp('text')
-  rng = random.Random(0)
-  words = [
-    ''.join(rng.choices('abcdefghij', k=rng.randint(2, 6))) for _ in range(50)
-  ]
-  lines = [' '.join(rng.choices(words, k=8)) for _ in range(400)]
-  (folder / 'text.txt').write_text('\n'.join(lines))
+  small_inputs.write_text(folder / 'text.txt')
   return folder / 'text.txt'
 
 
@@ -170,21 +163,7 @@ def text(tmp_path_factory):
 def model_folder(text):
   """A model to start from, and its tokenizer."""
   folder = text.parent / 'hf'
-  config = llama.LlamaConfig(
-    vocab_size=300,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    max_seq_len=64,
-  )
-  params = jax.jit(llama.make(config).init)(jax.random.key(0))
-  hf.export(folder, params, llama.HF_TENSORS, llama.config_to_hf(config))
-  cache = text.parent / 'cache'
-  found = tokenizer.load(
-    'bpe', source=str(text), vocab_size=300, cache_dir=cache
-  )
-  found.save(folder)
+  small_inputs.write_model(folder, text, text.parent / 'cache')
   return str(folder)
 
 

@@ -43,6 +43,10 @@ class CoresetOptions:
     """Whether batches are chosen."""
     return self.pool is not None
 
+  def rows_per_step(self, batch_size: int) -> int:
+    """Rows that a step is offered: those of a batch, or of a pool."""
+    return self.pool or batch_size
+
   @property
   def needs_model(self) -> bool:
     """Whether the pool goes through the model."""

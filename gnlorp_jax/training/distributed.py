@@ -179,25 +179,6 @@ def of_first(
     yield made
 
 
-@contextlib.contextmanager
-def opened_by_first(
-  make: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Iterator[Callable[..., None]]:
-  """How process 0 writes to what it opens; others write nothing.
-
-  Args:
-    make: Opens it, called in process 0 alone. It has a method ``write``.
-
-  Yields:
-    That method, or what does nothing.
-  """
-  if not is_first():
-    yield lambda *args: None
-    return
-  with make() as opened:
-    yield opened.write
-
-
 def in_turn(make: Callable[[], Value]) -> Value:
   """What each process makes, process 0 before all others.
 

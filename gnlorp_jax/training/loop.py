@@ -297,17 +297,21 @@ def _opened(run: Run, first: int, record: Record) -> Iterator[Any]:
   """What writes rows of metrics, and what shows how far a run is."""
   last = record['last']
   with (
-    distributed.opened_by_first(
+    distributed.of_first(
       lambda: metrics.MetricsWriter(
         *(run.folder, first or None, run.name, run.log),
         evaluated=-1 if last is None else last['step'],
-      )
-    ) as write,
+      ),
+      None,
+    ) as writer,
     metrics.progress(
       run.steps, first, name=run.name, console=rich.get_console()
     ) as show_progress,
   ):
-    yield write, show_progress
+    yield (
+      (lambda *row: None) if writer is None else writer.write,
+      show_progress,
+    )
 
 
 def _evaluates(run: Run, first: int, last: Found | None) -> bool:

@@ -2,14 +2,10 @@
 
 import os
 import pathlib
-import random
 import sys
 from typing import NamedTuple
 
-import jax
-
-from gnlorp_jax.data import tokenizer
-from gnlorp_jax.models import hf, llama
+from tests import small_inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 OUTPUT = 'run'  # The folder in which a command writes.
@@ -143,28 +139,7 @@ CONFIGURATIONS = {
 
 def write_inputs(root: pathlib.Path) -> None:
   """Writes texts, a model and two experts into an empty folder."""
-  rng = random.Random(0)
-  words = [
-    ''.join(rng.choices('abcdefghij', k=rng.randint(2, 6))) for _ in range(50)
-  ]
-  for name, count in (('text.txt', 400), ('rare.txt', 40)):
-    lines = [' '.join(rng.choices(words, k=8)) for _ in range(count)]
-    (root / name).write_text('\n'.join(lines))
-  config = llama.LlamaConfig(
-    vocab_size=300,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    max_seq_len=64,
-  )
-  found = tokenizer.load(
-    'bpe', source=str(root / 'text.txt'), vocab_size=300, cache_dir=root
-  )
-  make = jax.jit(llama.make(config).init)
+  small_inputs.write_text(root / 'text.txt')
+  small_inputs.write_text(root / 'rare.txt', lines=40)
   for seed, name in enumerate(('model', 'expert1', 'expert2')):
-    params = make(jax.random.key(seed))
-    hf.export(
-      *(root / name, params, llama.HF_TENSORS, llama.config_to_hf(config))
-    )
-    found.save(root / name)
+    small_inputs.write_model(root / name, root / 'text.txt', root, seed)

@@ -1,5 +1,6 @@
 """What processes tell each other: two threads that take themselves for two."""
 
+import contextlib
 import signal
 import threading
 
@@ -238,22 +239,17 @@ def test_a_signal_is_agreed_on_a_step_later(monkeypatch):
 def test_others_open_nothing(monkeypatch):
   opened = []
 
-  class Writer:
-    def __enter__(self):
-      opened.append(self)
-      return self
+  @contextlib.contextmanager
+  def make():
+    opened.append('file')
+    yield 'file'
+    opened.clear()
 
-    def __exit__(self, *exception):
-      opened.clear()
-
-    def write(self, *row):
-      opened.append(row)
-
-  with distributed.opened_by_first(Writer) as write:
-    write(1, 'x')
-    assert opened[1:] == [(1, 'x')]
+  with distributed.of_first(make, 'nothing') as found:
+    assert found == 'file'
+    assert opened == ['file']
   assert not opened
   monkeypatch.setattr(distributed, 'is_first', lambda: False)
-  with distributed.opened_by_first(Writer) as write:
-    write(1, 'x')
-  assert not opened
+  with distributed.of_first(make, 'nothing') as found:
+    assert found == 'nothing'
+    assert not opened

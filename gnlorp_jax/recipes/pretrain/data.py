@@ -159,17 +159,12 @@ def training_batches(
       all.
   """
   options = _options(config, data, mesh)
-  options['batch_size'] = rows_per_step(config)
+  options['batch_size'] = config.coreset.rows_per_step(config.batch_size)
   return batches.batches(
     data.training,
     with_seeds=has_dropout(config) and not config.is_masked,
     **options,
   )
-
-
-def rows_per_step(config: TrainConfig) -> int:
-  """Rows that a step is offered: those of a batch, or of a pool."""
-  return config.coreset.pool or config.batch_size
 
 
 def rows_by_source(config: TrainConfig, data: Text) -> dict[str, int]:

@@ -198,7 +198,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
       sizes=tuple(sizes.values()),
     ),
     renew=lambda state: built.renew(state, numbers),
-    batch_size=data.rows_per_step(config),
+    batch_size=config.coreset.rows_per_step(config.batch_size),
   )
 
 

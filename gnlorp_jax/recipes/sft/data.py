@@ -161,7 +161,7 @@ def training_batches(
       all.
   """
   options = _options(config, data, mesh)
-  options['batch_size'] = rows_per_step(config)
+  options['batch_size'] = config.coreset.rows_per_step(config.batch_size)
   return chat.TrainingBatches(
     data.examples.training,
     seed=config.seed,
@@ -169,11 +169,6 @@ def training_batches(
     origins=data.examples.origins if config.coreset.is_on else None,
     **options,
   )
-
-
-def rows_per_step(config: SftConfig) -> int:
-  """Rows that a step is offered: those of a batch, or of a pool."""
-  return config.coreset.pool or config.batch_size
 
 
 def evaluation_batches(

@@ -246,7 +246,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     accepted=words(config.accept or ''),
     select=_selection(prepared, config, batches),
     renew=lambda state: built.renew(state, numbers),
-    batch_size=data.rows_per_step(config),
+    batch_size=config.coreset.rows_per_step(config.batch_size),
   )
 
 
