@@ -206,8 +206,9 @@ def plan(
     trained=trained,
     frozen=frozen,
     join=parameters.join,
-    decode=layout.decode(config.compute_dtype),
+    decode=layout.decode_whole,
     decode_exact=layout.decode('float32'),
+    split=functools.partial(sharding.split, mesh=mesh),
     store=layout.store,
     start=functools.partial(layout.initialise, read),
     start_frozen=functools.partial(layout.initialise_frozen, read),
@@ -267,6 +268,14 @@ class _Layout:
     if not self.is_quantized:
       return parameters.unchanged
     return lambda tree: optim.quantized_weights.dequantize_weights(tree, dtype)
+
+  @property
+  def decode_whole(self) -> Callable[[Any], Any]:
+    decode = self.decode(self.config.compute_dtype)
+    if self.mesh.shape['fsdp'] == 1:
+      return decode
+    # Codes are gathered before they are decoded: they are fewer bytes.
+    return lambda tree: decode(sharding.gather(tree, self.mesh))
 
   def store(self, new: Any, old: Any, number: jax.Array, first: Any) -> Any:
     if not self.is_quantized:

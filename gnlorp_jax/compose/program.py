@@ -250,7 +250,7 @@ def build(
   layer_sampling.check_run(
     sampling_options, sampling, held.trained, steps, adapter
   )
-  model = _make_model(make, architecture, adapter_config, step_config, held)
+  model = _make_model(make, architecture, adapter_config, held)
   objective = make_objective(model)
   tx = stepping.make_optimizer(optim_config, steps, rules, sampling_options)
   restarting = restarts.plan(
@@ -317,14 +317,13 @@ def _make_model(
   make: Callable[[Any], Model],
   architecture: models.Config,
   adapter_config: adapters.AdapterConfig | None,
-  step_config: StepConfig,
   held: Parameters,
 ) -> Model:
   """The model on parameters as they are stored, adapters among them."""
   model = make(architecture)
   if adapter_config is not None:
     model = adapters.adapt(adapter_config, model)
-  if step_config.weight_bits is not None:
+  if not held.is_plain:
     policy = None if architecture.remat else layers.keep_marked
     model = forward.on_stored(model, held.decode, policy)
   return model

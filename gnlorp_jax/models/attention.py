@@ -81,8 +81,9 @@ def causal(
     k_BSKH: Keys, as many positions as queries.
     v_BSKH: Values.
     kernel: 'cudnn' is the kernel of `jax.nn.dot_product_attention`, which takes
-      no cap; where it would need a mask for an odd number of positions, 'xla'
-      takes its place. That is plain products with a gradient of their own: it
+      no cap; where it would need a mask for an odd number of positions, and
+      where `jax.shard_map` leaves axes to the compiler, 'xla' takes its place.
+      That is plain products with a gradient of their own: it
       keeps the result and one number a row, and computes the weights again from
       the scores, where JAX's own would keep the weights of all heads.
     scores: From products to scores.
@@ -101,7 +102,8 @@ def causal(
   """
   needs_mask = segments_BT is not None or isinstance(window, jax.Array)
   # Of a mask, cuDNN's gradient takes even lengths alone.
-  if kernel == 'cudnn' and not (needs_mask and q_BTNH.shape[1] % 2):
+  is_odd = needs_mask and q_BTNH.shape[1] % 2
+  if kernel == 'cudnn' and not is_odd and not _is_partly_manual():
     return _cudnn(q_BTNH, k_BSKH, v_BSKH, scores.scale, segments_BT, window)
   batch, seq_len, num_heads, head_dim = q_BTNH.shape
   num_kv_heads = k_BSKH.shape[2]
@@ -117,6 +119,15 @@ def causal(
     window,
   )
   return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def _is_partly_manual() -> bool:
+  """Whether `jax.shard_map` leaves some axes of the mesh to the compiler.
+
+  There JAX cannot say how its call of cuDNN is split, and fails (0.10).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return bool(mesh.manual_axes) and mesh.manual_axes != mesh.axis_names
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, scale, segments_BT, window):

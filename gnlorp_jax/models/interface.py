@@ -157,6 +157,9 @@ class Model(NamedTuple):
       cache). Positions less than 0 are padding. None of an encoder.
     start_cache: Maps (batch B, slots S, longest_B of `Cache` = None, for as
       many as there are slots) to an empty cache. None of an encoder.
+    head_of: Maps params to a function of x: `logits` of these params, for those
+      who call it piece by piece. What is computed of the params alone is
+      computed once. None where that is nothing.
   """
 
   config: Any
@@ -167,6 +170,7 @@ class Model(NamedTuple):
   layer_fns: LayerFns
   extend: Callable[..., tuple[jax.Array, Cache]] | None = None
   start_cache: Callable[..., Cache] | None = None
+  head_of: Callable[[Params], Callable[..., jax.Array]] | None = None
 
 
 def as_function(

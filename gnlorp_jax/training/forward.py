@@ -34,7 +34,8 @@ def on_stored(
       `jax.checkpoint`; None: it keeps the inputs of the blocks alone.
 
   Returns:
-    The model with other ``hidden``, ``logits``, ``apply`` and ``extend``.
+    The model with other ``hidden``, ``logits``, ``head_of``, ``apply`` and
+    ``extend``.
     ``hidden`` is x after the last block and ``logits`` all that follows, with a
     final norm if there is one: the two in a row are ``apply``. Layer l drops
     features by ``fold_in(key, l)``, as `objectives.Pieces` does.
@@ -86,6 +87,9 @@ def on_stored(
   ) -> jax.Array:
     return fns.head(outer(params), x, key=key)
 
+  def head_of(params: Any) -> Callable[..., jax.Array]:
+    return functools.partial(fns.head, outer(params))
+
   def apply(
     params: Any,
     tokens_BT: jax.Array,
@@ -99,5 +103,6 @@ def on_stored(
     hidden=hidden,
     logits=logits,
     apply=apply,
+    head_of=head_of,
     extend=None if fns.extend is None else extend,
   )

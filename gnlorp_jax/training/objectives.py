@@ -4,7 +4,8 @@ Of a model these functions ask for ``hidden``, ``logits``, ``apply`` and
 ``layer_fns``, whose functions all take a dropout key, None for none:
 
   hidden(params, tokens, key, segments), logits(params, x),
-  apply(params, tokens, key)
+  apply(params, tokens, key), head_of(params)(x) where logits are computed
+  piece by piece (None: by logits)
   layer_fns.embed(params, tokens, key), .block(layer, x, context, number, key),
   .head(params, x, key), .context(tokens, segments)
 
@@ -100,12 +101,13 @@ def language_model(
     The objective. The head is computed without dropout.
   """
   sums = functools.partial(_sums_of, chunk_tokens=chunk_tokens)
+  logits_of = functools.partial(functools.partial, model.logits)
 
   def hidden_sums(
     params: Any, batch: Batch, key: jax.Array | None, loss: Callable[..., Any]
   ) -> Any:
     x_BTD = model.hidden(params, batch['inputs'], key, batch.get('segments'))
-    logits_fn = functools.partial(model.logits, params)
+    logits_fn = (model.head_of or logits_of)(params)
     return sums(loss, logits_fn, x_BTD, batch)
 
   def loss_after_blocks(params: Any, x_BTD: jax.Array, batch: Batch) -> Sums:

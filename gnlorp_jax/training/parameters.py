@@ -25,10 +25,13 @@ class Parameters(NamedTuple):
     frozen: The same of what no step changes; ``{}`` where everything trains.
     join: ``join(trained, frozen)``: one nested dict of both, which have no path
       in common. Computes nothing, and takes slices of one layer, too.
-    decode: Maps a stored tree to the arrays that a model computes with. Plain
-      arrays stay as they are, so that decoding twice is decoding once.
+    decode: Maps a stored tree to the arrays that a model computes with, whole
+      on every device. Plain arrays stay as they are, so that decoding twice is
+      decoding once.
     decode_exact: Maps a stored tree to arrays with every digit, to add updates
       to.
+    split: Lays gradients of what `decode` returned out over the devices as the
+      weights are.
     store: ``store(new, old, step, first)``: stores new values as `old` is, both
       trees of one parameter, or of a part that starts at `first` on the first
       axis; `step` and `first` are for random numbers.
@@ -45,10 +48,16 @@ class Parameters(NamedTuple):
   join: Callable[[Any, Any], Any]
   decode: Callable[[Any], Any]
   decode_exact: Callable[[Any], Any]
+  split: Callable[[Any], Any]
   store: Callable[[Any, Any, jax.Array, jax.Array | int], Any]
   start: Callable[[jax.Array], tuple[Any, Any]]
   start_frozen: Callable[[jax.Array], Any]
   merge: Callable[[Any, Any], Any]
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether arrays are stored as a model computes with them."""
+    return self.decode is unchanged
 
 
 def join(trained: Tree, frozen: Tree) -> Tree:
@@ -132,6 +141,7 @@ def plain(trained: Tree, frozen: Tree | None = None) -> Parameters:
     join=join,
     decode=unchanged,
     decode_exact=unchanged,
+    split=unchanged,
     store=cast_like,
     start=lambda key: (trained, frozen),
     start_frozen=lambda key: frozen,

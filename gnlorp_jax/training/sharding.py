@@ -5,6 +5,7 @@ splits both. Parameters and optimizer state get their shardings from the same
 ordered rules, applied by the same code.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -156,6 +158,69 @@ def infer_shardings(
       'replicate).'
     )
   return shardings
+
+
+def gather(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Whole copies, on every device, of the weights that are about to be used.
+
+  Without this XLA may leave split weights where they are and send activations
+  instead, which are many times larger. It is asked for where a layer is used,
+  so that one layer at a time is whole.
+
+  Args:
+    tree: Pytree of arrays, weights of one layer or outside of the layers, or
+      their codes.
+    mesh: The mesh that they are split over by `DEFAULT_RULES`.
+
+  Returns:
+    The same values. Gradients come back as `split` lays them out.
+  """
+  # As they are first: what they were cut from would be gathered otherwise.
+  return jax.tree.map(
+    lambda x: (
+      _gather(x, mesh)
+      if jnp.issubdtype(x.dtype, jnp.inexact)
+      else _constrain(x, P(), mesh)
+    ),
+    split(tree, mesh),
+  )
+
+
+def split(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Lays gradients of `gather`'s results out as the weights are.
+
+  What devices have computed of them is then summed and split in one operation,
+  a reduce-scatter.
+
+  Args:
+    tree: Pytree of arrays like that of `gather`.
+    mesh: The mesh.
+
+  Returns:
+    The same values.
+  """
+  if mesh.shape['fsdp'] == 1:
+    return tree
+  rule = shard_largest_axis('fsdp')
+  return jax.tree.map(lambda x: _constrain(x, rule(x.shape, mesh), mesh), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, mesh: Mesh | AbstractMesh) -> jax.Array:
+  return _constrain(x, P(), mesh)
+
+
+_gather.defvjp(
+  lambda x, mesh: (_constrain(x, P(), mesh), None),
+  lambda mesh, _, grad: (split(grad, mesh),),
+)
+
+
+def _constrain(x: jax.Array, spec: P, mesh: Mesh | AbstractMesh) -> jax.Array:
+  # Inside of `shard_map` the mesh of the context knows which axes are split.
+  context = jax.sharding.get_abstract_mesh()
+  of = mesh if context.empty else context
+  return jax.lax.with_sharding_constraint(x, NamedSharding(of, spec))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

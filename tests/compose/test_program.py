@@ -16,8 +16,10 @@ from gnlorp_jax.compose.settings import (
   StepConfig,
 )
 from gnlorp_jax.models import llama
+from gnlorp_jax.plan import collectives
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
+from gnlorp_jax.training import sharding
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -226,6 +228,54 @@ def test_devices_that_do_not_fit_are_told(
   with pytest.raises(ValueError) as error:
     program.make_mesh(config, batch_size, micro_batches)
   assert str(error.value) == text
+
+
+# Weights that are split over devices.
+
+WIDE = dataclasses.replace(
+  TINY,
+  batch_size=64,
+  loss_chunk_tokens=2048,  # One chunk: each sums a gradient of the head.
+  model=dataclasses.replace(
+    TINY.model, hidden_size=128, intermediate_size=128, max_seq_len=32
+  ),
+  data=DataConfig(seq_len=32),
+)
+
+
+@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+def test_split_weights_are_gathered_and_nothing_else(mode):
+  """A step sends weights and gradients, however many tokens there are."""
+  outcomes, text = {}, ''
+  for fsdp in (1, 4):
+    config = dataclasses.replace(
+      WIDE, step=StepConfig(mode=mode), mesh=MeshConfig(data=1, fsdp=fsdp)
+    )
+    found = recipe.plan(config, jax.devices()[:fsdp])
+    state, frozen = start(found)
+    batch = jax.device_put(
+      ones(found), sharding.batch_sharding(found.program.mesh)
+    )
+    step = found.program.train_step.lower(state, batch, frozen).compile()
+    text = step.as_text()
+    outcomes[fsdp] = step(state, batch, frozen)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    *(outcome[1] for outcome in outcomes.values()),
+  )
+  of_layer = 7 * 128 * 128 * 4
+  outside = 2 * V * 128 * 4
+  # Twice, as the backward pass computes a layer again.
+  gathered = 2 * (L * of_layer + outside)
+  found = collectives.collectives(text)
+  by_kind = dict.fromkeys(collectives.KINDS, 0)
+  for row in found:
+    by_kind[row.kind] += row.bytes_per_step
+  assert L * of_layer < by_kind['all-gather'] <= gathered
+  # XLA on CPUs sums whole gradients where a GPU's sums and splits them.
+  summed = by_kind['all-reduce'] + by_kind['reduce-scatter']
+  assert summed <= 1.01 * (L * of_layer + outside)
+  assert not by_kind['all-to-all'] and not by_kind['collective-permute']
 
 
 # The report.

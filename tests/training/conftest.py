@@ -102,6 +102,7 @@ class Model(NamedTuple):
   apply: Any
   layer_fns: LayerFns
   extend: Any = None
+  head_of: Any = None
 
 
 def drop(x, key, number):

@@ -142,7 +142,8 @@ class Passes(NamedTuple):
       return (*sums, grads), dx_BTD
 
     sums, dx_KBTD = _sum_each(one, kept.output_KBTD, kept.batch_K)
-    return HeadPass(*sums, dx_KBTD)
+    loss_sum, weight_sum, grads = sums
+    return HeadPass(loss_sum, weight_sum, self.parameters.split(grads), dx_KBTD)
 
   def embedding(self, params: Any, kept: Kept, dx_KBTD: jax.Array) -> Any:
     """Gradients of what trains of all that the embedding reads."""
@@ -164,7 +165,7 @@ class Passes(NamedTuple):
       return grads, None
 
     grads, _ = _sum_each(one, dx_KBTD, kept.batch_K)
-    return grads
+    return self.parameters.split(grads)
 
   def backward(
     self,
@@ -243,7 +244,7 @@ class Passes(NamedTuple):
       return pull_back(dy_BTD)
 
     sums, dx_KBTD = _sum_each(one, x_KBTD, dy_KBTD, kept.batch_K)
-    grads = divide(sums, divisor, trained)
+    grads = divide(self.parameters.split(sums), divisor, trained)
     return jax.tree.map(lambda g: g[None], grads), dx_KBTD
 
   def _through(

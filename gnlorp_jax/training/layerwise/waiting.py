@@ -239,7 +239,8 @@ class Summed(NamedTuple):
       mesh=self.mesh,
       in_specs=(P(), P(), P('data')),
       out_specs=P(),
-      axis_names={'data'},
+      # Kernels of attention are fast where no axis is left to the compiler.
+      axis_names={'data'} if self.mesh.shape['fsdp'] > 1 else {'data', 'fsdp'},
       # Bases are equal on all devices because they are fitted to a sum; the
       # check cannot know.
       check_vma=False,
