@@ -26,6 +26,10 @@ from gnlorp_jax.training.restarts import Restarts, with_restarts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
+# Optimizers that make of a row what depends on the other rows, of parameters
+# outside of the blocks too.
+_OF_WHOLE_MATRICES = ('galore_adafactor', 'scale')
+
 
 class Stepping(NamedTuple):
   """What steps a run takes; nothing is compiled.
@@ -123,8 +127,8 @@ def make(
     'clip_global_norm': optim_config.clip_global_norm,
   }
   if step_config.mode == 'layerwise' or sampling is not None:
-    # The rows of Adafactor are not independent. Split matrices are cut already.
-    is_by_rows = optim_config.name != 'galore_adafactor'
+    # Split matrices are cut already.
+    is_by_rows = optim_config.name not in _OF_WHOLE_MATRICES
     options['row_blocks'] = is_by_rows and mesh.shape['fsdp'] == 1
     options['offload'] = step_config.offload
   if sampling is not None:

@@ -18,6 +18,7 @@ from gnlorp_jax.optim.methods.ldadam import ldadam, scale_by_ldadam
 from gnlorp_jax.optim.methods.projfactor import projfactor
 from gnlorp_jax.optim.methods.q_galore import q_galore
 from gnlorp_jax.optim.methods.released import released_gradnormlorp
+from gnlorp_jax.optim.methods.scale import scale
 from gnlorp_jax.optim.methods.vlorp import vlorp
 from gnlorp_jax.optim.parts import split
 from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
@@ -73,6 +74,7 @@ __all__ = [
   'quantized_weights',
   'released_gradnormlorp',
   'report',
+  'scale',
   'scale_by_adafactor',
   'scale_by_adam',
   'scale_by_apollo',

@@ -24,7 +24,7 @@ from gnlorp_jax.optim.parts.plain import (
   path_name,
   plain,
 )
-from gnlorp_jax.optim.parts.state_axes import Owned, owned
+from gnlorp_jax.optim.parts.state_axes import Owned, places
 from gnlorp_jax.optim.projections.base import Basis
 from gnlorp_jax.optim.subspace.low_rank import LowRankState
 from gnlorp_jax.optim.subspace.sides import Subspace
@@ -208,7 +208,7 @@ def report(
   paths = jax.tree_util.tree_leaves_with_path(shapes)
   held: list[list[Owned]] = [[] for _ in paths]
   others = _has_other_optimizers(opt_state)
-  for array in _of_labels(owned(opt_state, shapes), others):
+  for array in _of_labels(places(opt_state, shapes), others):
     if array.owner is not None:
       held[array.owner].append(array)
   assigned = _assigned(shapes, held, param_labels, others)

@@ -448,6 +448,7 @@ def test_options_reach_the_optimizer():
 
 
 NAMES = typing.get_args(settings.OptimizerName)
+WITHOUT_RANK = ('adamw', 'apollo_mini', 'scale')
 
 
 def test_every_optimizer_has_a_name():
@@ -486,7 +487,7 @@ def test_every_name_builds_with_what_is_asked_for(name, caplog, monkeypatch):
   assert given.get('rank', rank) == rank
   if rank == 1:
     assert given['granularity'] == 4
-  unused = ['rank'] if name in ('adamw', 'apollo_mini') else []
+  unused = ['rank'] if name in WITHOUT_RANK else []
   assert [record.args[0] for record in caplog.records] == unused
   assert ('rank' in given) == (not unused)
   weights = params()

@@ -12,6 +12,7 @@ OPTIONS = {
   'adamw': {},
   'apollo_mini': {'update_proj_gap': 2},
   'ldadam': {'rank': 3},
+  'scale': {},
   'vlorp': {**LOW_RANK, 'granularity': 2},
   'projfactor': {**LOW_RANK, 'granularity': 2},
 }

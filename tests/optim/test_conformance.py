@@ -58,6 +58,7 @@ VARIANTS = {
   ),
   'ldadam': variant(optim.ldadam, rank=8),
   'projfactor': variant(optim.projfactor, **FINE),
+  'scale': variant(optim.scale),
   'vlorp': variant(optim.vlorp, **FINE),
   'q_galore': variant(optim.q_galore, **LOW_RANK, **RESTING),
 }

@@ -62,6 +62,15 @@ def check_interval(name: str, value: Any, interval: str, fix: str = '') -> None:
     )
 
 
+def check_matrix(name: str, shape: tuple[int, ...]) -> None:
+  """Raises a `ValueError` if a parameter has fewer than two axes."""
+  if len(shape) < 2:
+    raise ValueError(
+      f'Parameter {name!r} of shape {list(shape)} cannot be projected: a '
+      "kernel has at least two axes, [*, in, out]. Label it 'full'."
+    )
+
+
 def check_params(params: optax.Params | None) -> None:
   """Raises a `ValueError` if `update` was called without the parameters."""
   if params is None:

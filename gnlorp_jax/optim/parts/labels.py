@@ -31,6 +31,12 @@ _FULL_RANK_NAMES = re.compile(
 # Their gradients are sparse over rows: few bits would lose most rows' moments.
 EMBEDDINGS = r'(?i)(?<![^/])(\w*embed\w*|\w*emb|tok|wte|wpe)(?![^/])'
 
+# The last layer's: of these some methods remember more than of other kernels.
+_HEADS = re.compile(
+  r'(?<![^/])(lm_head|head|logits|classifier|score)/(.*/)?(kernel|weight|w)$',
+  re.IGNORECASE,
+)
+
 # Flax's attention modules hold [d, heads, head_dim] and [heads, head_dim, d]
 # under these names; a scan may stack [layers, d, d] under the same ones.
 _ATTENTION_NAMES = re.compile(r'(^|/)(query|key|value|out)/kernel$')
@@ -80,6 +86,18 @@ def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   if special:
     return Assignment('full', f'default: {special.group()!r} in its name')
   return Assignment('low_rank', 'default: a kernel')
+
+
+def is_head(name: str) -> bool:
+  """Whether a path is that of a head's kernel.
+
+  Examples:
+    >>> is_head('lm_head/kernel'), is_head('classifier/dense/kernel')
+    (True, True)
+    >>> is_head('classifier/dense/bias'), is_head('layers/heads/kernel')
+    (False, False)
+  """
+  return bool(_HEADS.search(name))
 
 
 def rule_assignment(name: str, rules: Rules) -> Assignment | None:

@@ -21,7 +21,7 @@ class Owned(NamedTuple):
   owner: int | None  # number of its parameter; None of one that is of no one
   outer: tuple[str, ...]  # fields on the way to the tree like the parameters
   inner: tuple[str, ...]  # fields from there on
-  leaf: Any
+  leaf: Any  # None where a tree like the parameters has None for one
 
 
 def owned(state: optax.OptState, params: optax.Params) -> list[Owned]:
@@ -34,6 +34,14 @@ def owned(state: optax.OptState, params: optax.Params) -> list[Owned]:
   Returns:
     In the order of the state's leaves; parameters are numbered in the order of
     theirs.
+  """
+  return [place for place in places(state, params) if place.leaf is not None]
+
+
+def places(state: optax.OptState, params: optax.Params) -> list[Owned]:
+  """As `owned`, and the places of parameters for which a state keeps no array.
+
+  They tell which parameters a method without memory moves.
   """
   structure: Any = jax.tree.structure(params)
   if structure.num_leaves == 0:
@@ -97,6 +105,8 @@ def _within(node: Any, numbers: Any, outer: tuple[str, ...]) -> Iterator[Owned]:
   if isinstance(node, optax.MaskedNode):
     return
   if isinstance(numbers, int):
+    if node is None:
+      yield Owned(numbers, outer, (), None)
     for path, leaf in jax.tree_util.tree_leaves_with_path(node):
       yield Owned(numbers, outer, tuple(map(_text, path)), leaf)
     return

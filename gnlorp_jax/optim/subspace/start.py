@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gnlorp_jax.optim.parts.checks import check_matrix
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.projections.base import Basis, Projection
 from gnlorp_jax.optim.subspace.lazy import LazyState
@@ -29,11 +30,7 @@ def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
   Raises:
     ValueError: If the parameter has fewer than two axes.
   """
-  if len(shape) < 2:
-    raise ValueError(
-      f'Parameter {name!r} of shape {list(shape)} cannot be projected: a '
-      "kernel has at least two axes, [*, in, out]. Label it 'full'."
-    )
+  check_matrix(name, shape)
   shorter = min(shape[-2:])
   if rank > shorter:
     _logger.warning(

@@ -77,7 +77,7 @@ class GlueConfig(RunConfig):
   method: str = free('full,lora,gradnormlorp')
   """Methods, joined by commas: full, lora, dora, galore, gradnormlorp,
   gradnormlorp_adapter; 'all' for these; or another optimizer that trains all
-  weights: apollo, apollo_mini, fira, ldadam, q_galore, ...; or layers by turns:
+  weights: apollo, apollo_mini, fira, ldadam, scale, ...; or layers by turns:
   lisa, badam, owlore, ows. A method is an optimizer and a kind of adapter:
   optim.name and adapter.kind replace them."""
   init_from: str | None = result(None)

@@ -43,9 +43,13 @@ FAMILY = {
   'ldadam': ('galore', 'given', None),
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
+  'scale': ('galore', None, None),
 }
 ADAPTED = ('lora', 'dora', 'gradnormlorp_adapter')
-WITHOUT_GAP = ('full', 'lora', 'dora', 'ldadam')
+# Optimizers without subspaces.
+UNPROJECTED = ('full', 'scale')
+WITHOUT_GAP = (*UNPROJECTED, 'lora', 'dora', 'ldadam')
+WITHOUT_SCALE = WITHOUT_GAP
 
 
 def resolved(task, method, rank=None, **changes):
@@ -71,10 +75,10 @@ def test_numbers_of_a_method_are_those_of_the_table(method):
   for task, rank in itertools.product(RATES, (2, 4, 8, 16)):
     is_demo = task == 'demo'
     column = {'galore': 0, 'lora': 2, 'gradnormlorp': 3}[row]
-    if row == 'galore' and rank <= 4 and method != 'full':
+    if row == 'galore' and rank <= 4 and method not in UNPROJECTED:
       column = 1
     scale = {'sixteenth': 16 / rank, 'four': 4, None: None}[scale_of]
-    if is_demo and method not in ('full', 'lora', 'dora', 'ldadam'):
+    if is_demo and method not in WITHOUT_SCALE:
       scale = 1
     gap = 50 if is_demo else 500
     found = resolved(task, method, rank)

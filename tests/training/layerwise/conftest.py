@@ -78,6 +78,7 @@ TXS = {
     **LOW_RANK,
     **EPS,
   ),
+  'scale': functools.partial(optim.scale, **EPS),
   'vlorp': functools.partial(optim.vlorp, **FINE),
 }
 
