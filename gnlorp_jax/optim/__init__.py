@@ -17,8 +17,10 @@ from gnlorp_jax.optim.methods.gradnormlorp import gradnormlorp
 from gnlorp_jax.optim.methods.ldadam import ldadam, scale_by_ldadam
 from gnlorp_jax.optim.methods.projfactor import projfactor
 from gnlorp_jax.optim.methods.q_galore import q_galore
+from gnlorp_jax.optim.methods.racs import racs, scale_by_racs
 from gnlorp_jax.optim.methods.released import released_gradnormlorp
 from gnlorp_jax.optim.methods.scale import scale
+from gnlorp_jax.optim.methods.sinkgd import sinkgd
 from gnlorp_jax.optim.methods.vlorp import vlorp
 from gnlorp_jax.optim.parts import split
 from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
@@ -72,6 +74,7 @@ __all__ = [
   'q_galore',
   'quantize_moments',
   'quantized_weights',
+  'racs',
   'released_gradnormlorp',
   'report',
   'scale',
@@ -80,6 +83,8 @@ __all__ = [
   'scale_by_apollo',
   'scale_by_fira',
   'scale_by_ldadam',
+  'scale_by_racs',
+  'sinkgd',
   'skip_nonfinite',
   'spare_norms_and_biases',
   'split',

@@ -12,7 +12,9 @@ OPTIONS = {
   'adamw': {},
   'apollo_mini': {'update_proj_gap': 2},
   'ldadam': {'rank': 3},
+  'racs': {},
   'scale': {},
+  'sinkgd': {},
   'vlorp': {**LOW_RANK, 'granularity': 2},
   'projfactor': {**LOW_RANK, 'granularity': 2},
 }

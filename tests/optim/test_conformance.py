@@ -58,7 +58,9 @@ VARIANTS = {
   ),
   'ldadam': variant(optim.ldadam, rank=8),
   'projfactor': variant(optim.projfactor, **FINE),
+  'racs': variant(optim.racs, scale=1.0),
   'scale': variant(optim.scale),
+  'sinkgd': variant(optim.sinkgd, scale=1.0),
   'vlorp': variant(optim.vlorp, **FINE),
   'q_galore': variant(optim.q_galore, **LOW_RANK, **RESTING),
 }

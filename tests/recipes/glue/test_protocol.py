@@ -43,13 +43,15 @@ FAMILY = {
   'ldadam': ('galore', 'given', None),
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
+  'racs': ('galore', None, None),
   'scale': ('galore', None, None),
+  'sinkgd': ('galore', None, None),
 }
 ADAPTED = ('lora', 'dora', 'gradnormlorp_adapter')
 # Optimizers without subspaces.
-UNPROJECTED = ('full', 'scale')
+UNPROJECTED = ('full', 'racs', 'scale', 'sinkgd')
 WITHOUT_GAP = (*UNPROJECTED, 'lora', 'dora', 'ldadam')
-WITHOUT_SCALE = WITHOUT_GAP
+WITHOUT_SCALE = ('full', 'lora', 'dora', 'ldadam', 'scale')
 
 
 def resolved(task, method, rank=None, **changes):

@@ -78,7 +78,9 @@ TXS = {
     **LOW_RANK,
     **EPS,
   ),
+  'racs': functools.partial(optim.racs, **EPS),
   'scale': functools.partial(optim.scale, **EPS),
+  'sinkgd': functools.partial(optim.sinkgd, **EPS),
   'vlorp': functools.partial(optim.vlorp, **FINE),
 }
 
