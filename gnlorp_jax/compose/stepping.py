@@ -28,7 +28,7 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Optimizers that make of a row what depends on the other rows, of parameters
 # outside of the blocks too.
-_OF_WHOLE_MATRICES = ('galore_adafactor', 'scale', 'sinkgd')
+_OF_WHOLE_MATRICES = ('galore_adafactor', 'muon', 'scale', 'sinkgd')
 
 
 class Stepping(NamedTuple):

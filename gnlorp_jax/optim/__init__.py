@@ -15,6 +15,7 @@ from gnlorp_jax.optim.methods.galore import galore
 from gnlorp_jax.optim.methods.galore_adafactor import galore_adafactor
 from gnlorp_jax.optim.methods.gradnormlorp import gradnormlorp
 from gnlorp_jax.optim.methods.ldadam import ldadam, scale_by_ldadam
+from gnlorp_jax.optim.methods.muon import muon, scale_by_muon
 from gnlorp_jax.optim.methods.projfactor import projfactor
 from gnlorp_jax.optim.methods.q_galore import q_galore
 from gnlorp_jax.optim.methods.racs import racs, scale_by_racs
@@ -68,6 +69,7 @@ __all__ = [
   'labels',
   'ldadam',
   'limit_norm_growth',
+  'muon',
   'projections',
   'projfactor',
   'pruning',
@@ -83,6 +85,7 @@ __all__ = [
   'scale_by_apollo',
   'scale_by_fira',
   'scale_by_ldadam',
+  'scale_by_muon',
   'scale_by_racs',
   'sinkgd',
   'skip_nonfinite',

@@ -448,7 +448,7 @@ def test_options_reach_the_optimizer():
 
 
 NAMES = typing.get_args(settings.OptimizerName)
-WITHOUT_RANK = ('adamw', 'apollo_mini', 'racs', 'scale', 'sinkgd')
+WITHOUT_RANK = ('adamw', 'apollo_mini', 'muon', 'racs', 'scale', 'sinkgd')
 
 
 def test_every_optimizer_has_a_name():

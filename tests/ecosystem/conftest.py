@@ -12,6 +12,7 @@ OPTIONS = {
   'adamw': {},
   'apollo_mini': {'update_proj_gap': 2},
   'ldadam': {'rank': 3},
+  'muon': {},
   'racs': {},
   'scale': {},
   'sinkgd': {},

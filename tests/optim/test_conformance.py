@@ -58,6 +58,7 @@ VARIANTS = {
   ),
   'ldadam': variant(optim.ldadam, rank=8),
   'projfactor': variant(optim.projfactor, **FINE),
+  'muon': variant(optim.muon, moment_bits=8, consistent_rms=1.0),
   'racs': variant(optim.racs, scale=1.0),
   'scale': variant(optim.scale),
   'sinkgd': variant(optim.sinkgd, scale=1.0),

@@ -43,15 +43,16 @@ FAMILY = {
   'ldadam': ('galore', 'given', None),
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
+  'muon': ('galore', None, None),
   'racs': ('galore', None, None),
   'scale': ('galore', None, None),
   'sinkgd': ('galore', None, None),
 }
 ADAPTED = ('lora', 'dora', 'gradnormlorp_adapter')
 # Optimizers without subspaces.
-UNPROJECTED = ('full', 'racs', 'scale', 'sinkgd')
+UNPROJECTED = ('full', 'muon', 'racs', 'scale', 'sinkgd')
 WITHOUT_GAP = (*UNPROJECTED, 'lora', 'dora', 'ldadam')
-WITHOUT_SCALE = ('full', 'lora', 'dora', 'ldadam', 'scale')
+WITHOUT_SCALE = ('full', 'lora', 'dora', 'ldadam', 'muon', 'scale')
 
 
 def resolved(task, method, rank=None, **changes):

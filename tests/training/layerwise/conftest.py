@@ -78,6 +78,7 @@ TXS = {
     **LOW_RANK,
     **EPS,
   ),
+  'muon': functools.partial(optim.muon, **EPS),
   'racs': functools.partial(optim.racs, **EPS),
   'scale': functools.partial(optim.scale, **EPS),
   'sinkgd': functools.partial(optim.sinkgd, **EPS),

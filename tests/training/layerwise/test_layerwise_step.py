@@ -20,8 +20,8 @@ from gnlorp_jax.training.layerwise import checks
 NAMES = (
   *('adamw', 'apollo', 'apollo_mini', 'dct_adamw', 'dct_adamw, no errors'),
   *('fira', 'galore', 'galore, frozen', 'galore_adafactor', 'gradnormlorp'),
-  *('gradnormlorp, both sides', 'ldadam', 'projfactor', 'q_galore', 'racs'),
-  *('scale', 'sinkgd', 'vlorp'),
+  *('gradnormlorp, both sides', 'ldadam', 'muon', 'projfactor', 'q_galore'),
+  *('racs', 'scale', 'sinkgd', 'vlorp'),
 )
 CLIPPED = {'num_micro_batches': 2, 'clip_global_norm': 12.0}
 # XLA splits the arrays of any program. One optimizer whose gradients wait for
