@@ -70,6 +70,9 @@ class OptimConfig:
   solver: Literal['power', 'eigh', 'exact'] | None = result(None)
   """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
   of the Gram matrix, or a full SVD."""
+  leading: int | None = None
+  """Columns of a basis of alice0 that are leading singular directions; the
+  others are drawn at every refresh."""
   side: Literal['short', 'long', 'in', 'out', 'both'] | None = None
   """Which axis of a matrix is compressed."""
   spread_refreshes: bool = True
@@ -117,7 +120,7 @@ class OptimConfig:
   with an adapter, its factors."""
 
   def __post_init__(self):
-    check_at_least_one(self, 'rank', 'update_proj_gap', 'cycle')
+    check_at_least_one(self, 'rank', 'update_proj_gap', 'leading', 'cycle')
     check_within(self, '(0, inf)', 'learning_rate', 'granularity')
     check_within(
       self, '(0, inf)', 'clip_global_norm', fix='Use None not to clip.'

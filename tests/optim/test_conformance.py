@@ -39,6 +39,7 @@ RESTING = {'lazy_refresh': LazyRefresh(threshold=-1.0, queue=1)}
 VARIANTS = {
   'adamw': variant(optim.adamw),
   'adamw, 8 bits': variant(optim.adamw, moment_bits=8),
+  'alice0': variant(optim.alice0, leading=4, scale=1.0, **LOW_RANK),
   'apollo': variant(optim.apollo, **LOW_RANK),
   'apollo_mini': variant(optim.apollo_mini, update_proj_gap=3),
   'dct_adamw': variant(optim.dct_adamw, error_bits=8, **LOW_RANK),

@@ -192,7 +192,7 @@ _GROUPS = (
 # take for a schedule.
 _STATIC = (
   *('rank', 'update_proj_gap', 'basis_bits', 'error_bits', 'moment_bits'),
-  *('granularity', 'norm', 'iterations', 'ns_steps'),
+  *('granularity', 'norm', 'iterations', 'ns_steps', 'leading'),
   *('update_dtype', 'param_labels'),
   *('weight_decay_mask', 'weight_dimension_numbers'),
 )

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.parts.checks import check_choice
+from gnlorp_jax.optim.parts.checks import check_choice, check_int
 from gnlorp_jax.optim.projections.base import Projection
 
 Solver = Literal['power', 'eigh', 'exact']
@@ -23,7 +23,12 @@ FILL = 1e-3
 EPS = 2.0**-23  # float32's
 
 
-def svd(solver: Solver = 'power', *, iterations: int = 1) -> Projection:
+def svd(
+  solver: Solver = 'power',
+  *,
+  iterations: int = 1,
+  leading: int | None = None,
+) -> Projection:
   """Projects on the leading right singular vectors of the gradient.
 
   Args:
@@ -35,13 +40,15 @@ def svd(solver: Solver = 'power', *, iterations: int = 1) -> Projection:
       already holds about 99 % of the best subspace's energy.
     iterations: Power iterations per refresh, at least 1; other solvers ignore
       it.
+    leading: Columns of a basis that are leading singular vectors, at least 1;
+      the others are drawn at every refresh, see `switch`. None draws none.
 
   Returns:
     The projection; its basis is ``[*, n, r]``, float32, with orthonormal
     columns.
 
   Raises:
-    ValueError: If `solver` is unknown or `iterations` is below 1.
+    ValueError: If `solver` is unknown, or `iterations` or `leading` below 1.
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, definition 3.4;
@@ -56,12 +63,17 @@ def svd(solver: Solver = 'power', *, iterations: int = 1) -> Projection:
     'exact': top_singular_vectors,
   }
   fit = solvers[solver]
+  if leading is not None:
+    check_int('leading', leading)
 
   def refresh(
     grad_MN: jax.Array, basis_NR: jax.Array, count: jax.Array
   ) -> jax.Array:
-    del count
-    return fit(grad_MN.astype(jnp.float32), basis_NR)
+    grad_MN = grad_MN.astype(jnp.float32)
+    new_NR = fit(grad_MN, basis_NR)
+    if leading is None:
+      return new_NR
+    return switch(new_NR, grad_MN, leading, count)
 
   return Projection(random_basis, refresh, project, project_back)
 
@@ -145,6 +157,63 @@ def power_iteration(
     left_MR = cholesky_qr(unit_columns(grad_MN @ basis_NR), shifted=True)
     basis_NR = orthonormalise(grad_MN.mT @ left_MR, basis_NR)
   return basis_NR
+
+
+def switch(
+  basis_NR: jax.Array, grad_MN: jax.Array, leading: int, count: jax.Array
+) -> jax.Array:
+  """Keeps the leading columns of a basis and draws the others anew.
+
+  Those drawn are orthonormal directions of the complement of the whole basis,
+  so that what gradients left out for long gets its turn.
+
+  Args:
+    basis_NR: A basis fitted to a gradient, ``[*, n, r]``, float32.
+    grad_MN: The gradient, ``[*, m, n]``, float32.
+    leading: Columns to keep, of the largest singular values within the basis;
+      more are kept where the complement has no room for the others.
+    count: Updates so far, int32, from which the draw follows.
+
+  Returns:
+    The new basis, ``[*, n, r]``, float32: what is kept, in the order of the
+    singular values, then what is drawn.
+
+  References:
+    Gong et al., `Alice`, 2025, arXiv:2502.07752, algorithm 2.
+
+  Note:
+    The paper draws columns of one full QR factorisation, ``[n, n]``; directions
+    of the complement that are uniformly distributed need none. Matrices of one
+    shape that are refreshed in one step start from the same random numbers,
+    each in a complement of its own.
+  """
+  *stack, n, rank = basis_NR.shape
+  drawn = min(max(rank - leading, 0), n - rank)
+  sorted_NR = sort_columns(basis_NR, grad_MN)
+  if drawn == 0:
+    return sorted_NR
+  key = jax.random.fold_in(
+    jax.random.key(1, impl='threefry2x32'), jnp.asarray(count, jnp.int32)
+  )
+  noise = jax.random.normal(key, (n, drawn), jnp.float32)
+  noise = jnp.broadcast_to(noise, (*stack, n, drawn))
+  outside = noise - basis_NR @ (basis_NR.mT @ noise)
+  new_NR = jnp.concatenate([sorted_NR[..., : rank - drawn], outside], axis=-1)
+  # Twice, since what is left of the noise is a difference.
+  for _ in range(2):
+    new_NR = orthonormalise(new_NR, new_NR, fill=0.0)
+  return new_NR
+
+
+def sort_columns(basis_NR: jax.Array, grad_MN: jax.Array) -> jax.Array:
+  """Turns a basis within its span, into the gradient's singular vectors there.
+
+  They come in the order of their singular values, largest first, with the
+  signs of `normalise_signs`.
+  """
+  low_MR = grad_MN @ basis_NR
+  _, vectors_RR = jnp.linalg.eigh(low_MR.mT @ low_MR)
+  return normalise_signs(basis_NR @ vectors_RR[..., ::-1])
 
 
 def orthonormalise(

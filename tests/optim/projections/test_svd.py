@@ -134,6 +134,42 @@ def test_undetermined_directions_keep_the_old_basis():
   np.testing.assert_allclose(zero, old, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['slow', 'rank 3', 'zero', 'one entry'])
+@pytest.mark.parametrize('solver', ['exact', 'power'])
+def test_switched_basis_is_leading_columns_and_others_of_the_complement(
+  solver, kind
+):
+  a_MN = matrix(kind)
+  old = refreshed(solver, a_MN, 8, rounds=40)
+  new = np.asarray(refresh_of(solver, leading=3)(np.float32(a_MN), old, 7))
+  np.testing.assert_allclose(new.T @ new, np.eye(8), atol=1e-5)
+  # Outside of all eight columns that were fitted, not of the three alone.
+  fitted = np.asarray(refresh_of(solver)(np.float32(a_MN), old, 7))
+  np.testing.assert_allclose(fitted.T @ new[:, 3:], 0, atol=1e-5)
+  other = np.asarray(refresh_of(solver, leading=3)(np.float32(a_MN), old, 8))
+  shared = new[:, 3:].T @ other[:, 3:]
+  assert np.linalg.norm(shared) < 0.9 * np.sqrt(5)
+  np.testing.assert_allclose(new[:, :3], other[:, :3], atol=1e-5)
+  if kind == 'slow':  # The leading three, in order.
+    vt = np.linalg.svd(a_MN)[2][:3]
+    cosines = np.abs(np.sum(vt.T * new[:, :3], axis=0))
+    assert cosines.min() > (0.99 if solver == 'power' else 0.99999)
+
+
+def test_switching_draws_as_many_columns_as_there_is_room_for():
+  a_MN = matrix('slow', 12, 6)
+  for rank, drawn in ((6, 0), (5, 1), (2, 0)):
+    basis = np.asarray(refreshed('exact', a_MN, rank, leading=2))
+    kept = rank - drawn
+    vt = np.linalg.svd(a_MN)[2][:kept]
+    np.testing.assert_allclose(
+      np.linalg.norm(vt @ basis[:, :kept]), kept**0.5, rtol=1e-5
+    )
+    if drawn:
+      last = np.linalg.svd(a_MN)[2][5:]
+      np.testing.assert_allclose(np.abs(last @ basis[:, 5:]), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize('solver', SOLVERS)
 def test_full_rank_basis_loses_nothing(solver):
   a_MN = matrix('slow', 48, 16)
@@ -210,6 +246,7 @@ def test_signs_are_normalised_by_the_largest_entry():
       "Unknown solver 'qr'; expected one of ('power', 'eigh', 'exact').",
     ),
     ({'iterations': 0}, 'iterations must be at least 1, got 0.'),
+    ({'leading': 0}, 'leading must be at least 1, got 0.'),
   ],
 )
 def test_bad_option_is_an_error(options, text):

@@ -43,6 +43,7 @@ FAMILY = {
   'ldadam': ('galore', 'given', None),
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
+  'alice0': ('galore', 'given', None),
   'muon': ('galore', None, None),
   'racs': ('galore', None, None),
   'scale': ('galore', None, None),

@@ -18,7 +18,8 @@ from gnlorp_jax.training.layerwise import checks
 
 # Those of `toy.TXS`.
 NAMES = (
-  *('adamw', 'apollo', 'apollo_mini', 'dct_adamw', 'dct_adamw, no errors'),
+  *('adamw', 'alice0', 'apollo', 'apollo_mini', 'dct_adamw'),
+  'dct_adamw, no errors',
   *('fira', 'galore', 'galore, frozen', 'galore_adafactor', 'gradnormlorp'),
   *('gradnormlorp, both sides', 'ldadam', 'muon', 'projfactor', 'q_galore'),
   *('racs', 'scale', 'sinkgd', 'vlorp'),

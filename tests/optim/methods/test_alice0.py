@@ -1,0 +1,158 @@
+"""Alice-0 against a transcription of its algorithms in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gnlorp_jax.optim import alice0, inspect, projections, scale_by_alice0
+from gnlorp_jax.optim.projections import Projection
+
+GAP, RANK, RATE, SCALE, COMPENSATION = 4, 2, 0.1, 0.3, 0.4
+B1, B2, EPS, LIMIT = 0.8, 0.9, 1e-8, 1.05
+# Sizes of the gradients: growth, falls, and a zero between refreshes.
+SIZES = [0.3, 1.0, 0.2, 5.0, 0.4, 2.0, 0.0, 0.1]
+EXACT = projections.get('svd', solver='exact')
+
+
+def problem(m, n):
+  """A weight, gradients and bases of the shorter side m, one per step."""
+  rng = np.random.default_rng(0)
+  bases = rng.standard_normal((len(SIZES), m, m))
+  bases = np.stack([np.linalg.qr(b)[0][:, :RANK] for b in bases])
+  grads = rng.standard_normal((len(SIZES), m, n))
+  grads *= np.array(SIZES)[:, None, None]
+  w = rng.standard_normal((m, n))
+  return tuple(np.float32(x) for x in (w, grads, bases))
+
+
+def algorithm_4(w, grads, bases):
+  """The paper's, for m <= n; with beta_3 = 0 and bases that are given."""
+  w, grads, bases = map(np.float64, (w, grads, bases))
+  m, v, p, phi, shrunk = 0.0, 0.0, 0.0, 0.0, 0
+  for step, g in enumerate(grads):
+    u = bases[step // GAP * GAP]
+    sigma = u.T @ g
+    m = B1 * m + (1 - B1) * sigma
+    v = B2 * v + (1 - B2) * sigma**2
+    omega = m / (np.sqrt(v) + EPS)
+    # Algorithm 3.
+    p = B1 * p + (1 - B1) * (np.sum(g**2, axis=0) - np.sum(sigma**2, axis=0))
+    c = np.sqrt(len(g) - RANK) * (g - u @ u.T @ g) @ np.diag(p**-0.5)
+    norm = np.linalg.norm(c)
+    eta = LIMIT / max(norm / phi, LIMIT) if phi > 0 else 1.0
+    shrunk += eta < 1
+    if norm > 0:  # Ours: what is zero leaves the last norm on record.
+      phi = eta * norm
+    w = w - RATE * SCALE * (u @ omega + COMPENSATION * eta * c)
+  return w, shrunk
+
+
+def given_bases(bases_TNR):
+  """Projects on bases made elsewhere, one per step."""
+
+  def refresh(grad_MN, basis_NR, count):
+    return jnp.broadcast_to(bases_TNR[count], basis_NR.shape)
+
+  return Projection(EXACT.init, refresh, EXACT.project, EXACT.project_back)
+
+
+@pytest.mark.parametrize('is_tall', [False, True])
+def test_steps_are_those_of_the_algorithms(is_tall):
+  w, grads, bases = problem(6, 9)
+  expected, shrunk = algorithm_4(w, grads, bases)
+  assert 0 < shrunk < len(SIZES)
+  turn = (lambda x: x.mT) if is_tall else (lambda x: x)
+  tx = optax.chain(
+    scale_by_alice0(
+      RANK,
+      GAP,
+      SCALE,
+      compensation_scale=COMPENSATION,
+      norm_growth_limit=LIMIT,
+      projection=given_bases(jnp.asarray(bases)),
+      spread_refreshes=False,
+      b1=B1,
+      b2=B2,
+      eps=EPS,
+    ),
+    optax.scale_by_learning_rate(RATE),
+  )
+
+  @jax.jit
+  def run(w, grads):
+    def step(carry, grad):
+      params, state = carry
+      updates, state = tx.update({'kernel': grad}, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    params = {'kernel': w}
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
+
+  # A stack of two, of which one is the other's opposite.
+  moved = run(
+    np.stack([turn(w), -turn(w)]), np.stack([turn(grads), -turn(grads)], axis=1)
+  )
+  np.testing.assert_allclose(
+    turn(moved['kernel'][0]), expected, rtol=0, atol=2e-6
+  )
+  np.testing.assert_allclose(
+    turn(moved['kernel'][1]), -expected, rtol=0, atol=2e-6
+  )
+
+
+def test_nothing_is_left_at_full_rank():
+  g = np.random.default_rng(1).standard_normal((4, 9)).astype(np.float32)
+  tx = scale_by_alice0(4, compensation_scale=1e6, norm_growth_limit=None)
+  updates, _ = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
+  assert np.abs(updates).max() < 2
+
+
+def test_a_part_of_a_basis_is_new_at_every_refresh(descended):
+  (subspace,) = inspect.subspaces(
+    descended(alice0(0.05, 4, 5, scale=1.0, leading=2))
+  ).values()
+  # Of a gradient that hardly turns two of four columns stay, and of the others
+  # 2 / 8 in the mean: those are drawn from the complement of the last basis.
+  assert (np.asarray(subspace.overlap) < 0.9).all()
+  assert (np.asarray(subspace.refresh_count) > 25).all()
+
+
+def test_state_is_galores_and_an_energy_for_each_row():
+  params = {'kernel': jax.ShapeDtypeStruct((3, 24, 16), jnp.float32)}
+  (row,) = inspect.report(params, alice0(RATE, 4))
+  # Two moments of m r, a basis of n r, energies of m, one norm; and of each
+  # matrix four numbers about its refreshes.
+  assert row.state_bytes == 4 * 3 * (2 * 24 * 4 + 16 * 4 + 24 + 1 + 4)
+
+
+def test_adam_of_all_else_keeps_its_own_decay():
+  params = {'bias': jnp.ones(3)}
+  tx = alice0(RATE, b1=0.0, b2=0.5, eps=0.0)
+  state = tx.init(params)
+  for grad in (1.0, 3.0):
+    updates, state = tx.update({'bias': jnp.full(3, grad)}, state, params)
+  nu = (0.999 * 0.001 + 0.001 * 9) / (1 - 0.999**2)
+  np.testing.assert_allclose(updates['bias'], -RATE * 3 / nu**0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    ({'leading': 0}, 'leading must be at least 1, got 0.'),
+    (
+      {'compensation_scale': -1.0},
+      'compensation_scale must be in [0, inf), got -1.0.',
+    ),
+    (
+      {'side': 'both'},
+      "side='both' leaves no whole axis, along which this method's recovery "
+      "compares gradient and coordinates: use 'short', 'long', 'in' or 'out'.",
+    ),
+  ],
+)
+def test_bad_option_is_an_error(options, text):
+  with pytest.raises(ValueError) as error:
+    alice0(RATE, **options)
+  assert str(error.value) == text
