@@ -39,6 +39,7 @@ _NOT_ARGUMENTS = {
   'cycle',
   'restart_warmup_fraction',
   'solver',
+  'leading',
   'stochastic_rounding',
   'decay_norms_and_biases',
   'clip_global_norm',
@@ -296,14 +297,7 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
     options['weight_decay_mask'] = optim.spare_norms_and_biases
   if config.error_bits == 0:
     options['error_bits'] = None
-  if config.solver is not None:
-    default = None
-    if 'projection' in accepted:
-      default = accepted['projection'].default
-    if (config.projection or default) == 'svd':
-      options['projection'] = optim.projections.get('svd', solver=config.solver)
-    else:
-      options['solver'] = config.solver  # Named below: without effect.
+  options |= _of_svd(config, accepted)
   for name in sorted(set(options) - set(accepted)):
     value = options.pop(name)
     if value != getattr(OptimConfig(), name):
@@ -314,6 +308,24 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
         config.name,
       )
   return options
+
+
+def _of_svd(
+  config: OptimConfig, accepted: Mapping[str, inspect.Parameter]
+) -> dict[str, Any]:
+  """The arguments that say how singular vectors are found and chosen."""
+  given = {'solver': config.solver, 'leading': config.leading}
+  given = {name: value for name, value in given.items() if value is not None}
+  # Those that an optimizer lacks are options of its projection, or, if that is
+  # another one, without effect.
+  own = {name: value for name, value in given.items() if name in accepted}
+  others = {name: value for name, value in given.items() if name not in own}
+  default = None
+  if 'projection' in accepted:
+    default = accepted['projection'].default
+  if others and (config.projection or default) == 'svd':
+    return {**own, 'projection': optim.projections.get('svd', **others)}
+  return given
 
 
 # Learning rates.

@@ -28,6 +28,7 @@ from gnlorp_jax.compose.fields import fixed_settings as fixed_settings
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.checks import check_interval
+from gnlorp_jax.optim.projections.svd import Solver
 from gnlorp_jax.training import metrics
 
 OptimizerName = Literal[methods.names()]
@@ -67,12 +68,14 @@ class OptimConfig:
   granularity: float | None = None
   """Pieces that vlorp and projfactor cut every row into; `rank` is then that of
   a piece."""
-  solver: Literal['power', 'eigh', 'exact'] | None = result(None)
+  solver: Solver | None = result(None)
   """How 'svd' finds its subspace: warm-started power iteration, eigenvectors
-  of the Gram matrix, or a full SVD."""
-  leading: int | None = None
-  """Columns of a basis of alice0 that are leading singular directions; the
-  others are drawn at every refresh."""
+  of the Gram matrix, a full SVD, singular vectors drawn by their values, or a
+  step along a geodesic from the last subspace."""
+  leading: int | None = result(None)
+  """Columns of a basis of 'svd' that are leading singular directions; the
+  others are drawn from their complement at every refresh. None: all, but 40 of
+  alice0."""
   side: Literal['short', 'long', 'in', 'out', 'both'] | None = None
   """Which axis of a matrix is compressed."""
   spread_refreshes: bool = True

@@ -12,6 +12,7 @@ from gnlorp_jax.optim.methods.apollo import apollo, scale_by_apollo
 from gnlorp_jax.optim.methods.apollo_mini import apollo_mini
 from gnlorp_jax.optim.methods.dct_adamw import dct_adamw
 from gnlorp_jax.optim.methods.fira import fira, scale_by_fira
+from gnlorp_jax.optim.methods.frugal import frugal
 from gnlorp_jax.optim.methods.galore import galore
 from gnlorp_jax.optim.methods.galore_adafactor import galore_adafactor
 from gnlorp_jax.optim.methods.gradnormlorp import gradnormlorp
@@ -23,6 +24,7 @@ from gnlorp_jax.optim.methods.racs import racs, scale_by_racs
 from gnlorp_jax.optim.methods.released import released_gradnormlorp
 from gnlorp_jax.optim.methods.scale import scale
 from gnlorp_jax.optim.methods.sinkgd import sinkgd
+from gnlorp_jax.optim.methods.subtrack import subtrack
 from gnlorp_jax.optim.methods.vlorp import vlorp
 from gnlorp_jax.optim.parts import split
 from gnlorp_jax.optim.parts.adafactor import scale_by_adafactor
@@ -63,6 +65,7 @@ __all__ = [
   'fira',
   'for_any_tree',
   'format_report',
+  'frugal',
   'galore',
   'galore_adafactor',
   'gradnormlorp',
@@ -95,6 +98,7 @@ __all__ = [
   'spare_norms_and_biases',
   'split',
   'stochastic_rounding',
+  'subtrack',
   'vlorp',
   'with_kernel_axes',
   'with_low_rank_projection',

@@ -14,6 +14,7 @@ from benchmarks.refresh import fits, measure, picture, runs, tables
 from gnlorp_jax import config
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim import inspect
+from gnlorp_jax.optim.parts.orthonormal import FILL
 from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.recipes.pretrain import data, recipe
 
@@ -56,7 +57,7 @@ def iterated(grad_MN, basis_NR):
   left_MR, upper_RR = np.linalg.qr(grad_MN @ basis_NR)
   wanted_NR = grad_MN.T @ left_MR * np.sign(np.diag(upper_RR))
   wanted_NR /= np.linalg.norm(wanted_NR, axis=0)
-  filled_NR, upper_RR = np.linalg.qr(wanted_NR + svd.FILL * basis_NR)
+  filled_NR, upper_RR = np.linalg.qr(wanted_NR + FILL * basis_NR)
   return filled_NR * np.sign(np.diag(upper_RR))
 
 

@@ -642,6 +642,12 @@ def test_adamw_trains_every_parameter_as_optax_does():
       ["optim.solver='exact' has no effect with optim.name='apollo'."],
     ),
     ({'name': 'apollo', 'solver': 'exact', 'projection': 'svd'}, []),
+    ({'name': 'alice0', 'solver': 'exact', 'leading': 3}, []),
+    ({'name': 'fira', 'leading': 3}, []),
+    (
+      {'name': 'subtrack', 'leading': 3},
+      ["optim.leading=3 has no effect with optim.name='subtrack'."],
+    ),
     (
       {'name': 'galore', 'solver': 'exact', 'projection': 'dct'},
       ["optim.solver='exact' has no effect with optim.name='galore'."],

@@ -28,8 +28,8 @@ KINDS = {
     'granularity side basis_bits lazy_refresh moments_on_refresh error_bits '
     'weight_norm norm_state moment_bits stochastic_rounding',
     'result': 'learning_rate warmup_fraction final_fraction cycle '
-    'restart_warmup_fraction scale solver b1 b2 eps eps_mode weight_decay '
-    'decay_norms_and_biases clip_global_norm param_labels',
+    'restart_warmup_fraction scale solver leading b1 b2 eps eps_mode '
+    'weight_decay decay_norms_and_biases clip_global_norm param_labels',
   },
   # Fixed is what decides the arrays, and what they stand for.
   AdapterOptions: {

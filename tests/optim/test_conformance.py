@@ -44,6 +44,11 @@ VARIANTS = {
   'apollo_mini': variant(optim.apollo_mini, update_proj_gap=3),
   'dct_adamw': variant(optim.dct_adamw, error_bits=8, **LOW_RANK),
   'fira': variant(optim.fira, **LOW_RANK),
+  'frugal': variant(
+    optim.frugal,
+    projection=projections.get('svd', solver='sampled'),
+    **LOW_RANK,
+  ),
   'galore': variant(optim.galore, **LOW_RANK),
   'galore, long': variant(optim.galore, side='long', **LOW_RANK),
   'galore_adafactor': variant(optim.galore_adafactor, b1=0.9, **LOW_RANK),
@@ -63,6 +68,7 @@ VARIANTS = {
   'racs': variant(optim.racs, scale=1.0),
   'scale': variant(optim.scale),
   'sinkgd': variant(optim.sinkgd, scale=1.0),
+  'subtrack': variant(optim.subtrack, **LOW_RANK),
   'vlorp': variant(optim.vlorp, **FINE),
   'q_galore': variant(optim.q_galore, **LOW_RANK, **RESTING),
 }

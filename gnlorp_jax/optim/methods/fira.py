@@ -28,6 +28,7 @@ from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
   with_low_rank_projection,
 )
+from gnlorp_jax.optim.subspace.moments import rotate_moments
 
 ScalePlacement = Literal['unscaled', 'scaled']
 
@@ -135,6 +136,8 @@ def scale_by_recovered_adam(
   rank: int,
   update_proj_gap: int,
   recovery: Recovery,
+  *,
+  rotates: bool = False,
   **options: Unpack[RecoverySubspace],
 ) -> optax.GradientTransformationExtraArgs:
   """Adam in a subspace whose directions become updates of full rank.
@@ -142,6 +145,8 @@ def scale_by_recovered_adam(
   Args:
     recovery: Makes the update of a gradient, its coordinates, and Adam's
       direction of these before the bias corrections.
+    rotates: Whether the moments move to a new basis, see `rotate_moments`, or
+      stay as they are.
     eps: Added to the root of the second moments, at least 0; the bias
       corrections do not touch it (``hf``).
 
@@ -154,9 +159,10 @@ def scale_by_recovered_adam(
   adam = pick(options, AdamOptions)
   return optax.chain(
     with_low_rank_projection(
-      scale_by_adam(**adam, bias_correction=False),
+      scale_by_adam(**adam, bias_correction=False, count_per_matrix=rotates),
       rank,
       update_proj_gap,
+      on_refresh=rotate_moments(adam['b1'], adam['b2']) if rotates else None,
       recovery=recovery,
       **pick(options, OneSideOptions),
     ),

@@ -1,4 +1,4 @@
-"""The top singular subspace of the gradient: exact, by eigh, or by iteration.
+"""A singular subspace of the gradient, found or followed in several ways.
 
 Shape suffixes in this file:
   M, N  the two axes of a gradient; the basis lives on N
@@ -12,15 +12,20 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.parts.checks import check_choice, check_int
+from gnlorp_jax.optim.parts.checks import (
+  check_choice,
+  check_int,
+  check_interval,
+)
+from gnlorp_jax.optim.parts.orthonormal import (
+  cholesky_qr,
+  normalise_signs,
+  orthonormalise,
+  unit_columns,
+)
 from gnlorp_jax.optim.projections.base import Projection
 
-Solver = Literal['power', 'eigh', 'exact']
-
-# Weight of the old basis in a new one, see `orthonormalise`. Its square is
-# what a direction that is kept that way changes of a captured energy: 1e-6.
-FILL = 1e-3
-EPS = 2.0**-23  # float32's
+Solver = Literal['power', 'eigh', 'exact', 'sampled', 'grassmann']
 
 
 def svd(
@@ -28,8 +33,9 @@ def svd(
   *,
   iterations: int = 1,
   leading: int | None = None,
+  step_size: float = 1.0,
 ) -> Projection:
-  """Projects on the leading right singular vectors of the gradient.
+  """Projects on right singular vectors of the gradient, mostly the leading.
 
   Args:
     solver: How the vectors are found. ``exact``: a full SVD, the parity mode.
@@ -37,18 +43,25 @@ def svd(
       subspace several times faster. ``power``: block power iteration started
       from the last basis; only matrix products and an R x R Cholesky factor,
       so it is fast and shards under GSPMD; from a random start one iteration
-      already holds about 99 % of the best subspace's energy.
+      already holds about 99 % of the best subspace's energy. ``sampled``: not
+      the leading ones but some drawn by their singular values, see
+      `sampled_eigenvectors`. ``grassmann``: the leading ones at first, from
+      then on a step from the last basis, see `follow_geodesic`.
     iterations: Power iterations per refresh, at least 1; other solvers ignore
       it.
     leading: Columns of a basis that are leading singular vectors, at least 1;
       the others are drawn at every refresh, see `switch`. None draws none.
+    step_size: Largest angle of a step of ``grassmann`` in radians, positive;
+      other solvers ignore it.
 
   Returns:
     The projection; its basis is ``[*, n, r]``, float32, with orthonormal
     columns.
 
   Raises:
-    ValueError: If `solver` is unknown, or `iterations` or `leading` below 1.
+    ValueError: If `solver` is unknown, `iterations` or `leading` below 1 or
+      `step_size` not positive, or if `leading` meets a solver whose basis does
+      not begin with leading vectors.
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, definition 3.4;
@@ -57,19 +70,31 @@ def svd(
   check_choice('solver', solver, get_args(Solver))
   if iterations < 1:
     raise ValueError(f'iterations must be at least 1, got {iterations}.')
-  solvers: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+  check_interval('step_size', step_size, '(0, inf)')
+  # Those that draw take the number of updates too.
+  solvers: dict[str, Callable[..., jax.Array]] = {
     'power': functools.partial(power_iteration, iterations=iterations),
     'eigh': top_eigenvectors,
     'exact': top_singular_vectors,
+    'sampled': sampled_eigenvectors,
+    'grassmann': functools.partial(follow_geodesic, step_size=step_size),
   }
   fit = solvers[solver]
   if leading is not None:
     check_int('leading', leading)
+    if solver in ('sampled', 'grassmann'):
+      raise ValueError(
+        f'leading={leading} keeps leading singular vectors, which solver='
+        f"{solver!r} does not look for: use 'power', 'eigh' or 'exact', or "
+        'leading=None.'
+      )
 
   def refresh(
     grad_MN: jax.Array, basis_NR: jax.Array, count: jax.Array
   ) -> jax.Array:
     grad_MN = grad_MN.astype(jnp.float32)
+    if solver == 'sampled':
+      return fit(grad_MN, basis_NR, count)
     new_NR = fit(grad_MN, basis_NR)
     if leading is None:
       return new_NR
@@ -192,10 +217,7 @@ def switch(
   sorted_NR = sort_columns(basis_NR, grad_MN)
   if drawn == 0:
     return sorted_NR
-  key = jax.random.fold_in(
-    jax.random.key(1, impl='threefry2x32'), jnp.asarray(count, jnp.int32)
-  )
-  noise = jax.random.normal(key, (n, drawn), jnp.float32)
+  noise = jax.random.normal(_key(count), (n, drawn), jnp.float32)
   noise = jnp.broadcast_to(noise, (*stack, n, drawn))
   outside = noise - basis_NR @ (basis_NR.mT @ noise)
   new_NR = jnp.concatenate([sorted_NR[..., : rank - drawn], outside], axis=-1)
@@ -203,6 +225,121 @@ def switch(
   for _ in range(2):
     new_NR = orthonormalise(new_NR, new_NR, fill=0.0)
   return new_NR
+
+
+def _key(count: jax.Array) -> jax.Array:
+  """A random key that follows from the number of updates alone."""
+  # Named, since others draw differently under a vmap.
+  key = jax.random.key(1, impl='threefry2x32')
+  return jax.random.fold_in(key, jnp.asarray(count, jnp.int32))
+
+
+def sampled_eigenvectors(
+  grad_MN: jax.Array, basis_NR: jax.Array, count: jax.Array
+) -> jax.Array:
+  r"""Right singular vectors, drawn without replacement by their values.
+
+  Of all of them r are drawn one after the other, each with a probability that
+  is its singular value's share of those left.
+
+  Args:
+    grad_MN: Gradient, ``[*, m, n]``, float32.
+    basis_NR: The last basis, ``[*, n, r]``, whose rank the new one has.
+    count: Updates so far, int32, from which the draw follows.
+
+  Returns:
+    The new basis, ``[*, n, r]``, float32, in the order of the singular values.
+
+  References:
+    Zhang et al., `Importance Sampling for Low-Rank Optimization` (SARA), 2025,
+    arXiv:2502.05790.
+
+  Note:
+    The paper draws from a full SVD; here from eigenvectors of the smaller Gram
+    matrix, as in `top_eigenvectors`, several times faster. Matrices of one
+    shape that are refreshed in one step share their random numbers.
+  """
+  m, n = grad_MN.shape[-2:]
+  rank = basis_NR.shape[-1]
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  turned = grad_MN if n <= m else grad_MN.mT
+  squares_K, vectors_KK = jnp.linalg.eigh(matmul(turned.mT, turned))
+  # The largest of logarithms with Gumbel noise are such a draw.
+  noise_K = jax.random.gumbel(_key(count), squares_K.shape[-1:], jnp.float32)
+  score_K = 0.5 * jnp.log(jnp.maximum(squares_K, 0)) + jnp.broadcast_to(
+    noise_K, squares_K.shape
+  )
+  _, index_R = jax.lax.top_k(score_K, rank)
+  index_R = -jnp.sort(-index_R)  # The largest eigenvalue is the last.
+  drawn_KR = jnp.take_along_axis(vectors_KK, index_R[..., None, :], axis=-1)
+  if n > m:
+    drawn_KR = orthonormalise(grad_MN.mT @ drawn_KR, basis_NR)
+  return normalise_signs(drawn_KR)
+
+
+def follow_geodesic(
+  grad_MN: jax.Array, basis_NR: jax.Array, *, step_size: float
+) -> jax.Array:
+  r"""Turns a basis along a geodesic of subspaces, toward the gradient's.
+
+  With coordinates :math:`L = G Q` and :math:`\sigma u v^T` the leading part of
+  :math:`T = 2 (G - L Q^T)^T L`, along which :math:`|G - L Q^T|^2` falls
+  fastest,
+
+  .. math::
+    Q \leftarrow Q + (Q v (\cos \theta - 1) + u \sin \theta) v^T, \qquad
+    \theta = \eta \sigma / |G|^2.
+
+  A basis that was never fitted becomes that of `top_eigenvectors`.
+
+  Args:
+    grad_MN: :math:`G`, ``[*, m, n]``, float32.
+    basis_NR: :math:`Q`, ``[*, n, r]``, orthonormal columns.
+    step_size: :math:`\eta`, positive: as :math:`\sigma \le |G|^2`, the largest
+      angle, in radians.
+
+  Returns:
+    The new basis, ``[*, n, r]``, float32; of a gradient inside the subspace, or
+    outside of all of it, the old one.
+
+  References:
+    Rajabi et al., `SubTrack++`, 2025, arXiv:2502.01586, theorem 3.6.
+
+  Note:
+    The paper's angle is :math:`\eta \sigma`: a gradient of half the size turns
+    a basis by a quarter. Here it is relative to the gradient's length.
+  """
+  low_MR = grad_MN @ basis_NR
+  rest_MN = grad_MN - low_MR @ basis_NR.mT
+  tangent_NR = 2 * rest_MN.mT @ low_MR
+  _, vectors_RR = jnp.linalg.eigh(tangent_NR.mT @ tangent_NR)
+  right_R1 = vectors_RR[..., -1:]
+  left_N1 = tangent_NR @ right_R1
+  sigma = jnp.linalg.norm(left_N1, axis=-2, keepdims=True)
+  left_N1 = left_N1 / jnp.where(sigma > 0, sigma, 1)
+  square = jnp.sum(jnp.square(grad_MN), axis=(-2, -1), keepdims=True)
+  angle = step_size * sigma / jnp.where(square > 0, square, 1)
+  moved_N1 = (basis_NR @ right_R1) * (jnp.cos(angle) - 1)
+  moved_N1 = moved_N1 + left_N1 * jnp.sin(angle)
+  turned_NR = basis_NR + moved_N1 @ right_R1.mT
+  # So that roundings of many turns do not add up.
+  turned_NR = cholesky_qr(turned_NR, shifted=False)
+  is_first = _is_unfitted(basis_NR)
+  first_NR = jax.lax.cond(
+    jnp.any(is_first),
+    lambda: top_eigenvectors(grad_MN, basis_NR),
+    lambda: turned_NR,
+  )
+  return jnp.where(is_first, first_NR, turned_NR)
+
+
+def _is_unfitted(basis_NR: jax.Array) -> jax.Array:
+  """Whether bases are still those of `random_basis`, bool ``[*, 1, 1]``."""
+  *stack, n, rank = basis_NR.shape
+  start_NR = random_basis((*stack, n, n), rank)
+  cosines_1R = jnp.sum(basis_NR * start_NR, axis=-2, keepdims=True)
+  # Bases of few bits are so up to some hundredths.
+  return jnp.mean(cosines_1R, axis=-1, keepdims=True) > 0.9
 
 
 def sort_columns(basis_NR: jax.Array, grad_MN: jax.Array) -> jax.Array:
@@ -214,84 +351,3 @@ def sort_columns(basis_NR: jax.Array, grad_MN: jax.Array) -> jax.Array:
   low_MR = grad_MN @ basis_NR
   _, vectors_RR = jnp.linalg.eigh(low_MR.mT @ low_MR)
   return normalise_signs(basis_NR @ vectors_RR[..., ::-1])
-
-
-def orthonormalise(
-  wanted_NR: jax.Array, old_NR: jax.Array, fill: float = FILL
-) -> jax.Array:
-  """Orthonormal columns that span `wanted`, completed by those of `old`.
-
-  A gradient of low rank leaves columns that are zero or copies of others; a
-  bare Cholesky-QR then divides by zero. Adding a thousandth of the old column
-  gives each of them a direction of its own and costs the others nothing.
-
-  Args:
-    wanted_NR: Columns to span, ``[*, n, r]``, float32, of any rank and scale.
-    old_NR: Orthonormal columns, ``[*, n, r]``, float32.
-    fill: Weight of the old columns; 0 leaves them out and gives the factor Q
-      of a QR factorisation, or NaN where the rank is too low.
-
-  Returns:
-    Orthonormal columns, ``[*, n, r]``, float32.
-
-  References:
-    Fukaya et al., `Shifted Cholesky QR`, 2020, arXiv:1809.11085: a shifted
-    factorisation conditions the columns, plain ones then orthonormalise them.
-  """
-  columns_NR = unit_columns(unit_columns(wanted_NR) + fill * old_NR)
-  for shifted in (True, False, False):
-    columns_NR = cholesky_qr(columns_NR, shifted=shifted)
-  return columns_NR
-
-
-def cholesky_qr(columns_NR: jax.Array, *, shifted: bool) -> jax.Array:
-  """One Cholesky-QR pass over columns of length one.
-
-  With `shifted` the Gram matrix's diagonal is raised by its worst rounding
-  error (columns of length one make its norm R at most), so that the factor
-  exists for columns of any rank; they come out better conditioned, not yet
-  orthonormal.
-
-  The R x R factor is inverted before it meets the columns: a triangular solve
-  on them would force a column-major copy of the whole stack.
-  """
-  rank = columns_NR.shape[-1]
-  shift = 4 * EPS * rank if shifted else 0.0
-  eye_RR = jnp.eye(rank, dtype=columns_NR.dtype)
-  # The default precision is TF32 or bfloat16 on some accelerators, far above
-  # the shift; this product and the last one decide what orthonormal means.
-  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-  gram_RR = matmul(columns_NR.mT, columns_NR)
-  eye_RR = jnp.broadcast_to(eye_RR, gram_RR.shape)
-  lower_RR = jnp.linalg.cholesky(gram_RR + shift * eye_RR)
-  inverse_RR = jax.lax.linalg.triangular_solve(
-    lower_RR,
-    eye_RR,
-    left_side=True,
-    lower=True,
-  )
-  return matmul(columns_NR, inverse_RR.mT)
-
-
-def unit_scale(x_MN: jax.Array) -> jax.Array:
-  """Each matrix divided by its largest entry; squares cannot underflow."""
-  largest = jnp.max(jnp.abs(x_MN), axis=(-2, -1), keepdims=True)
-  return x_MN / jnp.where(largest > 0, largest, 1)
-
-
-def unit_columns(x_NR: jax.Array) -> jax.Array:
-  """Each column divided by its length; zero columns stay zero."""
-  x_NR = unit_scale(x_NR)
-  length = jnp.linalg.norm(x_NR, axis=-2, keepdims=True)
-  return x_NR / jnp.where(length > 0, length, 1)
-
-
-def normalise_signs(basis_NR: jax.Array) -> jax.Array:
-  """Flips columns so that the entry of largest magnitude is positive.
-
-  Singular vectors have arbitrary signs. Moments outlive a refresh, so two runs
-  (or two shards, or a resumed run) must agree on them.
-  """
-  index = jnp.argmax(jnp.abs(basis_NR), axis=-2, keepdims=True)
-  largest = jnp.take_along_axis(basis_NR, index, axis=-2)
-  return jnp.where(largest < 0, -basis_NR, basis_NR)

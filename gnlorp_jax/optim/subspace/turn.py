@@ -9,7 +9,7 @@ Leading axes stack matrices, each with a basis of its own.
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.projections.svd import (
+from gnlorp_jax.optim.parts.orthonormal import (
   cholesky_qr,
   orthonormalise,
   unit_columns,

@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 
 from gnlorp_jax.optim import projections
-from gnlorp_jax.optim.projections.svd import (
-  cholesky_qr,
-  normalise_signs,
-  random_basis,
-)
+from gnlorp_jax.optim.projections.svd import random_basis
 
 SOLVERS = ('exact', 'eigh', 'power')
 
@@ -78,7 +74,7 @@ def captured(a_MN, basis_NR):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('solver', [*SOLVERS, 'sampled', 'grassmann'])
 def test_basis_is_orthonormal_for_every_gradient(solver, kind):
   basis_NR = refreshed(solver, matrix(kind), rank=8, rounds=3)
   np.testing.assert_allclose(basis_NR.T @ basis_NR, np.eye(8), atol=1e-5)
@@ -170,6 +166,78 @@ def test_switching_draws_as_many_columns_as_there_is_room_for():
       np.testing.assert_allclose(np.abs(last @ basis[:, 5:]), 1, rtol=1e-5)
 
 
+def test_directions_are_drawn_by_their_singular_values():
+  values = np.array([4.0, 2.0, 1.0, 1.0, 0.0])
+  rng = np.random.default_rng(2)
+  u, _ = np.linalg.qr(rng.standard_normal((5, 5)))
+  v, _ = np.linalg.qr(rng.standard_normal((5, 5)))
+  draw = projections.get('svd', solver='sampled').refresh
+  many = jax.jit(jax.vmap(draw, in_axes=(None, None, 0)))
+  bases = many(
+    np.float32((u * values) @ v.T),
+    np.zeros((5, 2), np.float32),
+    np.arange(4000),
+  )
+  cosines = np.abs(np.einsum('kn,cnr->ckr', v.T, bases))
+  # The third and the fourth value are equal: their vectors may be mixed.
+  first = cosines[:, 0].max(axis=-1) > 0.999
+  second = cosines[:, 1].max(axis=-1) > 0.999
+  p, q = 4 / 8, 2 / 8
+  both = p * q / (1 - p) + q * p / (1 - q)
+  others = 2 * (1 / 8)
+  alone = p * others / (1 - p) + 2 * (1 / 8) * p / (1 - 1 / 8)
+  # Four standard deviations of a share of 4000 draws.
+  margin = 4 * 0.5 / 4000**0.5
+  assert abs((first & second).mean() - both) < margin
+  assert abs(first.mean() - both - alone) < margin
+  assert cosines[:, 4].max() < 0.02  # What has no size is never drawn.
+  # Drawn again after as many updates, it is the same.
+  np.testing.assert_array_equal(
+    many(
+      np.float32((u * values) @ v.T), np.zeros((5, 2), np.float32), np.arange(3)
+    ),
+    bases[:3],
+  )
+
+
+@pytest.mark.parametrize('shape', [(12, 8), (8, 12)])
+def test_drawn_directions_are_right_singular_vectors(shape):
+  a_MN = matrix('slow', *shape)
+  basis_NR = np.float64(refreshed('sampled', a_MN, 4))
+  vt = np.linalg.svd(a_MN)[2][:8]
+  cosines = np.abs(vt @ basis_NR)
+  np.testing.assert_allclose(np.sort(cosines.max(axis=1))[4:], 1, atol=1e-3)
+  assert (np.diff(cosines.argmax(axis=0)) > 0).all()  # In their order.
+
+
+def geodesic(a_MN, q_NR, step_size):
+  """Theorem 3.6 of SubTrack++ for the leading part of the tangent."""
+  low = a_MN @ q_NR
+  tangent = 2 * (a_MN - low @ q_NR.T).T @ low  # Of the descent.
+  u, sigma, vt = np.linalg.svd(tangent, full_matrices=False)
+  u, v = u[:, :1], vt[:1].T
+  angle = step_size * sigma[0] / np.sum(a_MN**2)
+  turned = (q_NR @ v * np.cos(angle) + u * np.sin(angle)) @ v.T
+  return turned + q_NR @ (np.eye(len(v)) - v @ v.T)
+
+
+def test_subspace_turns_along_a_geodesic():
+  a_MN, before = matrix('slow', 12, 8), matrix('fast', 12, 8)
+  step = refresh_of('grassmann', step_size=0.7)
+  # What was never fitted is the leading subspace of the first gradient.
+  first = np.asarray(step(np.float32(before), first_basis((12, 8), 3), 5))
+  assert captured(before, first) > 1 - 1e-5
+  new = np.asarray(step(np.float32(a_MN), first, 6))
+  expected = geodesic(a_MN, np.float64(first), 0.7)
+  np.testing.assert_allclose(new, expected, atol=1e-5)
+  # Each step captures more.
+  shares = [captured(a_MN, first)]
+  for count in range(40):
+    first = step(np.float32(a_MN), first, count)
+    shares.append(captured(a_MN, np.asarray(first)))
+  assert (np.diff(shares) > -1e-6).all() and shares[-1] > 0.99
+
+
 @pytest.mark.parametrize('solver', SOLVERS)
 def test_full_rank_basis_loses_nothing(solver):
   a_MN = matrix('slow', 48, 16)
@@ -177,7 +245,7 @@ def test_full_rank_basis_loses_nothing(solver):
   np.testing.assert_allclose(a_MN @ basis_NR @ basis_NR.T, a_MN, atol=1e-5)
 
 
-@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('solver', [*SOLVERS, 'grassmann'])
 def test_stacked_matrices_equal_single_ones(solver):
   stack = np.stack([matrix(k) for k in ('slow', 'fast', 'rank 3')])
   stacked = refreshed(solver, stack[None], 4)
@@ -224,29 +292,23 @@ def test_projection_of_bfloat16_is_accumulated_in_float32():
   np.testing.assert_allclose(low_MR, exact, atol=1e-5)
 
 
-def test_unshifted_pass_would_fail_where_the_shifted_one_does_not():
-  columns = np.full((16, 4), 0.25, np.float32)
-  qr = jax.jit(cholesky_qr, static_argnames='shifted')
-  assert not np.isfinite(qr(columns, shifted=False)).all()
-  assert np.isfinite(qr(columns, shifted=True)).all()
-
-
-def test_signs_are_normalised_by_the_largest_entry():
-  basis = np.float32([[0.6, -0.6], [-0.8, 0.8]])
-  np.testing.assert_allclose(
-    jax.jit(normalise_signs)(basis), np.float32([[-0.6, -0.6], [0.8, 0.8]])
-  )
-
-
 @pytest.mark.parametrize(
   ('options', 'text'),
   [
     (
       {'solver': 'qr'},
-      "Unknown solver 'qr'; expected one of ('power', 'eigh', 'exact').",
+      "Unknown solver 'qr'; expected one of ('power', 'eigh', 'exact', "
+      "'sampled', 'grassmann').",
     ),
     ({'iterations': 0}, 'iterations must be at least 1, got 0.'),
     ({'leading': 0}, 'leading must be at least 1, got 0.'),
+    ({'step_size': 0.0}, 'step_size must be in (0, inf), got 0.0.'),
+    (
+      {'leading': 3, 'solver': 'sampled'},
+      'leading=3 keeps leading singular vectors, which '
+      "solver='sampled' does not look for: use 'power', 'eigh' or 'exact', or "
+      'leading=None.',
+    ),
   ],
 )
 def test_bad_option_is_an_error(options, text):

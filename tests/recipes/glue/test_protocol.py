@@ -44,6 +44,8 @@ FAMILY = {
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
   'alice0': ('galore', 'given', None),
+  'frugal': ('galore', 'given', None),
+  'subtrack': ('galore', 'given', None),
   'muon': ('galore', None, None),
   'racs': ('galore', None, None),
   'scale': ('galore', None, None),

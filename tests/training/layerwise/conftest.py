@@ -46,6 +46,7 @@ TXS = {
     optim.dct_adamw, error_bits=None, **LOW_RANK, **EPS
   ),
   'fira': functools.partial(optim.fira, **LOW_RANK, **EPS),
+  'frugal': functools.partial(optim.frugal, **LOW_RANK, **EPS),
   'galore': functools.partial(optim.galore, **SPARING, **LOW_RANK, **EPS),
   'galore, frozen': functools.partial(
     optim.galore,
@@ -83,6 +84,7 @@ TXS = {
   'racs': functools.partial(optim.racs, **EPS),
   'scale': functools.partial(optim.scale, **EPS),
   'sinkgd': functools.partial(optim.sinkgd, **EPS),
+  'subtrack': functools.partial(optim.subtrack, **LOW_RANK, **EPS),
   'vlorp': functools.partial(optim.vlorp, **FINE),
 }
 

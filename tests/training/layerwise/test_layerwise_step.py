@@ -19,7 +19,7 @@ from gnlorp_jax.training.layerwise import checks
 # Those of `toy.TXS`.
 NAMES = (
   *('adamw', 'alice0', 'apollo', 'apollo_mini', 'dct_adamw'),
-  'dct_adamw, no errors',
+  *('dct_adamw, no errors', 'frugal', 'subtrack'),
   *('fira', 'galore', 'galore, frozen', 'galore_adafactor', 'gradnormlorp'),
   *('gradnormlorp, both sides', 'ldadam', 'muon', 'projfactor', 'q_galore'),
   *('racs', 'scale', 'sinkgd', 'vlorp'),
