@@ -20,8 +20,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
   'apollo': (),
   'apollo_mini': (),
   'fira': (),
+  'alice0': (),
+  'frugal': (),
+  'subtrack': (),
   'ldadam': (),
   'galore_adafactor': (),
+  # Without a rank.
+  'muon': (),
+  'racs': (),
+  'scale': (),
+  'sinkgd': (),
   'adamw': (),
 }
 

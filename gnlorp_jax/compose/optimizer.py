@@ -28,6 +28,15 @@ LabelRules = tuple[tuple[str, str], ...]
 # The factors of adapters, where an optimizer projects them.
 _FACTORS_LOW_RANK: LabelRules = ((r'/lora_[ab]$', 'low_rank'),)
 _ALL_FULL: LabelRules = (('.*', 'full'),)
+# All matrices of all models, but for tables of a few rows.
+_ALL_MATRICES: LabelRules = (
+  (
+    r'layers/(attn|mlp)/.*/kernel|^(lm_head|classifier)/(.*/)?kernel$'
+    r'|^embed/((tokens|positions)/)?embedding$',
+    'low_rank',
+  ),
+  ('.*', 'full'),
+)
 
 # Fields of OptimConfig that are no arguments of an optimizer.
 _NOT_ARGUMENTS = {
@@ -85,9 +94,20 @@ def label_rules(
     subspaces projects the factors of adapters, but not of those that restart: a
     subspace is one of the factors before. One without treats all that trains
     alike.
+
+  Raises:
+    ValueError: If all matrices of a model shall be projected that are frozen.
   """
-  if config.param_labels is not None:
-    return config.param_labels
+  labels = config.param_labels
+  if labels == 'all' and adapted:
+    raise ValueError(
+      "optim.param_labels='all' projects the matrices of a model, in whose "
+      'place adapters train here. Leave it out, or adapter.kind.'
+    )
+  if labels == 'all':
+    return _ALL_MATRICES
+  if labels is not None and labels != 'blocks':
+    return labels
   if not adapted:
     return model_rules
   if restarts or not has_subspaces(config):

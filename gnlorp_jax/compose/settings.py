@@ -117,10 +117,13 @@ class OptimConfig:
   """Whether norms and biases decay too, or kernels and embeddings alone."""
   clip_global_norm: float | None = result(1.0)
   """Gradients are scaled down to this global norm; None does not clip."""
-  param_labels: tuple[tuple[str, str], ...] | None = result(None)
+  param_labels: (
+    Literal['blocks', 'all'] | tuple[tuple[str, str], ...] | None
+  ) = result(None)
   """Ordered pairs (regex, label) over parameter paths; the labels are low_rank,
-  full and frozen. None is the model's own: attention and MLP are projected;
-  with an adapter, its factors."""
+  full and frozen. 'blocks', or None, is the model's own: attention and MLP are
+  projected; with an adapter, its factors. 'all' projects embedding and head
+  too, whose states are then as small."""
 
   def __post_init__(self):
     check_at_least_one(self, 'rank', 'update_proj_gap', 'leading', 'cycle')

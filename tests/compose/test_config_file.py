@@ -65,8 +65,9 @@ def test_a_good_file_is_read(tmp_path):
     ),
     (
       "config = TrainConfig(optim=OptimConfig(param_labels=('a', 'b')))\n",
-      "mine.py:2: OptimConfig.param_labels=('a', 'b') must be a tuple, of each "
-      'a tuple, of each a text, a text or None.',
+      "mine.py:2: OptimConfig.param_labels=('a', 'b') must be one of "
+      "('blocks', 'all') or a tuple, of each a tuple, of each a text, a text "
+      'or None.',
     ),
     (
       'from gnlorp_jax.models.llama import LlamaConfig\n'

@@ -334,7 +334,13 @@ def test_numbers_in_the_state_leave_an_optimizer_split(name):
   ('config', 'adapted', 'expected'),
   [
     (OptimConfig(), False, llama.LABEL_RULES),
+    (OptimConfig(param_labels='blocks'), False, llama.LABEL_RULES),
     (OptimConfig(), True, (('/lora_[ab]$', 'low_rank'), ('.*', 'full'))),
+    (
+      OptimConfig(param_labels='blocks'),
+      True,
+      (('/lora_[ab]$', 'low_rank'), ('.*', 'full')),
+    ),
     (OptimConfig(name='adamw'), True, (('.*', 'full'),)),
     (
       OptimConfig(param_labels=(('a', 'full'),)),
@@ -351,6 +357,35 @@ def test_numbers_in_the_state_leave_an_optimizer_split(name):
 def test_rules_are_those_asked_for_or_what_suits(config, adapted, expected):
   found = optimizer.label_rules(config, llama.LABEL_RULES, adapted=adapted)
   assert found == expected
+
+
+@pytest.mark.parametrize('family', ['llama', 'roberta', 'tied'])
+def test_all_matrices_of_a_model_are_those_that_decay(family):
+  if family == 'roberta':
+    config = roberta.RobertaConfig(**SIZES)
+    model = roberta.make_classifier(config, 3)
+  else:
+    config = llama.LlamaConfig(**SIZES, tie_embeddings=family == 'tied')
+    model = llama.make(config)
+  rules = optimizer.label_rules(
+    OptimConfig(param_labels='all'), llama.LABEL_RULES, adapted=False
+  )
+  found = traverse_util.flatten_dict(
+    optim.labels.labels(rules)(jax.eval_shape(model.init, jax.random.key(0))),
+    sep='/',
+  )
+  expected = set(DECAYING.get(family, DECAYING['llama']).split())
+  expected -= {'embed/types/embedding'}  # A table of a few rows.
+  expected &= set(found)
+  assert {n for n, label in found.items() if label == 'low_rank'} == expected
+  assert {'llama': 9, 'roberta': 10, 'tied': 8}[family] == len(expected)
+
+
+def test_all_matrices_beside_adapters_is_an_error():
+  with pytest.raises(ValueError, match="param_labels='all' projects the matr"):
+    optimizer.label_rules(
+      OptimConfig(param_labels='all'), llama.LABEL_RULES, adapted=True
+    )
 
 
 def test_rules_of_factors_alone_name_nothing_else():

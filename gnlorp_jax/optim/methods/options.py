@@ -123,9 +123,10 @@ class ShellOptions(TypedDict, total=False):
     moment_bits: 32, 8 or 4 bits for every element of the moments, but 32 for
       embeddings; or ordered rules ``(regex, bits)`` over the paths. See
       `quantize_moments`.
-    param_labels: Rules ``(regex, label)`` or what `optax.partition` takes, with
-      the labels ``low_rank``, ``full``, ``frozen``; None for the defaults. See
-      `labels.assign` and, for a dry run, `report`.
+    param_labels: ``all`` to treat embeddings and heads as kernels too, or
+      ``blocks``, as by default, not to; rules ``(regex, label)`` or what
+      `optax.partition` takes, with the labels ``low_rank``, ``full``,
+      ``frozen``. See `labels.assign` and, for a dry run, `report`.
     skip_nonfinite: Leave out and count the steps whose gradients are not
       finite. False where the training step does so around the whole update,
       which needs less memory; see `skip_nonfinite`.

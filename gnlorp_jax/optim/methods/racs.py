@@ -39,7 +39,7 @@ class RacsState(NamedTuple):
 class _Leaf(NamedTuple):
   """What a step makes of one parameter."""
 
-  update: jax.Array  # float32 [*, in, out]
+  update: Any  # float32 [*, in, out]; () before the first
   row: jax.Array
   col: jax.Array
   norm: Any

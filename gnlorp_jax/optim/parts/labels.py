@@ -19,6 +19,11 @@ from gnlorp_jax.optim.parts.kernel_axes import (
 from gnlorp_jax.optim.parts.plain import is_function, path_name, plain, spread
 
 LABELS = ('low_rank', 'full', 'frozen')
+PRESETS = ('blocks', 'all')
+
+# Fewest rows of an embedding that is projected: smaller tables, such as those
+# of token types, have nothing to save.
+_FEWEST_ROWS = 64
 
 # Kernels that stay full-rank by default. Their gradients are sparse over rows
 # (embeddings) or over classes (heads), and published runs do not project them.
@@ -44,7 +49,7 @@ _ATTENTION_NAMES = re.compile(r'(^|/)(query|key|value|out)/kernel$')
 _CONVOLUTIONS = re.compile(r'(?i)(^|/)\w*conv\w*/')
 
 Rules = Sequence[tuple[str, str]]
-ParamLabels = Rules | Callable[[optax.Params], Any] | Any
+ParamLabels = str | Rules | Callable[[optax.Params], Any] | Any
 
 
 class Assignment(NamedTuple):
@@ -88,6 +93,24 @@ def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   return Assignment('low_rank', 'default: a kernel')
 
 
+def all_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
+  """As `default_assignment`, but embeddings and heads are projected too.
+
+  That is, matrices called ``embedding``, ``kernel``, ``weight`` or ``w`` whose
+  path names an embedding or a head; tables of fewer than 64 rows are not.
+  """
+  is_embedding = bool(re.search(EMBEDDINGS, name))
+  is_matrix = len(shape) == 2 and name.split('/')[-1] in (
+    *('embedding', 'kernel', 'weight', 'w'),
+  )
+  if is_matrix and is_embedding and shape[0] < _FEWEST_ROWS:
+    return Assignment('full', f'preset all: a table of {shape[0]} rows')
+  if is_matrix and (is_embedding or is_head(name)):
+    what = 'an embedding' if is_embedding else 'a head'
+    return Assignment('low_rank', f'preset all: {what}')
+  return default_assignment(name, shape)
+
+
 def is_head(name: str) -> bool:
   """Whether a path is that of a head's kernel.
 
@@ -119,10 +142,11 @@ def assign(
 
   Args:
     params: Parameters, or their shapes; seen as a plain tree, see `plain`.
-    param_labels: None for the defaults (`default_assignment`); ordered rules
-      ``(regex, label)`` over the ``/``-joined path, the first regex found in it
-      decides; or what `optax.partition` takes: a tree of labels or a function
-      from parameters to one.
+    param_labels: None or ``blocks`` for the defaults (`default_assignment`);
+      ``all`` to project embeddings and heads too (`all_assignment`); ordered
+      rules ``(regex, label)`` over the ``/``-joined path, the first regex found
+      in it decides; or what `optax.partition` takes: a tree of labels or a
+      function from parameters to one.
     weight_dimension_numbers: As in `with_kernel_axes`. Where there are any,
       they take the place of the defaults: None is ``full``, others are
       ``low_rank``.
@@ -151,9 +175,10 @@ def assign(
   if param_labels is None and weight_dimension_numbers is not None:
     numbers = dimension_numbers(params, weight_dimension_numbers)
     found = [_assign_by_numbers(numbers[name]) for name in names]
-  elif param_labels is None:
+  elif param_labels is None or _is_preset(param_labels):
+    assign_one = all_assignment if param_labels == 'all' else default_assignment
     found = [
-      default_assignment(name, leaf.shape)
+      assign_one(name, leaf.shape)
       for name, (_, leaf) in zip(names, paths, strict=True)
     ]
   elif _is_rules(param_labels):
@@ -222,6 +247,10 @@ def labels(
     )
 
   return label_fn
+
+
+def _is_preset(param_labels: ParamLabels) -> TypeGuard[str]:
+  return isinstance(param_labels, str) and param_labels in PRESETS
 
 
 def _is_rules(param_labels: ParamLabels) -> TypeGuard[Rules]:

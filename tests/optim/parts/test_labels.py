@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gnlorp_jax.optim import galore
+from gnlorp_jax.optim import galore, report
 from gnlorp_jax.optim.parts.labels import assign, default_assignment, labels
 
 PARAMS = {
@@ -72,6 +72,39 @@ def test_default_gives_reasons():
   )
   vector = assign({'kernel': jnp.zeros(3)})['kernel']
   assert vector == ('full', 'default: 1 axis, no matrix')
+
+
+def test_presets_say_whether_embeddings_and_heads_are_kernels():
+  params = {
+    **PARAMS,
+    'embed': {
+      'tokens': {'embedding': jnp.zeros((64, 4))},
+      'types': {'embedding': jnp.zeros((2, 4))},
+    },
+    'wte': {'weight': jnp.zeros((100, 4))},
+    'norm': {'weight': jnp.zeros((2, 4))},
+  }
+  found = assign(params, 'all')
+  assert found['embed']['tokens']['embedding'] == (
+    'low_rank',
+    'preset all: an embedding',
+  )
+  assert found['embed']['types']['embedding'] == (
+    'full',
+    'preset all: a table of 2 rows',
+  )
+  assert found['wte']['weight'].label == 'low_rank'
+  assert found['lm_head']['kernel'] == ('low_rank', 'preset all: a head')
+  assert found['norm']['weight'].label == 'full'
+  assert found['layers'] == assign(params)['layers']
+  assert assign(params, 'blocks') == assign(params)
+  (row,) = (
+    row
+    for row in report(params, galore(1e-2, rank=2, param_labels='all'), 'all')
+    if row.name == 'embed/tokens/embedding'
+  )
+  # Two moments of 64 x 2, a basis of 4 x 2, four numbers.
+  assert row.state_bytes == 4 * (2 * 64 * 2 + 4 * 2 + 4)
 
 
 def test_first_matching_rule_decides():

@@ -82,6 +82,8 @@ def test_param_labels_can_be_given_on_the_command_line():
     ('attn', 'low_rank'),
     ('.*', 'full'),
   )
+  args = ['--optim.param-labels', 'all']
+  assert settings.parse(args, '').optim.param_labels == 'all'
 
 
 def test_help_explains_every_field(capsys):
