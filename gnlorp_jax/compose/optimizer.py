@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 LabelRules = tuple[tuple[str, str], ...]
 
-# The factors of adapters, where an optimizer projects them.
+# The factors of adapters, where an optimizer treats kernels in its own way.
 _FACTORS_LOW_RANK: LabelRules = ((r'/lora_[ab]$', 'low_rank'),)
 _ALL_FULL: LabelRules = (('.*', 'full'),)
 # All matrices of all models, but for tables of a few rows.
@@ -90,10 +90,10 @@ def label_rules(
     restarts: Whether adapters restart.
 
   Returns:
-    Pairs (regex, label), each of which some parameter needs. An optimizer with
-    subspaces projects the factors of adapters, but not of those that restart: a
-    subspace is one of the factors before. One without treats all that trains
-    alike.
+    Pairs (regex, label), each of which some parameter needs. The factors of
+    adapters are kernels to an optimizer that treats these in its own way, but
+    not those of adapters that restart: a subspace is one of the factors before.
+    `adamw` treats all that trains alike.
 
   Raises:
     ValueError: If all matrices of a model shall be projected that are frozen.
@@ -110,7 +110,7 @@ def label_rules(
     return labels
   if not adapted:
     return model_rules
-  if restarts or not has_subspaces(config):
+  if restarts or not accepts(config, 'kernel_axes'):
     return _ALL_FULL
   return _FACTORS_LOW_RANK + (() if only_factors else _ALL_FULL)
 

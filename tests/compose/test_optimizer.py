@@ -343,6 +343,11 @@ def test_numbers_in_the_state_leave_an_optimizer_split(name):
     ),
     (OptimConfig(name='adamw'), True, (('.*', 'full'),)),
     (
+      OptimConfig(name='muon'),
+      True,
+      (('/lora_[ab]$', 'low_rank'), ('.*', 'full')),
+    ),
+    (
       OptimConfig(param_labels=(('a', 'full'),)),
       True,
       (('a', 'full'),),

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.boundary import axes_by_rules, for_any_tree
+from tests.ecosystem.names import NAMES
 
 # Divided along an axis; along one beside which another has no even share; not
 # at all; and stacked, divided along the outputs.
@@ -86,7 +86,7 @@ def on_one_device(make):
 # Behind the boundary axes are automatic, whatever they are before it: explicit
 # ones show both to every optimizer. Automatic ones pass it as one device does.
 KINDS = {
-  AxisType.Explicit: methods.names(),
+  AxisType.Explicit: NAMES,
   AxisType.Auto: ('adamw', 'gradnormlorp'),
 }
 

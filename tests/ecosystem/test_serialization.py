@@ -19,6 +19,7 @@ from gnlorp_jax.optim import methods, projections
 from gnlorp_jax.optim.projections.dct import Columns
 from gnlorp_jax.optim.projections.random import RandomBasis
 from gnlorp_jax.optim.quantized.arrays import QuantizedArray
+from tests.ecosystem.names import NAMES
 
 RECORDS = (Columns, QuantizedArray, RandomBasis)
 # Moments [512, 8] of a kernel, and tables, are large enough for few bits.
@@ -95,7 +96,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', methods.names())
+@pytest.mark.parametrize('name', NAMES)
 def test_flax_restores_every_optimizer(name):
   tx, update, state = halfway(name)
   like = jax.eval_shape(tx.init, random_tree(name, 0))
@@ -111,7 +112,7 @@ def test_flax_restores_every_optimizer(name):
 
 @pytest.mark.slow
 def test_the_states_hold_every_kind_of_record():
-  found = [r for name in methods.names() for r in records(halfway(name).state)]
+  found = [r for name in NAMES for r in records(halfway(name).state)]
   assert {type(record) for record in found} == set(RECORDS)
   codecs = {r.codec for r in found if isinstance(r, QuantizedArray)}
   assert {(codec.kind, codec.bits) for codec in codecs} == {

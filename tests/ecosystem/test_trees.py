@@ -21,8 +21,8 @@ from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
 from gnlorp_jax import optim
-from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.plain import plain
+from tests.ecosystem.names import NAMES
 
 # Names of the axes of boxed kernels and biases.
 AXES = {'a': {'bias': ('tp',), 'kernel': ('fsdp', 'tp')}}
@@ -172,8 +172,8 @@ FEW = ('adamw', 'galore_adafactor', 'gradnormlorp')
 # holds too, and NNX's own optimizer holds each array of it in a variable.
 RECORDS = (*FEW, 'apollo', 'dct_adamw', 'ldadam', 'q_galore')
 # Equinox has other names, matrices the other way round, and bfloat16. It takes
-# the rest, so that every optimizer has met a foreign tree, and codes.
-REST = tuple(name for name in methods.names() if name not in RECORDS)
+# the rest, so that every kind of state has met a foreign tree, and codes.
+REST = tuple(name for name in NAMES if name not in RECORDS)
 METHODS_OF = {'Linen boxed': RECORDS, 'Equinox bf16': (*FEW, 'q_galore', *REST)}
 CASES = [
   pytest.param(name, method, id=f'{method}-{name}')

@@ -92,19 +92,23 @@ def variants_but(*names):
   return pytest.mark.parametrize('name', found)
 
 
-# Some variants are left out here: stacks and meshes of apollo, fira, ldadam
-# and of few bits are tested in files of their own, and what galore,
-# gradnormlorp and vlorp do is part of what a variant with more options does.
+# Some variants are left out here: stacks and meshes of apollo, fira (of which
+# frugal and subtrack are made), ldadam and of few bits are tested in files of
+# their own, and what galore, gradnormlorp, scale and vlorp do is part of what a
+# variant with more options does, or sinkgd.
 variant_of_slices = variants_but(
   'adamw',
   'adamw, 8 bits',
   'apollo',
   'fira',
+  'frugal',
   'galore',
   'galore, long',
   'gradnormlorp',
   'gradnormlorp, 4 bits',
   'ldadam',
+  'scale',
+  'subtrack',
   'vlorp',
 )
 variant_on_mesh = variants_but(
@@ -112,20 +116,25 @@ variant_on_mesh = variants_but(
   'adamw, 8 bits',
   'apollo',
   'fira',
+  'frugal',
   'gradnormlorp',
   'gradnormlorp, 4 bits',
   'ldadam',
+  'scale',
+  'subtrack',
   'vlorp',
 )
 # What they compute is part of what a variant with more options does: adamw is
 # in all, galore in gradnormlorp, gradnormlorp in that of 4 bits, vlorp in
-# projfactor, and apollo_mini is apollo with one factor for a matrix.
+# projfactor, scale in sinkgd, and apollo_mini is apollo with one factor for a
+# matrix.
 PARTS_OF_OTHERS = (
   'adamw',
   'apollo_mini',
   'galore',
   'galore, long',
   'gradnormlorp',
+  'scale',
   'vlorp',
 )
 # Aliases with a link of their own that takes the numbers; in the others the

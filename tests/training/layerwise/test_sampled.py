@@ -115,8 +115,10 @@ CLIPPED = {'num_micro_batches': 2, 'clip_global_norm': 12.0}
       CLIPPED,
       marks=pytest.mark.slow,
     ),
+    # Without a state of kernels.
+    pytest.param(optim.scale, {}, marks=pytest.mark.slow),
   ],
-  ids=['adamw', 'gradnormlorp, clipped'],
+  ids=['adamw', 'gradnormlorp, clipped', 'scale'],
 )
 def test_all_layers_at_a_time_are_the_plain_steps(toy, make, options):
   """Bit for bit, over three periods."""
