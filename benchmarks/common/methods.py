@@ -20,6 +20,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
   'apollo': (),
   'apollo_mini': (),
   'fira': (),
+  'alice': (),
   'alice0': (),
   'frugal': (),
   'subtrack': (),

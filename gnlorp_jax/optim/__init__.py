@@ -7,7 +7,8 @@ made of, for chains of one's own.
 from gnlorp_jax.optim import inspect, labels, projections
 from gnlorp_jax.optim.inspect import format_report, report
 from gnlorp_jax.optim.methods.adamw import adamw
-from gnlorp_jax.optim.methods.alice0 import alice0, scale_by_alice0
+from gnlorp_jax.optim.methods.alice import alice, scale_by_alice
+from gnlorp_jax.optim.methods.alice0 import alice0
 from gnlorp_jax.optim.methods.apollo import apollo, scale_by_apollo
 from gnlorp_jax.optim.methods.apollo_mini import apollo_mini
 from gnlorp_jax.optim.methods.dct_adamw import dct_adamw
@@ -57,6 +58,7 @@ __all__ = [
   'Recovery',
   'WeightDimensionNumbers',
   'adamw',
+  'alice',
   'alice0',
   'apollo',
   'apollo_mini',
@@ -87,7 +89,7 @@ __all__ = [
   'scale',
   'scale_by_adafactor',
   'scale_by_adam',
-  'scale_by_alice0',
+  'scale_by_alice',
   'scale_by_apollo',
   'scale_by_fira',
   'scale_by_ldadam',

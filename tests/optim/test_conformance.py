@@ -39,6 +39,7 @@ RESTING = {'lazy_refresh': LazyRefresh(threshold=-1.0, queue=1)}
 VARIANTS = {
   'adamw': variant(optim.adamw),
   'adamw, 8 bits': variant(optim.adamw, moment_bits=8),
+  'alice': variant(optim.alice, b3=0.9, leading=4, scale=1.0, **LOW_RANK),
   'alice0': variant(optim.alice0, leading=4, scale=1.0, **LOW_RANK),
   'apollo': variant(optim.apollo, **LOW_RANK),
   'apollo_mini': variant(optim.apollo_mini, update_proj_gap=3),
@@ -94,11 +95,12 @@ def variants_but(*names):
 
 # Some variants are left out here: stacks and meshes of apollo, fira (of which
 # frugal and subtrack are made), ldadam and of few bits are tested in files of
-# their own, and what galore, gradnormlorp, scale and vlorp do is part of what a
-# variant with more options does, or sinkgd.
+# their own, and what alice0, galore, gradnormlorp, scale and vlorp do is part
+# of what a variant with more options does, or sinkgd.
 variant_of_slices = variants_but(
   'adamw',
   'adamw, 8 bits',
+  'alice0',
   'apollo',
   'fira',
   'frugal',
@@ -114,6 +116,7 @@ variant_of_slices = variants_but(
 variant_on_mesh = variants_but(
   'adamw',
   'adamw, 8 bits',
+  'alice0',
   'apollo',
   'fira',
   'frugal',
@@ -126,10 +129,11 @@ variant_on_mesh = variants_but(
 )
 # What they compute is part of what a variant with more options does: adamw is
 # in all, galore in gradnormlorp, gradnormlorp in that of 4 bits, vlorp in
-# projfactor, scale in sinkgd, and apollo_mini is apollo with one factor for a
-# matrix.
+# projfactor, scale in sinkgd, alice0 in alice, and apollo_mini is apollo with
+# one factor for a matrix.
 PARTS_OF_OTHERS = (
   'adamw',
+  'alice0',
   'apollo_mini',
   'galore',
   'galore, long',

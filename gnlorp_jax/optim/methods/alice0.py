@@ -1,159 +1,15 @@
-"""Alice-0: GaLore whose bases explore, and the rest of the gradient, scaled.
+"""Alice-0: Alice without memory of earlier gradients."""
 
-Shape suffixes in this file:
-  MN    a gradient's last two axes, turned so that the basis lives on N
-  R     rank of the subspace
-Leading axes `[*]` stack matrices; each is treated by itself.
-"""
+from typing import Unpack
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
-
-import jax
-import jax.numpy as jnp
 import optax
 
-from gnlorp_jax.optim import projections
-from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import RecoverySubspace
-from gnlorp_jax.optim.methods.options import (
-  AdamOptions,
-  OneSide,
-  OneSideOptions,
-  WeightNormOptions,
-  pick,
-  with_options,
-)
-from gnlorp_jax.optim.parts.adam import scale_by_adam
-from gnlorp_jax.optim.parts.checks import check_interval
-from gnlorp_jax.optim.parts.norm_growth import limiter
+from gnlorp_jax.optim.methods.alice import AliceOptions, alice
+from gnlorp_jax.optim.methods.options import OneSide, with_options
 from gnlorp_jax.optim.projections.svd import Solver
-from gnlorp_jax.optim.subspace.low_rank import (
-  Recovery,
-  with_low_rank_projection,
-)
 
 
-class CompensationState(NamedTuple):
-  """State of `compensation`."""
-
-  energy: jax.Array  # float32 [*, m], the paper's p
-  norm: Any  # float32 [*], last norm; () without a limit
-
-
-def compensation(
-  scale: float = 0.4,
-  b1: float = 0.9,
-  norm_growth_limit: float | None = 1.01,
-) -> Recovery:
-  r"""The direction in the subspace, and the rest with rows of one energy.
-
-  With coordinates :math:`R = G Q`, the direction N of them, and for the rows i
-  of the axis M that is not compressed, of the n - r directions left out,
-
-  .. math::
-    p_i &\leftarrow \beta_1 p_i + (1 - \beta_1) |(G - R Q^T)_i|^2 \\
-    C_i &= \sqrt{n - r} \, (G - R Q^T)_i / \sqrt{p_i} \\
-    U &= N Q^T + \alpha_c C
-
-  where C goes through `limit_norm_growth` before it is added.
-
-  Args:
-    scale: :math:`\alpha_c`, at least 0.
-    b1: Decay of the energies, in [0, 1).
-    norm_growth_limit: Most that the norm of C may grow by in a step, at least
-      1; None lets it grow.
-
-  Returns:
-    The recovery; its state is a `CompensationState`.
-
-  Raises:
-    ValueError: If a number is out of its interval.
-
-  References:
-    Gong et al., `Alice`, 2025, arXiv:2502.07752, algorithm 3.
-
-  Note:
-    The paper computes a row's energy outside as the difference of those of the
-    gradient and of its coordinates, which is the same and may come out below
-    zero.
-  """
-  check_interval('compensation_scale', scale, '[0, inf)')
-  check_interval('b1', b1, '[0, 1)')
-  limit = limiter(norm_growth_limit)
-
-  def init(shape: tuple[int, ...]) -> CompensationState:
-    return CompensationState(
-      energy=jnp.zeros(shape[:-1], jnp.float32), norm=limit.init(shape)
-    )
-
-  def apply(
-    grad_MN: jax.Array,
-    low_MR: jax.Array,
-    direction_MR: jax.Array,
-    back: Callable[[jax.Array], jax.Array],
-    state: CompensationState,
-  ) -> tuple[jax.Array, CompensationState]:
-    left_out = grad_MN.shape[-1] - low_MR.shape[-1]
-    if left_out == 0:
-      return back(direction_MR), jax.tree.map(jnp.zeros_like, state)
-    rest_MN = grad_MN.astype(jnp.float32) - back(low_MR)
-    energy = jnp.sum(jnp.square(rest_MN), axis=-1)
-    energy = b1 * state.energy + (1 - b1) * energy
-    has_rest = (energy > 0)[..., None]
-    root = jax.lax.rsqrt(jnp.where(has_rest, energy[..., None], 1))
-    scaled_MN = math.sqrt(left_out) * rest_MN * jnp.where(has_rest, root, 0)
-    scaled_MN, norm = limit.apply(scaled_MN, state.norm)
-    update_MN = back(direction_MR) + scale * scaled_MN
-    return update_MN, CompensationState(energy, norm)
-
-  return Recovery(init, apply)
-
-
-@with_options(b2=0.9)
-def scale_by_alice0(
-  rank: int = 128,
-  update_proj_gap: int = 200,
-  scale: float = 0.3,
-  *,
-  compensation_scale: float = 0.4,
-  norm_growth_limit: float | None = 1.01,
-  **options: Unpack[RecoverySubspace],
-) -> optax.GradientTransformationExtraArgs:
-  """Alice-0's direction for kernels, of full rank with moments of low rank.
-
-  Learning rate and decay follow in `descend`.
-
-  Args:
-    compensation_scale: Multiplies the rest of the gradient, beside `scale`; at
-      least 0.
-    norm_growth_limit: Factor by which the norm of that rest may grow in a step,
-      at least 1; None lets it grow.
-
-  Returns:
-    A transformation of kernels ``[*, in, out]`` alone; its updates are float32.
-
-  Raises:
-    ValueError: As `with_low_rank_projection`, `scale_by_adam` and
-      `compensation`.
-  """
-  adam = pick(options, AdamOptions)
-  return with_low_rank_projection(
-    scale_by_adam(**adam, bias_correction=False),
-    rank,
-    update_proj_gap,
-    scale,
-    recovery=compensation(compensation_scale, adam['b1'], norm_growth_limit),
-    **pick(options, OneSideOptions),
-  )
-
-
-class Alice0Options(AdamOptions, WeightNormOptions, total=False):
-  """The shared keywords of `alice0`."""
-
-
-@with_options(scale_by_alice0, b2=0.9)
+@with_options(alice, b2=0.9)
 def alice0(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,
@@ -166,28 +22,18 @@ def alice0(
   norm_growth_limit: float | None = 1.01,
   side: OneSide = 'short',
   spread_refreshes: bool = True,
-  **options: Unpack[Alice0Options],
+  **options: Unpack[AliceOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Alice-0: full-rank updates, and bases of which a part is always new.
+  """Alice-0: full-rank updates, and bases of which a part is always new.
 
-  Of a basis only some columns are leading singular vectors of the gradient; the
-  others are drawn at every refresh. What a basis leaves out of a gradient is
-  scaled to rows of one energy and added.
-
-  Args:
-    leading: Columns of a basis that are leading singular vectors, at least 1;
-      `rank` of them and more draw none.
-    solver: How these are found: ``power``, ``eigh`` or ``exact``, see
-      `projections.svd`.
-    b2: Decay of the second moments of kernels, in [0, 1); that of Adam for all
-      else is 0.999.
+  It is `alice` without tracking: bases are fitted to the gradient at hand
+  alone, which needs r x r numbers less for a kernel and scored alike.
 
   Returns:
     A complete optimizer.
 
   Raises:
-    ValueError: As `gradnormlorp` and `scale_by_alice0`; also if `leading` is
-      below 1, `solver` unknown, or `side` ``both``.
+    ValueError: As `alice`.
 
   Examples:
     >>> tx = alice0(2e-2, rank=4, leading=2)
@@ -195,28 +41,22 @@ def alice0(
 
   References:
     Gong et al., `Structured Fisher Approximation`, 2025, arXiv:2502.07752,
-    algorithm 4 with :math:`\beta_3 = 0`.
+    section 5.4.
 
   Note:
-    This is the paper's variant without tracking, which needs r x r numbers less
-    and scores alike. Its moments of kernels have no bias correction, here too,
-    and eps is added to their root, where the paper has none. See `switch` in
-    `projections.svd` for how columns are drawn.
+    See `alice`.
   """
-  adam = pick(options, AdamOptions)
-  return assemble(
-    scale_by_alice0(
-      rank,
-      update_proj_gap,
-      scale,
-      compensation_scale=compensation_scale,
-      norm_growth_limit=norm_growth_limit,
-      projection=projections.get('svd', solver=solver, leading=leading),
-      side=side,
-      spread_refreshes=spread_refreshes,
-      **adam,
-    ),
-    scale_by_adam(b1=adam['b1'], eps=adam['eps']),
+  return alice(
     learning_rate,
-    **pick(options, WeightNormOptions),
+    rank,
+    update_proj_gap,
+    scale,
+    b3=0.0,
+    leading=leading,
+    solver=solver,
+    compensation_scale=compensation_scale,
+    norm_growth_limit=norm_growth_limit,
+    side=side,
+    spread_refreshes=spread_refreshes,
+    **options,
   )

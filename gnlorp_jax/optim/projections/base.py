@@ -38,6 +38,10 @@ class Projection(NamedTuple):
       below, which is used where this is None.
     turn: ``turn(old, new) -> turn_RR``: see `turn` below, which is used where
       this is None; for bases that do not take single rows there and back.
+    remember: ``remember(low_MR, basis) -> basis``: what the coordinates of a
+      step change of a basis, which must not be its subspace; None changes
+      nothing. The gradients of such a projection's `refresh` are not scaled, as
+      it may compare them with what it remembers.
   """
 
   init: Callable[[tuple[int, ...], int, int], Basis]
@@ -46,6 +50,7 @@ class Projection(NamedTuple):
   project_back: Callable[[jax.Array, Basis], jax.Array]
   transport: Callable[[jax.Array, Basis, Basis, int], jax.Array] | None = None
   turn: Callable[[Basis, Basis], jax.Array] | None = None
+  remember: Callable[[jax.Array, Basis], Basis] | None = None
 
 
 def turn(

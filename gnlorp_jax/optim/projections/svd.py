@@ -7,7 +7,7 @@ Shape suffixes in this file:
 
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def svd(
   iterations: int = 1,
   leading: int | None = None,
   step_size: float = 1.0,
+  tracking: float = 0.0,
 ) -> Projection:
   """Projects on right singular vectors of the gradient, mostly the leading.
 
@@ -53,15 +54,17 @@ def svd(
       the others are drawn at every refresh, see `switch`. None draws none.
     step_size: Largest angle of a step of ``grassmann`` in radians, positive;
       other solvers ignore it.
+    tracking: Decay of what a basis remembers of earlier gradients in its
+      subspace, in [0, 1), see `track`; 0 remembers none.
 
   Returns:
     The projection; its basis is ``[*, n, r]``, float32, with orthonormal
-    columns.
+    columns, or with `tracking` a `Tracked`.
 
   Raises:
-    ValueError: If `solver` is unknown, `iterations` or `leading` below 1 or
-      `step_size` not positive, or if `leading` meets a solver whose basis does
-      not begin with leading vectors.
+    ValueError: If `solver` is unknown, `iterations` or `leading` below 1,
+      `step_size` not positive or `tracking` out of its interval, or if
+      `leading` meets a solver whose basis does not begin with leading vectors.
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, definition 3.4;
@@ -71,6 +74,7 @@ def svd(
   if iterations < 1:
     raise ValueError(f'iterations must be at least 1, got {iterations}.')
   check_interval('step_size', step_size, '(0, inf)')
+  check_interval('tracking', tracking, '[0, 1)')
   # Those that draw take the number of updates too.
   solvers: dict[str, Callable[..., jax.Array]] = {
     'power': functools.partial(power_iteration, iterations=iterations),
@@ -100,7 +104,69 @@ def svd(
       return new_NR
     return switch(new_NR, grad_MN, leading, count)
 
-  return Projection(random_basis, refresh, project, project_back)
+  projection = Projection(random_basis, refresh, project, project_back)
+  is_off = isinstance(tracking, int | float) and tracking == 0
+  return projection if is_off else track(projection, tracking)
+
+
+class Tracked(NamedTuple):
+  """A basis that remembers the coordinates of gradients."""
+
+  columns_NR: jax.Array  # float32 [*, n, r], orthonormal columns
+  moment_RR: jax.Array  # float32 [*, r, r], the average of L^T L
+
+
+def track(projection: Projection, decay: float) -> Projection:
+  r"""Fits bases to a gradient and to what is remembered of those before.
+
+  With coordinates L, every step
+
+  .. math:: S \leftarrow \beta S + (1 - \beta) L^T L,
+
+  and a refresh fits a basis to :math:`\beta Q S Q^T + (1 - \beta) G^T G` in
+  place of :math:`G^T G`.
+
+  Args:
+    projection: One whose bases are orthonormal columns ``[*, n, r]`` fitted to
+      ``G^T G``.
+    decay: :math:`\beta`, in (0, 1).
+
+  Returns:
+    The projection; its basis is a `Tracked`.
+
+  References:
+    Gong et al., `Alice`, 2025, arXiv:2502.07752, section 5.1.
+
+  Note:
+    As in the paper, what is remembered stays as it is when a basis changes,
+    though it is then that of other columns.
+  """
+
+  def init(shape: tuple[int, ...], rank: int, seed: int) -> Tracked:
+    columns_NR = projection.init(shape, rank, seed)
+    moment_RR = jnp.zeros((*shape[:-2], rank, rank), jnp.float32)
+    return Tracked(columns_NR, moment_RR)
+
+  def refresh(grad_MN: jax.Array, basis: Tracked, count: jax.Array) -> Tracked:
+    # Rows whose Gram matrix is that of what is remembered.
+    squares_R, vectors_RR = jnp.linalg.eigh(basis.moment_RR)
+    roots_RR = jnp.sqrt(jnp.maximum(squares_R, 0))[..., None] * vectors_RR.mT
+    rows_RN = decay**0.5 * roots_RR @ basis.columns_NR.mT
+    rows = jnp.concatenate([(1 - decay) ** 0.5 * grad_MN, rows_RN], axis=-2)
+    new_NR = projection.refresh(rows, basis.columns_NR, count)
+    return basis._replace(columns_NR=new_NR)
+
+  def remember(low_MR: jax.Array, basis: Tracked) -> Tracked:
+    moment_RR = decay * basis.moment_RR + (1 - decay) * (low_MR.mT @ low_MR)
+    return basis._replace(moment_RR=moment_RR)
+
+  return Projection(
+    init,
+    refresh,
+    lambda grad_MN, basis: projection.project(grad_MN, basis.columns_NR),
+    lambda low_MR, basis: projection.project_back(low_MR, basis.columns_NR),
+    remember=remember,
+  )
 
 
 def random_basis(shape: tuple[int, ...], rank: int, seed: int = 0) -> jax.Array:

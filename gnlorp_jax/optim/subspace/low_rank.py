@@ -210,7 +210,9 @@ def with_low_rank_projection(
       projected, state.inner_state, None, **extra_args
     )
     return directions, state._replace(
-      count=optax.safe_increment(state.count), inner_state=inner_state
+      count=optax.safe_increment(state.count),
+      subspace=_remembering(projected, state.subspace, method),
+      inner_state=inner_state,
     )
 
   # Its updates are directions, still in the subspace: three ways lead out.
@@ -290,6 +292,24 @@ def _refresh(
     return state
   moved = record_of_trees(refreshed.moments, optax.ScaleByAdamState)
   return state._replace(inner_state=with_moments(state.inner_state, moved))
+
+
+def _remembering(projected: Any, subspaces: Any, projection: Projection) -> Any:
+  """The subspaces, whose bases have seen the coordinates of a step."""
+  remember = projection.remember
+  if remember is None:
+    return subspaces
+
+  def after(low: jax.Array, subspace: Subspace) -> Subspace:
+    # Of two sides the rows of `in` are the columns.
+    is_both = len(subspace.basis) == 2
+    basis = {
+      axis: remember(low.mT if is_both and axis == 'in' else low, b)
+      for axis, b in subspace.basis.items()
+    }
+    return subspace._replace(basis=jax.lax.stop_gradient(basis))
+
+  return jax.tree.map(after, projected, subspaces)
 
 
 def _expanded(

@@ -100,6 +100,10 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
       projection, low_MR, decode(old), decode(new), power
     )
 
+  def remember(low_MR: jax.Array, basis: Basis) -> Basis:
+    assert projection.remember is not None
+    return encode(projection.remember(low_MR, decode(basis)))
+
   def turn(old: Basis, new: Basis) -> jax.Array:
     assert projection.turn is not None
     return projection.turn(decode(old), decode(new))
@@ -111,4 +115,5 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
     project_back,
     transport,
     turn if projection.turn is not None else None,
+    remember if projection.remember is not None else None,
   )

@@ -103,12 +103,14 @@ def _refit_bases(
   """Refits the bases of a stack ``[s, in, out]``; bad gradients keep the old.
 
   A gradient that is zero or not finite fits no basis. The others are scaled to
-  a largest entry of 1, so that no square under- or overflows.
+  a largest entry of 1, so that no square under- or overflows, but for a
+  projection that remembers others.
   """
   finite = jnp.all(jnp.isfinite(grad_IO), axis=(-2, -1))
   largest = jnp.max(jnp.abs(grad_IO), axis=(-2, -1))
   usable = finite & (largest > 0)
-  scale = jnp.where(usable, largest, 1).astype(jnp.float32)[:, None, None]
+  is_scaled = usable & (rules.projection.remember is None)
+  scale = jnp.where(is_scaled, largest, 1).astype(jnp.float32)[:, None, None]
   grad_IO = jnp.where(
     usable[:, None, None], grad_IO.astype(jnp.float32) / scale, 0
   )

@@ -200,6 +200,25 @@ def test_directions_are_drawn_by_their_singular_values():
   )
 
 
+def test_tracked_basis_is_fitted_to_what_it_remembers():
+  beta = 0.6
+  svd = projections.get('svd', solver='exact', tracking=beta)
+  a_MN, before = matrix('slow', 12, 8), matrix('equal', 12, 8)[::-1]
+  basis = svd.refresh(np.float32(before), svd.init((12, 8), 3, 0), 0)
+  q_NR, moment = np.float64(basis.columns_NR), np.zeros((3, 3))
+  for size in (3.0, 0.5):
+    low = svd.project(np.float32(size * before), basis)
+    basis = svd.remember(low, basis)
+    moment = beta * moment + (1 - beta) * size**2 * (
+      q_NR.T @ before.T @ before @ q_NR
+    )
+  np.testing.assert_allclose(basis.moment_RR, moment, rtol=1e-4, atol=1e-5)
+  new = np.asarray(svd.refresh(np.float32(a_MN), basis, 1).columns_NR)
+  wanted = beta * q_NR @ moment @ q_NR.T + (1 - beta) * a_MN.T @ a_MN
+  vectors = np.linalg.eigh(wanted)[1][:, ::-1][:, :3]
+  np.testing.assert_allclose(np.abs(np.diag(vectors.T @ new)), 1, rtol=1e-4)
+
+
 @pytest.mark.parametrize('shape', [(12, 8), (8, 12)])
 def test_drawn_directions_are_right_singular_vectors(shape):
   a_MN = matrix('slow', *shape)
@@ -302,6 +321,7 @@ def test_projection_of_bfloat16_is_accumulated_in_float32():
     ),
     ({'iterations': 0}, 'iterations must be at least 1, got 0.'),
     ({'leading': 0}, 'leading must be at least 1, got 0.'),
+    ({'tracking': 1.0}, 'tracking must be in [0, 1), got 1.0.'),
     ({'step_size': 0.0}, 'step_size must be in (0, inf), got 0.0.'),
     (
       {'leading': 3, 'solver': 'sampled'},

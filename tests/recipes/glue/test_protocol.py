@@ -43,6 +43,7 @@ FAMILY = {
   'ldadam': ('galore', 'given', None),
   'vlorp': ('galore', 'given', None),
   'projfactor': ('galore', 'given', None),
+  'alice': ('galore', 'given', None),
   'alice0': ('galore', 'given', None),
   'frugal': ('galore', 'given', None),
   'subtrack': ('galore', 'given', None),

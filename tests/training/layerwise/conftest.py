@@ -34,7 +34,7 @@ FINE = {'rank': 2, 'update_proj_gap': GAP, 'granularity': 2, **EPS}
 # refreshes, errors that are fed back, parameters that decay or are frozen.
 TXS = {
   'adamw': functools.partial(optim.adamw, weight_decay=0.1, **EPS),
-  'alice0': functools.partial(optim.alice0, leading=4, **LOW_RANK, **EPS),
+  'alice': functools.partial(optim.alice, b3=0.9, leading=4, **LOW_RANK, **EPS),
   'apollo': functools.partial(optim.apollo, **LOW_RANK, **EPS),
   'apollo_mini': functools.partial(
     optim.apollo_mini, update_proj_gap=GAP, scale=4.0, **EPS

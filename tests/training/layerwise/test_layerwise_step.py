@@ -18,7 +18,7 @@ from gnlorp_jax.training.layerwise import checks
 
 # Those of `toy.TXS`.
 NAMES = (
-  *('adamw', 'alice0', 'apollo', 'apollo_mini', 'dct_adamw'),
+  *('adamw', 'alice', 'apollo', 'apollo_mini', 'dct_adamw'),
   *('dct_adamw, no errors', 'frugal', 'subtrack'),
   *('fira', 'galore', 'galore, frozen', 'galore_adafactor', 'gradnormlorp'),
   *('gradnormlorp, both sides', 'ldadam', 'muon', 'projfactor', 'q_galore'),

@@ -1,4 +1,4 @@
-"""Alice-0 against a transcription of its algorithms in float64 NumPy."""
+"""Alice and Alice-0 against their algorithms in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gnlorp_jax.optim import alice0, inspect, projections, scale_by_alice0
+from gnlorp_jax.optim import alice, alice0, inspect, projections, scale_by_alice
 from gnlorp_jax.optim.projections import Projection
 
 GAP, RANK, RATE, SCALE, COMPENSATION = 4, 2, 0.1, 0.3, 0.4
@@ -27,13 +27,25 @@ def problem(m, n):
   return tuple(np.float32(x) for x in (w, grads, bases))
 
 
-def algorithm_4(w, grads, bases):
-  """The paper's, for m <= n; with beta_3 = 0 and bases that are given."""
-  w, grads, bases = map(np.float64, (w, grads, bases))
+def leading_vectors(matrix):
+  """Eigenvectors of the largest values, with the signs agreed on here."""
+  basis = np.linalg.eigh(matrix)[1][:, ::-1][:, :RANK]
+  largest = basis[np.abs(basis).argmax(0), np.arange(RANK)]
+  return basis * np.sign(largest)
+
+
+def algorithm_4(w, grads, bases=None, b3=0.0):
+  """The paper's, for m <= n, with bases that are given or without switching."""
+  w, grads = map(np.float64, (w, grads))
   m, v, p, phi, shrunk = 0.0, 0.0, 0.0, 0.0, 0
+  u, tracked = np.zeros((len(w), RANK)), np.zeros((RANK, RANK))
   for step, g in enumerate(grads):
-    u = bases[step // GAP * GAP]
+    if bases is not None:
+      u = np.float64(bases[step // GAP * GAP])
+    elif step % GAP == 0:
+      u = leading_vectors(b3 * u @ tracked @ u.T + (1 - b3) * g @ g.T)
     sigma = u.T @ g
+    tracked = b3 * tracked + (1 - b3) * sigma @ sigma.T
     m = B1 * m + (1 - B1) * sigma
     v = B2 * v + (1 - B2) * sigma**2
     omega = m / (np.sqrt(v) + EPS)
@@ -65,7 +77,7 @@ def test_steps_are_those_of_the_algorithms(is_tall):
   assert 0 < shrunk < len(SIZES)
   turn = (lambda x: x.mT) if is_tall else (lambda x: x)
   tx = optax.chain(
-    scale_by_alice0(
+    scale_by_alice(
       RANK,
       GAP,
       SCALE,
@@ -102,9 +114,36 @@ def test_steps_are_those_of_the_algorithms(is_tall):
   )
 
 
+@pytest.mark.parametrize('b3', [0.0, 0.7])
+def test_bases_are_fitted_to_what_is_tracked(b3):
+  w, grads, _ = problem(6, 9)
+  expected, _ = algorithm_4(w, grads, b3=b3)
+  tx = alice(
+    RATE,
+    RANK,
+    GAP,
+    SCALE,
+    b3=b3,
+    leading=RANK,
+    solver='exact',
+    compensation_scale=COMPENSATION,
+    norm_growth_limit=LIMIT,
+    spread_refreshes=False,
+    b1=B1,
+    b2=B2,
+    eps=EPS,
+  )
+  params = {'kernel': jnp.asarray(w)}
+  state, update = tx.init(params), jax.jit(tx.update)
+  for grad in grads:
+    updates, state = update({'kernel': grad}, state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params['kernel'], expected, rtol=0, atol=1e-5)
+
+
 def test_nothing_is_left_at_full_rank():
   g = np.random.default_rng(1).standard_normal((4, 9)).astype(np.float32)
-  tx = scale_by_alice0(4, compensation_scale=1e6, norm_growth_limit=None)
+  tx = scale_by_alice(4, compensation_scale=1e6, norm_growth_limit=None)
   updates, _ = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
   assert np.abs(updates).max() < 2
 
@@ -124,7 +163,11 @@ def test_state_is_galores_and_an_energy_for_each_row():
   (row,) = inspect.report(params, alice0(RATE, 4))
   # Two moments of m r, a basis of n r, energies of m, one norm; and of each
   # matrix four numbers about its refreshes.
-  assert row.state_bytes == 4 * 3 * (2 * 24 * 4 + 16 * 4 + 24 + 1 + 4)
+  size = 2 * 24 * 4 + 16 * 4 + 24 + 1 + 4
+  assert row.state_bytes == 4 * 3 * size
+  (row,) = inspect.report(params, alice(RATE, 4))
+  assert (row.rank, row.side) == (4, 'out')
+  assert row.state_bytes == 4 * 3 * (size + 4 * 4)  # What a basis remembers.
 
 
 def test_adam_of_all_else_keeps_its_own_decay():
@@ -140,6 +183,7 @@ def test_adam_of_all_else_keeps_its_own_decay():
 @pytest.mark.parametrize(
   ('options', 'text'),
   [
+    ({'b3': 1.0}, 'b3 must be in [0, 1), got 1.0.'),
     ({'leading': 0}, 'leading must be at least 1, got 0.'),
     (
       {'compensation_scale': -1.0},
@@ -154,5 +198,5 @@ def test_adam_of_all_else_keeps_its_own_decay():
 )
 def test_bad_option_is_an_error(options, text):
   with pytest.raises(ValueError) as error:
-    alice0(RATE, **options)
+    alice(RATE, **options)
   assert str(error.value) == text
