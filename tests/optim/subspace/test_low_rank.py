@@ -356,3 +356,36 @@ def test_recovery_with_error_feedback_is_an_error():
     'error_bits=8 would feed back what this method already takes from outside '
     'the subspace: use error_bits=None.'
   )
+
+
+def test_bases_of_both_sides_remember_the_coordinates_of_a_step():
+  tx = with_low_rank_projection(
+    optax.identity(),
+    3,
+    projection=projections.get('svd', tracking=0.75),
+    side='both',
+  )
+  grad = normal((2, 6, 8))
+  _, state = jax.jit(lambda g: tx.update(g, tx.init(g)))(grad)
+  bases = state.subspace.basis
+  low_sRR = (
+    bases['in'].columns_NR.mT @ jnp.asarray(grad) @ bases['out'].columns_NR
+  )
+  for axis, low in (('out', low_sRR), ('in', low_sRR.mT)):
+    np.testing.assert_allclose(
+      bases[axis].moment_RR, 0.25 * low.mT @ low, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_bases_remember_may_be_of_few_bits():
+  tx = with_low_rank_projection(
+    optax.identity(),
+    3,
+    projection=projections.get('svd', tracking=0.75),
+    basis_bits=16,
+  )
+  grad = normal((6, 8))
+  state = jax.eval_shape(tx.init, grad)
+  _, after = jax.eval_shape(tx.update, grad, state)
+  moment = after.subspace.basis['in'].moment_RR
+  assert (moment.shape, moment.dtype) == ((3, 3), jnp.bfloat16)
