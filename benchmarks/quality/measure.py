@@ -30,8 +30,8 @@ The table, and its plot of loss curves and of memory against loss:
   state       the optimizer's arrays, bases included, counted from their shapes
   tuning      the eval loss of seed 0 at each rate tried
 
-Seed 0 chose the rate and counts among the seeds. Differences within the
-deviations order nothing.
+Seed 0 chose the rate, and counts among the seeds where there are not two
+others. Differences within the deviations order nothing.
 """
 
 import argparse
@@ -40,13 +40,14 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks.common import harness
 from benchmarks.quality import runs
+from gnlorp_jax.compose import optimizer
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
 from gnlorp_jax.optim.inspect import state_bytes
@@ -83,9 +84,14 @@ def configure(
   """The configuration of a method, without rate and seed of a run."""
   vocabulary = {} if args.vocab is None else {'vocab_size': args.vocab}
   model = model or llama.preset(args.size, **vocabulary)
-  if options['name'] != 'adamw':
-    options['rank'] = args.rank or model.hidden_size // 4
-    options['update_proj_gap'] = args.gap
+  optim = OptimConfig(learning_rate=1.0, **options)
+  given = {
+    'rank': args.rank or model.hidden_size // 4,
+    'update_proj_gap': args.gap,
+  }
+  for name, value in given.items():
+    if name not in options and optimizer.accepts(optim, name):
+      optim = dataclasses.replace(optim, **{name: value})
   return TrainConfig(
     steps=args.steps,
     batch_size=args.batch_size,
@@ -98,7 +104,7 @@ def configure(
       tokenizer=args.tokenizer,
       seq_len=args.seq_len,
     ),
-    optim=OptimConfig(learning_rate=1.0, **options),
+    optim=optim,
     mesh=MeshConfig(data=1),  # Of several devices, one.
   )
 
@@ -171,32 +177,38 @@ def train(
   }
 
 
-def parse_rates(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
+def parse_rates(
+  words: Sequence[str], methods: Mapping[str, Method] = METHODS
+) -> dict[str, tuple[float, ...]]:
   """Reads ``METHOD=RATE,RATE`` words; methods without one keep their rates.
 
   Raises:
     ValueError: If a word does not read so.
   """
-  rates = {name: method.rates for name, method in METHODS.items()}
+  rates = {name: method.rates for name, method in methods.items()}
   for word in words:
     name, _, values = word.partition('=')
     try:
       given = tuple(map(float, values.split(',')))
     except ValueError:
       given = ()
-    if name not in METHODS or not given or min(given) <= 0:
+    if name not in methods or not given or min(given) <= 0:
       raise ValueError(
         f'--rates {word} must be METHOD=RATE[,RATE...] with positive rates and '
-        f'a method of {", ".join(METHODS)}.'
+        f'a method of {", ".join(methods)}.'
       )
     rates[name] = given
   return rates
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(
+  doc: str = __doc__,
+  comparison: runs.Comparison = COMPARISON,
+  methods: Mapping[str, Method] = METHODS,
+) -> argparse.ArgumentParser:
   """The command line."""
-  found = harness.parser(__doc__)
-  COMPARISON.add_arguments(found, METHODS)
+  found = harness.parser(doc)
+  comparison.add_arguments(found, methods)
   add = found.add_argument
   add('--size', choices=llama.PRESETS, default='9m', help='preset of LLaMA')
   add('--data', default='stdlib', help="training text, as train_lm's")
@@ -231,7 +243,25 @@ def main(
   arguments: list[str] | None = None, model: llama.LlamaConfig | None = None
 ) -> None:
   """Runs what is missing, then reports; one of several processes only runs."""
-  command = parser()
+  compare(parser(), arguments, model, COMPARISON, METHODS)
+
+
+def compare(
+  command: argparse.ArgumentParser,
+  arguments: list[str] | None,
+  model: llama.LlamaConfig | None,
+  comparison: runs.Comparison,
+  methods: Mapping[str, Method],
+) -> None:
+  """The same of any methods.
+
+  Args:
+    command: What `parser` made.
+    arguments: The command line.
+    model: The architecture; None: the preset that is asked for.
+    comparison: Where the rows go.
+    methods: What is compared, by name.
+  """
   args = command.parse_args(arguments)
   if args.seeds < 1 or args.extend < 0:
     command.error(
@@ -239,7 +269,7 @@ def main(
       'least 0.'
     )
   try:
-    plan = runs.Plan(parse_rates(args.rates), args.seeds, args.extend)
+    plan = runs.Plan(parse_rates(args.rates, methods), args.seeds, args.extend)
   except ValueError as error:
     command.error(str(error))
 
@@ -248,12 +278,12 @@ def main(
     corpus = data.load(base, base.model)
 
     def make(name: str) -> runs.Trainer:
-      planned = recipe.plan(configure(args, model, **METHODS[name].options))
+      planned = recipe.plan(configure(args, model, **methods[name].options))
       return functools.partial(train, recipe.Prepared(planned, corpus))
 
     return settings_of(args, base, corpus), make
 
-  COMPARISON.run(command, args, plan, prepare)
+  comparison.run(command, args, plan, prepare)
 
 
 if __name__ == '__main__':

@@ -103,12 +103,22 @@ def best_rate(rows: Iterable[Row], name: str) -> float | None:
   return min(first, key=final)['learning_rate'] if first else None
 
 
+def counted(rows: Sequence[Row]) -> list[Row]:
+  """The runs of a method at its best rate that say how it ends.
+
+  Seed 0 chose the rate: where two others ran, it does not count.
+  """
+  others = [row for row in rows if row['seed'] != 0]
+  return others if len(others) > 1 else list(rows)
+
+
 def chosen(rows: Sequence[Row]) -> dict[str, list[Row]]:
   """The trained runs at the best rate of every method, the lowest first."""
   found = {}
   for name in sorted({row['method'] for row in rows}):
     at_best = name, best_rate(rows, name)
-    if mine := [row for row in trained(rows) if key(row)[:2] == at_best]:
+    best = [row for row in rows if key(row)[:2] == at_best]
+    if mine := trained(counted(best)):
       found[name] = mine
   by_loss = sorted(found, key=lambda name: np.mean([*map(final, found[name])]))
   return {name: found[name] for name in by_loss}
@@ -204,7 +214,7 @@ def table(rows: Sequence[Row]) -> str:
     cells = [NOTHING] * 5
     if best := winners.get(name):
       losses, rate = [final(row) for row in best], best[0]['learning_rate']
-      seeds = sum(row['learning_rate'] == rate for row in mine)
+      seeds = len(counted([r for r in mine if r['learning_rate'] == rate]))
       cells = [
         f'{rate:g}',
         spread(losses, 4),

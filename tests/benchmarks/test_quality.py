@@ -235,13 +235,14 @@ def test_processes_share_the_methods_and_failures_are_rows(
   rows = pretend(plan, '--report')
   assert keys(rows) == sorted(keys(parts[0] + parts[1]))
   shown = capsys.readouterr().out.splitlines()
-  perplexities = [math.exp(6 + seed / 10) for seed in range(3)]
+  # Seed 0 chose the rate.
+  perplexities = [math.exp(6 + seed / 10) for seed in (1, 2)]
   spread = (
     f'{statistics.mean(perplexities):.1f} ± '
     f'{statistics.stdev(perplexities):.1f}'
   )
   assert shown[2] == (
-    f'| one | 1 | 6.1000 ± 0.1000 | {spread} | 3 | 1.0 | 1: 6.0000, 2: 7.0000 |'
+    f'| one | 1 | 6.1500 ± 0.0707 | {spread} | 2 | 1.0 | 1: 6.0000, 2: 7.0000 |'
   )
   failure = 'MemoryError: out of memory'
   assert shown[4] == (
