@@ -12,9 +12,11 @@ made again, and what is in the JSON file is not scored again.
   python -m benchmarks.quality.merging --encoder MINILM_FOLDER \
     --glue GLUE_FOLDER --runs runs/merging
   python -m benchmarks.quality.merging --model SMOLLM2_FOLDER \
-    --text python=FOLDER,FILE --text wiki=FILE,FILE --text dialogue=FILE,FILE
+    --text python=TRAIN.txt,SCORED.txt --text wikipedia=TRAIN.txt,SCORED.txt \
+    --text dialogue=TRAIN.txt,SCORED.txt
 
-A text is named with what to train on and a file to score.
+A text is named with what to train on and a file to score, such as those of
+`benchmarks.quality.texts`.
 """
 
 import argparse
