@@ -10,13 +10,11 @@ record, or cannot be read, is moved aside, and the one before it is used.
 import contextlib
 import gc
 import itertools
-import json
 import logging
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -175,8 +173,25 @@ class Checkpointer:
     Raises:
       ValueError: If there are checkpoints but none can be read.
     """
-    found = self._newest_whole(lambda step: self._read_record(step)['metadata'])
-    return None if found is None else found[1]
+    found = self.latest_position()
+    return None if found is None else found[2]
+
+  def latest_position(
+    self,
+  ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """Reads the newest checkpoint without its arrays.
+
+    Returns:
+      Its step, data state and metadata, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: If there are checkpoints but none can be read.
+    """
+    found = self._newest_whole(self._read_record)
+    if found is None:
+      return None
+    step, record, _ = found
+    return step, record['data_state'], record['metadata']
 
   def close(self) -> None:
     """Waits until everything is on disk.
@@ -327,44 +342,6 @@ def check_path(directory: str | pathlib.Path) -> None:
       f'The path {path} holds {"".join(found)}, and no checkpoint could be '
       f'read back from it: none of {_PATTERNS} may stand in the name of a '
       'folder with checkpoints, or of one above it. Choose another folder.'
-    )
-
-
-def check_compatible(
-  saved: dict[str, Any],
-  current: dict[str, Any],
-  directory: str | pathlib.Path,
-  accepted: Collection[str] = (),
-) -> None:
-  """Checks that a checkpoint was made with the architecture at hand.
-
-  Args:
-    saved: The architecture in the checkpoint's metadata.
-    current: The architecture of this run.
-    directory: Where the checkpoint is, for the error's text.
-    accepted: Names of fields that may differ; a warning says so.
-
-  Raises:
-    ValueError: If any other field differs; all that do are listed.
-  """
-  current = json.loads(json.dumps(current))  # A tuple is saved as a list.
-  absent = '(absent)'
-  differences = {
-    name: f'{name} {saved.get(name, absent)} != {current.get(name, absent)}'
-    for name in sorted(saved.keys() | current.keys())
-    if saved.get(name, absent) != current.get(name, absent)
-  }
-  if not differences.keys() <= set(accepted):
-    raise ValueError(
-      f'Checkpoint in {directory} was made with other settings: '
-      f'{", ".join(differences.values())}. Use another run directory or the '
-      'same settings. To go on all the same, name what may differ: '
-      f"--accept '{','.join(differences)}'."
-    )
-  if differences:
-    _logger.warning(
-      'Going on in %s with other settings, which were accepted: %s.',
-      *(directory, ', '.join(differences.values())),
     )
 
 

@@ -31,6 +31,7 @@ from gnlorp_jax.compose.settings import (
   SamplingOptions,
   StepConfig,
   fixed_settings,
+  since_before,
   words,
 )
 from gnlorp_jax.data import glue
@@ -336,6 +337,7 @@ def make_run(
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    since=since_before(config, compared=True),
     batch_size=config.batch_size,
   )
   return Member(

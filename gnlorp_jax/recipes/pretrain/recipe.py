@@ -22,7 +22,11 @@ from gnlorp_jax.compose import (
   program,
   scores,
 )
-from gnlorp_jax.compose.settings import fixed_settings, words
+from gnlorp_jax.compose.settings import (
+  fixed_settings,
+  since_before,
+  words,
+)
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
@@ -188,6 +192,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    since=since_before(config, compared=not prepared.config.is_single),
     select=coreset.make(
       *(config.coreset, built, config.model),
       batch_size=config.batch_size,
