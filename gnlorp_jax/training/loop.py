@@ -209,20 +209,17 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     saved = stack.enter_context(
       Checkpointer(run.folder / 'checkpoints', keep=run.keep)
     )
-    state, memory, constants, record, tokens = _resume_or_start(run, saved)
+    state, memory, constants, record, trained = _resume_or_start(run, saved)
     first = int(state.step)
+    before = first, trained
     clock, health = Clock(record), Health(first, int(state.skipped))
     keeper = stack.enter_context(_keeper(run, record))
     write, show_progress = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
       monitor.check_weights(number, state.params)
-      position = {
-        'batches': run.batches.get_state(),
-        'record': clock.update(keeper.record),
-        'batch_size': run.batch_size,
-        'tokens': run.instruments.tokens(number, (first, tokens)),
-      }
+      tokens = run.instruments.tokens(number, before)
+      position = _position(run, clock.update(keeper.record), tokens)
       kept = _kept(state, memory)
       saved.save(number, kept, position, run.metadata, wait=wait)
 
@@ -257,7 +254,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       # Not the first step after a resume: an interrupted run and a whole one
       # leave the same rows.
       if number % run.every.log == 0 or is_last or number == 1:
-        row = _row(run.instruments, step, clock, (first, tokens))
+        row = _row(run.instruments, step, clock, before)
         write(number, row)
         health.check(number, row)
         if (speed := row.get('train/tokens_per_second')) is not None:
@@ -354,6 +351,16 @@ def _row(
   if (speed := clock.tokens_per_second()) is not None:
     row |= instruments.speed(speed)
   return row
+
+
+def _position(run: Run, record: Record, tokens: int | None) -> dict[str, Any]:
+  """What a checkpoint holds beside arrays."""
+  return {
+    'batches': run.batches.get_state(),
+    'record': record,
+    'batch_size': run.batch_size,
+    'tokens': tokens,
+  }
 
 
 def _kept(state: Any, memory: Any) -> Any:

@@ -85,6 +85,11 @@ class _Rows:
   def __len__(self) -> int:
     return len(self._members)
 
+  @property
+  def least_length(self) -> int:
+    """T of the batch of the shortest row."""
+    return self._padded(int(self.lengths_R.min()))
+
   def batch(self, index: np.ndarray) -> dict[str, np.ndarray]:
     """This process's rows of a batch, of which there may be too few.
 
@@ -251,6 +256,11 @@ class TrainingBatches:
       rows = np.concatenate([index, filled])[self._rows.own]
       batch['seeds'] = ordering.mix(offset, rows)
     return batch
+
+  @property
+  def least_length(self) -> int:
+    """T of a batch at least, be it of the shortest rows."""
+    return self._rows.least_length
 
   @property
   def batches_behind(self) -> int:

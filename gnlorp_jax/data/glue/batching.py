@@ -72,6 +72,12 @@ def num_batches(
   return math.ceil(num_examples / batch_size)
 
 
+def least_length(encoded: Sequence[np.ndarray], buckets: Sequence[int]) -> int:
+  """T of a batch at least: that of the shortest row."""
+  shortest = min(map(len, encoded))
+  return next(bucket for bucket in buckets if bucket >= shortest)
+
+
 def batches(
   encoded: Sequence[np.ndarray],
   labels: np.ndarray | None,

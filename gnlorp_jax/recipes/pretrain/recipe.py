@@ -139,6 +139,11 @@ def prepare(config: TrainConfig) -> Prepared:
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   memory.check_run(planned.program)
+  memory.check_step(
+    *(planned.program, planned.config.model),
+    *(config.batch_size, config.data.seq_len),
+    *(config.step, config.micro_batches),
+  )
   for task in asked:
     scores.check_room(task, planned.config.model.max_seq_len, None)
   if parameters.is_folder(config.init_from):

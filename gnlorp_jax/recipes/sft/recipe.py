@@ -176,6 +176,10 @@ def prepare(config: SftConfig) -> Prepared:
   _tell_length(config, per_epoch, steps)
   built = _build(config, steps)
   memory.check_run(built)
+  memory.check_step(
+    *(built, config.model, config.batch_size, batches.least_length),
+    *(config.step, config.micro_batches),
+  )
   language_model.tell_start(config.init_from, config.model)
   return Prepared(
     dataclasses.replace(config, steps=steps),
