@@ -44,6 +44,8 @@ TIMEOUT = 300.0  # Seconds of an input.
 AT_ONCE = 40  # Inputs of a process, before another takes over.
 GOOD = ('refused', 'ran')
 
+_LOG = 'worker.log'  # What a process says beside its answers.
+
 _NO_NUMBERS = ('nan', 'inf', '-inf')
 _VALUES = (
   *_NO_NUMBERS,
@@ -77,7 +79,7 @@ def command(
 ) -> tuple[str, list[str]]:
   """Module and words of a configuration that writes into a folder."""
   words = CONFIGURATIONS[name].command(root)[1:-1]
-  words = [w.replace('cache', str(folder / 'cache')) for w in words]
+  words = [str(folder / w) if w == 'cache' else w for w in words]
   if words[0] == '-m':
     return words[1], [*words[2:], str(folder / OUTPUT)]
   module = pathlib.PurePath(words[0]).stem
@@ -364,6 +366,7 @@ def campaign(
   ends: collections.Counter[str] = collections.Counter()
   faults, number = [], 0
   while number < count:
+    first = number
     for row in _rows_of_a_process(root, seed, number, kinds):
       number = row['number'] + 1
       ends[f'{row["kind"]}: {row["end"]}'] += 1
@@ -373,6 +376,9 @@ def campaign(
         say(row['words'])
       if number >= count:
         break
+    if number == first:  # It would be for ever.
+      words = (root / _LOG).read_text(errors='replace')[-1500:]
+      raise RuntimeError(f'No input {number} could be made: {words}')
   return {'seed': seed, 'ends': dict(sorted(ends.items())), 'faults': faults}
 
 
@@ -382,20 +388,21 @@ def _rows_of_a_process(
   """What a worker tells, and what became of it at last."""
   words = [sys.executable, '-m', 'tests.campaign.inputs', '--worker']
   words += [str(root), str(seed), str(first), *kinds]
-  process = subprocess.Popen(
-    words,
-    cwd=ROOT,
-    env=CONFIGURATIONS['language model'].environment(root),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    stdin=subprocess.DEVNULL,
-    bufsize=0,
-  )
+  with (root / _LOG).open('w') as log:
+    process = subprocess.Popen(
+      words,
+      cwd=ROOT,
+      env=CONFIGURATIONS['language model'].environment(root),
+      stdout=subprocess.PIPE,
+      stderr=log,
+      stdin=subprocess.DEVNULL,
+      bufsize=0,
+    )
+  assert process.stdout is not None
   begun, rest = None, b''
   try:
     while True:
       ready, _, _ = select.select([process.stdout], [], [], TIMEOUT)
-      assert process.stdout is not None
       got = process.stdout.read(1 << 16) if ready else None
       if not got:
         if begun is not None:
@@ -410,6 +417,7 @@ def _rows_of_a_process(
   finally:
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 def say(words: str) -> None:
