@@ -107,6 +107,8 @@ def test_steps_end_a_run_before_its_epochs(config, caplog):
     ({'batches': {'taken': 3}}, 1, 7, -2),
     # What is left are 1 row of the second epoch, and the third.
     ({'batches': {'sequences': 5, 'drawn_for': 2}, 'batch_size': 2}, 3, 5, 2),
+    # Of a run of pre-training, which is refused later.
+    ({'batches': {'sequences': 5}, 'batch_size': 2}, 2, 6, 0),
   ],
 )
 def test_epochs_end_where_they_did_with_another_batch_size(
