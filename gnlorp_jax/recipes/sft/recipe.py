@@ -61,7 +61,8 @@ class Prepared(NamedTuple):
   chat: data.Chat
   tasks: tuple[data_tasks.Task, ...]  # Asked at every evaluation.
   steps_per_epoch: int
-  # Of batches of another size: a run may have begun with these.
+  # Taken beyond those that batches of this size would have taken: not 0 where
+  # a run began with another.
   more_steps: int = 0
 
   @property
@@ -192,9 +193,9 @@ def prepare(config: SftConfig) -> Prepared:
 
 
 def _more_steps(config: SftConfig, batches: chat.TrainingBatches) -> int:
-  """Steps that were taken beyond those that such batches would have taken.
+  """Steps taken beyond those that batches of this size would have taken.
 
-  It is not 0, and perhaps less, if a run goes on with another batch size.
+  They are less than 0 if a run began with larger ones.
   """
   if not config.is_single:  # Of a grid all have one size.
     return 0
