@@ -28,6 +28,8 @@ _logger = logging.getLogger(__name__)
 # whole, so it must not be moved aside.
 _NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
+_OPEN = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0)
+
 # What has a meaning in patterns of names of files.
 _PATTERNS = '*?[\\'
 
@@ -233,6 +235,7 @@ class Checkpointer:
     for step in distributed.from_first(lambda: steps):
       with orbax_habits.unheard_complaints():
         try:
+          self._check_kinds(step)
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
           damaged[step] = str(error)
@@ -267,6 +270,14 @@ class Checkpointer:
     integrity.check_contents(state, arrays)
     return state
 
+  def _check_kinds(self, step):
+    """Raises DamagedError for what would be waited for, such as a pipe."""
+    for folder, _, names in os.walk(self._directory / str(step)):
+      for name in names:
+        path = pathlib.Path(folder, name)
+        if path.exists() and not path.is_file():
+          raise integrity.DamagedError(f'{path} is no file')
+
   def _check_readable(self, step):
     """Raises OSError if files are there that cannot be opened.
 
@@ -286,7 +297,8 @@ class Checkpointer:
     for folder, _, names in os.walk(checkpoint, onerror=refuse):
       for name in names:
         try:
-          open(os.path.join(folder, name), 'rb').close()
+          # A pipe is not waited for.
+          os.close(os.open(os.path.join(folder, name), _OPEN))
         except OSError as error:
           refuse(error)
 

@@ -337,6 +337,18 @@ def test_damaged_step_can_be_saved_again(two_saved):
   assert (two_saved / '20.corrupt2').is_dir()
 
 
+@pytest.mark.parametrize('name', ['record/metadata', 'commit_success.txt'])
+def test_a_pipe_is_not_waited_for(two_saved, name):
+  """Whether Orbax reads that file or not: opening one may take for ever."""
+  path = two_saved / '20' / name
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  shutil.rmtree(two_saved / '10' / 'record')
+  text = f'(step 20: {path} is no file; step 10: '
+  with pytest.raises(ValueError, match=re.escape(text)):
+    restore_small(two_saved)
+
+
 def test_nothing_but_damage_is_an_error_and_stays_in_place(two_saved):
   for step in ('10', '20'):
     (two_saved / step / 'record' / 'metadata').write_text('garbage')
