@@ -16,6 +16,7 @@ other weights than the whole one.
 import argparse
 import collections
 import contextlib
+import gzip
 import importlib
 import io
 import json
@@ -51,6 +52,12 @@ _VALUES = (
   *_NO_NUMBERS,
   *('-1', '0', '1e99', '-1e-9', '100000000000', '1.5', '', 'x', 'None'),
   *('True', '[]', '../..', '/dev/null', 'ß\x7f', '1,,2'),
+)
+# What a number may be, and some that it may not.
+_NUMBERS = (
+  *_NO_NUMBERS,
+  *('-1', '0', '1', '2', '3', '7', '64', '0.5', '0.999', '1.5', '-0.1'),
+  *('1e-30', '1e-9', '1e30', '1e99', '1000000', '4294967296', '100000000000'),
 )
 # Options that say where to write and what to read, or print and end.
 _OTHERS = ('--help', '--config', '--run-dir', '--out', '--model', '--base')
@@ -95,8 +102,12 @@ def flags(
   """A field of the settings with a value that may not fit."""
   name = rng.choice(list(CONFIGURATIONS))
   module, words = command(name, root, folder)
-  option = rng.choice(_options(module))
-  value = rng.choice(_VALUES)
+  options = _options(module)
+  numbers = [name for name, kind in options.items() if kind in _NUMBER_KINDS]
+  # Most of the rest is a choice among words, and refused by its name.
+  is_number = rng.random() < 0.75
+  option = rng.choice(numbers if is_number else sorted(options))
+  value = rng.choice(_NUMBERS if is_number else _VALUES)
   return Input(
     f'{name}: {option} {value!r}',
     module,
@@ -105,11 +116,12 @@ def flags(
   )
 
 
-_options_of: dict[str, list[str]] = {}
+_NUMBER_KINDS = ('INT', 'FLOAT', '{None}|INT', '{None}|FLOAT')
+_options_of: dict[str, dict[str, str]] = {}
 
 
-def _options(module: str) -> list[str]:
-  """The long options of a command, as its help has them."""
+def _options(module: str) -> dict[str, str]:
+  """The long options of a command and what they take, as its help says."""
   if module not in _options_of:
     text = subprocess.run(
       [sys.executable, '-m', module, '--help'],
@@ -119,20 +131,29 @@ def _options(module: str) -> list[str]:
       text=True,
       check=True,
     ).stdout
-    found = set(re.findall(r'(?<!\S)--[a-z][a-z0-9.-]+', text))
-    _options_of[module] = sorted(found.difference(_OTHERS))
+    found = re.findall(r'(?<!\S)(--[a-z][a-z0-9.-]+)(?: (\S+))?', text)
+    _options_of[module] = {
+      name: kind for name, kind in sorted(found) if name not in _OTHERS
+    }
   return _options_of[module]
 
 
 def text(root: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> Input:
   """A damaged file to train a language model on."""
   module, words = command('language model', root, folder)
-  suffix = rng.choice(['.txt', '.jsonl', '.json.gz', '.parquet', '.zst'])
+  suffix = rng.choice(['.txt', '.jsonl', '.jsonl', '.json.gz', '.parquet'])
   path = folder / f'text{suffix}'
   lines = (root / 'text.txt').read_text().splitlines()
-  if suffix == '.jsonl':
-    lines = [json.dumps({'text': line}) for line in lines]
-  path.write_text('\n'.join(lines))
+  if suffix == '.parquet':
+    # Who only tests the campaign need not have it.
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({'text': lines}), path)
+  else:
+    if 'json' in suffix:
+      lines = [json.dumps({'text': line}) for line in lines]
+    content = '\n'.join(lines).encode()
+    path.write_bytes(gzip.compress(content) if '.gz' in suffix else content)
   what = damage(path, rng)
   words[words.index('--data.source') + 1] = str(path)
   return Input(f'{path.name}: {what}', module, words)
@@ -196,10 +217,15 @@ def configurations(
 ) -> Input:
   """A damaged configuration file."""
   module, words = command('language model', root, folder)
-  path = folder / f'config{rng.choice([".py", ".py", ".json", ".yaml", ""])}'
-  parts = re.split(r'(\w+)', _CONFIGURATION)
-  at = rng.randrange(1, len(parts), 2)
-  new = rng.choice(['', 'x', '7', 'None', 'float("nan")', '-1', '"', '(', '\t'])
+  path = folder / f'config{rng.choice([".py"] * 9 + [".yaml"])}'
+  parts = re.split(r"('\w+'|\d[\d.]*|\w+)", _CONFIGURATION)
+  values = [i for i, part in enumerate(parts) if re.match(r"\d|'", part)]
+  words_at = range(1, len(parts), 2)
+  at = rng.choice(values if rng.random() < 0.6 else words_at)
+  new = rng.choice(
+    ['', 'x', '1', '7', '0', '0.5', '1e30', 'None', 'float("nan")', '-1']
+    + ['"', '(', '\t', '"adamw"', '"galore"', 'True', '[]', '10**12']
+  )
   what = f'{parts[at]} became {new!r}'
   parts[at] = new
   path.write_text(''.join(parts))
