@@ -107,7 +107,10 @@ def flags(
   # Most of the rest is a choice among words, and refused by its name.
   is_number = rng.random() < 0.75
   option = rng.choice(numbers if is_number else sorted(options))
-  value = rng.choice(_NUMBERS if is_number else _VALUES)
+  values = _NUMBERS if is_number else _VALUES
+  if options[option].endswith('INT'):  # Others are refused by their look.
+    values = [value for value in values if value.lstrip('-').isdigit()]
+  value = rng.choice(values)
   return Input(
     f'{name}: {option} {value!r}',
     module,
