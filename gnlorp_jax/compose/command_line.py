@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import itertools
 import logging
 import os
@@ -101,6 +102,12 @@ def _message(error: BaseException) -> str | None:
       'raise micro_batches, or choose a smaller model; python -m '
       'gnlorp_jax.plan says what a run takes.'
     )
+  if isinstance(error, OSError) and error.errno == errno.EROFS:
+    return (
+      f'{error.filename or text} cannot be written: its file system is '
+      'read-only. What was complete is as it was. Make it writable, or name '
+      'another place.'
+    )
   is_told = ValueError | OSError | distributed.LostProcessError
   return text if isinstance(error, is_told) else None
 
@@ -132,7 +139,8 @@ def check_place(option: str, file: str | None) -> None:
     file: The file, or None for none.
 
   Raises:
-    ValueError: If it is a folder, or that it should lie in does not exist.
+    ValueError: If it is a folder, or that it should lie in does not exist or
+      cannot be written.
   """
   if file is None:
     return
@@ -142,6 +150,12 @@ def check_place(option: str, file: str | None) -> None:
   if not path.parent.is_dir():
     raise ValueError(
       f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
+      'or name another file.'
+    )
+  place = path if path.exists() else path.parent
+  if not os.access(place, os.W_OK):
+    raise ValueError(
+      f'--{option} {file}: {place} cannot be written. Correct its permissions, '
       'or name another file.'
     )
 

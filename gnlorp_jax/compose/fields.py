@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gnlorp_jax.optim.parts.checks import check_interval
+from gnlorp_jax.training.compatibility import Since
 
 ON_RESUME = 'on_resume'
 
@@ -40,17 +41,47 @@ def fixed_settings(config: Any, *, compared: bool = False) -> dict[str, Any]:
   Returns:
     Values by dotted names, such as ``optim.rank``.
   """
-  return dict(_fixed(config, 'fixed result' if compared else 'fixed'))
+  kinds = ('fixed', 'result') if compared else ('fixed',)
+  return {
+    name: value
+    for name, field, value in _fields(config)
+    if field.metadata.get(ON_RESUME, 'fixed') in kinds
+  }
 
 
-def _fixed(config: Any, kinds: str) -> Iterator[tuple[str, Any]]:
+def since_before(config: Any, *, compared: bool = False) -> Since:
+  """How records are read that were written before some of the settings came.
+
+  A record that lacks a setting was made as its default has it. That is the
+  default of the field itself: what a recipe or a preset has in its place is
+  no word about what was before.
+
+  Args:
+    config: As of `fixed_settings`.
+    compared: As of `fixed_settings`.
+  """
+  fixed = fixed_settings(config, compared=compared)
+  fields = {name: field for name, field, _ in _fields(config)}
+  return Since(
+    defaults={
+      name: fields[name].default
+      for name in fixed
+      if fields[name].default is not dataclasses.MISSING
+    },
+    may_change=frozenset(fields.keys() - fixed.keys()),
+  )
+
+
+def _fields(
+  config: Any, prefix: str = ''
+) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+  """Dotted name, field and value of every setting."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
-      for name, inner in _fixed(value, kinds):
-        yield f'{field.name}.{name}', inner
-    elif field.metadata.get(ON_RESUME, 'fixed') in kinds.split():
-      yield field.name, value
+      yield from _fields(value, f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}', field, value
 
 
 def check_at_least_one(config: Any, *names: str) -> None:

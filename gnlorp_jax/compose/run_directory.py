@@ -37,8 +37,9 @@ def opened(
     As long as the directory is held.
 
   Raises:
-    ValueError: If no checkpoint could be read from there, or an export would
-      replace what no run wrote, or what this one reads.
+    ValueError: If no checkpoint could be read from there, it holds what is no
+      file, or an export would replace what no run wrote, or what this one
+      reads.
     OSError: If another process has it, or it cannot be written.
   """
   folder = pathlib.Path(run_dir)
@@ -46,6 +47,7 @@ def opened(
   if jax.process_index():
     yield
     return
+  _check_files(folder)
   with _held(folder):
     writing.sweep_files(folder)
     for name in exports:
@@ -90,6 +92,17 @@ def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
   with contextlib.suppress(OSError):
     for folder in folders:
       folder.rmdir()
+
+
+def _check_files(folder: pathlib.Path) -> None:
+  """Raises ValueError for what it would take for ever to open."""
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      raise ValueError(
+        f'{path} is neither a file nor a folder, but a pipe, a socket or a '
+        'device, which a run would wait for. Remove it, or use another run '
+        'directory.'
+      )
 
 
 def _check_apart(export: pathlib.Path, read: str | None) -> None:

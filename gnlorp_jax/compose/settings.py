@@ -25,6 +25,7 @@ from gnlorp_jax.compose.fields import (
   words,
 )
 from gnlorp_jax.compose.fields import fixed_settings as fixed_settings
+from gnlorp_jax.compose.fields import since_before as since_before
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.optim import methods
 from gnlorp_jax.optim.parts.checks import check_interval
@@ -336,7 +337,7 @@ class RunConfig:
   checkpoints is resumed."""
   steps: int | None = result(None)
   """Number of optimizer steps of the whole run."""
-  batch_size: int | None = None
+  batch_size: int | None = result(None)
   """Sequences per step, over all devices."""
   micro_batches: int = result(1)
   """Pieces of a batch that are worked through one after the other, to save

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def batches(
   masking: Masking | None = None,
   with_seeds: bool = False,
   document_mask: bool = False,
-) -> grain.DatasetIterator:
+) -> Batches:
   """Iterates over batches, reproducibly and resumably.
 
   Each element is a dict with, B being `batch_size / process_count`,
@@ -60,8 +60,9 @@ def batches(
   drawn in every epoch; packed sequence i then holds T - 2 tokens of text.
 
   The iterator's `get_state()` returns a small dict fit for JSON: the number of
-  batches taken. `set_state(state)` on an iterator made with the same arguments
-  (`prefetch` and the processes may differ) goes on with the next batch.
+  sequences taken. `set_state(state)` on an iterator made with the same
+  arguments (`batch_size`, `prefetch` and the processes may differ) goes on with
+  the next sequence.
 
   Args:
     token_file: Tokens, from `prepare` or `split`, or those of several sources.
@@ -137,13 +138,75 @@ def batches(
       lambda row, rng: {**row, 'seeds': rng.integers(2**32, dtype=np.uint32)},
       seed=seed,
     )
-  dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
-  # Consecutive local batches make up a global one.
-  dataset = dataset[process_index::process_count]
-  options = grain.ReadOptions(
-    num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
-  )
-  return iter(dataset.to_iter_dataset(options))
+  return Batches(dataset, batch_size, (process_index, process_count), prefetch)
+
+
+class Batches:
+  """Batches of a sequence of rows, from any row on.
+
+  `close()` ends its thread.
+
+  Args:
+    rows: All of them, those of one epoch after the other.
+    batch_size: Rows of a batch over all processes.
+    process: Which process this is, and of how many.
+    prefetch: As in `batches`.
+  """
+
+  def __init__(
+    self,
+    rows: grain.MapDataset,
+    batch_size: int,
+    process: tuple[int, int],
+    prefetch: int,
+  ):
+    self._rows, self._batch_size = rows, batch_size
+    self._process, self._prefetch = process, prefetch
+    self._start_at(0)
+
+  def __iter__(self) -> Batches:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = next(self._iterator)
+    self._taken += self._batch_size
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """The position: the number of rows taken, fit for JSON."""
+    return {'sequences': self._taken}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on behind a position.
+
+    Args:
+      state: What `get_state` returned; or, from before it counted rows, the
+        ``next_index`` of a batch, and the ``batch_size`` of those before it.
+    """
+    self.close()
+    taken = state.get('sequences')
+    if taken is None:
+      size = state.get('batch_size', self._batch_size)
+      taken = state['next_index'] * size
+    self._start_at(taken)
+
+  def close(self) -> None:
+    """Ends the thread that prepares batches."""
+    self._iterator.close()
+
+  def _start_at(self, taken: int) -> None:
+    import grain
+
+    index, count = self._process
+    rows = self._rows[taken:]
+    dataset = rows.batch(self._batch_size // count, drop_remainder=True)
+    # Consecutive local batches make up a global one.
+    dataset = dataset[index::count]
+    options = grain.ReadOptions(
+      num_threads=min(self._prefetch, 1), prefetch_buffer_size=self._prefetch
+    )
+    self._iterator = iter(dataset.to_iter_dataset(options))
+    self._taken = taken
 
 
 def _check_mode(

@@ -1,5 +1,6 @@
 """Folders that are written once and then only read."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 
@@ -24,11 +25,22 @@ def cached_folder(
 
   Returns:
     `folder`, which now exists.
+
+  Raises:
+    OSError: If it is not there, and nothing can be written beside it.
   """
   writing.sweep(folder.parent, _PREFIX)
   if folder.is_dir():
     return folder
-  with writing.drafted(folder, _PREFIX) as draft:
+  with contextlib.ExitStack() as stack:
+    try:
+      draft = stack.enter_context(writing.drafted(folder, _PREFIX))
+    except OSError as error:
+      raise OSError(
+        f'{folder.parent}, where tokens and tokenizers are kept, cannot be '
+        f'written: {error.strerror}. Correct its permissions, or name another '
+        'folder as data.cache_dir.'
+      ) from error
     fill(draft)
     try:
       writing.put_in_place(draft, folder)

@@ -1,7 +1,10 @@
-"""The random order of an epoch, and seeds for dropout.
+"""The random order of epochs, positions in it, and seeds for dropout.
 
 Shape suffixes: N examples, B rows of a batch.
 """
+
+import math
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +62,83 @@ def mix(offset: np.uint32, positions_B: np.ndarray) -> np.ndarray:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x_B = (x_B ^ (x_B >> np.uint32(shift))) * np.uint32(factor)
   return x_B ^ (x_B >> np.uint32(16))
+
+
+class Epochs:
+  """The rows of batches, epoch after epoch, from any position.
+
+  Every epoch has each example once, in the order of `shuffled`; its last batch
+  has fewer rows where the batch size does not divide their number.
+
+  A position is a number of examples, so that batches of another size may go on
+  from it. The order stays that which was drawn for the size of the first ones:
+  no example comes twice in an epoch, and none is left out.
+
+  Args:
+    lengths_N: Tokens of each example, int ``[N]``.
+    batch_size: B.
+    seed: At least 0; with the number of the epoch it decides the order.
+
+  Attributes:
+    batches_per_epoch: Batches that hold every example once.
+  """
+
+  def __init__(self, lengths_N: np.ndarray, batch_size: int, seed: int):
+    self._lengths_N = lengths_N
+    self._batch_size = batch_size
+    self._seed = seed
+    self.batches_per_epoch = math.ceil(len(lengths_N) / batch_size)
+    self.set_state({'sequences': 0, 'drawn_for': batch_size})
+
+  def take(self) -> tuple[np.ndarray, np.uint32]:
+    """The examples of the next batch, int64 ``[B]`` or fewer.
+
+    Returns:
+      And what tells this epoch and seed from others, for `mix`.
+    """
+    epoch, start = divmod(self._taken, len(self._lengths_N))
+    if epoch != self._epoch:
+      self._begin(epoch)
+    index_B = self._order_N[start : start + self._batch_size]
+    self._taken += len(index_B)
+    return index_B, self._offset
+
+  @property
+  def batches_behind(self) -> int:
+    """Batches behind the position: those of whole epochs, less those to come.
+
+    They are as many as were taken, if all were of this size.
+    """
+    epoch, start = divmod(self._taken, len(self._lengths_N))
+    to_come = math.ceil((len(self._lengths_N) - start) / self._batch_size)
+    return (epoch + 1) * self.batches_per_epoch - to_come
+
+  def get_state(self) -> dict[str, int]:
+    """The position: the number of examples taken, fit for JSON."""
+    return {'sequences': self._taken, 'drawn_for': self._drawn_for}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on behind a position.
+
+    Args:
+      state: What `get_state` returned; or, from before it counted examples,
+        ``taken`` batches, and the ``batch_size`` that they had.
+    """
+    if 'taken' in state:
+      size = state.get('batch_size', self._batch_size)
+      per_epoch = math.ceil(len(self._lengths_N) / size)
+      epoch, number = divmod(state['taken'], per_epoch)
+      self._taken = epoch * len(self._lengths_N) + number * size
+      self._drawn_for = size
+    else:
+      self._taken = state['sequences']
+      self._drawn_for = state['drawn_for']
+    self._epoch = -1
+
+  def _begin(self, epoch: int) -> None:
+    self._epoch = epoch
+    rng = np.random.default_rng([self._seed, epoch])
+    plan = shuffled(self._lengths_N, self._drawn_for, rng, False)
+    self._order_N = np.concatenate(plan)
+    mixed = np.random.SeedSequence([self._seed, epoch])
+    self._offset = mixed.generate_state(1)[0]

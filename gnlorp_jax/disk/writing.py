@@ -79,13 +79,22 @@ def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   Yields:
     Where to write.
+
+  Raises:
+    OSError: If that fails; it names the file, which is as it was.
   """
   draft = path.with_name(f'.{path.name}{_DRAFT}')
   try:
     yield draft
     put_in_place(draft, path)
+  except OSError as error:
+    if error.filename == str(draft):
+      raise OSError(error.errno, error.strerror, str(path)) from error
+    raise
   finally:
-    draft.unlink(missing_ok=True)
+    # On a disk that cannot be written even what is not there stays.
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,10 @@ def parse(args: list[str]) -> Settings:
     raise ValueError(
       f'Unknown recipe {recipe!r}; expected one of {tuple(RECIPES)}.{hint}'
     )
-  return RECIPES[recipe].parse(options, plan.__doc__ or '')
+  settings = RECIPES[recipe].parse(options, plan.__doc__ or '')
+  if settings.json != '-':
+    command_line.check_place('json', settings.json)
+  return settings
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ import rich.table
 from gnlorp_jax.compose.settings import RunConfig
 from gnlorp_jax.disk import writing
 from gnlorp_jax.training import distributed, loop, records
-from gnlorp_jax.training.checkpoint import check_compatible
+from gnlorp_jax.training.compatibility import check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.monitor import DivergedError
 
@@ -206,7 +206,9 @@ def run_once(
   path = run.folder / RESULT_FILE
   result = distributed.from_first(lambda: _finished(path))
   if result is not None:
-    check_compatible(result['settings'], run.metadata, run.folder, run.accepted)
+    check_compatible(
+      *(result['settings'], run.metadata, run.folder, run.accepted, run.since)
+    )
     # A kill may have come between.
     distributed.from_first(lambda: _remove_what_is_not_kept(run, result, keep))
     _logger.info('%s is finished already.', run.name)

@@ -10,13 +10,11 @@ record, or cannot be read, is moved aside, and the one before it is used.
 import contextlib
 import gc
 import itertools
-import json
 import logging
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -29,6 +27,8 @@ _logger = logging.getLogger(__name__)
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
 _NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+_OPEN = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0)
 
 # What has a meaning in patterns of names of files.
 _PATTERNS = '*?[\\'
@@ -175,8 +175,25 @@ class Checkpointer:
     Raises:
       ValueError: If there are checkpoints but none can be read.
     """
-    found = self._newest_whole(lambda step: self._read_record(step)['metadata'])
-    return None if found is None else found[1]
+    found = self.latest_position()
+    return None if found is None else found[2]
+
+  def latest_position(
+    self,
+  ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """Reads the newest checkpoint without its arrays.
+
+    Returns:
+      Its step, data state and metadata, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: If there are checkpoints but none can be read.
+    """
+    found = self._newest_whole(self._read_record)
+    if found is None:
+      return None
+    step, record, _ = found
+    return step, record['data_state'], record['metadata']
 
   def close(self) -> None:
     """Waits until everything is on disk.
@@ -218,6 +235,7 @@ class Checkpointer:
     for step in distributed.from_first(lambda: steps):
       with orbax_habits.unheard_complaints():
         try:
+          self._check_kinds(step)
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
           damaged[step] = str(error)
@@ -252,6 +270,14 @@ class Checkpointer:
     integrity.check_contents(state, arrays)
     return state
 
+  def _check_kinds(self, step):
+    """Raises DamagedError for what would be waited for, such as a pipe."""
+    for folder, _, names in os.walk(self._directory / str(step)):
+      for name in names:
+        path = pathlib.Path(folder, name)
+        if path.exists() and not path.is_file():
+          raise integrity.DamagedError(f'{path} is no file')
+
   def _check_readable(self, step):
     """Raises OSError if files are there that cannot be opened.
 
@@ -271,7 +297,8 @@ class Checkpointer:
     for folder, _, names in os.walk(checkpoint, onerror=refuse):
       for name in names:
         try:
-          open(os.path.join(folder, name), 'rb').close()
+          # A pipe is not waited for.
+          os.close(os.open(os.path.join(folder, name), _OPEN))
         except OSError as error:
           refuse(error)
 
@@ -327,44 +354,6 @@ def check_path(directory: str | pathlib.Path) -> None:
       f'The path {path} holds {"".join(found)}, and no checkpoint could be '
       f'read back from it: none of {_PATTERNS} may stand in the name of a '
       'folder with checkpoints, or of one above it. Choose another folder.'
-    )
-
-
-def check_compatible(
-  saved: dict[str, Any],
-  current: dict[str, Any],
-  directory: str | pathlib.Path,
-  accepted: Collection[str] = (),
-) -> None:
-  """Checks that a checkpoint was made with the architecture at hand.
-
-  Args:
-    saved: The architecture in the checkpoint's metadata.
-    current: The architecture of this run.
-    directory: Where the checkpoint is, for the error's text.
-    accepted: Names of fields that may differ; a warning says so.
-
-  Raises:
-    ValueError: If any other field differs; all that do are listed.
-  """
-  current = json.loads(json.dumps(current))  # A tuple is saved as a list.
-  absent = '(absent)'
-  differences = {
-    name: f'{name} {saved.get(name, absent)} != {current.get(name, absent)}'
-    for name in sorted(saved.keys() | current.keys())
-    if saved.get(name, absent) != current.get(name, absent)
-  }
-  if not differences.keys() <= set(accepted):
-    raise ValueError(
-      f'Checkpoint in {directory} was made with other settings: '
-      f'{", ".join(differences.values())}. Use another run directory or the '
-      'same settings. To go on all the same, name what may differ: '
-      f"--accept '{','.join(differences)}'."
-    )
-  if differences:
-    _logger.warning(
-      'Going on in %s with other settings, which were accepted: %s.',
-      *(directory, ', '.join(differences.values())),
     )
 
 

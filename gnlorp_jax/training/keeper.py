@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from gnlorp_jax.training import distributed
+from gnlorp_jax.training import distributed, monitor
 from gnlorp_jax.training.checkpoint import Checkpointer
 from gnlorp_jax.training.state import TrainState
 
@@ -75,6 +75,9 @@ class Keeper:
       number: The step it was made after.
       found: The evaluation.
       params: The parameters of then.
+
+    Raises:
+      DivergedError: If they would be kept and are not finite.
     """
     values = {n: v if math.isfinite(v) else None for n, v in found.items()}
     self.record['last'] = {'step': number, **values}
@@ -86,6 +89,7 @@ class Keeper:
     if best is not None and not self._better(values, best):
       self.record['since_best'] += 1
       return False
+    monitor.check_weights(number, params)
     self.record |= {'best': self.record['last'], 'since_best': 0}
     self._best.save(number, params, {'step': number}, self._metadata, wait=True)
     return True

@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import rich
 
-from gnlorp_jax.training import distributed, metrics, monitor, sharding
-from gnlorp_jax.training.checkpoint import Checkpointer, check_compatible
+from gnlorp_jax.training import (
+  distributed,
+  metrics,
+  monitor,
+  positions,
+  sharding,
+)
+from gnlorp_jax.training.checkpoint import Checkpointer
+from gnlorp_jax.training.compatibility import Since, check_compatible
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 from gnlorp_jax.training.keeper import Found, Keeper, Record
 from gnlorp_jax.training.monitor import (
@@ -54,11 +61,13 @@ class Run(NamedTuple):
     train_step: Compiled: (state, batch, constants) -> (state, metrics); the
       state is donated. With `context` its value comes last.
     batches: An iterator over host batches with an array ``inputs`` ``[B, T]``,
-      and with `get_state()` and `set_state(state)` for its position.
+      and with `get_state()` and `set_state(state)` for its position, which
+      does not depend on the size of batches.
     evaluate: Maps (parameters, constants) to numbers by name.
     instruments: What rows of metrics say besides.
     metadata: What a checkpoint must agree with.
     accepted: Names in it that may differ.
+    since: How metadata of older checkpoints is read.
     every: How often things are done.
     keep: Number of checkpoints kept.
     constants: Makes the constants, such as frozen weights, of a run that
@@ -99,6 +108,7 @@ class Run(NamedTuple):
   context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
   accepted: tuple[str, ...] = ()
+  since: Since = Since()
   batch_size: int | None = None
 
 
@@ -199,18 +209,17 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     saved = stack.enter_context(
       Checkpointer(run.folder / 'checkpoints', keep=run.keep)
     )
-    state, memory, constants, record = _resume_or_start(run, saved)
+    state, memory, constants, record, trained = _resume_or_start(run, saved)
     first = int(state.step)
+    before = first, trained
     clock, health = Clock(record), Health(first, int(state.skipped))
     keeper = stack.enter_context(_keeper(run, record))
     write, show_progress = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
       monitor.check_weights(number, state.params)
-      position = {
-        'batches': run.batches.get_state(),
-        'record': clock.update(keeper.record),
-      }
+      tokens = run.instruments.tokens(number, before)
+      position = _position(run, clock.update(keeper.record), tokens)
       kept = _kept(state, memory)
       saved.save(number, kept, position, run.metadata, wait=wait)
 
@@ -245,7 +254,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       # Not the first step after a resume: an interrupted run and a whole one
       # leave the same rows.
       if number % run.every.log == 0 or is_last or number == 1:
-        row = _row(run.instruments, step, clock)
+        row = _row(run.instruments, step, clock, before)
         write(number, row)
         health.check(number, row)
         if (speed := row.get('train/tokens_per_second')) is not None:
@@ -331,15 +340,27 @@ def _stopped(run: Run, number: int, received: signal.Signals) -> SystemExit:
   return distributed.SharedExit(128 + received)
 
 
-def _row(instruments: Instruments, step: Taken, clock: Clock) -> Record:
+def _row(
+  instruments: Instruments, step: Taken, clock: Clock, before: tuple[int, int]
+) -> Record:
   """The metrics of a step, fetched from the device."""
   values = {f'train/{name}': value for name, value in step.metrics.items()}
   values |= instruments.stats(step.state.opt_state)
-  row = instruments.row(step.number, jax.device_get(values))
+  row = instruments.row(step.number, jax.device_get(values), before)
   row |= {f'coreset/{name}': value for name, value in step.facts.items()}
   if (speed := clock.tokens_per_second()) is not None:
     row |= instruments.speed(speed)
   return row
+
+
+def _position(run: Run, record: Record, tokens: int | None) -> dict[str, Any]:
+  """What a checkpoint holds beside arrays."""
+  return {
+    'batches': run.batches.get_state(),
+    'record': record,
+    'batch_size': run.batch_size,
+    'tokens': tokens,
+  }
 
 
 def _kept(state: Any, memory: Any) -> Any:
@@ -351,11 +372,12 @@ def _kept(state: Any, memory: Any) -> Any:
 
 def _resume_or_start(
   run: Run, saved: Checkpointer
-) -> tuple[TrainState, Any, Any, Record]:
+) -> tuple[TrainState, Any, Any, Record, int]:
   """The newest whole checkpoint of the run's folder, or a fresh state.
 
   Returns:
-    State, memory of a selection or None, constants and record.
+    State, memory of a selection or None, constants, record, and the tokens
+    that were trained on so far, where steps have as many each.
   """
   metadata = saved.latest_metadata()
   if metadata is None:
@@ -363,10 +385,14 @@ def _resume_or_start(
     record = {'best': None, 'last': None, 'since_best': 0}
     times = {'seconds_per_step': None, 'wall_seconds': 0.0}
     memory = None if run.select is None else run.select.start()
-    return state, memory, constants, record | times
-  check_compatible(metadata, run.metadata, run.folder, run.accepted)
+    return state, memory, constants, record | times, 0
+  check_compatible(
+    *(metadata, run.metadata, run.folder, run.accepted, run.since)
+  )
   memory = None if run.select is None else run.select.abstract
-  kept, position, _ = saved.restore_latest(_kept(run.abstract_state, memory))
+  kept, position, metadata = saved.restore_latest(
+    _kept(run.abstract_state, memory)
+  )
   state = kept
   if isinstance(kept, dict):
     state, memory = kept['state'], kept['memory']
@@ -379,7 +405,13 @@ def _resume_or_start(
       f'{run.folder} holds step {number}, beyond steps={run.steps}. Raise '
       'steps or use another run directory.'
     )
-  run.batches.set_state(position['batches'])
+  rows = positions.rows_before(position, metadata) or run.batch_size
+  run.batches.set_state({'batch_size': rows} | position['batches'])
+  tokens = position.get('tokens')
+  if tokens is None:
+    tokens = run.instruments.tokens(number) or 0
+    if run.batch_size is not None:
+      tokens = tokens * rows // run.batch_size
   if number == run.steps:
     _logger.info(
       '%s is finished at step %d: its results are written anew. Raise steps to '
@@ -389,4 +421,11 @@ def _resume_or_start(
     )
   else:
     _logger.info('Resuming %s at step %d.', run.name or run.folder, number)
-  return state, memory, run.constants(), position['record']
+  if rows != run.batch_size and number < run.steps:
+    _logger.info(
+      'Batches of %s rows after %d of %s: training goes on with the row behind '
+      'the last that was seen. Steps and the learning rate count updates as '
+      'before: %d of %d are taken.',
+      *(run.batch_size, number, rows, number, run.steps),
+    )
+  return state, memory, run.constants(), position['record'], tokens

@@ -50,12 +50,29 @@ class Instruments(NamedTuple):
       )
     return row
 
-  def row(self, number: int, values: Mapping[str, Any]) -> dict[str, float]:
+  def tokens(self, number: int, before: tuple[int, int] = (0, 0)) -> int | None:
+    """Tokens of the steps up to a number; None if they have not as many each.
+
+    Args:
+      number: The number of the last of them.
+      before: A number of steps, of perhaps another size, and their tokens.
+    """
+    if self.tokens_per_step is None:
+      return None
+    return before[1] + (number - before[0]) * self.tokens_per_step
+
+  def row(
+    self,
+    number: int,
+    values: Mapping[str, Any],
+    before: tuple[int, int] = (0, 0),
+  ) -> dict[str, float]:
     """The metrics of a step.
 
     Args:
       number: The step's number.
       values: The step's metrics and those of `stats`, on the host.
+      before: As of `tokens`.
 
     Returns:
       Those, and what follows from them.
@@ -63,9 +80,10 @@ class Instruments(NamedTuple):
     row = {name: float(value) for name, value in values.items()}
     # The schedule counts the steps that were taken, not those left out.
     updates = number - 1 - int(row['train/skipped_steps'])
-    if self.tokens_per_step is not None:
+    tokens = self.tokens(number, before)
+    if tokens is not None:
       row['train/perplexity'] = float(np.exp(row['train/loss']))
-      row['train/tokens'] = number * self.tokens_per_step
+      row['train/tokens'] = tokens
     row['optim/learning_rate'] = float(self.schedule(updates))
     row['optim/state_bytes'] = self.state_bytes
     return row

@@ -16,6 +16,7 @@ other weights than the whole one.
 import argparse
 import collections
 import contextlib
+import gzip
 import importlib
 import io
 import json
@@ -44,11 +45,19 @@ TIMEOUT = 300.0  # Seconds of an input.
 AT_ONCE = 40  # Inputs of a process, before another takes over.
 GOOD = ('refused', 'ran')
 
+_LOG = 'worker.log'  # What a process says beside its answers.
+
 _NO_NUMBERS = ('nan', 'inf', '-inf')
 _VALUES = (
   *_NO_NUMBERS,
   *('-1', '0', '1e99', '-1e-9', '100000000000', '1.5', '', 'x', 'None'),
   *('True', '[]', '../..', '/dev/null', 'ß\x7f', '1,,2'),
+)
+# What a number may be, and some that it may not.
+_NUMBERS = (
+  *_NO_NUMBERS,
+  *('-1', '0', '1', '2', '3', '7', '64', '0.5', '0.999', '1.5', '-0.1'),
+  *('1e-30', '1e-9', '1e30', '1e99', '1000000', '4294967296', '100000000000'),
 )
 # Options that say where to write and what to read, or print and end.
 _OTHERS = ('--help', '--config', '--run-dir', '--out', '--model', '--base')
@@ -77,7 +86,7 @@ def command(
 ) -> tuple[str, list[str]]:
   """Module and words of a configuration that writes into a folder."""
   words = CONFIGURATIONS[name].command(root)[1:-1]
-  words = [w.replace('cache', str(folder / 'cache')) for w in words]
+  words = [str(folder / w) if w == 'cache' else w for w in words]
   if words[0] == '-m':
     return words[1], [*words[2:], str(folder / OUTPUT)]
   module = pathlib.PurePath(words[0]).stem
@@ -93,8 +102,15 @@ def flags(
   """A field of the settings with a value that may not fit."""
   name = rng.choice(list(CONFIGURATIONS))
   module, words = command(name, root, folder)
-  option = rng.choice(_options(module))
-  value = rng.choice(_VALUES)
+  options = _options(module)
+  numbers = [name for name, kind in options.items() if kind in _NUMBER_KINDS]
+  # Most of the rest is a choice among words, and refused by its name.
+  is_number = rng.random() < 0.75
+  option = rng.choice(numbers if is_number else sorted(options))
+  values = _NUMBERS if is_number else _VALUES
+  if options[option].endswith('INT'):  # Others are refused by their look.
+    values = [value for value in values if value.lstrip('-').isdigit()]
+  value = rng.choice(values)
   return Input(
     f'{name}: {option} {value!r}',
     module,
@@ -103,11 +119,12 @@ def flags(
   )
 
 
-_options_of: dict[str, list[str]] = {}
+_NUMBER_KINDS = ('INT', 'FLOAT', '{None}|INT', '{None}|FLOAT')
+_options_of: dict[str, dict[str, str]] = {}
 
 
-def _options(module: str) -> list[str]:
-  """The long options of a command, as its help has them."""
+def _options(module: str) -> dict[str, str]:
+  """The long options of a command and what they take, as its help says."""
   if module not in _options_of:
     text = subprocess.run(
       [sys.executable, '-m', module, '--help'],
@@ -117,20 +134,29 @@ def _options(module: str) -> list[str]:
       text=True,
       check=True,
     ).stdout
-    found = set(re.findall(r'(?<!\S)--[a-z][a-z0-9.-]+', text))
-    _options_of[module] = sorted(found.difference(_OTHERS))
+    found = re.findall(r'(?<!\S)(--[a-z][a-z0-9.-]+)(?: (\S+))?', text)
+    _options_of[module] = {
+      name: kind for name, kind in sorted(found) if name not in _OTHERS
+    }
   return _options_of[module]
 
 
 def text(root: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> Input:
   """A damaged file to train a language model on."""
   module, words = command('language model', root, folder)
-  suffix = rng.choice(['.txt', '.jsonl', '.json.gz', '.parquet', '.zst'])
+  suffix = rng.choice(['.txt', '.jsonl', '.jsonl', '.json.gz', '.parquet'])
   path = folder / f'text{suffix}'
   lines = (root / 'text.txt').read_text().splitlines()
-  if suffix == '.jsonl':
-    lines = [json.dumps({'text': line}) for line in lines]
-  path.write_text('\n'.join(lines))
+  if suffix == '.parquet':
+    # Who only tests the campaign need not have it.
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({'text': lines}), path)
+  else:
+    if 'json' in suffix:
+      lines = [json.dumps({'text': line}) for line in lines]
+    content = '\n'.join(lines).encode()
+    path.write_bytes(gzip.compress(content) if '.gz' in suffix else content)
   what = damage(path, rng)
   words[words.index('--data.source') + 1] = str(path)
   return Input(f'{path.name}: {what}', module, words)
@@ -194,10 +220,15 @@ def configurations(
 ) -> Input:
   """A damaged configuration file."""
   module, words = command('language model', root, folder)
-  path = folder / f'config{rng.choice([".py", ".py", ".json", ".yaml", ""])}'
-  parts = re.split(r'(\w+)', _CONFIGURATION)
-  at = rng.randrange(1, len(parts), 2)
-  new = rng.choice(['', 'x', '7', 'None', 'float("nan")', '-1', '"', '(', '\t'])
+  path = folder / f'config{rng.choice([".py"] * 9 + [".yaml"])}'
+  parts = re.split(r"('\w+'|\d[\d.]*|\w+)", _CONFIGURATION)
+  values = [i for i, part in enumerate(parts) if re.match(r"\d|'", part)]
+  words_at = range(1, len(parts), 2)
+  at = rng.choice(values if rng.random() < 0.6 else words_at)
+  new = rng.choice(
+    ['', 'x', '1', '7', '0', '0.5', '1e30', 'None', 'float("nan")', '-1']
+    + ['"', '(', '\t', '"adamw"', '"galore"', 'True', '[]', '10**12']
+  )
   what = f'{parts[at]} became {new!r}'
   parts[at] = new
   path.write_text(''.join(parts))
@@ -364,6 +395,7 @@ def campaign(
   ends: collections.Counter[str] = collections.Counter()
   faults, number = [], 0
   while number < count:
+    first = number
     for row in _rows_of_a_process(root, seed, number, kinds):
       number = row['number'] + 1
       ends[f'{row["kind"]}: {row["end"]}'] += 1
@@ -373,6 +405,9 @@ def campaign(
         say(row['words'])
       if number >= count:
         break
+    if number == first:  # It would be for ever.
+      words = (root / _LOG).read_text(errors='replace')[-1500:]
+      raise RuntimeError(f'No input {number} could be made: {words}')
   return {'seed': seed, 'ends': dict(sorted(ends.items())), 'faults': faults}
 
 
@@ -382,20 +417,21 @@ def _rows_of_a_process(
   """What a worker tells, and what became of it at last."""
   words = [sys.executable, '-m', 'tests.campaign.inputs', '--worker']
   words += [str(root), str(seed), str(first), *kinds]
-  process = subprocess.Popen(
-    words,
-    cwd=ROOT,
-    env=CONFIGURATIONS['language model'].environment(root),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    stdin=subprocess.DEVNULL,
-    bufsize=0,
-  )
+  with (root / _LOG).open('w') as log:
+    process = subprocess.Popen(
+      words,
+      cwd=ROOT,
+      env=CONFIGURATIONS['language model'].environment(root),
+      stdout=subprocess.PIPE,
+      stderr=log,
+      stdin=subprocess.DEVNULL,
+      bufsize=0,
+    )
+  assert process.stdout is not None
   begun, rest = None, b''
   try:
     while True:
       ready, _, _ = select.select([process.stdout], [], [], TIMEOUT)
-      assert process.stdout is not None
       got = process.stdout.read(1 << 16) if ready else None
       if not got:
         if begun is not None:
@@ -410,6 +446,7 @@ def _rows_of_a_process(
   finally:
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 def say(words: str) -> None:

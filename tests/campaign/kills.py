@@ -3,6 +3,7 @@ r"""Kills small runs at any moment, resumes them, and compares what they leave.
   python -m tests.campaign.kills --minutes 60
   python -m tests.campaign.kills --minutes 5 --only GLUE --seed 3
   python -m tests.campaign.kills --minutes 60 --disk
+  python -m tests.campaign.kills --minutes 60 --read-only
 
 Every configuration runs once undisturbed. Then trials follow, one configuration
 after the other, until the time is over: the command runs in an empty folder and
@@ -14,7 +15,8 @@ nothing more beside it. What failed is kept and told; the exit status is 1 then.
 
 With --disk, as root of a Linux, a run is not killed: it has a disk of its own,
 which is full from that moment until the run has ended, by itself, with a clear
-message.
+message. With --read-only, as root of a Linux too, the folders that it writes to
+are read-only from that moment on, and it has to end likewise.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from tests.campaign.configurations import (
   Configuration,
   write_inputs,
 )
+from tests.read_only import read_only
 
 MOST_KILLS = 5  # Of a trial.
 PATIENCE = 120.0  # Seconds in which a run notices that the disk is full.
@@ -140,22 +143,48 @@ def fill(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
   Raises:
     RuntimeError: If it does not end, or not with a message.
   """
-  log = folder.parent / f'{folder.name}.log'
-  begin = log.stat().st_size
   filler = folder / _FILLER
   with contextlib.suppress(OSError), filler.open('wb', buffering=0) as file:
     while True:
       file.write(bytes(4096))
+  with contextlib.ExitStack() as stack:
+    stack.callback(filler.unlink)
+    _await_message(process, folder, 'on a full disk')
+
+
+def close(process: subprocess.Popen[bytes], folder: pathlib.Path) -> None:
+  """Makes folders read-only until a process has ended.
+
+  What it has open already it may write to, as on a disk that fails.
+
+  Raises:
+    RuntimeError: If it does not end, or not with a message.
+  """
+  with contextlib.ExitStack() as stack:
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    for path in found:
+      stack.enter_context(read_only(path))
+    _await_message(process, folder, f'with {len(found)} read-only folders')
+
+
+def _await_message(
+  process: subprocess.Popen[bytes], folder: pathlib.Path, where: str
+) -> None:
+  """Waits for a process that cannot write any more.
+
+  Raises:
+    RuntimeError: If it does not end, or not with a message.
+  """
+  log = folder.parent / f'{folder.name}.log'
+  begin = log.stat().st_size
   try:
     status = process.wait(PATIENCE)
   except subprocess.TimeoutExpired:
     kill(process, folder)
-    raise RuntimeError(f'runs on {PATIENCE:.0f} s on a full disk') from None
-  finally:
-    filler.unlink()
+    raise RuntimeError(f'runs on {PATIENCE:.0f} s {where}') from None
   words = log.read_bytes()[begin:].decode(errors='replace')
   if 'Traceback' in words or (status and 'error' not in words):
-    raise RuntimeError(f'on a full disk, exit status {status}: {words[-1500:]}')
+    raise RuntimeError(f'{where}, exit status {status}: {words[-1500:]}')
 
 
 @contextlib.contextmanager
@@ -273,7 +302,7 @@ def campaign(
     minutes: After that many no further trial begins.
     seed: Of the moments.
     root: An empty folder. What failed stays in it.
-    strike: `kill` or `fill`.
+    strike: `kill`, `fill` or `close`.
 
   Returns:
     Counts of trials and of kills by kind, and what failed.
@@ -331,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
   add('--only', default='', help='configurations whose name has this')
   add('--seed', type=int, default=0, help='of the moments')
   add('--disk', action='store_true', help='fill the disk instead of killing')
+  add('--read-only', action='store_true', help='make folders read-only instead')
   add('--folder', type=pathlib.Path, help='an empty one; default: temporary')
   add('--output', type=pathlib.Path, help='a JSON file of what was found')
   args = parser.parse_args(arguments)
@@ -341,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
   root.mkdir(parents=True, exist_ok=True)
   # Orbax warns of every checkpoint that it reads without a device.
   logging.getLogger('absl').setLevel(logging.ERROR)
-  strike = fill if args.disk else kill
+  strike = fill if args.disk else close if args.read_only else kill
   found = campaign(names, args.minutes, args.seed, root.resolve(), strike)
   text = json.dumps(found, indent=2)
   if args.output:

@@ -1,5 +1,6 @@
 """The campaign of bad inputs: which ends it takes for faults."""
 
+import importlib.util
 import json
 import pathlib
 import random
@@ -9,6 +10,7 @@ import types
 import pytest
 
 from tests.campaign import inputs
+from tests.campaign.configurations import CONFIGURATIONS
 
 
 def told(monkeypatch, tmp_path, main, **given):
@@ -51,6 +53,28 @@ def train(words):
 )
 def test_end_of_a_command_is_judged(monkeypatch, tmp_path, main, end):
   assert told(monkeypatch, tmp_path, main)[0] == end
+
+
+def test_commands_are_right_but_for_what_is_bad(tmp_path):
+  """Each of a configuration's own words is there, and its cache is apart."""
+  for name, configuration in CONFIGURATIONS.items():
+    module, words = inputs.command(name, tmp_path, tmp_path / 'one')
+    whole = configuration.command(tmp_path)[1:-1]
+    options = [word for word in whole if word.startswith('--')]
+    assert [word for word in words if word.startswith('--')] == options
+    assert words[-1] == str(tmp_path / 'one/run') and 'cache' not in words
+    if '--data.cache-dir' in words:
+      at = words[words.index('--data.cache-dir') + 1]
+      assert at == str(tmp_path / 'one/cache')
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_inputs_that_cannot_be_made_end_the_campaign(monkeypatch, tmp_path):
+  monkeypatch.setattr(inputs, 'write_inputs', lambda root: None)
+  with pytest.raises(
+    RuntimeError, match='(?s)No input 0 could be made: .*KeyError'
+  ):
+    inputs.campaign(1, 0, ['no such kind'], tmp_path)
 
 
 def test_number_that_is_none_must_not_be_taken(monkeypatch, tmp_path):

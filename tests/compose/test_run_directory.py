@@ -170,3 +170,19 @@ def test_program_does_not_replace_a_model_of_its_user(
   assert f'its end would replace {tmp_path / name}' in capsys.readouterr().err
   left = [path for path in tmp_path.rglob('*') if path.is_file()]
   assert left == [tmp_path / name / 'model.safetensors']
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path):
+  (tmp_path / 'metrics.jsonl').symlink_to('nowhere')  # As before.
+  with run_directory.opened(tmp_path):
+    pass
+  (tmp_path / 'metrics.jsonl').unlink()
+  os.mkfifo(tmp_path / 'metrics.jsonl')
+  text = (
+    f'{tmp_path / "metrics.jsonl"} is neither a file nor a folder, but a pipe, '
+    'a socket or a device, which a run would wait for. Remove it, or use '
+    'another run directory.'
+  )
+  with pytest.raises(ValueError, match=f'^{re.escape(text)}$'):
+    with run_directory.opened(tmp_path):
+      pass

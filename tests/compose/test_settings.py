@@ -17,8 +17,8 @@ from gnlorp_jax.compose.settings import (
 # field must be judged here.
 KINDS = {
   RunConfig: {
-    'fixed': 'batch_size seed',
-    'result': 'steps micro_batches init_from eval_every patience',
+    'fixed': 'seed',
+    'result': 'batch_size steps micro_batches init_from eval_every patience',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
     'log_every log dry_run accept',
   },

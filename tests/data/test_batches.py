@@ -230,6 +230,36 @@ def test_state_may_be_set_on_a_running_iterator(packed):
   assert_same(take(iterator, 5), expected)
 
 
+def test_another_batch_size_sees_the_same_sequences_in_the_same_order(packed):
+  """From 4 to 2 to 8, within an epoch and over its end; seeds too."""
+  options = {'seed': 3, 'prefetch': 0, 'with_seeds': True}
+  rows = {'inputs': [], 'seeds': []}
+  state = {'sequences': 0}
+  # An epoch has fewer rows than the first two parts together.
+  for size, number in ((4, 3), (2, 5), (8, 4)):
+    part = iterate(packed, batch_size=size, **options)
+    part.set_state(state)
+    for batch in take(part, number):
+      for name, found in rows.items():
+        found += list(batch[name])
+    state = json.loads(json.dumps(part.get_state()))
+  assert state == {'sequences': 12 + 10 + 32}
+  whole = take(iterate(packed, batch_size=9, **options), 6)
+  for name, found in rows.items():
+    expected = np.concatenate([batch[name] for batch in whole])
+    np.testing.assert_array_equal(np.stack(found), expected)
+
+
+def test_positions_were_numbers_of_batches_before(packed):
+  expected = take(iterate(packed, batch_size=4, seed=3, prefetch=0), 5)
+  again = iterate(packed, batch_size=4, seed=3, prefetch=0)
+  again.set_state({'next_index': 3})
+  assert_same(take(again, 2), expected[3:])
+  half = iterate(packed, batch_size=2, seed=3, prefetch=0)
+  half.set_state({'next_index': 3, 'batch_size': 4})
+  np.testing.assert_array_equal(next(half)['inputs'], expected[3]['inputs'][:2])
+
+
 @pytest.mark.parametrize('repeat', [True, False])
 @pytest.mark.parametrize('count', [2, 3, 6])
 def test_processes_share_each_batch(packed, count, repeat):

@@ -364,12 +364,22 @@ def test_training_batches_go_on_from_any_position(encoded, number):
   first = training_batches(few)
   take(first, number)
   position = first.get_state()
-  assert position == {'taken': number}
+  epoch, batch = divmod(number, 4)
+  assert position == {'sequences': 50 * epoch + 16 * batch, 'drawn_for': 16}
   later = training_batches(few)
   take(later, 2)  # Whatever was taken before.
   later.set_state(position)
   assert_equal(take(later, 11 - number), expected[number:])
   assert later.get_state() == whole.get_state()
+
+
+def test_positions_were_numbers_of_batches_before(encoded):
+  few = encoded[:50]
+  expected = take(training_batches(few), 11)
+  for number in (0, 3, 4, 9):
+    later = training_batches(few)
+    later.set_state({'taken': number})
+    assert_equal(take(later, 2), expected[number : number + 2])
 
 
 def test_rows_of_processes_joined_are_those_of_one(encoded):

@@ -26,3 +26,56 @@ def test_seeds_are_distinct():
   seeds = ordering.mix(np.uint32(2**32 - 5), positions)
   assert seeds.dtype == np.uint32 and len(set(seeds.tolist())) == 10_000
   assert not np.array_equal(seeds, ordering.mix(np.uint32(7), positions))
+
+
+def epochs(batch_size, **options):
+  return ordering.Epochs(
+    np.arange(22) % 7, batch_size, **({'seed': 1} | options)
+  )
+
+
+@pytest.mark.parametrize('cuts', [(3, 2, 9), (2, 5, 6), (0, 11, 4)])
+def test_another_batch_size_sees_the_same_examples_in_the_same_order(cuts):
+  """Through the end of an epoch too, whose last batch is shorter."""
+  whole = epochs(4)
+  expected = np.concatenate([whole.take()[0] for _ in range(30)])
+  found, offsets, state = [], [], None
+  for size, number in zip((4, 2, 8), cuts, strict=True):
+    part = epochs(size)
+    if state is not None:
+      part.set_state(state)
+    batches = [part.take() for _ in range(number)]
+    assert all(len(index) <= size for index, _ in batches)
+    found += [index for index, _ in batches]
+    offsets += [(len(index), offset) for index, offset in batches]
+    state = part.get_state()
+  seen = np.concatenate(found)
+  assert state == {'sequences': len(seen), 'drawn_for': 4} and len(seen) > 22
+  np.testing.assert_array_equal(seen, expected[: len(seen)])
+  # No batch has examples of two epochs: seeds of each are its own.
+  of_rows = np.repeat([o for _, o in offsets], [n for n, _ in offsets])
+  assert len(set(of_rows[:22])) == 1 and of_rows[22] != of_rows[21]
+
+
+def test_batches_behind_a_position_are_those_of_the_size_of_now():
+  whole = epochs(4)
+  for number in range(15):
+    assert whole.batches_behind == number
+    whole.take()
+  # 22 examples are 6 batches of 4, of 8 they are 3.
+  half = epochs(8)
+  for taken, behind in ((0, 0), (8, 1), (12, 1), (16, 2), (20, 2), (22, 3)):
+    half.set_state({'sequences': taken, 'drawn_for': 4})
+    assert half.batches_behind == behind
+    half.set_state({'sequences': 44 + taken, 'drawn_for': 4})
+    assert half.batches_behind == 6 + behind
+
+
+def test_positions_were_numbers_of_batches_before():
+  """Of a size that the checkpoint says, or else of that of now."""
+  whole, again, other = epochs(4), epochs(4), epochs(2)
+  for _ in range(8):  # Six of an epoch, and two.
+    whole.take()
+  again.set_state({'taken': 8})
+  other.set_state({'taken': 8, 'batch_size': 4})
+  assert again.get_state() == other.get_state() == whole.get_state()

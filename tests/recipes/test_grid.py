@@ -12,6 +12,7 @@ import pytest
 
 from gnlorp_jax.recipes import grid
 from gnlorp_jax.training import loop, monitor
+from gnlorp_jax.training.compatibility import Since
 from gnlorp_jax.training.interrupt import Interrupted
 
 
@@ -119,6 +120,7 @@ def member(tmp_path):
     folder=tmp_path,
     metadata={'optim.rank': 2, 'rules': ('a',)},
     accepted=(),
+    since=Since(),
   )
   finished = []
   made = grid.Member(

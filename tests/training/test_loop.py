@@ -15,7 +15,9 @@ import pytest
 
 from gnlorp_jax.training import loop, metrics, monitor, sharding
 from gnlorp_jax.training.checkpoint import Checkpointer
+from gnlorp_jax.training.compatibility import Since
 from gnlorp_jax.training.interrupt import Interrupted
+from gnlorp_jax.training.keeper import Keeper
 from gnlorp_jax.training.monitor import DivergedError, Instruments
 from gnlorp_jax.training.selection.selection import without_memory
 from gnlorp_jax.training.state import TrainState
@@ -196,6 +198,73 @@ def lower(found, best):
 
 def gain(number):
   return 0.5 + 0.1 * (number % 3)
+
+
+class Rows(Batches):
+  """Batches of any size of rows that are counted."""
+
+  def __next__(self):
+    self.taken += self._rows
+    numbers = range(self.taken - self._rows, self.taken)
+    drawn = [draw(number, 1) for number in numbers]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *drawn)
+
+  def get_state(self):
+    return {'sequences': self.taken}
+
+  def set_state(self, state):
+    self.taken = state.get('sequences')
+    if self.taken is None:
+      self.taken = state['batches'] * state['batch_size']
+
+
+@pytest.mark.parametrize('is_old', [False, True])
+def test_a_run_goes_on_with_another_batch_size(tmp_path, caplog, is_old):
+  """Four steps of 4 rows and two of 8 see rows 0 to 31, each once."""
+  counted = {'tokens_per_step': 4 * D}
+  usual = make_run(tmp_path).instruments
+  options = {'steps': 4, 'batches': Rows(4), 'batch_size': 4}
+  began = make_run(tmp_path, instruments=usual._replace(**counted), **options)
+  loop.train(began, Stop())
+  metadata = {'features': D}
+  if is_old:
+    # Which count batches, and have their size among what could not change.
+    kept, position = read_state(tmp_path)
+    shutil.rmtree(tmp_path / 'checkpoints')
+    old = {'batches': {'batches': 4}, 'record': position['record']}
+    with Checkpointer(tmp_path / 'checkpoints') as saved:
+      saved.save(4, kept, old, metadata | {'batch_size': 4})
+  caplog.set_level(logging.INFO)
+  batches = Rows(8)
+  counted = {'tokens_per_step': 8 * D}
+  outcome = loop.train(
+    make_run(
+      *(tmp_path,),
+      steps=6,
+      batches=batches,
+      batch_size=8,
+      instruments=usual._replace(**counted),
+      since=Since(may_change=frozenset({'batch_size'})),
+    ),
+    Stop(),
+  )
+  assert (
+    'Batches of 8 rows after 4 of 4: training goes on with the row behind the '
+    'last that was seen. Steps and the learning rate count updates as before: '
+    '4 of 6 are taken.'
+  ) in caplog.messages
+  assert batches.taken == 32
+  rows = [row for row in read_rows(tmp_path) if 'train/tokens' in row]
+  tokens = {row['step']: row['train/tokens'] for row in rows}
+  assert tokens[4] == 16 * D and tokens[6] == 32 * D
+  stream, w_D, momentum_D = Rows(1), np.zeros(D), np.zeros(D)
+  for size in (4, 4, 4, 4, 8, 8):
+    rows = [next(stream) for _ in range(size)]
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), *rows)
+    errors = batch['inputs'] @ w_D - batch['targets']
+    momentum_D = DECAY * momentum_D + 2 * errors @ batch['inputs'] / size
+    w_D = w_D - RATE * momentum_D
+  np.testing.assert_allclose(outcome.params['w'], w_D, rtol=1e-4)
 
 
 # Every optional part of a run, and what NumPy is told of it. 'all' are all but
@@ -553,6 +622,24 @@ def test_best_parameters_are_kept_and_returned(tmp_path):
   np.testing.assert_allclose(outcome.params['w'], simulate()[8], rtol=1e-5)
   kept = sorted(int(path.name) for path in (tmp_path / 'best').iterdir())
   assert kept == [4, 8]
+
+
+def test_weights_that_are_not_finite_are_never_the_best(tmp_path):
+  """A share of right answers is a number whatever the weights are."""
+  record = {'best': {'step': 2, 'loss': 2.0}, 'last': {'step': 2, 'loss': 2.0}}
+  params = fresh().params
+  options = (tmp_path, lower, None, abstract().params, {})
+  with Keeper(*options, record) as keeper:
+    with pytest.raises(
+      DivergedError, match='^The weights are not finite at st'
+    ):
+      keeper.note(4, {'loss': 1.0}, {'w': params['w'] * jnp.nan})
+    assert keeper.record['best'] == record['best']
+    assert not list(tmp_path.glob('[0-9]*'))
+    # What is no better is not kept, and not looked at.
+    assert not keeper.note(6, {'loss': 3.0}, {'w': params['w'] * jnp.nan})
+    assert keeper.note(8, {'loss': 1.0}, params)
+  assert [path.name for path in tmp_path.glob('[0-9]*')] == ['8']
 
 
 def test_equal_evaluations_leave_the_first_the_best(tmp_path):

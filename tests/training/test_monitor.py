@@ -43,6 +43,13 @@ def test_row_tells_what_follows_from_a_step():
   assert all(isinstance(value, float | int) for value in row.values())
 
 
+def test_tokens_go_on_from_those_of_steps_of_another_size():
+  values = {'train/loss': 2.0, 'train/skipped_steps': 0}
+  row = instruments(tokens_per_step=32).row(10, values, (7, 100))
+  assert row['train/tokens'] == 100 + 3 * 32
+  assert instruments().tokens(10, (7, 0)) is None
+
+
 def test_row_of_steps_of_many_lengths_has_no_perplexity():
   values = {'train/loss': 2.0, 'train/skipped_steps': 0}
   row = instruments().row(1, values)

@@ -85,6 +85,11 @@ class _Rows:
   def __len__(self) -> int:
     return len(self._members)
 
+  @property
+  def least_length(self) -> int:
+    """T of the batch of the shortest row."""
+    return self._padded(int(self.lengths_R.min()))
+
   def batch(self, index: np.ndarray) -> dict[str, np.ndarray]:
     """This process's rows of a batch, of which there may be too few.
 
@@ -234,35 +239,33 @@ class TrainingBatches:
       process_count=process_count,
     )
     self._batch_size = batch_size
-    self._seed = seed
     self._with_seeds = with_seeds
-    self.batches_per_epoch = math.ceil(len(self._rows) / batch_size)
-    self.set_state({'taken': 0})
+    # Packed rows are all full, as far as computing goes.
+    lengths_R = self._rows.lengths_R * (not packing)
+    self._epochs = ordering.Epochs(lengths_R, batch_size, seed)
+    self.batches_per_epoch = self._epochs.batches_per_epoch
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    epoch, number = divmod(self._taken, self.batches_per_epoch)
-    if epoch != self._epoch:
-      self._begin(epoch)
-    index = self._plan[number]
+    index, offset = self._epochs.take()
     batch = self._rows.batch(index)
     if self._with_seeds:
       filled = np.arange(self._batch_size - len(index)) + len(self._rows)
       rows = np.concatenate([index, filled])[self._rows.own]
-      batch['seeds'] = ordering.mix(self._offset, rows)
-    self._taken += 1
+      batch['seeds'] = ordering.mix(offset, rows)
     return batch
 
-  def _begin(self, epoch: int) -> None:
-    self._epoch = epoch
-    # Packed rows are all full, as far as computing goes.
-    lengths_R = self._rows.lengths_R * (not self._rows.packing)
-    rng = np.random.default_rng([self._seed, epoch])
-    self._plan = ordering.shuffled(lengths_R, self._batch_size, rng, False)
-    mixed = np.random.SeedSequence([self._seed, epoch])
-    self._offset = mixed.generate_state(1)[0]
+  @property
+  def least_length(self) -> int:
+    """T of a batch at least, be it of the shortest rows."""
+    return self._rows.least_length
+
+  @property
+  def batches_behind(self) -> int:
+    """As of `ordering.Epochs`."""
+    return self._epochs.batches_behind
 
   def rows_by_source(self, count: int) -> tuple[int, ...]:
     """Rows that each of `count` sources has."""
@@ -271,14 +274,16 @@ class TrainingBatches:
     rows = np.bincount(self._rows.source_R, minlength=count)
     return tuple(map(int, rows))
 
-  def get_state(self) -> dict[str, Any]:
-    """The position: the number of batches taken, fit for JSON."""
-    return {'taken': self._taken}
+  def get_state(self) -> dict[str, int]:
+    """The position: the number of rows taken, fit for JSON."""
+    return self._epochs.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on behind the position that `get_state` returned."""
-    self._taken = state['taken']
-    self._epoch = -1
+    """Goes on behind the position that `get_state` returned.
+
+    The batches before may have had another size (`ordering.Epochs`).
+    """
+    self._epochs.set_state(state)
 
   def close(self) -> None:
     """Ends the iterator, which holds nothing open."""

@@ -10,6 +10,7 @@ from gnlorp_jax.data.glue.batching import (
   TrainingBatches,
   batches,
   encode,
+  least_length,
   num_batches,
 )
 from gnlorp_jax.data.glue.demo import generated_task, generated_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
   'get_task',
   'has_split',
   'infer_labels',
+  'least_length',
   'num_batches',
   'read',
   'read_file',

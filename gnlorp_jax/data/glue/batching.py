@@ -3,7 +3,6 @@
 Shape suffixes: N examples, B rows of a batch, T positions.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -73,6 +72,12 @@ def num_batches(
   return math.ceil(num_examples / batch_size)
 
 
+def least_length(encoded: Sequence[np.ndarray], buckets: Sequence[int]) -> int:
+  """T of a batch at least: that of the shortest row."""
+  shortest = min(map(len, encoded))
+  return next(bucket for bucket in buckets if bucket >= shortest)
+
+
 def batches(
   encoded: Sequence[np.ndarray],
   labels: np.ndarray | None,
@@ -135,21 +140,11 @@ def batches(
     ValueError: If an argument is out of range, there are no examples, or a row
       is longer than the last bucket.
   """
-  lengths_N = np.array([len(ids) for ids in encoded], np.int64)
-  if min(batch_size, 1 + seed, 1 + epoch, 1 + start) < 1:
-    raise ValueError(
-      f'batch_size={batch_size} must be at least 1, and seed={seed}, epoch='
-      f'{epoch} and start={start} at least 0.'
-    )
-  if not buckets or min(buckets) < 1 or sorted(set(buckets)) != list(buckets):
-    raise ValueError(
-      f'buckets={buckets} must be positive lengths in ascending order.'
-    )
-  if batch_size % process_count:
-    raise ValueError(
-      f'batch_size={batch_size} must be a multiple of process_count='
-      f'{process_count}.'
-    )
+  if min(1 + epoch, 1 + start) < 1:
+    raise ValueError(f'epoch={epoch} and start={start} must be at least 0.')
+  lengths_N = _checked_lengths(
+    encoded, labels, batch_size, buckets, seed, process_count
+  )
   total = num_batches(len(encoded), batch_size, drop_remainder=drop_remainder)
   if not total:
     raise ValueError(
@@ -159,13 +154,6 @@ def batches(
   if start > total:
     raise ValueError(
       f'start={start} is beyond the {total} batches of an epoch.'
-    )
-  if labels is not None and len(labels) != len(encoded):
-    raise ValueError(f'{len(encoded)} examples have {len(labels)} labels.')
-  if lengths_N.max() > buckets[-1]:
-    raise ValueError(
-      f'The longest row has {lengths_N.max()} tokens, the last bucket '
-      f'{buckets[-1]}. Encode with max_length={buckets[-1]} or add a bucket.'
     )
   rng = np.random.default_rng([seed, epoch])
   if shuffle:
@@ -181,6 +169,43 @@ def batches(
     _batch(encoded, labels, index, batch_size, pad_id, buckets, offset, own)
     for index in plan[start:]
   )
+
+
+def _checked_lengths(
+  encoded: Sequence[np.ndarray],
+  labels: np.ndarray | None,
+  batch_size: int,
+  buckets: tuple[int, ...],
+  seed: int,
+  process_count: int,
+) -> np.ndarray:
+  """Tokens of each example, if there can be batches of them."""
+  lengths_N = np.array([len(ids) for ids in encoded], np.int64)
+  if min(batch_size, 1 + seed) < 1:
+    raise ValueError(
+      f'batch_size={batch_size} must be at least 1, and seed={seed} at least 0.'
+    )
+  if not buckets or min(buckets) < 1 or sorted(set(buckets)) != list(buckets):
+    raise ValueError(
+      f'buckets={buckets} must be positive lengths in ascending order.'
+    )
+  if batch_size % process_count:
+    raise ValueError(
+      f'batch_size={batch_size} must be a multiple of process_count='
+      f'{process_count}.'
+    )
+  if not len(encoded):
+    raise ValueError(
+      f'0 examples give no batch of {batch_size}. Name files that have some.'
+    )
+  if labels is not None and len(labels) != len(encoded):
+    raise ValueError(f'{len(encoded)} examples have {len(labels)} labels.')
+  if lengths_N.max() > buckets[-1]:
+    raise ValueError(
+      f'The longest row has {lengths_N.max()} tokens, the last bucket '
+      f'{buckets[-1]}. Encode with max_length={buckets[-1]} or add a bucket.'
+    )
+  return lengths_N
 
 
 def _batch(
@@ -242,38 +267,30 @@ class TrainingBatches:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    self._epoch_batches = functools.partial(
-      batches,
-      encoded,
-      labels,
-      batch_size=batch_size,
-      pad_id=pad_id,
-      buckets=buckets,
-      seed=seed,
-      shuffle=True,
-      process_index=process_index,
-      process_count=process_count,
+    lengths_N = _checked_lengths(
+      encoded, labels, batch_size, buckets, seed, process_count
     )
-    self._per_epoch = num_batches(len(encoded), batch_size)
-    self.set_state({'taken': 0})
+    self._epochs = ordering.Epochs(lengths_N, batch_size, seed)
+    count = batch_size // process_count
+    own = slice(process_index * count, (process_index + 1) * count)
+    self._make = lambda index, offset: _batch(
+      encoded, labels, index, batch_size, pad_id, buckets, offset, own
+    )
 
   def __iter__(self):
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    batch = next(self._rest, None)
-    if batch is None:  # The next epoch begins.
-      self.set_state({'taken': self._taken})
-      batch = next(self._rest)
-    self._taken += 1
+    batch = self._make(*self._epochs.take())
     return {name: rows for name, rows in batch.items() if name != 'index'}
 
   def get_state(self) -> dict[str, int]:
-    """The position: the number of batches taken."""
-    return {'taken': self._taken}
+    """The position: the number of examples taken."""
+    return self._epochs.get_state()
 
   def set_state(self, state: dict[str, int]) -> None:
-    """Goes on behind the position that `get_state` returned."""
-    self._taken = state['taken']
-    epoch, start = divmod(self._taken, self._per_epoch)
-    self._rest = self._epoch_batches(epoch=epoch, start=start)
+    """Goes on behind the position that `get_state` returned.
+
+    The batches before may have had another size (`ordering.Epochs`).
+    """
+    self._epochs.set_state(state)

@@ -31,6 +31,7 @@ from gnlorp_jax.compose.settings import (
   SamplingOptions,
   StepConfig,
   fixed_settings,
+  since_before,
   words,
 )
 from gnlorp_jax.data import glue
@@ -258,11 +259,17 @@ def prepare(config: GlueConfig, data: tasks.TaskData, method: str) -> Prepared:
   steps = config.epochs * per_epoch
   if config.steps is not None:
     steps = min(steps, config.steps)
+  built = build_program(config, data.architecture, data.task, mesh, steps)
+  memory.check_step(
+    *(built, data.architecture, config.batch_size),
+    glue.least_length(data.train.encoded, data.buckets),
+    *(config.step, config.micro_batches),
+  )
   return Prepared(
     config=config,
     method=method,
     data=data,
-    program=build_program(config, data.architecture, data.task, mesh, steps),
+    program=built,
     steps=steps,
     steps_per_epoch=per_epoch,
   )
@@ -336,6 +343,7 @@ def make_run(
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    since=since_before(config, compared=True),
     batch_size=config.batch_size,
   )
   return Member(

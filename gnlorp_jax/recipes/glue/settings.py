@@ -95,7 +95,7 @@ class GlueConfig(RunConfig):
   steps: int | None = result(None)
   """Ends a run after so many steps, if the epochs are not over before; the
   learning rate decays over the steps that are taken."""
-  batch_size: int | None = None
+  batch_size: int | None = result(None)
   """Examples per step, over all devices; None: 16, and 32 for cola."""
   eval_batch_size: int = free(32)
   """Examples per batch of an evaluation."""

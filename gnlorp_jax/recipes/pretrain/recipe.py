@@ -22,7 +22,11 @@ from gnlorp_jax.compose import (
   program,
   scores,
 )
-from gnlorp_jax.compose.settings import fixed_settings, words
+from gnlorp_jax.compose.settings import (
+  fixed_settings,
+  since_before,
+  words,
+)
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.recipes.pretrain import data
@@ -135,6 +139,11 @@ def prepare(config: TrainConfig) -> Prepared:
   asked = language_model.read_tasks(config.eval)
   planned = plan(config)
   memory.check_run(planned.program)
+  memory.check_step(
+    *(planned.program, planned.config.model),
+    *(config.batch_size, config.data.seq_len),
+    *(config.step, config.micro_batches),
+  )
   for task in asked:
     scores.check_room(task, planned.config.model.max_seq_len, None)
   if parameters.is_folder(config.init_from):
@@ -188,6 +197,7 @@ def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    since=since_before(config, compared=not prepared.config.is_single),
     select=coreset.make(
       *(config.coreset, built, config.model),
       batch_size=config.batch_size,

@@ -115,8 +115,9 @@ class TrainConfig(RunConfig):
   checkpoints is resumed."""
   steps: int = result(300)
   """Number of optimizer steps of the whole run."""
-  batch_size: int = 16
-  """Sequences per step, over all devices."""
+  batch_size: int = result(16)
+  """Sequences per step, over all devices. A run may go on with another, from
+  the sequence behind the last that was seen."""
   eval_every: int = result(100)
   """Steps between two evaluations on the validation text."""
   eval_batches: int | None = result(None)

@@ -21,13 +21,23 @@ from gnlorp_jax.compose import (
   program,
   scores,
 )
-from gnlorp_jax.compose.settings import fixed_settings, words
+from gnlorp_jax.compose.settings import (
+  fixed_settings,
+  since_before,
+  words,
+)
 from gnlorp_jax.data import chat
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.chat import demo
 from gnlorp_jax.recipes.sft import data, evaluation, protocol
 from gnlorp_jax.recipes.sft.settings import SftConfig
-from gnlorp_jax.training import distributed, loop, metrics, objectives
+from gnlorp_jax.training import (
+  distributed,
+  loop,
+  metrics,
+  objectives,
+  positions,
+)
 from gnlorp_jax.training.selection.selection import Selection
 
 _logger = logging.getLogger(__name__)
@@ -51,6 +61,9 @@ class Prepared(NamedTuple):
   chat: data.Chat
   tasks: tuple[data_tasks.Task, ...]  # Asked at every evaluation.
   steps_per_epoch: int
+  # Taken beyond those that batches of this size would have taken: not 0 where
+  # a run began with another.
+  more_steps: int = 0
 
   @property
   def evaluates(self) -> bool:
@@ -154,14 +167,20 @@ def prepare(config: SftConfig) -> Prepared:
     scores.check_room(task, config.model.max_seq_len, None)
   found = distributed.in_turn(lambda: data.load(config))
   # The schedule needs to know how long the run is.
-  per_epoch = data.training_batches(config, found).batches_per_epoch
+  batches = data.training_batches(config, found)
+  per_epoch = batches.batches_per_epoch
+  more = _more_steps(config, batches)
   # Not a step more because 0.55 is a little more than it says.
-  steps = math.ceil(round(config.epochs * per_epoch, 6))
+  steps = max(1, more + math.ceil(round(config.epochs * per_epoch, 6)))
   if config.steps is not None:
     steps = min(steps, config.steps)
   _tell_length(config, per_epoch, steps)
   built = _build(config, steps)
   memory.check_run(built)
+  memory.check_step(
+    *(built, config.model, config.batch_size, batches.least_length),
+    *(config.step, config.micro_batches),
+  )
   language_model.tell_start(config.init_from, config.model)
   return Prepared(
     dataclasses.replace(config, steps=steps),
@@ -169,7 +188,26 @@ def prepare(config: SftConfig) -> Prepared:
     found,
     tasks,
     per_epoch,
+    more,
   )
+
+
+def _more_steps(config: SftConfig, batches: chat.TrainingBatches) -> int:
+  """Steps taken beyond those that batches of this size would have taken.
+
+  They are less than 0 if a run began with larger ones.
+  """
+  if not config.is_single:  # Of a grid all have one size.
+    return 0
+  rows = config.coreset.rows_per_step(config.batch_size)
+  found = positions.newest(pathlib.Path(config.run_dir), rows)
+  if found is None:
+    return 0
+  number, position = found
+  if position.keys().isdisjoint({'drawn_for', 'taken'}):
+    return 0  # Of another recipe, as the loop will tell.
+  batches.set_state(position)
+  return number - batches.batches_behind
 
 
 def _tell_length(config: SftConfig, per_epoch: int, steps: int) -> None:
@@ -221,7 +259,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     evaluate=evaluation.evaluator(
       *(built, prepared.chat, prepared.tasks, config),
       # Each step takes a batch.
-      lambda: batches.get_state()['taken'],
+      lambda: prepared.more_steps + batches.batches_behind,
     ),
     instruments=built.instruments(
       config.optim,
@@ -244,6 +282,7 @@ def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:
     patience=config.patience,
     log=metrics.Log(config.log, dataclasses.asdict(config)),
     accepted=words(config.accept or ''),
+    since=since_before(config, compared=not prepared.config.is_single),
     select=_selection(prepared, config, batches),
     renew=lambda state: built.renew(state, numbers),
     batch_size=config.coreset.rows_per_step(config.batch_size),

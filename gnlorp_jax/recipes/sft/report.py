@@ -123,7 +123,9 @@ def summarise(
     ),
     'optimizer_state_bytes': built.state_bytes,
     'steps': record['last']['step'],
-    'epochs': record['last']['step'] / prepared.steps_per_epoch,
+    'epochs': (
+      (record['last']['step'] - prepared.more_steps) / prepared.steps_per_epoch
+    ),
     'data': {
       name: dataclasses.asdict(counts)
       for name, counts in prepared.chat.examples.report.items()

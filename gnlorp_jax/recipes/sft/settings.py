@@ -128,8 +128,9 @@ class SftConfig(RunConfig):
   steps: int | None = result(None)
   """Ends a run after so many steps, if the epochs are not over before; the
   learning rate decays over the steps that are taken."""
-  batch_size: int | None = None
-  """Rows per step, over all devices; None: 8, and 16 of the demo."""
+  batch_size: int | None = result(None)
+  """Rows per step, over all devices; None: 8, and 16 of the demo. A run may go
+  on with another, from the row behind the last that was seen."""
   eval_every: int | None = result(None)
   """Steps between two evaluations; None evaluates after every epoch."""
   checkpoint_every: int | None = free(None)

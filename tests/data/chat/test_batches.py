@@ -212,6 +212,38 @@ def test_rows_of_a_batch_are_of_similar_length():
 
 
 @pytest.mark.parametrize('packing', [False, True])
+def test_another_batch_size_learns_the_same_rows_in_the_same_order(packing):
+  """From 4 to 2 to 8, within an epoch and over the end of two."""
+  examples = [example(n, n - 1) for n in (5, 9, 3, 12, 7, 4, 11, 6, 8, 10)]
+
+  def made(size, state=None):
+    found = chat.TrainingBatches(
+      examples, **options(packing, size), seed=2, with_seeds=True
+    )
+    if state is not None:
+      found.set_state(state)
+    return found
+
+  def rows(batch):
+    """Tokens and seeds of the rows that count."""
+    for inputs, seed, weights in zip(
+      batch['inputs'], batch['seeds'], batch['weights'], strict=True
+    ):
+      if weights.any():
+        yield inputs[inputs != PAD].tolist(), int(seed)
+
+  whole, state, found = made(4), None, []
+  expected = [row for _ in range(12) for row in rows(next(whole))]
+  for size, number in ((4, 1), (2, 2), (8, 4)):
+    part = made(size, state)
+    found += [row for _ in range(number) for row in rows(next(part))]
+    state = part.get_state()
+  assert state == {'sequences': len(found), 'drawn_for': 4}
+  assert found == expected[: len(found)]
+  assert len(found) > len({str(tokens) for tokens, _ in found})  # Two epochs.
+
+
+@pytest.mark.parametrize('packing', [False, True])
 @small_chat.FEW
 @hypothesis.given(
   examples=EXAMPLES, stop=st.integers(0, 9), seed=st.integers(0, 3)

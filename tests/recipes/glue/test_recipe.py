@@ -263,7 +263,10 @@ def test_batches_go_on_from_any_step_and_epochs_differ(data, prepare):
   batches = [next(whole) for _ in range(7)]
   for number in (1, 3, 5):
     again = new_run(prepared).batches
-    again.set_state({'taken': number})
+    earlier = new_run(prepared).batches
+    for _ in range(number):
+      next(earlier)
+    again.set_state(earlier.get_state())
     later = next(again)
     for name, rows in later.items():
       np.testing.assert_array_equal(rows, batches[number][name])

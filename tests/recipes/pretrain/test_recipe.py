@@ -14,11 +14,12 @@ from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
   StepConfig,
+  since_before,
 )
 from gnlorp_jax.models import hf, llama
 from gnlorp_jax.recipes.pretrain import recipe
 from gnlorp_jax.recipes.pretrain.settings import DataConfig, TrainConfig
-from gnlorp_jax.training.checkpoint import check_compatible
+from gnlorp_jax.training.compatibility import check_compatible
 
 TINY = llama.LlamaConfig(
   vocab_size=300,
@@ -155,7 +156,6 @@ SHAPING = [
   ({'data__seq_len': 4}, 'data.seq_len 8 != 4'),
   ({'content': 'd'}, 'data.tokens 100 (c) != 100 (d)'),
   ({'data__mode': 'padded'}, 'data.mode packed != padded'),
-  ({'batch_size': 8}, 'batch_size 16 != 8'),
   ({'seed': 1}, 'seed 0 != 1'),
   ({'tokenizer': 'g'}, 'tokenizer f != g'),
   ({'part': (0, 80)}, 'data.training_part [0, 90] != [0, 80]'),
@@ -166,6 +166,7 @@ CHANGING = [
   {'optim__learning_rate': 1.0},
   {'optim__clip_global_norm': 0.5},
   {'optim__param_labels': (('a', 'full'),)},
+  {'batch_size': 8},
   {'micro_batches': 2},
   {'eval_every': 3},
   {'keep_best': True},
@@ -215,6 +216,22 @@ def test_what_changes_results_cannot_change_among_compared_runs(changes):
 def test_what_does_not_matter_may_change_among_compared_runs(changes):
   saved = json.loads(json.dumps(metadata(single=False)))
   check_compatible(saved, metadata(single=False, **changes), 'folder')
+
+
+def test_a_record_from_before_some_settings_came_is_read():
+  """It has a batch size, and lacks what there is now at its default."""
+  config = TrainConfig(batch_size=8)
+  saved = json.loads(json.dumps(metadata())) | {'batch_size': 16}
+  for name in ('coreset.pool', 'optim.error_bits', 'model.hidden_act'):
+    saved.pop(name, None)
+  current = metadata(batch_size=8)
+  check_compatible(saved, current, 'x', since=since_before(config))
+  with pytest.raises(
+    ValueError, match=r': coreset.pool \(absent\) != 32\. Use'
+  ):
+    check_compatible(
+      *(saved, current | {'coreset.pool': 32}, 'x'), since=since_before(config)
+    )
 
 
 def test_frozen_weights_come_from_where_they_came(tmp_path):

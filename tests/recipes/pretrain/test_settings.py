@@ -301,9 +301,9 @@ def test_patience_needs_the_best():
 
 KINDS = {
   TrainConfig: {
-    'fixed': 'objective mask_rate batch_size seed',
-    'result': 'steps micro_batches init_from eval_every patience eval_batches '
-    'keep_best',
+    'fixed': 'objective mask_rate seed',
+    'result': 'batch_size steps micro_batches init_from eval_every patience '
+    'eval_batches keep_best',
     'free': 'run_dir seeds learning_rates checkpoint_every checkpoint_keep '
     'log_every log dry_run loss_chunk_tokens accept',
   },

@@ -20,6 +20,7 @@ from gnlorp_jax.recipes.sft.settings import (
   SftEvalOptions,
 )
 from gnlorp_jax.training import loop
+from gnlorp_jax.training.checkpoint import Checkpointer
 from gnlorp_jax.training.interrupt import StopRequest
 from tests.compose import small_lm
 
@@ -96,6 +97,30 @@ def test_steps_end_a_run_before_its_epochs(config, caplog):
   assert warned in caplog.messages
   recipe.prepare(config)
   assert caplog.messages[-2].startswith('6 steps change a model little. Raise')
+
+
+@pytest.mark.parametrize(
+  ('position', 'size', 'steps', 'more'),
+  [
+    # From before rows were counted: its batches were of 2 rows, too.
+    ({'batches': {'taken': 3}}, 2, 6, 0),
+    ({'batches': {'taken': 3}}, 1, 7, -2),
+    # What is left are 1 row of the second epoch, and the third.
+    ({'batches': {'sequences': 5, 'drawn_for': 2}, 'batch_size': 2}, 3, 5, 2),
+    # Of a run of pre-training, which is refused later.
+    ({'batches': {'sequences': 5}, 'batch_size': 2}, 2, 6, 0),
+  ],
+)
+def test_epochs_end_where_they_did_with_another_batch_size(
+  config, tmp_path, position, size, steps, more
+):
+  """Of three epochs of three rows, two rows of the second were seen."""
+  with Checkpointer(tmp_path / 'checkpoints') as saved:
+    metadata = {'batch_size': 2}
+    saved.save(3, {'x': np.zeros(1)}, position, metadata, wait=True)
+  changed = dataclasses.replace(config, run_dir=str(tmp_path), batch_size=size)
+  found = recipe.prepare(changed)
+  assert (found.config.steps, found.more_steps) == (steps, more)
 
 
 def test_it_learns_and_tells(finished):
