@@ -75,8 +75,8 @@ class OptimConfig:
   step along a geodesic from the last subspace."""
   leading: int | None = result(None)
   """Columns of a basis of 'svd' that are leading singular directions; the
-  others are drawn from their complement at every refresh. None: all, but 40 of
-  alice and alice0."""
+  others are drawn from their complement at every refresh. None: all, but 5 of
+  16 of alice and alice0."""
   side: Literal['short', 'long', 'in', 'out', 'both'] | None = None
   """Which axis of a matrix is compressed."""
   spread_refreshes: bool = True

@@ -83,9 +83,3 @@ def test_every_option_of_a_method_has_an_effect(name, caplog):
   assert config.optim.name == method.options['name']
   accepts_rank = optimizer.accepts(OptimConfig(name=config.optim.name), 'rank')
   assert config.optim.rank == (64 if accepts_rank else None)
-
-
-def test_the_grid_of_rates_is_of_factor_2():
-  for method in frontier.METHODS.values():
-    middle, low, high = method.rates
-    assert (low, high) == (middle / 2, middle * 2)

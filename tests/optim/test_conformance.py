@@ -93,9 +93,8 @@ def variants_but(*names):
   return pytest.mark.parametrize('name', found)
 
 
-# Some variants are left out here: stacks and meshes of apollo, fira (of which
-# frugal and subtrack are made), ldadam and of few bits are tested in files of
-# their own, and what alice0, galore, gradnormlorp, scale and vlorp do is part
+# Some variants are left out here: stacks and meshes of apollo, fira, ldadam and
+# of few bits are tested in files of their own, and what alice0, galore, gradnormlorp, scale and vlorp do is part
 # of what a variant with more options does, or sinkgd.
 variant_of_slices = variants_but(
   'adamw',
@@ -103,14 +102,12 @@ variant_of_slices = variants_but(
   'alice0',
   'apollo',
   'fira',
-  'frugal',
   'galore',
   'galore, long',
   'gradnormlorp',
   'gradnormlorp, 4 bits',
   'ldadam',
   'scale',
-  'subtrack',
   'vlorp',
 )
 variant_on_mesh = variants_but(

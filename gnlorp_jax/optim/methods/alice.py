@@ -31,6 +31,7 @@ from gnlorp_jax.optim.parts.norm_growth import limiter
 from gnlorp_jax.optim.projections.svd import Solver
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
+  rest,
   with_low_rank_projection,
 )
 
@@ -77,7 +78,11 @@ def compensation(
   Note:
     The paper computes a row's energy outside as the difference of those of the
     gradient and of its coordinates, which is the same and may come out below
-    zero.
+    zero. A rest of less than 1e-4 of the gradient's energy counts as zero here
+    (`rest`): divided by its own energy, roundings would become an update. The
+    energies begin at zero and are not corrected, as in the paper, so that a
+    first C is longer by up to ``(1 - b1) ** -0.5``. A norm of zero is not
+    recorded, see `norm_growth.limiter`.
   """
   check_interval('compensation_scale', scale, '[0, inf)')
   check_interval('b1', b1, '[0, 1)')
@@ -98,7 +103,7 @@ def compensation(
     left_out = grad_MN.shape[-1] - low_MR.shape[-1]
     if left_out == 0:
       return back(direction_MR), jax.tree.map(jnp.zeros_like, state)
-    rest_MN = grad_MN.astype(jnp.float32) - back(low_MR)
+    rest_MN = rest(grad_MN, low_MR, back)
     energy = jnp.sum(jnp.square(rest_MN), axis=-1)
     energy = b1 * state.energy + (1 - b1) * energy
     has_rest = (energy > 0)[..., None]
@@ -161,7 +166,7 @@ def alice(
   scale: float = 0.3,
   *,
   b3: float = 0.999,
-  leading: int = 40,
+  leading: int | None = None,
   solver: Solver = 'power',
   compensation_scale: float = 0.4,
   norm_growth_limit: float | None = 1.01,
@@ -180,7 +185,7 @@ def alice(
     b3: Decay of what bases remember, in [0, 1); 0 remembers nothing, which is
       `alice0`.
     leading: Columns of a basis that are leading singular vectors, at least 1;
-      `rank` of them and more draw none.
+      `rank` of them and more draw none. None is 5 of 16.
     solver: How these are found: ``power``, ``eigh`` or ``exact``, see
       `projections.svd`.
     b2: Decay of the second moments of kernels, in [0, 1); that of Adam for all
@@ -191,7 +196,8 @@ def alice(
 
   Raises:
     ValueError: As `gradnormlorp` and `scale_by_alice`; also if `b3` is out of
-      its interval, `leading` below 1, `solver` unknown, or `side` ``both``.
+      its interval, `leading` below 1, `solver` unknown or one that draws or
+      follows, or `side` ``both``.
 
   Examples:
     >>> tx = alice(2e-2, rank=4, leading=2)
@@ -202,11 +208,20 @@ def alice(
     algorithm 4.
 
   Note:
-    The moments of kernels have no bias correction, as in the paper; eps is
-    added to their root, where that has none. See `switch` and `track` in
+    Of the paper's ranks and leading columns, 40 of 128 and 160 of 512 are 5 of
+    16. A refresh comes at steps 1, T + 1, ..., there at 1, T, 2T, ... The
+    moments of kernels have no bias correction, as in the paper; eps is added to
+    their root, where that has none. See `switch` and `track` in
     `projections.svd` for how columns are drawn and what is remembered.
   """
   check_interval('b3', b3, '[0, 1)')
+  if solver in ('sampled', 'grassmann'):
+    raise ValueError(
+      f'solver={solver!r} finds no leading vectors beside which alice could '
+      "draw others. Use 'power', 'eigh' or 'exact'."
+    )
+  if leading is None:
+    leading = max(1, rank * 5 // 16)
   adam = pick(options, AdamOptions)
   svd = projections.get('svd', solver=solver, leading=leading, tracking=b3)
   return assemble(

@@ -16,7 +16,7 @@ def alice0(
   update_proj_gap: int = 200,
   scale: float = 0.3,
   *,
-  leading: int = 40,
+  leading: int | None = None,
   solver: Solver = 'power',
   compensation_scale: float = 0.4,
   norm_growth_limit: float | None = 1.01,

@@ -173,8 +173,9 @@ def _checked(
     found = jax.tree.leaves(tree)
     if has_low_rank and found and 'low_rank' not in found:
       _logger.warning(
-        'No parameter is labelled low_rank: rank has no effect, and this is '
-        'plain Adam. See param_labels, and report() for the reasons.'
+        'No parameter is labelled low_rank: none is treated as a kernel, and '
+        'what is said of kernels has no effect. See param_labels, and report() '
+        'for the reasons.'
       )
     return tree
 

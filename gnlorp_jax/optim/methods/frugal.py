@@ -25,13 +25,10 @@ from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
+  rest,
   with_low_rank_projection,
 )
 from gnlorp_jax.optim.subspace.moments import MomentsOnRefresh, moment_rule
-
-# Share of a gradient's energy: what roundings, those of bfloat16 too, and a
-# basis of more columns than the gradient's rank leave outside at most.
-_NOISE = 1e-4
 
 
 def sign_recovery(scale: float = 1.0) -> Recovery:
@@ -64,18 +61,11 @@ def sign_recovery(scale: float = 1.0) -> Recovery:
     back: Callable[[jax.Array], jax.Array],
     state: tuple[()],
   ) -> tuple[jax.Array, tuple[()]]:
-    grad_MN = grad_MN.astype(jnp.float32)
-    rest_MN = grad_MN - back(low_MR)
-    has_rest = _energy(rest_MN) > _NOISE * _energy(grad_MN)
-    sign_MN = jnp.where(has_rest & (grad_MN != 0), jnp.sign(rest_MN), 0)
+    rest_MN = rest(grad_MN, low_MR, back)
+    sign_MN = jnp.where(grad_MN != 0, jnp.sign(rest_MN), 0)
     return back(direction_MR) + scale * sign_MN, state
 
   return Recovery(lambda shape: (), apply)
-
-
-def _energy(x_MN: jax.Array) -> jax.Array:
-  """Squared norm of each matrix, ``[*, 1, 1]``."""
-  return jnp.sum(jnp.square(x_MN), axis=(-2, -1), keepdims=True)
 
 
 class FrugalOptions(

@@ -121,7 +121,8 @@ def scale_by_racs(
   Note:
     The paper does not say which axis of a square matrix begins with q = 1;
     here output units do, the rows of PyTorch's ``[out, in]``. A gradient of
-    zeros leaves the averages as they are: its scales are 0 / 0.
+    zeros leaves the averages as they are: its scales are 0 / 0. So does one
+    whose largest entry is below about 1e-19: its square is zero in float32.
   """
   check_interval('beta', beta, '[0, 1)')
   limit = limiter(norm_growth_limit)

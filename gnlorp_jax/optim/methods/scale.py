@@ -87,7 +87,9 @@ def scale(
     There embeddings are normalised too; here they are with
     ``param_labels=[('kernel|embed', 'low_rank'), ('.*', 'full')]``, and have
     Adam's moments by default: most of their rows have no gradient in a step. A
-    head that is tied to the embedding is one.
+    head that is tied to the embedding counts as an embedding. Columns whose
+    root mean square is below 1e-8 are divided by that, so that they become
+    shorter than others; the paper has no such bound.
   """
   adam = pick(options, AdamOptions)
   columns = scale_by_columns(adam['b1'])

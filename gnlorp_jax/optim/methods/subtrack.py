@@ -68,7 +68,8 @@ def subtrack(
   Note:
     The paper's angle grows with the square of a gradient's size; here it is
     relative to it, see `follow_geodesic` in `projections.svd`. Moments move as
-    LDAdam's do, with bias corrections inside.
+    LDAdam's do, with bias corrections inside. As in `fira`, Adam's corrections
+    multiply the whole update, which has none in the paper's equation 10.
   """
   adam = pick(options, AdamOptions)
   return assemble(

@@ -66,7 +66,7 @@ def check_matrix(name: str, shape: tuple[int, ...]) -> None:
   """Raises a `ValueError` if a parameter has fewer than two axes."""
   if len(shape) < 2:
     raise ValueError(
-      f'Parameter {name!r} of shape {list(shape)} cannot be projected: a '
+      f'Parameter {name!r} of shape {list(shape)} is no kernel: a '
       "kernel has at least two axes, [*, in, out]. Label it 'full'."
     )
 

@@ -100,9 +100,8 @@ def all_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   path names an embedding or a head; tables of fewer than 64 rows are not.
   """
   is_embedding = bool(re.search(EMBEDDINGS, name))
-  is_matrix = len(shape) == 2 and name.split('/')[-1] in (
-    *('embedding', 'kernel', 'weight', 'w'),
-  )
+  kinds = ('embedding', 'kernel', 'weight', 'w')
+  is_matrix = len(shape) == 2 and name.split('/')[-1] in kinds
   if is_matrix and is_embedding and shape[0] < _FEWEST_ROWS:
     return Assignment('full', f'preset all: a table of {shape[0]} rows')
   if is_matrix and (is_embedding or is_head(name)):

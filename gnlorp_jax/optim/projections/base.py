@@ -16,6 +16,13 @@ import jax.numpy as jnp
 Basis = Any
 
 
+class Tracked(NamedTuple):
+  """A basis that remembers the coordinates of gradients."""
+
+  columns_NR: Any  # orthonormal columns [*, n, r], float32 or codes
+  moment_RR: jax.Array  # float32 [*, r, r], an average of L^T L
+
+
 class Projection(NamedTuple):
   """A family of subspaces of the gradients of one matrix.
 
@@ -39,7 +46,7 @@ class Projection(NamedTuple):
     turn: ``turn(old, new) -> turn_RR``: see `turn` below, which is used where
       this is None; for bases that do not take single rows there and back.
     remember: ``remember(low_MR, basis) -> basis``: what the coordinates of a
-      step change of a basis, which must not be its subspace; None changes
+      step change of a basis, a `Tracked`, beside its columns; None changes
       nothing. The gradients of such a projection's `refresh` are not scaled, as
       it may compare them with what it remembers.
   """

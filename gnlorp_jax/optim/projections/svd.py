@@ -7,7 +7,7 @@ Shape suffixes in this file:
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from gnlorp_jax.optim.parts.orthonormal import (
   orthonormalise,
   unit_columns,
 )
-from gnlorp_jax.optim.projections.base import Projection
+from gnlorp_jax.optim.projections.base import Projection, Tracked
 
 Solver = Literal['power', 'eigh', 'exact', 'sampled', 'grassmann']
 
@@ -109,13 +109,6 @@ def svd(
   return projection if is_off else track(projection, tracking)
 
 
-class Tracked(NamedTuple):
-  """A basis that remembers the coordinates of gradients."""
-
-  columns_NR: jax.Array  # float32 [*, n, r], orthonormal columns
-  moment_RR: jax.Array  # float32 [*, r, r], the average of L^T L
-
-
 def track(projection: Projection, decay: float) -> Projection:
   r"""Fits bases to a gradient and to what is remembered of those before.
 
@@ -139,7 +132,8 @@ def track(projection: Projection, decay: float) -> Projection:
 
   Note:
     As in the paper, what is remembered stays as it is when a basis changes,
-    though it is then that of other columns.
+    though it is then that of other columns. It is of gradients as they are:
+    squares of entries below about 1e-19 are lost.
   """
 
   def init(shape: tuple[int, ...], rank: int, seed: int) -> Tracked:
@@ -215,11 +209,10 @@ def top_eigenvectors(grad_MN: jax.Array, basis_NR: jax.Array) -> jax.Array:
   """
   m, n = grad_MN.shape[-2:]
   rank = basis_NR.shape[-1]
-  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if n <= m:
-    _, vectors_NN = jnp.linalg.eigh(matmul(grad_MN.mT, grad_MN))
+    _, vectors_NN = jnp.linalg.eigh(_exactly(grad_MN.mT, grad_MN))
     return normalise_signs(vectors_NN[..., ::-1][..., :rank])
-  _, vectors_MM = jnp.linalg.eigh(matmul(grad_MN, grad_MN.mT))
+  _, vectors_MM = jnp.linalg.eigh(_exactly(grad_MN, grad_MN.mT))
   left_MR = vectors_MM[..., ::-1][..., :rank]
   return normalise_signs(orthonormalise(grad_MN.mT @ left_MR, basis_NR))
 
@@ -327,9 +320,8 @@ def sampled_eigenvectors(
   """
   m, n = grad_MN.shape[-2:]
   rank = basis_NR.shape[-1]
-  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   turned = grad_MN if n <= m else grad_MN.mT
-  squares_K, vectors_KK = jnp.linalg.eigh(matmul(turned.mT, turned))
+  squares_K, vectors_KK = jnp.linalg.eigh(_exactly(turned.mT, turned))
   # The largest of logarithms with Gumbel noise are such a draw.
   noise_K = jax.random.gumbel(_key(count), squares_K.shape[-1:], jnp.float32)
   score_K = 0.5 * jnp.log(jnp.maximum(squares_K, 0)) + jnp.broadcast_to(
@@ -378,7 +370,7 @@ def follow_geodesic(
   low_MR = grad_MN @ basis_NR
   rest_MN = grad_MN - low_MR @ basis_NR.mT
   tangent_NR = 2 * rest_MN.mT @ low_MR
-  _, vectors_RR = jnp.linalg.eigh(tangent_NR.mT @ tangent_NR)
+  _, vectors_RR = jnp.linalg.eigh(_exactly(tangent_NR.mT, tangent_NR))
   right_R1 = vectors_RR[..., -1:]
   left_N1 = tangent_NR @ right_R1
   sigma = jnp.linalg.norm(left_N1, axis=-2, keepdims=True)
@@ -403,9 +395,9 @@ def _is_unfitted(basis_NR: jax.Array) -> jax.Array:
   """Whether bases are still those of `random_basis`, bool ``[*, 1, 1]``."""
   *stack, n, rank = basis_NR.shape
   start_NR = random_basis((*stack, n, n), rank)
-  cosines_1R = jnp.sum(basis_NR * start_NR, axis=-2, keepdims=True)
-  # Bases of few bits are so up to some hundredths.
-  return jnp.mean(cosines_1R, axis=-1, keepdims=True) > 0.9
+  # Bases of few bits are so up to some hundredths of the largest element.
+  error = jnp.max(jnp.abs(basis_NR - start_NR), axis=(-2, -1), keepdims=True)
+  return error < 0.1 * jnp.max(jnp.abs(start_NR))
 
 
 def sort_columns(basis_NR: jax.Array, grad_MN: jax.Array) -> jax.Array:
@@ -415,5 +407,10 @@ def sort_columns(basis_NR: jax.Array, grad_MN: jax.Array) -> jax.Array:
   signs of `normalise_signs`.
   """
   low_MR = grad_MN @ basis_NR
-  _, vectors_RR = jnp.linalg.eigh(low_MR.mT @ low_MR)
-  return normalise_signs(basis_NR @ vectors_RR[..., ::-1])
+  _, vectors_RR = jnp.linalg.eigh(_exactly(low_MR.mT, low_MR))
+  return normalise_signs(_exactly(basis_NR, vectors_RR[..., ::-1]))
+
+
+# Where the result has to be orthonormal, or its eigenvectors: the default is
+# TF32 or bfloat16 on some accelerators.
+_exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

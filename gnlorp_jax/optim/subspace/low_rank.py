@@ -76,6 +76,42 @@ class Recovery(NamedTuple):
   ]
 
 
+# Share of a gradient's energy: what roundings, those of bfloat16 too, and a
+# basis of more columns than the gradient's rank leave outside at most.
+_NOISE = 1e-4
+
+
+def rest(
+  grad_MN: jax.Array,
+  low_MR: jax.Array,
+  back: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """What a subspace leaves out of a gradient, for those who enlarge it.
+
+  Args:
+    grad_MN: The gradient, ``[*, m, n]``.
+    low_MR: Its coordinates, ``[*, m, r]``.
+    back: Expands coordinates.
+
+  Returns:
+    The rest, float32 ``[*, m, n]``; zero where it has less than 1e-4 of the
+    gradient's energy, which is what roundings leave of a gradient inside of the
+    subspace.
+  """
+  grad_MN = grad_MN.astype(jnp.float32)
+  # Entries of 1 at most, so that no square underflows.
+  largest = jnp.max(jnp.abs(grad_MN), axis=(-2, -1), keepdims=True)
+  largest = jnp.where(largest > 0, largest, 1)
+  rest_MN = grad_MN - back(low_MR)
+  is_rest = _energy(rest_MN / largest) > _NOISE * _energy(grad_MN / largest)
+  return jnp.where(is_rest, rest_MN, 0)
+
+
+def _energy(x_MN: jax.Array) -> jax.Array:
+  """Squared norm of each matrix, ``[*, 1, 1]``."""
+  return jnp.sum(jnp.square(x_MN), axis=(-2, -1), keepdims=True)
+
+
 class LowRankState(NamedTuple):
   """State of `with_low_rank_projection`."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlorp_jax.optim.parts.checks import check_static
-from gnlorp_jax.optim.projections.base import Basis, Projection
+from gnlorp_jax.optim.projections.base import Basis, Projection, Tracked
 from gnlorp_jax.optim.projections.base import transport as transport_between
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
@@ -21,7 +21,7 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
 
   They are decoded wherever the projection needs them. With 8 and 4 bits they
   take `codecs.affine` codes, in blocks of 256. A basis of so few bits is
-  orthonormal to about three digits or one.
+  orthonormal to about three digits or one. What it remembers stays float32.
 
   Args:
     projection: Any projection that keeps floating-point bases.
@@ -55,6 +55,9 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
     return projection
 
   def encode(basis: Basis) -> Basis:
+    if isinstance(basis, Tracked):
+      return basis._replace(columns_NR=encode(basis.columns_NR))
+
     def store(x: jax.Array) -> Any:
       if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
@@ -102,7 +105,9 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
 
   def remember(low_MR: jax.Array, basis: Basis) -> Basis:
     assert projection.remember is not None
-    return encode(projection.remember(low_MR, decode(basis)))
+    # Small steps of an average would be lost in few bits.
+    new = projection.remember(low_MR, decode(basis))
+    return new._replace(columns_NR=basis.columns_NR)
 
   def turn(old: Basis, new: Basis) -> jax.Array:
     assert projection.turn is not None

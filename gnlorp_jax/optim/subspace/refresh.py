@@ -121,7 +121,10 @@ def _refit_bases(
   }
   low = project(grad_IO, basis, projection)
   rank = low.shape[-1]
-  energy = (matrix_norm(low) / jnp.maximum(matrix_norm(grad_IO), 1e-30)) ** 2
+  # Of entries of 1 at most.
+  size = jnp.where(usable & ~is_scaled, largest, 1)[:, None, None]
+  found, whole = matrix_norm(low / size), matrix_norm(grad_IO / size)
+  energy = (found / jnp.maximum(whole, 1e-30)) ** 2
   overlap = _overlap(old.basis, basis, projection, rank)
   fitted = old._replace(
     basis=basis,

@@ -148,6 +148,30 @@ def test_nothing_is_left_at_full_rank():
   assert np.abs(updates).max() < 2
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_roundings_of_a_gradient_in_the_subspace_are_no_update(dtype):
+  """Divided by their own energy they would be as large as any."""
+  rng = np.random.default_rng(2)
+  g = rng.standard_normal((24, 2)) @ rng.standard_normal((2, 36))
+  g = jnp.asarray(g, jnp.float32).astype(dtype)
+  tx = scale_by_alice(8, compensation_scale=1e3, norm_growth_limit=None)
+  updates, _ = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
+  assert np.abs(updates).max() < 2
+
+
+@pytest.mark.parametrize(('rank', 'leading'), [(8, 2), (128, 40), (2, 1)])
+def test_five_of_sixteen_columns_lead_unless_it_is_said(rank, leading):
+  g = jnp.asarray(np.random.default_rng(3).standard_normal((160, 200)), 'f')
+  params = {'kernel': g}
+  bases = []
+  for options in ({}, {'leading': leading}):
+    tx = alice0(RATE, rank, **options)
+    _, state = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g), g))(params)
+    (subspace,) = inspect.subspaces(state).values()
+    bases.append(subspace.basis)
+  jax.tree.map(np.testing.assert_array_equal, *bases)
+
+
 def test_a_part_of_a_basis_is_new_at_every_refresh(descended):
   (subspace,) = inspect.subspaces(
     descended(alice0(0.05, 4, 5, scale=1.0, leading=2))
@@ -185,6 +209,11 @@ def test_adam_of_all_else_keeps_its_own_decay():
   [
     ({'b3': 1.0}, 'b3 must be in [0, 1), got 1.0.'),
     ({'leading': 0}, 'leading must be at least 1, got 0.'),
+    (
+      {'solver': 'sampled'},
+      "solver='sampled' finds no leading vectors beside which alice could draw "
+      "others. Use 'power', 'eigh' or 'exact'.",
+    ),
     (
       {'compensation_scale': -1.0},
       'compensation_scale must be in [0, inf), got -1.0.',

@@ -82,9 +82,9 @@ def test_entries_without_a_gradient_rest():
 
 def test_state_is_galores():
   params = {'kernel': jax.ShapeDtypeStruct((3, 24, 16), jnp.float32)}
-  (row,) = inspect.report(params, frugal(RATE, 4, moments_on_refresh='keep'))
-  # Two moments of m r, a basis of n r, four numbers about refreshes.
-  assert row.state_bytes == 4 * 3 * (2 * 24 * 4 + 16 * 4 + 4)
+  (row,) = inspect.report(params, frugal(RATE, 4))
+  # Two moments of m r, a basis of n r, four numbers about refreshes, a count.
+  assert row.state_bytes == 4 * 3 * (2 * 24 * 4 + 16 * 4 + 4 + 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.fira import fira_recovery
 from gnlorp_jax.optim.subspace.low_rank import with_low_rank_projection
+from gnlorp_jax.optim.subspace.quantized_basis import quantize_basis
 from gnlorp_jax.optim.subspace.refresh import refresh_offsets
 from gnlorp_jax.optim.subspace.sides import compressed_axes
 
@@ -377,15 +378,23 @@ def test_bases_of_both_sides_remember_the_coordinates_of_a_step():
     )
 
 
-def test_what_bases_remember_may_be_of_few_bits():
-  tx = with_low_rank_projection(
-    optax.identity(),
-    3,
-    projection=projections.get('svd', tracking=0.75),
-    basis_bits=16,
+@pytest.mark.parametrize('bits', [16, 8])
+def test_what_bases_of_few_bits_remember_adds_up(bits):
+  """Steps of a thousandth are below a rounding of few bits."""
+  projection = quantize_basis(projections.get('svd', tracking=0.999), bits)
+  basis = projection.init((6, 64), 3, 0)
+  low = jnp.asarray(normal((6, 3)))
+
+  @jax.jit
+  def remembered(basis):
+    return jax.lax.fori_loop(
+      0, 1000, lambda _, basis: projection.remember(low, basis), basis
+    )
+
+  after = remembered(basis)
+  jax.tree.map(
+    np.testing.assert_array_equal, after.columns_NR, basis.columns_NR
   )
-  grad = normal((6, 8))
-  state = jax.eval_shape(tx.init, grad)
-  _, after = jax.eval_shape(tx.update, grad, state)
-  moment = after.subspace.basis['in'].moment_RR
-  assert (moment.shape, moment.dtype) == ((3, 3), jnp.bfloat16)
+  np.testing.assert_allclose(
+    after.moment_RR, (1 - 0.999**1000) * low.T @ low, rtol=1e-3, atol=1e-5
+  )
