@@ -97,6 +97,12 @@ def _initialize(
       f'{distributed.first_line(error)}. Start all processes with the same '
       'address, that of process 0, and see that its port is free and reachable.'
     ) from None
+  except RuntimeError as error:
+    raise ValueError(
+      f'num_processes={count} and process_id={index} cannot join: '
+      f'{distributed.first_line(error)}. Start the program in a process of its '
+      'own, or leave processes out.'
+    ) from None
 
 
 def _find(

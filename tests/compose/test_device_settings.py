@@ -152,3 +152,17 @@ def test_what_each_process_may_have_for_itself_is_not_compared():
   assert found['seed'] == 4
   assert found['optim.rank'] is None
   assert not [name for name in found if name.startswith('processes')]
+
+
+def test_a_process_that_has_computed_already_cannot_join(asked, monkeypatch):
+  def refuse(*args, **options):
+    raise RuntimeError('It must be called before any JAX calls.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', refuse)
+  with pytest.raises(ValueError) as error:
+    device_settings.join(RunConfig(processes=ProcessOptions(process_id=64)))
+  assert str(error.value) == (
+    'num_processes=None and process_id=64 cannot join: It must be called '
+    'before any JAX calls. Start the program in a process of its own, or leave '
+    'processes out.'
+  )
