@@ -94,8 +94,9 @@ def variants_but(*names):
 
 
 # Some variants are left out here: stacks and meshes of apollo, fira, ldadam and
-# of few bits are tested in files of their own, and what alice0, galore, gradnormlorp, scale and vlorp do is part
-# of what a variant with more options does, or sinkgd.
+# of few bits are tested in files of their own, and what alice0, galore,
+# gradnormlorp, scale and vlorp do is part of what a variant with more options
+# does, or sinkgd.
 variant_of_slices = variants_but(
   'adamw',
   'adamw, 8 bits',
