@@ -45,6 +45,6 @@ def test_errors_name_the_value_and_the_rule():
   with pytest.raises(ValueError) as error:
     normalized.scale_by_normalized(jnp.sign).init({'bias': jnp.ones(3)})
   assert str(error.value) == (
-    "Parameter 'bias' of shape [3] cannot be projected: a kernel has at least "
-    "two axes, [*, in, out]. Label it 'full'."
+    "Parameter 'bias' of shape [3] is no kernel: a kernel has at least two "
+    "axes, [*, in, out]. Label it 'full'."
   )

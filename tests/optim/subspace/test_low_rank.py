@@ -319,8 +319,8 @@ def test_vector_cannot_be_projected():
   with pytest.raises(ValueError) as error:
     wrapped().init({'bias': jnp.zeros(4)})
   assert str(error.value) == (
-    "Parameter 'bias' of shape [4] cannot be projected: a kernel has at least "
-    "two axes, [*, in, out]. Label it 'full'."
+    "Parameter 'bias' of shape [4] is no kernel: a kernel has at least two "
+    "axes, [*, in, out]. Label it 'full'."
   )
 
 
