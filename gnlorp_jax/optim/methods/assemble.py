@@ -174,8 +174,8 @@ def _checked(
     if has_low_rank and found and 'low_rank' not in found:
       _logger.warning(
         'No parameter is labelled low_rank: none is treated as a kernel, and '
-        'what is said of kernels has no effect. See param_labels, and report() '
-        'for the reasons.'
+        'what is said of kernels (such as rank) has no effect. See '
+        'param_labels, and report() for the reasons.'
       )
     return tree
 

@@ -64,15 +64,15 @@ def svd(
   Raises:
     ValueError: If `solver` is unknown, `iterations` or `leading` below 1,
       `step_size` not positive or `tracking` out of its interval, or if
-      `leading` meets a solver whose basis does not begin with leading vectors.
+      `leading` meets a solver whose basis does not begin with leading vectors,
+      or `tracking` one whose basis is not fitted.
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, definition 3.4;
     Bentbib & Kanber, `Block power method for SVD decomposition`, 2015.
   """
   check_choice('solver', solver, get_args(Solver))
-  if iterations < 1:
-    raise ValueError(f'iterations must be at least 1, got {iterations}.')
+  check_int('iterations', iterations)
   check_interval('step_size', step_size, '(0, inf)')
   check_interval('tracking', tracking, '[0, 1)')
   # Those that draw take the number of updates too.
@@ -106,6 +106,11 @@ def svd(
 
   projection = Projection(random_basis, refresh, project, project_back)
   is_off = isinstance(tracking, int | float) and tracking == 0
+  if solver == 'grassmann' and not is_off:
+    raise ValueError(
+      f'tracking={tracking} remembers earlier gradients for a basis that '
+      "solver='grassmann' does not fit: use another solver, or tracking=0."
+    )
   return projection if is_off else track(projection, tracking)
 
 

@@ -112,8 +112,9 @@ def test_rank_that_projects_nothing_is_a_warning(caplog):
   with caplog.at_level(logging.WARNING):
     gradnormlorp(1e-2, rank=4).init({'table': jnp.ones((8, 8))})
   assert caplog.messages == [
-    'No parameter is labelled low_rank: rank has no effect, and this is plain '
-    'Adam. See param_labels, and report() for the reasons.'
+    'No parameter is labelled low_rank: none is treated as a kernel, and what '
+    'is said of kernels (such as rank) has no effect. See param_labels, and '
+    'report() for the reasons.'
   ]
 
 

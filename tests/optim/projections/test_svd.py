@@ -322,6 +322,11 @@ def test_projection_of_bfloat16_is_accumulated_in_float32():
     ({'iterations': 0}, 'iterations must be at least 1, got 0.'),
     ({'leading': 0}, 'leading must be at least 1, got 0.'),
     ({'tracking': 1.0}, 'tracking must be in [0, 1), got 1.0.'),
+    (
+      {'tracking': 0.5, 'solver': 'grassmann'},
+      'tracking=0.5 remembers earlier gradients for a basis that solver='
+      "'grassmann' does not fit: use another solver, or tracking=0.",
+    ),
     ({'step_size': 0.0}, 'step_size must be in (0, inf), got 0.0.'),
     (
       {'leading': 3, 'solver': 'sampled'},
