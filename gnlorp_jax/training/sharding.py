@@ -116,7 +116,8 @@ def shard_largest_axis(axis_name: str, min_size: int = 2**14) -> ShardingRule:
   return rule
 
 
-DEFAULT_RULES: Rules = (('.*', shard_largest_axis('fsdp')),)
+_DEFAULT_RULE = shard_largest_axis('fsdp')
+DEFAULT_RULES: Rules = (('.*', _DEFAULT_RULE),)
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -201,8 +202,9 @@ def split(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   """
   if mesh.shape['fsdp'] == 1:
     return tree
-  rule = shard_largest_axis('fsdp')
-  return jax.tree.map(lambda x: _constrain(x, rule(x.shape, mesh), mesh), tree)
+  return jax.tree.map(
+    lambda x: _constrain(x, _DEFAULT_RULE(x.shape, mesh), mesh), tree
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -27,6 +27,24 @@ def _descended(tx):
   return state
 
 
+def _stepped(tx, params, grads):
+  @jax.jit
+  def step(params, state, grad):
+    updates, state = tx.update(grad, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for grad in grads:
+    params, state = step(params, state, grad)
+  return params, state
+
+
+@pytest.fixture
+def stepped():
+  """Takes a step for each gradient; returns parameters and state."""
+  return _stepped
+
+
 @pytest.fixture
 def descended():
   """Takes 150 steps of a regression on a stack; returns the state.

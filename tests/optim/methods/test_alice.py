@@ -115,7 +115,7 @@ def test_steps_are_those_of_the_algorithms(is_tall):
 
 
 @pytest.mark.parametrize('b3', [0.0, 0.7])
-def test_bases_are_fitted_to_what_is_tracked(b3):
+def test_bases_are_fitted_to_what_is_tracked(b3, stepped):
   w, grads, _ = problem(6, 9)
   expected, _ = algorithm_4(w, grads, b3=b3)
   tx = alice(
@@ -133,11 +133,7 @@ def test_bases_are_fitted_to_what_is_tracked(b3):
     b2=B2,
     eps=EPS,
   )
-  params = {'kernel': jnp.asarray(w)}
-  state, update = tx.init(params), jax.jit(tx.update)
-  for grad in grads:
-    updates, state = update({'kernel': grad}, state, params)
-    params = optax.apply_updates(params, updates)
+  params, _ = stepped(tx, {'kernel': w}, [{'kernel': g} for g in grads])
   np.testing.assert_allclose(params['kernel'], expected, rtol=0, atol=1e-5)
 
 

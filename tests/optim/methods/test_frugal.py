@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from gnlorp_jax.optim import frugal, inspect, projections
@@ -34,7 +33,7 @@ def reference(w, grads, rank):
   return w
 
 
-def test_steps_are_those_of_the_formulas():
+def test_steps_are_those_of_the_formulas(stepped):
   rng = np.random.default_rng(0)
   w, *grads = rng.standard_normal((6, 5, 8)).astype(np.float32)
   tx = frugal(
@@ -49,11 +48,7 @@ def test_steps_are_those_of_the_formulas():
     projection=EXACT,
     spread_refreshes=False,
   )
-  params = {'kernel': jnp.asarray(w)}
-  state, update = tx.init(params), jax.jit(tx.update)
-  for grad in grads:
-    updates, state = update({'kernel': grad}, state, params)
-    params = optax.apply_updates(params, updates)
+  params, _ = stepped(tx, {'kernel': w}, [{'kernel': g} for g in grads])
   np.testing.assert_allclose(
     params['kernel'], reference(w, grads, 2), rtol=0, atol=2e-6
   )

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from optax import contrib
 
@@ -24,18 +23,6 @@ def newton_schulz(matrix):
   return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def run(tx, params, grads):
-  @jax.jit
-  def step(params, state, grad):
-    updates, state = tx.update(grad, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = tx.init(params)
-  for grad in grads:
-    params, state = step(params, state, grad)
-  return params, state
-
-
 @pytest.fixture(scope='module')
 def kernels():
   """A wide stack and a tall matrix, and gradients of some steps."""
@@ -53,10 +40,10 @@ def kernels():
 
 
 @pytest.mark.parametrize('nesterov', [True, False])
-def test_steps_are_those_of_the_formulas(kernels, nesterov):
+def test_steps_are_those_of_the_formulas(kernels, nesterov, stepped):
   params, grads = kernels
   tx = muon(RATE, beta=BETA, nesterov=nesterov, weight_decay=0.1)
-  moved, _ = run(tx, params, grads)
+  moved, _ = stepped(tx, params, grads)
   for name, start in params.items():
     stack = start['kernel'].reshape(-1, *start['kernel'].shape[-2:])
     found = moved[name]['kernel'].reshape(stack.shape)
@@ -76,7 +63,7 @@ def test_steps_are_those_of_the_formulas(kernels, nesterov):
 
 
 @pytest.mark.parametrize('consistent_rms', [None, 0.2])
-def test_optax_takes_the_same_steps(kernels, consistent_rms):
+def test_optax_takes_the_same_steps(kernels, consistent_rms, stepped):
   params, grads = kernels
   numbers = {  # Optax sees a stack where it is told of one.
     'up': {'kernel': contrib.MuonDimensionNumbers(1, 2)},
@@ -89,8 +76,8 @@ def test_optax_takes_the_same_steps(kernels, consistent_rms):
     muon_weight_dimension_numbers=numbers,
   )
   ours = muon(RATE, beta=BETA, consistent_rms=consistent_rms)
-  moved, _ = run(ours, params, grads)
-  expected, _ = run(theirs, params, grads)
+  moved, _ = stepped(ours, params, grads)
+  expected, _ = stepped(theirs, params, grads)
   for name in params:
     np.testing.assert_allclose(
       moved[name]['kernel'], expected[name]['kernel'], rtol=0, atol=1e-5

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from gnlorp_jax.optim import inspect, racs, scale_by_racs
@@ -40,17 +39,13 @@ def expected(w, grads):
   return w, shrunk
 
 
-def test_steps_are_those_of_the_algorithm():
+def test_steps_are_those_of_the_algorithm(stepped):
   rng = np.random.default_rng(0)
   w = rng.standard_normal((2, 5, 7)).astype(np.float32)
   grads = rng.standard_normal((STEPS, 2, 5, 7)).astype(np.float32)
   grads[3] *= 100  # The limiter acts.
   tx = racs(RATE, SCALE, beta=BETA, norm_growth_limit=LIMIT)
-  params = {'kernel': jnp.asarray(w)}
-  state, update = tx.init(params), jax.jit(tx.update)
-  for grad in grads:
-    updates, state = update({'kernel': grad}, state, params)
-    params = optax.apply_updates(params, updates)
+  params, _ = stepped(tx, {'kernel': w}, [{'kernel': g} for g in grads])
   for matrix in range(2):
     wanted, shrunk = expected(w[matrix].T, grads[:, matrix].mT)
     assert shrunk

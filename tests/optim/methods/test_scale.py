@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from gnlorp_jax.optim import inspect, scale
@@ -51,18 +50,6 @@ def expected(name, param, grads):
   return w
 
 
-def run(tx, params, grads):
-  @jax.jit
-  def step(params, state, grad):
-    updates, state = tx.update(grad, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = tx.init(params)
-  for grad in grads:
-    params, state = step(params, state, grad)
-  return params, state
-
-
 def leaves(tree):
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -70,9 +57,9 @@ def leaves(tree):
   }
 
 
-def test_steps_are_those_of_the_formulas():
+def test_steps_are_those_of_the_formulas(stepped):
   tx = scale(RATE, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
-  params, _ = run(tx, PARAMS, GRADS)
+  params, _ = stepped(tx, PARAMS, GRADS)
   for name, found in leaves(params).items():
     wanted = expected(
       name, leaves(PARAMS)[name], [leaves(grad)[name] for grad in GRADS]
@@ -103,22 +90,22 @@ def test_state_is_a_heads_moment_and_adams():
   assert row.label == 'frozen'
 
 
-def test_both_labels_of_a_head_make_the_same_steps():
+def test_both_labels_of_a_head_make_the_same_steps(stepped):
   rules = [('kernel', 'low_rank'), ('.*', 'full')]
-  params, _ = run(scale(RATE), PARAMS, GRADS)
-  again, _ = run(scale(RATE, param_labels=rules), PARAMS, GRADS)
+  params, _ = stepped(scale(RATE), PARAMS, GRADS)
+  again, _ = stepped(scale(RATE, param_labels=rules), PARAMS, GRADS)
   jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_a_head_of_out_by_in_is_the_same_head():
+def test_a_head_of_out_by_in_is_the_same_head(stepped):
   params = {'lm_head': {'kernel': PARAMS['lm_head']['kernel']}}
   grads = [{'lm_head': {'kernel': g['lm_head']['kernel']}} for g in GRADS]
 
   def turned(tree):
     return {'lm_head': {'weight': tree['lm_head']['kernel'].T}}
 
-  moved, _ = run(scale(RATE), params, grads)
-  found, _ = run(scale(RATE), turned(params), [turned(g) for g in grads])
+  moved, _ = stepped(scale(RATE), params, grads)
+  found, _ = stepped(scale(RATE), turned(params), [turned(g) for g in grads])
   np.testing.assert_allclose(
     found['lm_head']['weight'], moved['lm_head']['kernel'].T, rtol=1e-6
   )
