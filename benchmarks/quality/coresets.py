@@ -15,7 +15,7 @@ Three questions, each a part of the record:
 
 --data names the sources, two of them rare. Runs are kept in --runs and go on
 where they stopped; the JSON file is written after each row, and what is in it
-is not run again.
+is not run again. Parameters and states are float32, all else bfloat16.
 
   python -m benchmarks.quality.coresets --model SMOLLM2_FOLDER \
     --data 'wiki=A.json.gz,web=B.json.gz,code=SOURCES,talk=C.txt'
@@ -93,7 +93,9 @@ def configure(
   return TrainConfig(
     run_dir=str(args.runs / where / name.replace(', ', '_') / str(seed)),
     init_from=None if is_small else str(args.model),
-    model=llama.preset(args.size, vocab_size=args.vocab),
+    model=llama.preset(
+      args.size, vocab_size=args.vocab, compute_dtype='bfloat16'
+    ),
     batch_size=twice * args.batch_size,
     micro_batches=args.pieces * (2 if name == MICRO else 1),
     steps=args.steps // twice,

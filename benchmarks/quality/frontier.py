@@ -1,7 +1,8 @@
 r"""Which optimizer ends lowest, for the bytes of its state.
 
 The training of `benchmarks.quality` at five times its length: width and depth
-of LLaMA-20m with a vocabulary of 4096, a million tokens of English Wikipedia.
+of LLaMA-20m with a vocabulary of 4096, a million tokens of English Wikipedia,
+float32 parameters and states and all else in bfloat16.
 Peak learning rates lie on a grid of factor 2, which grows until the best has
 neighbours on both sides; then the best runs with three seeds that had no part
 in choosing it. All optimizers see the same tokens in the same order.
@@ -32,6 +33,7 @@ from gnlorp_jax.models import llama
 PROTOCOL = {
   'size': '20m',
   'vocab': 4096,
+  'compute_dtype': 'bfloat16',
   'steps': 2000,
   'gap': 200,
   'eval_batches': 60,

@@ -41,7 +41,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
@@ -50,6 +50,7 @@ from benchmarks.quality import runs
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from gnlorp_jax.models import llama
+from gnlorp_jax.models.interface import Dtype
 from gnlorp_jax.optim.inspect import state_bytes
 from gnlorp_jax.recipes.pretrain import data, recipe
 from gnlorp_jax.training import loop
@@ -83,7 +84,9 @@ def configure(
 ) -> TrainConfig:
   """The configuration of a method, without rate and seed of a run."""
   vocabulary = {} if args.vocab is None else {'vocab_size': args.vocab}
-  model = model or llama.preset(args.size, **vocabulary)
+  model = model or llama.preset(
+    args.size, compute_dtype=args.compute_dtype, **vocabulary
+  )
   optim = OptimConfig(learning_rate=1.0, **options)
   given = {
     'rank': args.rank or model.hidden_size // 4,
@@ -134,6 +137,7 @@ def settings_of(
     'clip_global_norm': config.optim.clip_global_norm,
     'eval_every': config.eval_every,
     'eval_batches': config.eval_batches,
+    'compute_dtype': config.model.compute_dtype,
     'device': args.device,
   }
 
@@ -211,6 +215,9 @@ def parser(
   comparison.add_arguments(found, methods)
   add = found.add_argument
   add('--size', choices=llama.PRESETS, default='9m', help='preset of LLaMA')
+  dtype = 'of all but parameters and states (default: %(default)s)'
+  choices = get_args(Dtype)
+  add('--compute-dtype', choices=choices, default='float32', help=dtype)
   add('--data', default='stdlib', help="training text, as train_lm's")
   add('--validation', help='validation text (default: the end of --data)')
   add('--tokenizer', default='bpe', help="as train_lm's data.tokenizer")

@@ -5,7 +5,8 @@ r"""Pre-trains a LLaMA in full, with adapters, and with adapters that restart.
 head train with all three, by AdamW. Each begins `at random`, or `warm`: with
 the weights that a quarter of the steps in full left, whose schedule was one for
 all steps. Then it takes the other three quarters, on the batches that are left,
-so that all runs of a seed see the same tokens in the same order.
+so that all runs of a seed see the same tokens in the same order. Parameters and
+states are float32, all else bfloat16.
 
 Each peak learning rate of a method is tried with seed 0, and the best repeated
 with the other seeds. The JSON file is written after every run, and runs that it
@@ -85,7 +86,9 @@ def configure(
     batch_size=args.batch_size,
     eval_batches=args.eval_batches,
     init_from=None if init_from is None else str(init_from),
-    model=llama.preset(args.size, vocab_size=args.vocab),
+    model=llama.preset(
+      args.size, vocab_size=args.vocab, compute_dtype='bfloat16'
+    ),
     data=DataConfig(
       source=args.data, validation_source=args.validation, seq_len=args.seq_len
     ),

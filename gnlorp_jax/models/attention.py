@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.models.layers import keep
+from gnlorp_jax.models.layers import keep, rounded_once
 
 Kernel = Literal['cudnn', 'xla']
 
@@ -222,12 +222,15 @@ def _attend_gradients(scores, residuals, slopes_BKGTH):
     score_slopes_BKGTS *= 1 - jnp.square(scores_BKGTS / scores.cap)
   score_slopes_BKGTS *= scores.scale
   score_slopes_BKGTS = score_slopes_BKGTS.astype(q_BKGTH.dtype)
+
+  def product(subscripts, x, y):
+    return rounded_once(functools.partial(jnp.einsum, subscripts), x, y)
+
+  weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
   return (
-    jnp.einsum('bkgts,bksh->bkgth', score_slopes_BKGTS, k_BKSH),
-    jnp.einsum('bkgts,bkgth->bksh', score_slopes_BKGTS, q_BKGTH),
-    jnp.einsum(
-      'bkgts,bkgth->bksh', weights_BKGTS.astype(v_BKSH.dtype), slopes_BKGTH
-    ),
+    product('bkgts,bksh->bkgth', score_slopes_BKGTS, k_BKSH),
+    product('bkgts,bkgth->bksh', score_slopes_BKGTS, q_BKGTH),
+    product('bkgts,bkgth->bksh', weights_BKGTS, slopes_BKGTH),
     None,
     None,
   )

@@ -251,7 +251,7 @@ class _Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embedder = nn.Embed(
+    self.embedder = layers.Embed(
       c.vocab_size,
       c.hidden_size,
       embedding_init=layers.normal_init(c.initializer_std),

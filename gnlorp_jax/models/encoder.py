@@ -135,7 +135,7 @@ class _Embeddings(nn.Module):
   def setup(self):
     c = self.config
     embed = functools.partial(
-      nn.Embed,
+      layers.Embed,
       features=c.hidden_size,
       embedding_init=layers.normal_init(c.initializer_std),
       dtype=c.compute_dtype,

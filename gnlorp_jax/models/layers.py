@@ -111,25 +111,59 @@ def dot_general(
       f'preferred_element_type={preferred_element_type} must be None or the '
       f'dtype of x, {x.dtype}. Use jax.lax.dot_general.'
     )
-  return _product(precision, x, kernel_IO)
+  return keep(_product(precision, x, kernel_IO))
+
+
+def rounded_once(multiply: Callable[..., Any], x: Any, y: Any) -> Any:
+  """A product of two arrays, of bfloat16 ones summed in float32 on CPUs too.
+
+  On GPUs a product in bfloat16 is summed in float32 and then rounded, whatever
+  it is asked for. XLA's CPU code does so, and uses the matrix units of a
+  processor that has them, only where the result is to be float32.
+
+  Args:
+    multiply: Maps x, y and ``preferred_element_type=None`` to their product.
+    x: First operand.
+    y: Second operand, of the dtype of x.
+
+  Returns:
+    The product, in the dtype of x.
+  """
+  if x.dtype != jnp.bfloat16:
+    return multiply(x, y)
+
+  def through_float32(x, y):
+    product = multiply(x, y, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
+
+  # Not on GPUs: XLA merges products of the same x there, and then writes the
+  # float32 result before it rounds.
+  return jax.lax.platform_dependent(x, y, cpu=through_float32, default=multiply)
+
+
+def _multiply(precision, x, y, axes):
+  multiply = functools.partial(
+    jax.lax.dot_general,
+    dimension_numbers=(axes, ((), ())),
+    precision=precision,
+  )
+  return rounded_once(multiply, x, y)
 
 
 def _product_of(precision, x, kernel_IO):
-  axes = ((x.ndim - 1,), (0,))
-  return jax.lax.dot_general(x, kernel_IO, (axes, ((), ())), precision)
+  return _multiply(precision, x, kernel_IO, ((x.ndim - 1,), (0,)))
 
 
 def _product_with_residuals(precision, x, kernel_IO):
-  y = keep(_product_of(precision, x, kernel_IO))
-  return y, (x, kernel_IO)
+  return _product_of(precision, x, kernel_IO), (x, kernel_IO)
 
 
 def _product_gradients(precision, residuals, slopes):
   x, kernel_IO = residuals
-  multiply = functools.partial(jax.lax.dot_general, precision=precision)
-  x_grad = multiply(slopes, kernel_IO, (((x.ndim - 1,), (1,)), ((), ())))
+  multiply = functools.partial(_multiply, precision)
+  x_grad = multiply(slopes, kernel_IO, ((x.ndim - 1,), (1,)))
   positions = tuple(range(x.ndim - 1))
-  axes = ((positions, positions), ((), ()))
+  axes = (positions, positions)
   # XLA turns the first operand round: let it be the narrower one.
   if x.shape[-1] <= slopes.shape[-1]:
     return x_grad, multiply(x, slopes, axes)
@@ -138,6 +172,17 @@ def _product_gradients(precision, residuals, slopes):
 
 _product = jax.custom_vjp(_product_of, nondiff_argnums=(0,))
 _product.defvjp(_product_with_residuals, _product_gradients)
+
+
+class Embed(nn.Embed):
+  """`nn.Embed` whose `attend` is a product of this module."""
+
+  def attend(self, query: jax.Array) -> jax.Array:
+    """Products of a query ``[*, D]`` with every embedding, ``[*, V]``."""
+    query, embedding = self.promote_dtype(
+      query, self.embedding, dtype=self.dtype
+    )
+    return _product(None, query, embedding.T)
 
 
 class RMSNorm(nn.Module):
