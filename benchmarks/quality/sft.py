@@ -105,6 +105,8 @@ SAMPLINGS = {
 _OPTIMIZER = {'owlore': 'galore', 'owlore_uniform': 'galore'}
 _OPTIMIZER |= dict.fromkeys(('ows', 'lisa', 'badam'), 'full')
 TASKS = ('sst2', 'gsm8k')
+# What is computed in; weights, their gradients and states are float32.
+COMPUTE_DTYPE = {'sst2': 'float32', 'gsm8k': 'bfloat16'}
 SEARCHED = {'sst2': 600, 'gsm8k': 200}  # Rows that rates are chosen with.
 SEEDS = (0, 1)  # Of the best rate.
 
@@ -205,6 +207,8 @@ def configure(
     eval=SftEvalOptions(generate=0),
     mesh=MeshConfig(data=1),
   )
+  model = dataclasses.replace(config.model, compute_dtype=COMPUTE_DTYPE[task])
+  config = dataclasses.replace(config, model=model)
   optim: OptimConfig = dataclasses.replace(
     config.optim, learning_rate=method.rate
   )
