@@ -2,10 +2,12 @@ r"""Speed of instruction tuning beside transformers' and PEFT's PyTorch.
 
   python -m benchmarks.train.sft_step --model SMOLLM2_FOLDER --data chats.jsonl
 
-Both sides take whole steps in float32, AdamW without decay at one learning
-rate, on the same batches of conversations in turns: rows padded on the right to
-one length, the mean over the learned tokens. `full` trains all weights, `lora`
-adapters of rank 8 on all matrices of the blocks.
+Both sides take whole steps, AdamW without decay at one learning rate, on the
+same batches of conversations in turns: rows padded on the right to one length,
+the mean over the learned tokens. `full` trains all weights, `lora` adapters of
+rank 8 on all matrices of the blocks. Weights and states are float32; all else
+is float32 or, of PyTorch by its autocast, bfloat16. Rows of another version of
+JAX stay in the record, if they are of the same processor and sizes.
 
   ratio    ours to PyTorch's tokens per second, padding included: median over
            the turns, in brackets its quartiles; above 1 ours is faster
@@ -24,8 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from benchmarks import report
@@ -33,6 +36,7 @@ from benchmarks.common import harness, peers, programs, record, turns
 from benchmarks.common.tables import median_in_quartiles, number, of_columns
 from gnlorp_jax.compose import adaptation
 from gnlorp_jax.config import ChatDataConfig, SftConfig, SftEvalOptions
+from gnlorp_jax.models.interface import Dtype
 from gnlorp_jax.recipes.sft import recipe
 from gnlorp_jax.training import sharding
 from gnlorp_jax.training.state import TrainState
@@ -44,7 +48,7 @@ RATES = {'full': 1e-5, 'lora': 2e-4}
 Row = dict[str, Any]
 
 
-def _settings(args: argparse.Namespace, method: str) -> SftConfig:
+def _settings(args: argparse.Namespace, method: str, dtype: Dtype) -> SftConfig:
   """The fine-tuning that is timed."""
   optim = dataclasses.replace(
     SftConfig().optim,
@@ -55,6 +59,7 @@ def _settings(args: argparse.Namespace, method: str) -> SftConfig:
   )
   return SftConfig(
     init_from=str(args.model),
+    model=dataclasses.replace(SftConfig().model, compute_dtype=dtype),
     method=method,
     optim=optim,
     batch_size=args.batch_size,
@@ -110,6 +115,7 @@ class _Theirs(peers.TorchTraining):
   ):
     super().__init__('cpu')
     self._batches = batches
+    self._is_half = settings.model.compute_dtype == 'bfloat16'
     causal = peers.module('transformers').AutoModelForCausalLM
     self._model = causal.from_pretrained(
       settings.init_from, dtype=self.torch.float32
@@ -139,15 +145,16 @@ class _Theirs(peers.TorchTraining):
     targets = np.full(batch['inputs'].shape, -100)
     b, p = np.nonzero(batch['weights'])
     targets[b, batch['positions'][b, p]] = batch['targets'][b, p]
-    logits = self._model(input_ids=tokens).logits
+    with torch.autocast('cpu', torch.bfloat16, enabled=self._is_half):
+      logits = self._model(input_ids=tokens).logits
     return torch.nn.functional.cross_entropy(
-      logits.flatten(0, 1), torch.from_numpy(targets).long().flatten()
+      logits.float().flatten(0, 1), torch.from_numpy(targets).long().flatten()
     )
 
 
-def _race(args: argparse.Namespace, method: str) -> Row:
+def _race(args: argparse.Namespace, method: str, dtype: Dtype) -> Row:
   """Both sides on the same batches, turn by turn."""
-  settings = _settings(args, method)
+  settings = _settings(args, method, dtype)
   prepared = recipe.prepare(settings)
   run = recipe.make_run(prepared, prepared.config)
   count = turns.APART + args.rounds * args.turn
@@ -179,7 +186,7 @@ def _race(args: argparse.Namespace, method: str) -> Row:
   ratios = np.array(seconds['pytorch']) / np.array(seconds['ours'])
   losses = (side.losses[: turns.APART] for side in sides.values())
   return {
-    'method': method,
+    **{'jax': jax.__version__, 'method': method, 'dtype': dtype},
     'tokens_per_second': {
       name: float(np.median(tokens / np.array(values)))
       for name, values in seconds.items()
@@ -192,7 +199,9 @@ def _race(args: argparse.Namespace, method: str) -> Row:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
+  'jax': lambda row: row['jax'],
   'method': lambda row: row['method'],
+  'computed in': lambda row: row['dtype'],
   'ours, tokens/s': lambda row: f'{row["tokens_per_second"]["ours"]:.0f}',
   'PyTorch': lambda row: f'{row["tokens_per_second"]["pytorch"]:.0f}',
   'ratio': lambda row: median_in_quartiles(row['ratio']),
@@ -211,6 +220,17 @@ def tables() -> dict[str, str]:
   return {'sft_step': table(record.read(RESULTS)['rows'])}
 
 
+def _of_other_versions(path: pathlib.Path, wanted: Row) -> list[Row]:
+  """Recorded rows of other versions of JAX that compare with `wanted`."""
+  if not path.exists():
+    return []
+  found = record.read(path)
+  shared = ('model', 'batch_size', 'max_length', 'turn', 'cpu', 'cores')
+  if any(found[name] != wanted[name] for name in shared):
+    return []
+  return [row for row in found['rows'] if row['jax'] != jax.__version__]
+
+
 def main() -> None:
   """Measures, and writes the JSON file and the table."""
   parser = harness.parser(__doc__)
@@ -221,6 +241,8 @@ def main() -> None:
   add('--data', type=pathlib.Path, help='conversations')
   add('--template', help='chat template, as of train_sft.py')
   add('--methods', nargs='+', choices=(*RATES,), default=(*RATES,))
+  dtypes = get_args(Dtype)
+  add('--dtypes', nargs='+', choices=dtypes, default=dtypes)
   add('--batch-size', type=harness.positive, default=4, help='rows of a step')
   add('--max-length', type=harness.positive, default=128, help='their tokens')
   add('--rounds', type=harness.positive, default=6, help='turns of either side')
@@ -234,10 +256,11 @@ def main() -> None:
   written: Row = {
     'model': args.model.name,
     **{'batch_size': args.batch_size, 'max_length': args.max_length},
-    **{'turn': args.turn, **harness.environment(), 'rows': []},
+    **{'turn': args.turn, **harness.environment()},
   }
-  for method in args.methods:
-    written['rows'].append(_race(args, method))
+  written['rows'] = _of_other_versions(args.output, written)
+  for method, dtype in itertools.product(args.methods, args.dtypes):
+    written['rows'].append(_race(args, method, dtype))
     record.write(args.output, written)
   sys.stdout.write(table(written['rows']))
 
