@@ -126,7 +126,8 @@ class Advice:
   Attributes:
     name: What the record calls it.
     optimizer: Its name in `gnlorp_jax`.
-    options: Keywords for it, `rank` and bits among them.
+    options: Keywords for it, `rank` and bits among them; all else is as its
+      defaults are.
     learning_rate: The best peak rate of the record. Tune it for your model.
     bytes: Bytes of ``weights``, ``gradients``, of the state by `state_bytes`,
       and of the ``activations`` that were given.
