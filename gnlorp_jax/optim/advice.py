@@ -280,8 +280,8 @@ def make(
 
 def _width(params: optax.Params, shared: Mapping[str, Any]) -> int:
   """The longest of the shorter axes of all kernels that are projected."""
-  # A rank is clipped to the shorter axis, which the basis then shows.
-  tx = make('galore', 1.0, {'rank': 2**31, **shared})
+  # A basis of the shorter axis is [*, axis, rank].
+  tx = make('galore', 1.0, {'rank': 1, **shared})
   found = subspaces(jax.eval_shape(tx.init, params)).values()
   bases = jax.tree.leaves([subspace.basis for subspace in found])
   if not bases:
@@ -290,7 +290,7 @@ def _width(params: optax.Params, shared: Mapping[str, Any]) -> int:
       'optimizers would do. Give param_labels; report() tells why each '
       'parameter has its label.'
     )
-  return max(basis.shape[-1] for basis in bases)
+  return max(basis.shape[-2] for basis in bases)
 
 
 def _nothing_fits(found: Sequence[Advice], budget_bytes: int) -> str:

@@ -32,6 +32,11 @@ def everything():
   return recommend(PARAMS, ALL)
 
 
+def test_nothing_is_warned_of(caplog):
+  recommend(PARAMS, ALL)
+  assert not caplog.messages
+
+
 def test_bytes_are_those_of_real_arrays(everything):
   assert {a.name for a in everything} == {r.name for r in advice.record().rows}
   for found in everything:
