@@ -46,6 +46,7 @@ def build(benchmark: ModuleType) -> dict[str, Any]:
     'parameters': settings['parameters'],
     'width': model.hidden_size,
     'dtype': model.param_dtype,
+    'compute_dtype': settings['compute_dtype'],
     'steps': settings['steps'],
     'tokens': tokens,
     'rows': [

@@ -70,7 +70,8 @@ class Record:
     model: The preset whose width and depth it was.
     parameters: Number of the model's parameters.
     width: Its hidden size.
-    dtype: Of its parameters.
+    dtype: Of its parameters and states.
+    compute_dtype: Of all else.
     steps: Steps of a run.
     tokens: Tokens of a run.
     rows: The optimizers, the lowest loss first.
@@ -81,6 +82,7 @@ class Record:
   parameters: int
   width: int
   dtype: str
+  compute_dtype: str
   steps: int
   tokens: int
   rows: tuple[Row, ...]
@@ -104,10 +106,15 @@ class Record:
     """What advice for a model of so many parameters rests on, in sentences."""
     counts = sorted({row.seeds for row in self.rows})
     seeds = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    computed = (
+      ''
+      if self.compute_dtype == self.dtype
+      else f' (computed in {self.compute_dtype})'
+    )
     text = (
       f'Losses are those of {self.source}: LLaMA-{self.model} with '
-      f'{self.parameters / 1e6:.1f} million parameters in {self.dtype}, '
-      f'{self.tokens / 1e6:.1f} million tokens in {self.steps} whole steps, '
+      f'{self.parameters / 1e6:.1f} million parameters in {self.dtype}'
+      f'{computed}, {self.tokens / 1e6:.1f} million tokens in {self.steps} whole steps, '
       f'{seeds} seeds.'
     )
     if parameters <= self.parameters:

@@ -22,6 +22,7 @@ def frontier_record(tmp_path, monkeypatch):
   """A record of every method of the frontier, made up; one has one seed."""
   settings = {
     **{'size': '20m', 'parameters': 5261568, 'rank': 64},
+    'compute_dtype': 'bfloat16',
     **{'steps': 2000, 'batch_size': 4, 'seq_len': 128},
   }
   rows = [
@@ -78,6 +79,7 @@ def test_the_frontier_is_taken_once_it_is_recorded(frontier_record):
   # One seed tells nothing of noise.
   assert {row.name for row in found.rows} == {*frontier.METHODS} - {'muon'}
   assert found.source == 'benchmarks/results/frontier.json'
+  assert (found.dtype, found.compute_dtype) == ('float32', 'bfloat16')
   assert (found.width, found.tokens) == (256, 2000 * 4 * 128)
   row = found.rows[0]
   assert (row.loss, row.seeds) == (5.1, 2)

@@ -158,7 +158,8 @@ def test_basis_says_what_the_advice_rests_on(everything):
   record = dataclasses.replace(
     advice.record(),
     **{'source': 'a.json', 'model': '20m', 'parameters': 5_000_000},
-    **{'dtype': 'float32', 'steps': 400, 'tokens': 200_000},
+    **{'dtype': 'float32', 'compute_dtype': 'float32'},
+    **{'steps': 400, 'tokens': 200_000},
     rows=(a_row('muon', 5.0, 0.1, 3), a_row('adamw', 5.1, 0.1, 2)),
   )
   text = (
@@ -166,6 +167,8 @@ def test_basis_says_what_the_advice_rests_on(everything):
     'float32, 0.2 million tokens in 400 whole steps, 2 to 3 seeds.'
   )
   assert record.basis(5_000_000) == text
+  in_bfloat16 = dataclasses.replace(record, compute_dtype='bfloat16')
+  assert 'float32 (computed in bfloat16), 0.2' in in_bfloat16.basis(1)
   assert record.basis(60_000_000) == (
     f'{text} This model has 60.0 million parameters, 12 times as many: that '
     'the order is the same is an extrapolation.'
