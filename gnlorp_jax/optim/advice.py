@@ -106,15 +106,13 @@ class Record:
     """What advice for a model of so many parameters rests on, in sentences."""
     counts = sorted({row.seeds for row in self.rows})
     seeds = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    computed = (
-      ''
-      if self.compute_dtype == self.dtype
-      else f' (computed in {self.compute_dtype})'
-    )
+    dtypes = self.dtype
+    if self.compute_dtype != self.dtype:
+      dtypes += f' (computed in {self.compute_dtype})'
     text = (
       f'Losses are those of {self.source}: LLaMA-{self.model} with '
-      f'{self.parameters / 1e6:.1f} million parameters in {self.dtype}'
-      f'{computed}, {self.tokens / 1e6:.1f} million tokens in {self.steps} whole steps, '
+      f'{self.parameters / 1e6:.1f} million parameters in {dtypes}, '
+      f'{self.tokens / 1e6:.1f} million tokens in {self.steps} whole steps, '
       f'{seeds} seeds.'
     )
     if parameters <= self.parameters:
