@@ -4,8 +4,9 @@
   python -m benchmarks.report step          # those of a folder
   python -m benchmarks.report step.measure  # that of python -m benchmarks.step
 
-Nothing is measured: the tables between the marks of a page, and the pictures
-beside it, are made again from benchmarks/results. Every benchmark does the same
+Nothing is measured: the tables between the marks of a page, the pictures beside
+it, and the rows that the package advises by, are made again from
+benchmarks/results. Every benchmark does the same
 for itself with --report. tests/benchmarks/test_pages.py compares the two.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 from benchmarks.common import cases, harness, pages
 
 BENCHMARKS = (
+  'quality.advice',
   'quality.document_mask',
   'quality.glue',
   'quality.int8_weights',
@@ -38,7 +40,8 @@ BENCHMARKS = (
 """Modules with recorded figures.
 
 Each has a path PAGE, `tables`, which makes the tables of this page by name from
-the recorded files, and `plots`, which draws its pictures, if it has any.
+the recorded files, and if it has any, `plots`, which draws its pictures, and
+`package`, which writes what the package ships of them.
 """
 
 
@@ -48,11 +51,12 @@ def load(name: str) -> Any:
 
 
 def report(name: str) -> None:
-  """Writes a benchmark's tables, and draws its pictures."""
+  """Writes a benchmark's tables and its file of the package, and draws."""
   module = load(name)
   pages.write(module.PAGE, module.tables())
-  if hasattr(module, 'plots'):
-    module.plots()
+  for write in ('plots', 'package'):
+    if hasattr(module, write):
+      getattr(module, write)()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from gnlorp_jax.optim import (
+    Advice,
     LazyRefresh,
     WeightDimensionNumbers,
     adamw,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     q_galore,
     quantize_moments,
     racs,
+    recommend,
     report,
     scale,
     sinkgd,
@@ -51,6 +53,7 @@ else:
 __version__ = '0.1.0'
 
 __all__ = [
+  'Advice',
   'LazyRefresh',
   'WeightDimensionNumbers',
   'adamw',
@@ -74,6 +77,7 @@ __all__ = [
   'q_galore',
   'quantize_moments',
   'racs',
+  'recommend',
   'report',
   'scale',
   'sinkgd',

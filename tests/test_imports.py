@@ -112,6 +112,7 @@ BELOW = {
   'subspace': ('parts', 'projections', 'quantized'),
   'methods': ('parts', 'projections', 'quantized', 'subspace'),
   'inspect': ('parts', 'projections', 'quantized', 'subspace', 'methods'),
+  'advice': ('parts', 'methods', 'inspect'),
 }
 
 

@@ -130,6 +130,8 @@ def test_the_wheel_holds_the_package_alone(installed):
   found = {path.relative_to(installed) for path in installed.rglob('*.py')}
   assert found == modules
   assert (installed / 'gnlorp_jax' / 'py.typed').is_file()
+  rows = pathlib.Path('gnlorp_jax', 'optim', 'measured.json')
+  assert (installed / rows).read_bytes() == (ROOT / rows).read_bytes()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ made of, for chains of one's own.
 """
 
 from gnlorp_jax.optim import inspect, labels, projections
+from gnlorp_jax.optim.advice import Advice, recommend
 from gnlorp_jax.optim.inspect import format_report, report
 from gnlorp_jax.optim.methods.adamw import adamw
 from gnlorp_jax.optim.methods.alice import alice, scale_by_alice
@@ -52,6 +53,7 @@ from gnlorp_jax.optim.subspace.low_rank import (
 )
 
 __all__ = [
+  'Advice',
   'LazyRefresh',
   'LowRankState',
   'Projection',
@@ -84,6 +86,7 @@ __all__ = [
   'quantize_moments',
   'quantized_weights',
   'racs',
+  'recommend',
   'released_gradnormlorp',
   'report',
   'scale',

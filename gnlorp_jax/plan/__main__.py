@@ -12,8 +12,9 @@ with interruption.starting():
 
   from gnlorp_jax import plan
   from gnlorp_jax.compose import command_line
+  from gnlorp_jax.plan import budget
   from gnlorp_jax.plan.report import report
-  from gnlorp_jax.plan.settings import RECIPES, Settings
+  from gnlorp_jax.plan.settings import RECIPES, PlanConfig, Settings
 
 
 def main(args: list[str] | None = None) -> None:
@@ -27,8 +28,16 @@ def main(args: list[str] | None = None) -> None:
   # Nothing runs here: a GPU of this machine stays free for others.
   jax.config.update('jax_platforms', 'cpu')
   command_line.run(
-    lambda: report(parse(words), words), traceback_variable='PLAN_TRACEBACK'
+    lambda: answer(parse(words), words), traceback_variable='PLAN_TRACEBACK'
   )
+
+
+def answer(settings: Settings, args: list[str]) -> None:
+  """Plans the run as it is asked for, or what fits a budget in its place."""
+  if isinstance(settings, PlanConfig) and settings.budget is not None:
+    budget.report(settings, args)
+  else:
+    report(settings, args)
 
 
 def parse(args: list[str]) -> Settings:

@@ -41,6 +41,14 @@ LABELS = {
   'attention_workspace': 'attention workspace (estimated)',
 }
 """Components of a plan and what the table calls them."""
+ON_TOP = (
+  'activations inside a block, logits and what the optimizer computes come on '
+  'top.'
+)
+HOW_TO_KNOW = (
+  'For the exact figure install the CUDA wheels, for which no GPU is needed: '
+  "pip install 'gnlorp_jax[cuda]'"
+)
 
 
 def report(settings: Settings, args: list[str]) -> None:
@@ -50,14 +58,7 @@ def report(settings: Settings, args: list[str]) -> None:
     settings: The run.
     args: The command line it came from, for the record.
   """
-  # With the JSON on standard output there is no place for tables.
-  console = rich.console.Console(
-    quiet=settings.json == '-', highlight=False, markup=False
-  )
-  if settings.json not in (None, '-'):
-    folder = pathlib.Path(settings.json).parent
-    if not folder.is_dir():
-      raise ValueError(f'There is no folder {str(folder)!r} for json. Make it.')
+  console = open_console(settings)
   bound = lower_bound(settings)
   with quiet():  # The same program again has nothing new to warn of.
     plan = compiled(settings) if compiler_is_installed() else bound
@@ -66,7 +67,27 @@ def report(settings: Settings, args: list[str]) -> None:
     if plan.fits(ACCELERATORS[settings.device].usable) is False:
       found = suggestions(settings, plan, bound)
       print_suggestions(console, found)
-  text = json.dumps(as_json(settings, args, plan, found), indent=2) + '\n'
+  write(settings, as_json(settings, args, plan, found))
+
+
+def open_console(settings: Settings) -> rich.console.Console:
+  """Where tables go; silent where the JSON goes there.
+
+  Raises:
+    ValueError: If there is no folder for the JSON file.
+  """
+  if settings.json not in (None, '-'):
+    folder = pathlib.Path(settings.json).parent
+    if not folder.is_dir():
+      raise ValueError(f'There is no folder {str(folder)!r} for json. Make it.')
+  return rich.console.Console(
+    quiet=settings.json == '-', highlight=False, markup=False
+  )
+
+
+def write(settings: Settings, found: dict[str, Any]) -> None:
+  """Writes what was found as JSON, where the settings ask for it."""
+  text = json.dumps(found, indent=2) + '\n'
   if settings.json == '-':
     sys.stdout.write(text)
   elif settings.json is not None:
@@ -132,11 +153,7 @@ def _verdict(plan: Plan, device: Accelerator) -> Iterator[str]:
       f'XLA_PYTHON_CLIENT_MEM_FRACTION={device.fraction} in the environment.'
     )
   if plan.xla is None:
-    yield (
-      'This is a lower bound: activations inside a block, logits and what the '
-      'optimizer computes come on top. For the exact figure install the CUDA '
-      "wheels, for which no GPU is needed: pip install 'gnlorp_jax[cuda]'"
-    )
+    yield f'This is a lower bound: {ON_TOP} {HOW_TO_KNOW}'
 
 
 def _print_collectives(

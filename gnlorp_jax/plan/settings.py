@@ -5,6 +5,7 @@ Each recipe has a class here, with the options of its program and those of
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,6 +24,27 @@ from gnlorp_jax.recipes.sft import recipe as sft
 from gnlorp_jax.recipes.sft import settings as sft_settings
 
 Devices = Sequence[jax.Device] | int
+
+_UNITS = {
+  **{f'{letter}B': 1000**n for n, letter in enumerate('KMGT', 1)},
+  **{f'{letter}iB': 1024**n for n, letter in enumerate('KMGT', 1)},
+}
+
+
+def size_of(text: str) -> int:
+  """Bytes of a size such as ``16GiB``, ``12GB`` or ``800MiB``.
+
+  Raises:
+    ValueError: If it is no number with a unit, or not positive.
+  """
+  match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([KMGT]i?B)', text.strip())
+  size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if size < 1:
+    raise ValueError(
+      f'{text!r} is no size: give a positive number and a unit '
+      f'({", ".join(_UNITS)}), such as 16GiB, 12GB or 800MiB.'
+    )
+  return size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +76,25 @@ class Target:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig(Target, pretrain_settings.TrainConfig):
   """A pre-training run, and the GPUs to plan it for."""
+
+  budget: str | None = free(None)
+  """What a run may take on one device, such as 16GiB, 12GB or 800MiB: asks for
+  the optimizers that fit, by the losses that were measured with them."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.budget is None:
+      return
+    try:
+      size_of(self.budget)
+    except ValueError as error:
+      raise ValueError(f'budget={error}') from None
+    if self.adapter.kind is not None or self.sampling.is_on:
+      raise ValueError(
+        f'budget={self.budget!r} ranks optimizers that train all weights in '
+        'every step: leave out adapter.kind and the options of sampling, or '
+        'budget.'
+      )
 
   @classmethod
   def parse(cls, args: list[str], description: str) -> 'PlanConfig':

@@ -55,7 +55,7 @@ _ONLY_COMPILING_TELLS = {
 }
 # Compiling takes most of the time, about as long for each change as for the
 # run itself.
-_MOST_COMPILED = 4
+MOST_COMPILED = 4
 
 
 def suggestions(
@@ -76,7 +76,7 @@ def suggestions(
     The changes, those that suffice first, then by the bytes they save.
   """
   found = []
-  remaining = 0 if plan.xla is None else _MOST_COMPILED
+  remaining = 0 if plan.xla is None else MOST_COMPILED
   for family in changes(settings):
     for change in family:
       suggestion = _try(
@@ -112,12 +112,10 @@ def _try(
   is_promising = is_unknown or plan.peak - saves <= usable
   is_compiled = may_compile and is_promising and after.peak <= usable
   if is_compiled:
-    try:
-      after = compiled(changed)
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-      reason = str(error).partition('\n')[0]
-      _logger.warning('%s cannot be compiled: %s', option_text(change), reason)
+    found = try_compiled(changed, option_text(change))
+    if found is None:
       return None
+    after = found
     saves = plan.peak - after.peak
   fits = after.fits(usable)
   # Where neither the saving is known nor its failure it stays a possibility.
@@ -134,6 +132,16 @@ def _try(
       None: 'perhaps' if is_promising else 'unlikely',
     }[fits],
   )
+
+
+def try_compiled(settings: Settings, name: str) -> Plan | None:
+  """The compiled plan of a run called `name`; says so where there is none."""
+  try:
+    return compiled(settings)
+  except (ValueError, jax.errors.JaxRuntimeError) as error:
+    reason = str(error).partition('\n')[0]
+    _logger.warning('%s cannot be compiled: %s', name, reason)
+    return None
 
 
 def changes(settings: Settings) -> Iterator[list[Change]]:
@@ -216,5 +224,9 @@ def option_text(change: Change) -> str:
   options = []
   for name, value in change.items():
     option = f'--{name}'.replace('_', '-')
-    options.append(option if value is True else f'{option} {value}')
+    if value is False:
+      group, _, flag = option.rpartition('.')
+      options.append(f'{group}.no-{flag}')
+    else:
+      options.append(option if value is True else f'{option} {value}')
   return ' '.join(options)
