@@ -202,8 +202,8 @@ def adapted(
 
   Note:
     Products are taken in the dtype of the layer's output, as PEFT does under
-    autocast. Norms are float32, where PEFT takes them in the dtype of the
-    input.
+    autocast, and have a reverse mode only, see `layers.product`. Norms are
+    float32, where PEFT takes them in the dtype of the input.
 
     The norm of a zero column is no divisor: where V is zero, W is V itself, as
     in LoRA, for its value and its gradient; PEFT gives NaN. The column gets a

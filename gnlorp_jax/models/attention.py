@@ -229,8 +229,9 @@ def _attend_gradients(scores, residuals, slopes_BKGTH):
   weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
   return (
     product('bkgts,bksh->bkgth', score_slopes_BKGTS, k_BKSH),
-    product('bkgts,bkgth->bksh', score_slopes_BKGTS, q_BKGTH),
-    product('bkgts,bkgth->bksh', weights_BKGTS, slopes_BKGTH),
+    # XLA turns the first operand round: let it be the narrow one.
+    product('bkgth,bkgts->bkhs', q_BKGTH, score_slopes_BKGTS).mT,
+    product('bkgth,bkgts->bkhs', slopes_BKGTH, weights_BKGTS).mT,
     None,
     None,
   )

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gnlorp_jax.models import layers
 from gnlorp_jax.models.interface import Params
 
 # Keys in nested dicts of parameters, from the outside in.
@@ -93,9 +94,10 @@ def multiply(
 ) -> jax.Array:
   """Product ``[N, out]`` of an input and a matrix ``[*, in, out]`` per batch.
 
-  The axes that stack the matrices are the first of the input.
+  The axes that stack the matrices are the first of the input. There is a
+  reverse mode only, see `layers.product`.
   """
-  product = functools.partial(jnp.matmul, precision=precision)
+  product = functools.partial(layers.product, precision=precision)
   for _ in range(w_IO.ndim - 2):
     product = jax.vmap(product)
   return product(x_NI, w_IO)
