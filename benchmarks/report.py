@@ -29,6 +29,7 @@ BENCHMARKS = (
   'scaling.merge_memory',
   'scaling.plan_7b',
   'scaling.state_bytes',
+  'scaling.traffic',
   'step.layerwise_step',
   'step.measure',
   'step.sampled_step',

@@ -51,7 +51,9 @@ class Collective(NamedTuple):
     return self.instructions * self.bytes_each * math.prod(self.loops)
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+  """An instruction of a program."""
+
   opcode: str
   bytes: int  # Of its result.
   operands: tuple[str, ...]
@@ -73,7 +75,7 @@ def collectives(hlo_text: str) -> list[Collective]:
     What crosses a wire depends on the algorithm: in a ring of n devices every
     one sends (n - 1) / n of these bytes, and twice that in an all-reduce.
   """
-  computations, entry = _parse(hlo_text)
+  computations, entry = parse(hlo_text)
   rows: collections.Counter[tuple] = collections.Counter()
 
   def walk(name, loops, conditionals):
@@ -92,11 +94,10 @@ def collectives(hlo_text: str) -> list[Collective]:
         continue
       inner_loops = loops
       if opcode == 'while':
-        trips = _TRIP_COUNT.search(line)
-        inner_loops = (*loops, int(trips[1]) if trips else None)
+        inner_loops = (*loops, trip_count(line))
       inner_conditionals = conditionals + (opcode == 'conditional')
-      for called in _called(line):
-        walk(called, inner_loops, inner_conditionals)
+      for name in called(line):
+        walk(name, inner_loops, inner_conditionals)
 
   walk(entry, (), 0)
   return [
@@ -105,7 +106,7 @@ def collectives(hlo_text: str) -> list[Collective]:
   ]
 
 
-def _received(instruction: _Instruction, sent: int) -> int:
+def _received(instruction: Instruction, sent: int) -> int:
   """Bytes of a collective's result, without operands that come with it."""
   # These two return their operands as well.
   if instruction.opcode == 'all-gather-start':
@@ -115,7 +116,13 @@ def _received(instruction: _Instruction, sent: int) -> int:
   return instruction.bytes
 
 
-def _called(line: str) -> list[str]:
+def trip_count(line: str) -> int | None:
+  """How often a loop runs, where XLA knows it."""
+  trips = _TRIP_COUNT.search(line)
+  return int(trips[1]) if trips else None
+
+
+def called(line: str) -> list[str]:
   """Names of the computations that an instruction runs."""
   names = _CALLED.findall(line)
   for branches in _BRANCHES.findall(line):
@@ -123,17 +130,17 @@ def _called(line: str) -> list[str]:
   return names
 
 
-def _parse(hlo_text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+def parse(hlo_text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
   """The instructions of every computation by name, and the entry's name."""
-  computations: dict[str, dict[str, _Instruction]] = {}
-  current: dict[str, _Instruction] = {}
+  computations: dict[str, dict[str, Instruction]] = {}
+  current: dict[str, Instruction] = {}
   entry = ''
   for line in hlo_text.splitlines():
     if header := _HEADER.match(line):
       current = computations[header[2]] = {}
       entry = header[2] if header[1] else entry
     elif found := _INSTRUCTION.match(line):
-      current[found[1]] = _Instruction(
+      current[found[1]] = Instruction(
         opcode=found[3],
         bytes=_bytes(found[2]),
         operands=_operands(line[found.end() :]),
