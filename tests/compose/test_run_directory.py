@@ -78,7 +78,7 @@ def test_directory_that_cannot_be_used_is_an_error(tmp_path):
 
 
 def test_what_killed_runs_left_is_removed(tmp_path):
-  (tmp_path / '.hf.abcd1234' / 'hf').mkdir(parents=True)
+  (tmp_path / '.hf.abcd1234' / 'new').mkdir(parents=True)
   (tmp_path / '.summary.json.draft').write_text('{')
   (tmp_path / '.lock').write_text('{"pid": 1, "host": "gone"}')
   (tmp_path / 'metrics.jsonl').write_text('')
