@@ -8,6 +8,7 @@ record, or cannot be read, is moved aside, and the one before it is used.
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import logging
@@ -27,6 +28,10 @@ _logger = logging.getLogger(__name__)
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
 _NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE_NUMBERS = (
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+  *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN),  # Of a file server.
+)
 
 _OPEN = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0)
 
@@ -239,6 +244,12 @@ class Checkpointer:
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
           damaged[step] = str(error)
+        except OSError as error:
+          raise OSError(
+            f'The checkpoint of step {step} in {self._directory} cannot be '
+            f'read: {error}. It was left as it is. Run the same command again '
+            'when its files can be read.'
+          ) from error
         gc.collect()
         self._check_readable(step)
       _logger.warning(
@@ -314,13 +325,14 @@ class Checkpointer:
       ) from None
 
   def _move_aside(self, steps):
-    if jax.process_index() == 0:
+    def move():
       for step in steps:
         source = self._directory / str(step)
         target = _free_name(self._directory / f'{step}.corrupt')
         source.rename(target)
         _logger.warning('Moved %s to %s.', source, target.name)
-    ocp.multihost.sync_global_processes('gnlorp_jax:moved_aside')
+
+    distributed.from_first(move)
     self._manager.reload()
 
   @contextlib.contextmanager
@@ -365,6 +377,8 @@ def _failures_as_damage():
   except (integrity.DamagedError, integrity.OtherVersionError, *_NOT_DAMAGE):
     raise
   except Exception as error:
+    if getattr(error, 'errno', None) in _NOT_DAMAGE_NUMBERS:
+      raise
     raise integrity.DamagedError(
       f'{type(error).__name__}: {_first_line(error)}'
     ) from error
