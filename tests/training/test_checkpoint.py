@@ -326,9 +326,7 @@ def test_wrong_values_are_noticed_though_all_files_are_whole(two_saved, caplog):
   assert f'Moved {two_saved / "20"} to 20.corrupt.' in caplog.messages
 
 
-def test_damage_that_cannot_be_moved_is_an_error_of_all(
-  two_saved, monkeypatch
-):
+def test_damage_that_cannot_be_moved_is_an_error_of_all(two_saved, monkeypatch):
   (two_saved / '20' / 'record' / 'metadata').write_text('[]')
   shared, from_first = [], distributed.from_first
 
