@@ -197,11 +197,9 @@ def sweep(folder: pathlib.Path, prefix: str) -> None:
       name stays if it holds anything that is not of drafts.
   """
   for path in _entries(folder):
-    if not re.fullmatch(re.escape(prefix) + '[a-z0-9_]{8}', path.name):
-      continue
     # What cannot be read is another user's, and what cannot be locked is alive.
     with contextlib.suppress(OSError):
-      if not {entry.name for entry in _entries(path)} <= {_LOCK, _NEW, _OLD}:
+      if not (_is_called(prefix, path) and _is_around_draft(path)):
         continue
       with lock.hold(path / _LOCK):
         name = prefix.removeprefix('.').removesuffix('.')
@@ -230,6 +228,23 @@ def _own_folder(
       return path  # Nobody will sweep it.
     except (lock.HeldError, FileNotFoundError):
       pass  # Swept as it was made: before it was locked.
+
+
+def _is_called(prefix: str, path: pathlib.Path) -> bool:
+  """Whether a name is one that `tempfile` makes of a prefix."""
+  return bool(re.fullmatch(re.escape(prefix) + '[a-z0-9_]{8}', path.name))
+
+
+def _is_around_draft(folder: pathlib.Path) -> bool:
+  """Whether a folder holds nothing that is not of drafts.
+
+  Who fills a draft may write it as a draft in turn, which is beside it then.
+  """
+  inner = prefix_of(folder / _NEW)
+  return all(
+    path.name in (_LOCK, _NEW, _OLD) or _is_called(inner, path)
+    for path in _entries(folder)
+  )
 
 
 def _put_back(old: pathlib.Path, folder: pathlib.Path) -> None:

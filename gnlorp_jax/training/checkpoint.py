@@ -68,6 +68,7 @@ class Checkpointer:
       raise ValueError(f'keep={keep} must be at least 1.')
     self._directory = pathlib.Path(directory).absolute()
     check_path(self._directory)
+    self._keep = keep
     self._read_only = read_only
     self._current_step = None
     logging.getLogger('absl').addFilter(orbax_habits.keep_log_record)
@@ -141,7 +142,8 @@ class Checkpointer:
     """Restores the newest checkpoint that is whole.
 
     Damaged ones are reported and, unless read-only, renamed to
-    ``<step>.corrupt``, where they block nothing.
+    ``<step>.corrupt``, where they block nothing. Whole ones beyond `keep` are
+    deleted, as are those whose deletion a kill has ended.
 
     Args:
       abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings. The mesh
@@ -167,8 +169,11 @@ class Checkpointer:
     if found is None:
       return None
     self._current_step, restored, damaged_steps = found
-    if damaged_steps and not self._read_only:
-      self._move_aside(damaged_steps)
+    if not self._read_only:
+      if damaged_steps:
+        self._move_aside(damaged_steps)
+      # Only now: the newest are known to be more than names.
+      self._delete_oldest()
     return restored
 
   def latest_metadata(self) -> dict[str, Any] | None:
@@ -334,6 +339,16 @@ class Checkpointer:
 
     distributed.from_first(move)
     self._manager.reload()
+
+  def _delete_oldest(self):
+    def delete():
+      oldest = sorted(self._manager.all_steps())[: -self._keep]
+      for step in oldest:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
+      return bool(oldest)
+
+    if distributed.from_first(delete):
+      self._manager.reload()
 
   @contextlib.contextmanager
   def _explain_failed_write(self):

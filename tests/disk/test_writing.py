@@ -246,6 +246,15 @@ def test_half_a_folder_is_never_taken_for_one_that_was_replaced(tmp_path):
   assert not names(tmp_path)
 
 
+def test_draft_of_a_draft_is_swept_with_it(tmp_path):
+  with writing.drafted(tmp_path / 'hf') as draft:
+    with writing.drafted(draft) as inner:
+      fill(inner)
+      shutil.copytree(draft.parent, tmp_path / '.hf.abcd1234')
+  writing.sweep(tmp_path, '.hf.')
+  assert not names(tmp_path)
+
+
 def test_folder_of_a_user_that_is_called_as_drafts_are_stays(tmp_path):
   (tmp_path / '.model.original').mkdir()
   (tmp_path / '.model.original' / 'weights').write_text('mine')

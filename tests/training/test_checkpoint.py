@@ -111,6 +111,10 @@ def restore_small(directory):
     return checkpointer.restore_latest(abstract(small_state(0)))
 
 
+def names(directory):
+  return sorted(path.name for path in directory.iterdir())
+
+
 def assert_restored(restored, step):
   state, data_state, metadata = restored
   assert_same_bits(state, small_state(step))
@@ -193,6 +197,25 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
       checkpointer.save(step, small_state(step), {}, {})
   assert {path.name for path in tmp_path.iterdir()} == {'3', '4'}
+
+
+def test_what_a_kill_left_of_one_that_was_being_deleted_goes(two_saved):
+  shutil.copytree(two_saved / '10', two_saved / '5')
+  (two_saved / '5' / 'record' / 'metadata').unlink()
+  for read_only in (True, False):
+    assert names(two_saved) == ['10', '20', '5']
+    with Checkpointer(two_saved, keep=2, read_only=read_only) as checkpointer:
+      found = checkpointer.restore_latest(abstract(small_state(0)))
+      assert_restored(found, 20)
+  assert names(two_saved) == ['10', '20']
+
+
+def test_none_is_deleted_before_the_newest_are_known_to_be_whole(two_saved):
+  (two_saved / '20' / 'record' / 'metadata').unlink()
+  with Checkpointer(two_saved, keep=1) as checkpointer:
+    found = checkpointer.restore_latest(abstract(small_state(0)))
+    assert_restored(found, 10)
+  assert names(two_saved) == ['10', '20.corrupt']
 
 
 def test_same_step_is_saved_once(two_saved):
