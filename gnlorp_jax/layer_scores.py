@@ -45,8 +45,8 @@ def score(config: LayerScoresConfig) -> None:
   """Measures the layers of a model; shows, writes and draws what was found."""
   found = recipe.measure(config, progress.bar)
   report.show(found)  # First, so that no trouble with a file hides it.
+  report.write(config.output, found)
   output = pathlib.Path(config.output).expanduser()
-  report.write(output, found)
   report.plot(output.with_suffix('.png'), found)
 
 

@@ -305,12 +305,15 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(
   words = [*LM.split(), *text, '--model.hidden-size', '128']
   words += ['--mesh.data', '2', '--mesh.fsdp', '2', '--steps', '6']
   words += ['--eval-every', '6', '--checkpoint-every', '6']
+  words += ['--eval-batches', '4']
   parts = [*words, '--run-dir', str(tmp_path / 'parts')]
-  ends = lasting_pair.run('train_lm', parts, sent=[1, 1, signal.SIGTERM])
-  assert [end.status for end in ends] == [128 + signal.SIGTERM] * 2, ends
-  # Noted after step 1, told at step 2, known to all at step 3.
-  said = 'SIGTERM: saved step 3 of 6 in'
-  assert [end.text.count(said) for end in ends] == [1, 0]
+  # Noted before a batch of the first evaluation, told at the next, known to all
+  # at the third; of the steps behind its four batches likewise.
+  for call, number in ((1, 0), (5, 3)):
+    ends = lasting_pair.run('train_lm', parts, sent=[1, call, signal.SIGTERM])
+    assert [end.status for end in ends] == [128 + signal.SIGTERM] * 2, ends
+    said = f'SIGTERM: saved step {number} of 6 in'
+    assert [end.text.count(said) for end in ends] == [1, 0]
   stopped_by_a_signal(train_lm.main, parts, 4)
   ends = lasting_pair.run('train_lm', parts)
   assert [end.status for end in ends] == [0, 0], ends

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 
 from gnlorp_jax.compose import interruption
+from gnlorp_jax.disk import writing
 from gnlorp_jax.training import distributed
 
 _logger = logging.getLogger(__name__)
@@ -152,12 +153,40 @@ def check_place(option: str, file: str | None) -> None:
       f'--{option} {file}: the folder {path.parent} does not exist. Create it, '
       'or name another file.'
     )
-  place = path if path.exists() else path.parent
-  if not os.access(place, os.W_OK):
-    raise ValueError(
-      f'--{option} {file}: {place} cannot be written. Correct its permissions, '
-      'or name another file.'
-    )
+  places = [path] if path.exists() else []
+  if not _is_written_into(path):
+    places.append(path.parent)
+  for place in places:
+    if not os.access(place, os.W_OK):
+      raise ValueError(
+        f'--{option} {file}: {place} cannot be written. Correct its '
+        'permissions, or name another file.'
+      )
+
+
+def write_at_place(file: str, text: str) -> None:
+  """Writes a file that `check_place` was asked about, UTF-8.
+
+  It is there whole or not at all. A pipe, a device or a link is written into as
+  it is.
+
+  Args:
+    file: The file.
+    text: What it is to hold.
+
+  Raises:
+    OSError: If that fails.
+  """
+  path = pathlib.Path(file).expanduser()
+  if _is_written_into(path):
+    path.write_text(text, encoding='utf-8')
+  else:
+    writing.write_text(path, text)
+
+
+def _is_written_into(path: pathlib.Path) -> bool:
+  """Whether something is there that no new file may take the place of."""
+  return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def override_with_folder(

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from types import ModuleType, TracebackType
@@ -69,26 +70,29 @@ def _executed(path: pathlib.Path) -> ModuleType:
   spec = importlib.util.spec_from_file_location('run_config', path)
   assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # Dataclasses in it look for their module.
   try:
     spec.loader.exec_module(module)
   except SyntaxError as error:
-    raise ValueError(
-      f'{error.filename}:{error.lineno}: no Python: {error.msg}.'
-    ) from error
+    # It may be in a file that this one imports.
+    is_here = error.filename in (None, spec.origin)
+    where = str(path) if is_here else error.filename
+    line = '' if error.lineno is None else f':{error.lineno}'
+    raise ValueError(f'{where}{line}: no Python: {error.msg}.') from error
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: no Python: {error}.') from error
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     lines = [
       frame.lineno
       for frame in traceback.extract_tb(error.__traceback__)
-      if frame.filename == str(path)
+      if frame.filename == spec.origin  # In full, however it was asked for.
     ]
     where = f'{path}:{lines[-1]}' if lines else str(path)
     raise ValueError(f'{where}: {_what(error, module)}') from error
   return module
 
 
-def _what(error: Exception, module: ModuleType) -> str:
+def _what(error: Exception | SystemExit, module: ModuleType) -> str:
   """What went wrong in a file, in words about settings where it is about one.
 
   Args:
@@ -111,6 +115,8 @@ def _what(error: Exception, module: ModuleType) -> str:
         return str(wrong)
   if isinstance(error, ValueError):
     return str(error)
+  if isinstance(error, SystemExit):
+    return 'the file ends the program. Let it assign to config alone.'
   return f'{type(error).__name__}: {error}'
 
 

@@ -77,7 +77,7 @@ def _held(folder: pathlib.Path) -> Iterator[None]:
       raise OSError(
         f'The run directory {folder} is in use: {error}. Two at once would '
         'write over each other. Wait for it, end it, or use another run '
-        'directory.'
+        'directory; if its host is gone, delete that file.'
       ) from error
     except OSError as error:
       raise OSError(

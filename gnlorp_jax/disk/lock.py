@@ -49,7 +49,8 @@ def hold(path: pathlib.Path) -> Iterator[None]:
     yield
   finally:
     with file:  # While it is locked: nobody can hold it yet.
-      path.unlink(missing_ok=True)
+      if _is_at(path, file):  # And not another's, who came after its removal.
+        path.unlink(missing_ok=True)
 
 
 def _lock(path: pathlib.Path) -> IO[str]:
@@ -59,7 +60,7 @@ def _lock(path: pathlib.Path) -> IO[str]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       # Who held it may have removed it since it was opened.
-      if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+      if _is_at(path, file):
         return file
     except BlockingIOError as error:
       with file:
@@ -70,6 +71,14 @@ def _lock(path: pathlib.Path) -> IO[str]:
         raise UnsupportedError(f'{path}: {error.strerror}') from error
       raise
     file.close()
+
+
+def _is_at(path: pathlib.Path, file: IO[str]) -> bool:
+  """Whether an open file is still what a path names."""
+  try:
+    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+  except FileNotFoundError:
+    return False
 
 
 def _holder(file: IO[str]) -> str:

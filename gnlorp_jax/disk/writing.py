@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from gnlorp_jax.disk import lock
 
 _DRAFT = '.draft'  # What the name of a file that is being written ends in.
-_LOCK = 'lock'
-_OLD = 'old'  # What is being replaced, in the folder around a draft.
+# In the folder around a draft of a folder there is nothing but
+_LOCK = 'lock'  # who writes it,
+_NEW = 'new'  # the draft,
+_OLD = 'old'  # and what it is replacing.
 # Beside what `replaced` wrote: which files those are, with their sizes.
 MARK = '.gnlorp_jax.json'
 
@@ -116,7 +118,7 @@ def drafted(
   with contextlib.ExitStack() as stack:
     around = _own_folder(folder.parent, prefix, stack)
     # An inner folder: the one around it is readable by its owner only.
-    draft = around / folder.name
+    draft = around / _NEW
     draft.mkdir()
     yield draft
 
@@ -146,6 +148,7 @@ def replaced(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     text = json.dumps({'files': _sizes(draft)}, indent=2)
     (draft / MARK).write_text(text + '\n', encoding='utf-8')
     check_replaceable(folder)  # Hours may have passed.
+    sync(draft)  # What takes long comes while the old one is still there.
     old = draft.parent / _OLD
     if folder.exists():
       folder.rename(old)
@@ -190,16 +193,18 @@ def sweep(folder: pathlib.Path, prefix: str) -> None:
 
   Args:
     folder: Where they are, if it is there.
-    prefix: What their names begin with: as of `drafted`.
+    prefix: What their names begin with: as of `drafted`. A folder of such a
+      name stays if it holds anything that is not of drafts.
   """
   for path in _entries(folder):
-    if not re.fullmatch(re.escape(prefix) + '[a-z0-9_]{8}', path.name):
-      continue
-    # What cannot be locked may be alive.
-    with contextlib.suppress(OSError), lock.hold(path / _LOCK):
-      name = prefix.removeprefix('.').removesuffix('.')
-      _put_back(path / _OLD, folder / name)
-      shutil.rmtree(path, ignore_errors=True)
+    # What cannot be read is another user's, and what cannot be locked is alive.
+    with contextlib.suppress(OSError):
+      if not (_is_called(prefix, path) and _is_around_draft(path)):
+        continue
+      with lock.hold(path / _LOCK):
+        name = prefix.removeprefix('.').removesuffix('.')
+        _put_back(path / _OLD, folder / name)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep_files(folder: pathlib.Path) -> None:
@@ -223,6 +228,23 @@ def _own_folder(
       return path  # Nobody will sweep it.
     except (lock.HeldError, FileNotFoundError):
       pass  # Swept as it was made: before it was locked.
+
+
+def _is_called(prefix: str, path: pathlib.Path) -> bool:
+  """Whether a name is one that `tempfile` makes of a prefix."""
+  return bool(re.fullmatch(re.escape(prefix) + '[a-z0-9_]{8}', path.name))
+
+
+def _is_around_draft(folder: pathlib.Path) -> bool:
+  """Whether a folder holds nothing that is not of drafts.
+
+  Who fills a draft may write it as a draft in turn, which is beside it then.
+  """
+  inner = prefix_of(folder / _NEW)
+  return all(
+    path.name in (_LOCK, _NEW, _OLD) or _is_called(inner, path)
+    for path in _entries(folder)
+  )
 
 
 def _put_back(old: pathlib.Path, folder: pathlib.Path) -> None:

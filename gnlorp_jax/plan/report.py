@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from gnlorp_jax.compose import command_line
 from gnlorp_jax.plan.accelerators import (
   ACCELERATORS,
   RESERVED,
@@ -71,15 +71,7 @@ def report(settings: Settings, args: list[str]) -> None:
 
 
 def open_console(settings: Settings) -> rich.console.Console:
-  """Where tables go; silent where the JSON goes there.
-
-  Raises:
-    ValueError: If there is no folder for the JSON file.
-  """
-  if settings.json not in (None, '-'):
-    folder = pathlib.Path(settings.json).parent
-    if not folder.is_dir():
-      raise ValueError(f'There is no folder {str(folder)!r} for json. Make it.')
+  """Where tables go; silent where the JSON goes there."""
   return rich.console.Console(
     quiet=settings.json == '-', highlight=False, markup=False
   )
@@ -91,7 +83,7 @@ def write(settings: Settings, found: dict[str, Any]) -> None:
   if settings.json == '-':
     sys.stdout.write(text)
   elif settings.json is not None:
-    pathlib.Path(settings.json).write_text(text)
+    command_line.write_at_place(settings.json, text)
 
 
 @contextlib.contextmanager

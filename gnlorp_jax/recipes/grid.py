@@ -244,12 +244,13 @@ def _train(member: Member, stop: StopRequest, *, is_single: bool) -> Result:
     # A run that keeps no best parameters ends with its last ones.
     result['best'] = result['best'] or result['last']
     return result
-  except Interrupted:
-    _logger.warning(
-      '%s: %s is trained, and its results are not written yet. The same '
-      'command does it.',
-      *(stop.received.name, member.run.name),
-    )
+  except Interrupted as interrupted:
+    if distributed.is_first():
+      _logger.warning(
+        '%s: %s is trained, and its results are not written yet. The same '
+        'command does it.',
+        *(interrupted.received.name, member.run.name),
+      )
     raise
   except DivergedError as error:
     if is_single:

@@ -8,6 +8,7 @@ record, or cannot be read, is moved aside, and the one before it is used.
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import logging
@@ -27,6 +28,10 @@ _logger = logging.getLogger(__name__)
 # These say something about the machine, not about the checkpoint: it may be
 # whole, so it must not be moved aside.
 _NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE_NUMBERS = (
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+  *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN),  # Of a file server.
+)
 
 _OPEN = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0)
 
@@ -63,6 +68,7 @@ class Checkpointer:
       raise ValueError(f'keep={keep} must be at least 1.')
     self._directory = pathlib.Path(directory).absolute()
     check_path(self._directory)
+    self._keep = keep
     self._read_only = read_only
     self._current_step = None
     logging.getLogger('absl').addFilter(orbax_habits.keep_log_record)
@@ -136,7 +142,8 @@ class Checkpointer:
     """Restores the newest checkpoint that is whole.
 
     Damaged ones are reported and, unless read-only, renamed to
-    ``<step>.corrupt``, where they block nothing.
+    ``<step>.corrupt``, where they block nothing. Whole ones beyond `keep` are
+    deleted, as are those whose deletion a kill has ended.
 
     Args:
       abstract_state: Pytree of `jax.ShapeDtypeStruct` with shardings. The mesh
@@ -162,8 +169,11 @@ class Checkpointer:
     if found is None:
       return None
     self._current_step, restored, damaged_steps = found
-    if damaged_steps and not self._read_only:
-      self._move_aside(damaged_steps)
+    if not self._read_only:
+      if damaged_steps:
+        self._move_aside(damaged_steps)
+      # Only now: the newest are known to be more than names.
+      self._delete_oldest()
     return restored
 
   def latest_metadata(self) -> dict[str, Any] | None:
@@ -239,6 +249,12 @@ class Checkpointer:
           return step, read(step), list(damaged)
         except integrity.DamagedError as error:
           damaged[step] = str(error)
+        except OSError as error:
+          raise OSError(
+            f'The checkpoint of step {step} in {self._directory} cannot be '
+            f'read: {error}. It was left as it is. Run the same command again '
+            'when its files can be read.'
+          ) from error
         gc.collect()
         self._check_readable(step)
       _logger.warning(
@@ -314,14 +330,25 @@ class Checkpointer:
       ) from None
 
   def _move_aside(self, steps):
-    if jax.process_index() == 0:
+    def move():
       for step in steps:
         source = self._directory / str(step)
         target = _free_name(self._directory / f'{step}.corrupt')
         source.rename(target)
         _logger.warning('Moved %s to %s.', source, target.name)
-    ocp.multihost.sync_global_processes('gnlorp_jax:moved_aside')
+
+    distributed.from_first(move)
     self._manager.reload()
+
+  def _delete_oldest(self):
+    def delete():
+      oldest = sorted(self._manager.all_steps())[: -self._keep]
+      for step in oldest:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
+      return bool(oldest)
+
+    if distributed.from_first(delete):
+      self._manager.reload()
 
   @contextlib.contextmanager
   def _explain_failed_write(self):
@@ -365,6 +392,8 @@ def _failures_as_damage():
   except (integrity.DamagedError, integrity.OtherVersionError, *_NOT_DAMAGE):
     raise
   except Exception as error:
+    if getattr(error, 'errno', None) in _NOT_DAMAGE_NUMBERS:
+      raise
     raise integrity.DamagedError(
       f'{type(error).__name__}: {_first_line(error)}'
     ) from error

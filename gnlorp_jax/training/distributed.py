@@ -169,13 +169,20 @@ def of_first(
   """What process 0 alone has in a context, which others pass by.
 
   Args:
-    make: Makes the context, called in process 0 alone.
+    make: Makes the context, called in process 0 alone; the others wait until
+      it is entered.
     other: What the others have.
 
   Yields:
     What the context yields; `other` in other processes.
+
+  Raises:
+    SharedError: In every process, if to enter it raises a ValueError or an
+      OSError.
   """
-  with make() if is_first() else contextlib.nullcontext(other) as made:
+  with contextlib.ExitStack() as stack:
+    with shared_errors():
+      made = stack.enter_context(make()) if is_first() else other
     yield made
 
 
@@ -253,17 +260,19 @@ def check_shared_folder(folder: pathlib.Path) -> None:
     return path.name
 
   name = from_first(write)
-  with shared_errors():
-    # Names that a file system of the network keeps for a while are read anew.
-    seen = name in os.listdir(folder) if folder.is_dir() else False
-    if not seen:
-      raise ValueError(
-        f'The run directory {folder} is not that of process 0: checkpoints are '
-        'written by all processes together, so it must lie on a disk that all '
-        'share.'
-      )
-  if is_first():
-    (folder / name).unlink()
+  try:
+    with shared_errors():
+      # Names that a file system of the network keeps for a while are read anew.
+      seen = name in os.listdir(folder) if folder.is_dir() else False
+      if not seen:
+        raise ValueError(
+          f'The run directory {folder} is not that of process 0: checkpoints '
+          'are written by all processes together, so it must lie on a disk '
+          'that all share.'
+        )
+  finally:
+    if is_first():
+      (folder / name).unlink()
 
 
 def _short(text: str) -> str:

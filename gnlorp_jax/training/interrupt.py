@@ -1,17 +1,34 @@
 """Turns signals into a request that a loop can honour in peace."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Self, TypeVar
 
 import jax
 
+from gnlorp_jax.training import distributed
+
 Batch = TypeVar('Batch')
+# From what a process received to what all of its run know of.
+Agree = Callable[[signal.Signals | None], signal.Signals | None]
 
 
-class Interrupted(SystemExit):
-  """A signal asked to stop amid what can be done once more."""
+class Interrupted(distributed.SharedExit):
+  """A signal asked to stop amid what can be done once more.
+
+  Args:
+    received: The signal, which this process or another one of the run got.
+  """
+
+  def __init__(self, received: signal.Signals):
+    super().__init__(128 + received)
+    self.received = received
+
+
+def _by_itself(received: signal.Signals | None) -> signal.Signals | None:
+  """What a process knows that asks no others: if there are any, nothing."""
+  return received if jax.process_count() == 1 else None
 
 
 class StopRequest:
@@ -23,6 +40,11 @@ class StopRequest:
   will not wait.
 
   SIGHUP comes when a terminal closes; a program under nohup stays deaf to it.
+
+  Attributes:
+    received: The signal that this process got, if any.
+    agree: Makes it one of all processes, each of which asks at the same places;
+      a training loop has the means.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -31,6 +53,7 @@ class StopRequest:
 
   def __init__(self):
     self.received: signal.Signals | None = None
+    self.agree: Agree = _by_itself
     self._previous = {}
 
   def __enter__(self) -> Self:
@@ -72,11 +95,11 @@ def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
 def check() -> None:
   """Ends an evaluation after a signal that a `StopRequest` noted.
 
-  Not where JAX has joined processes: the others would wait for this one.
+  All processes of a run come here equally often, and end at the same place.
 
   Raises:
-    Interrupted: With 128 plus the signal's number.
+    Interrupted: If there was one.
   """
-  received = [stop.received for stop in StopRequest._active if stop.received]
-  if received and jax.process_count() == 1:
-    raise Interrupted(128 + received[0])
+  for stop in StopRequest._active:
+    if received := stop.agree(stop.received):
+      raise Interrupted(received)

@@ -204,7 +204,8 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       patience and no best evaluation.
   """
   _check(run)
-  peak, stopping = peak_bytes(), distributed.Stop(run.mesh)
+  peak = peak_bytes()
+  stop.agree = distributed.Stop(run.mesh).agree
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(
       Checkpointer(run.folder / 'checkpoints', keep=run.keep)
@@ -226,9 +227,9 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     def evaluate(number: int) -> None:
       try:
         found = run.evaluate(state.params, constants)
-      except Interrupted:
+      except Interrupted as interrupted:
         save(number, wait=True)
-        raise _stopped(run, number, stop.received) from None
+        raise _stopped(run, number, interrupted.received) from None
       if found:
         write(number, {f'eval/{name}': v for name, v in found.items()})
         monitor.tell(run.name, number, found)
@@ -265,7 +266,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       if number % run.every.checkpoint == 0 or is_last:
         save(number)
         clock.restart()
-      received = stopping.agree(stop.received)
+      received = stop.agree(stop.received)
       if received and not is_last:
         save(number, wait=True)
         raise _stopped(run, number, received)

@@ -25,9 +25,9 @@ class Parameters(NamedTuple):
     frozen: The same of what no step changes; ``{}`` where everything trains.
     join: ``join(trained, frozen)``: one nested dict of both, which have no path
       in common. Computes nothing, and takes slices of one layer, too.
-    decode: Maps a stored tree to the arrays that a model computes with, whole
-      on every device. Plain arrays stay as they are, so that decoding twice is
-      decoding once.
+    decode: Maps a stored tree, of one layer or outside of the layers, to the
+      arrays that a model computes with, whole on every device. What is decoded
+      keeps its values when it is decoded again, but is sent again.
     decode_exact: Maps a stored tree to arrays with every digit, to add updates
       to.
     split: Lays gradients of what `decode` returned out over the devices as the
@@ -56,7 +56,7 @@ class Parameters(NamedTuple):
 
   @property
   def is_plain(self) -> bool:
-    """Whether arrays are stored as a model computes with them."""
+    """Whether `decode` has nothing to do: no codes, and nothing to gather."""
     return self.decode is unchanged
 
 

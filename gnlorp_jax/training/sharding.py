@@ -176,7 +176,7 @@ def gather(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   Returns:
     The same values. Gradients come back as `split` lays them out.
   """
-  # As they are first: what they were cut from would be gathered otherwise.
+  # Once more as they are: XLA would gather the stack that they were cut from.
   return jax.tree.map(
     lambda x: (
       _gather(x, mesh)

@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from gnlorp_jax.disk import writing
 from tests.campaign import trees
 from tests.campaign.configurations import (
   CONFIGURATIONS,
@@ -279,6 +280,8 @@ def trial(
     else:
       kinds.append(kind)
     if not configuration.overwrites and (folder / OUTPUT).exists():
+      # Killed as it cleaned up: the next command of that name does.
+      writing.sweep(folder, writing.prefix_of(folder / OUTPUT))
       break
   else:
     wait(start(configuration, root, folder), folder)

@@ -1,7 +1,9 @@
 """The command line: options, earlier names, and what users get wrong."""
 
 import dataclasses
+import errno
 import logging
+import os
 
 import jax
 import pytest
@@ -306,3 +308,40 @@ def test_what_all_processes_share_one_tells(second, monkeypatch, capsys):
 
   with pytest.raises(distributed.SharedExit):
     command_line.run(stop, 'SOME_TRACEBACK')
+
+
+# Files that commands are asked to write.
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / 'scores.json'
+  command_line.write_at_place(str(path), 'old')
+
+  def refuse(descriptor):  # As a full disk may, at last.
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, 'fsync', refuse)
+  with pytest.raises(OSError, match='No space left'):
+    command_line.write_at_place(str(path), 'new')
+  assert path.read_text() == 'old'
+  assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_links_and_pipes_are_written_into(tmp_path):
+  target, link = tmp_path / 'target', tmp_path / 'link'
+  target.write_text('old')
+  link.symlink_to(target)
+  command_line.check_place('output', str(link))
+  command_line.write_at_place(str(link), 'new')
+  assert link.is_symlink() and target.read_text() == 'new'
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+  try:
+    command_line.write_at_place(str(pipe), 'new')
+    assert os.read(descriptor, 9) == b'new'
+  finally:
+    os.close(descriptor)
+  assert pipe.is_fifo()

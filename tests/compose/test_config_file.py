@@ -37,6 +37,11 @@ def test_a_good_file_is_read(tmp_path):
       "Fields: ['name',",
     ),
     ('config = 1 / 0\n', 'mine.py:2: ZeroDivisionError: division by zero'),
+    (
+      'exit(0)\n',
+      'mine.py:2: the file ends the program. Let it assign to config alone.',
+    ),
+    ('config = "\0"\n', 'mine.py: no Python: source code '),
     ('import gnlorp\n', "mine.py:2: ModuleNotFoundError: No module named 'gnl"),
     (
       'config = TrainConfig(steps=0)\n',
@@ -79,6 +84,27 @@ def test_a_good_file_is_read(tmp_path):
 )
 def test_mistake_is_told_with_its_line(tmp_path, text, expected):
   assert refused(tmp_path, HEAD + text).startswith(expected)
+
+
+@pytest.mark.parametrize('text', ['config = 1 / 0\n', 'config = (\n'])
+def test_line_is_told_of_a_path_that_is_not_a_whole_one(
+  tmp_path, monkeypatch, text
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs' / 'mine.py').write_text(text)
+  with pytest.raises(ValueError, match='^configs/mine.py:1: '):
+    config_file.load('configs/mine.py', TrainConfig)
+
+
+def test_a_file_may_have_dataclasses_of_its_own(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from __future__ import annotations\nimport dataclasses\n'
+    '@dataclasses.dataclass\nclass Mine:\n  steps: int = 7\n'
+    f'{HEAD}config = TrainConfig(steps=Mine().steps)\n'
+  )
+  assert config_file.load(path, TrainConfig).steps == 7
 
 
 def test_nearest_name_of_the_file_is_told(tmp_path):

@@ -243,38 +243,66 @@ WIDE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
-def test_split_weights_are_gathered_and_nothing_else(mode):
-  """A step sends weights and gradients, however many tokens there are."""
-  outcomes, text = {}, ''
-  for fsdp in (1, 4):
+def on_one_and_on(mesh, **changes):
+  """Bytes by kind that a step sends on a mesh, where it does as on a device."""
+  outcomes, text = [], ''
+  for sizes in ((1, 1), mesh):
+    data, fsdp = sizes
     config = dataclasses.replace(
-      WIDE, step=StepConfig(mode=mode), mesh=MeshConfig(data=1, fsdp=fsdp)
+      WIDE, mesh=MeshConfig(data=data, fsdp=fsdp), **changes
     )
-    found = recipe.plan(config, jax.devices()[:fsdp])
+    found = recipe.plan(config, jax.devices()[: data * fsdp])
     state, frozen = start(found)
     batch = jax.device_put(
       ones(found), sharding.batch_sharding(found.program.mesh)
     )
     step = found.program.train_step.lower(state, batch, frozen).compile()
     text = step.as_text()
-    outcomes[fsdp] = step(state, batch, frozen)
+    outcomes.append(step(state, batch, frozen)[1])
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    *(outcome[1] for outcome in outcomes.values()),
+    *outcomes,
   )
+  by_kind = dict.fromkeys(collectives.KINDS, 0)
+  for row in collectives.collectives(text):
+    by_kind[row.kind] += row.bytes_per_step
+  return by_kind
+
+
+@pytest.mark.parametrize('mode', ['whole', 'layerwise'])
+def test_split_weights_are_gathered_and_nothing_else(mode):
+  """A step sends weights and gradients, however many tokens there are."""
+  by_kind = on_one_and_on((1, 4), step=StepConfig(mode=mode))
   of_layer = 7 * 128 * 128 * 4
   outside = 2 * V * 128 * 4
   # Twice, as the backward pass computes a layer again.
   gathered = 2 * (L * of_layer + outside)
-  found = collectives.collectives(text)
-  by_kind = dict.fromkeys(collectives.KINDS, 0)
-  for row in found:
-    by_kind[row.kind] += row.bytes_per_step
   assert L * of_layer < by_kind['all-gather'] <= gathered
   # XLA on CPUs sums whole gradients where a GPU's sums and splits them.
   summed = by_kind['all-reduce'] + by_kind['reduce-scatter']
   assert summed <= 1.01 * (L * of_layer + outside)
+  assert not by_kind['all-to-all'] and not by_kind['collective-permute']
+
+
+def test_split_weights_are_gathered_under_shard_map():
+  """Where projected gradients alone cross the copies of split weights."""
+  by_kind = on_one_and_on(
+    (2, 2),
+    step=StepConfig(mode='layerwise', accumulate='projected'),
+    optim=OptimConfig(
+      rank=R,
+      clip_global_norm=None,
+      param_labels=(('down_proj/kernel', 'low_rank'), ('.*', 'full')),
+    ),
+  )
+  of_layer = 7 * 128 * 128 * 4
+  outside = 2 * V * 128 * 4
+  # XLA sums the embedding's gradient where its rows lie, for which it gathers
+  # that of what was read of it, on half of the devices.
+  read = 64 // 2 * 32 * 128 * 4
+  bases = 2**14
+  assert L * of_layer < by_kind['all-gather']
+  assert by_kind['all-gather'] <= 2 * (L * of_layer + outside) + read + bases
   assert not by_kind['all-to-all'] and not by_kind['collective-permute']
 
 

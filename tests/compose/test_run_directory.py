@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import socket
 
 import jax
 import pytest
@@ -24,9 +25,14 @@ def open_once(*args, **options):
 
 def test_directory_is_made_and_held_once(tmp_path):
   folder = tmp_path / 'a' / 'run'
-  text = f'^The run directory {re.escape(str(folder))} is in use: .* is held '
+  text = (
+    f'The run directory {folder} is in use: {folder / ".lock"} is held by '
+    f'process {os.getpid()} on {socket.gethostname()}. Two at once would write '
+    'over each other. Wait for it, end it, or use another run directory; if '
+    'its host is gone, delete that file.'
+  )
   with run_directory.opened(folder):
-    with pytest.raises(OSError, match=f'{text}by process {os.getpid()} on '):
+    with pytest.raises(OSError, match=f'^{re.escape(text)}$'):
       open_once(folder)
     open_once(tmp_path / 'a')  # A grid's folder is not that of its runs.
   # Nothing is left of who did nothing.
@@ -78,7 +84,7 @@ def test_directory_that_cannot_be_used_is_an_error(tmp_path):
 
 
 def test_what_killed_runs_left_is_removed(tmp_path):
-  (tmp_path / '.hf.abcd1234' / 'hf').mkdir(parents=True)
+  (tmp_path / '.hf.abcd1234' / 'new').mkdir(parents=True)
   (tmp_path / '.summary.json.draft').write_text('{')
   (tmp_path / '.lock').write_text('{"pid": 1, "host": "gone"}')
   (tmp_path / 'metrics.jsonl').write_text('')

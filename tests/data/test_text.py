@@ -300,7 +300,7 @@ def test_first_of_two_writers_wins(tmp_path):
 
 
 def test_what_killed_processes_were_writing_is_removed(tmp_path):
-  left = tmp_path / 'writing-abcd1234' / 'tokens'
+  left = tmp_path / 'writing-abcd1234' / 'new'
   left.mkdir(parents=True)
   (left / 'tokens.bin').write_text('half')
   for _ in range(2):

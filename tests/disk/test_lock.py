@@ -1,8 +1,10 @@
 """Locks, within a process and between two."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -81,6 +83,34 @@ def test_file_that_is_removed_as_it_is_locked_is_made_anew(
   monkeypatch.setattr(fcntl, 'flock', flock_late)
   with lock.hold(path):
     assert len(count) == 2 and path.exists()
+
+
+def test_file_that_goes_as_it_is_looked_at_is_made_anew(tmp_path, monkeypatch):
+  path, stat, count = tmp_path / 'lock', pathlib.Path.stat, []
+
+  def stat_late(found, **options):
+    count.append(found)
+    if len(count) == 1:
+      path.unlink()
+    return stat(found, **options)
+
+  monkeypatch.setattr(pathlib.Path, 'stat', stat_late)
+  with lock.hold(path):
+    assert len(count) == 2
+    monkeypatch.undo()
+    assert path.exists()
+
+
+def test_lock_of_who_came_after_its_removal_stays(tmp_path):
+  path = tmp_path / 'lock'
+  with contextlib.ExitStack() as later:
+    with lock.hold(path):
+      path.unlink()  # As who deletes a folder that is in use.
+      later.enter_context(lock.hold(path))
+    with pytest.raises(lock.HeldError):
+      with lock.hold(path):
+        pass
+  assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Files and folders that are there whole or not at all."""
 
 import os
+import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -90,7 +92,7 @@ def test_folder_is_on_the_disk_before_it_is_renamed(tmp_path, synced, umask):
     writing.put_in_place(draft, tmp_path / 'hf')
   assert synced[-2:] == [('rename', 'hf'), ('sync', tmp_path.name)]
   assert sorted(synced[:-2]) == [
-    ('sync', name) for name in ('hf', 'inner', 'model', 'template')
+    ('sync', name) for name in ('inner', 'model', 'new', 'template')
   ]
   for name in ('model', 'inner/template'):
     assert (tmp_path / 'hf' / name).stat().st_mode & 0o777 == umask
@@ -112,6 +114,31 @@ def test_folder_takes_the_place_of_what_an_earlier_one_wrote(tmp_path):
       raise RuntimeError
   assert (folder / 'inner' / 'template').read_text() == 'second'
   assert names(tmp_path) == ['hf']
+
+
+def test_folder_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+  folder, sync, seen = tmp_path / 'hf', writing.sync, []
+  with writing.replaced(folder) as draft:
+    fill(draft)
+
+  def slow(path, **options):
+    seen.append((pathlib.Path(path).name, folder.exists()))
+    sync(path, **options)
+
+  monkeypatch.setattr(writing, 'sync', slow)
+  with writing.replaced(folder) as draft:
+    fill(draft)
+  assert seen[0] == ('new', True)
+
+
+@pytest.mark.parametrize('name', ['old', 'new', 'lock', '.hf', 'a.b'])
+def test_folder_may_have_any_name(tmp_path, name):
+  folder = tmp_path / name
+  for text in ('first', 'second'):
+    with writing.replaced(folder) as draft:
+      fill(draft, text)
+    assert (folder / 'model').read_text() == text
+  assert names(tmp_path) == [name]
 
 
 def change_size(folder):
@@ -188,8 +215,8 @@ def test_old_folder_comes_back_where_the_new_one_cannot_be_placed(
 def leave(tmp_path, name, *, old=False):
   """A draft of `hf` as a killed program leaves it."""
   around = tmp_path / name
-  (around / 'hf').mkdir(parents=True)
-  (around / 'hf' / 'model').write_text('half')
+  (around / 'new').mkdir(parents=True)
+  (around / 'new' / 'model').write_text('half')
   (around / 'lock').write_text('{"pid": 1, "host": "gone"}')
   if old:
     (around / 'old').mkdir()
@@ -209,6 +236,46 @@ def test_drafts_of_killed_programs_are_swept(tmp_path):
     assert names(tmp_path) == sorted([*kept, alive.parent.name])
   assert names(tmp_path) == kept
   writing.sweep(tmp_path / 'absent', '.hf.')
+
+
+def test_half_a_folder_is_never_taken_for_one_that_was_replaced(tmp_path):
+  with writing.drafted(tmp_path / 'old') as draft:
+    fill(draft)
+    shutil.copytree(draft.parent, tmp_path / '.old.abcd1234')
+  writing.sweep(tmp_path, writing.prefix_of(tmp_path / 'old'))
+  assert not names(tmp_path)
+
+
+def test_draft_of_a_draft_is_swept_with_it(tmp_path):
+  with writing.drafted(tmp_path / 'hf') as draft:
+    with writing.drafted(draft) as inner:
+      fill(inner)
+      shutil.copytree(draft.parent, tmp_path / '.hf.abcd1234')
+  writing.sweep(tmp_path, '.hf.')
+  assert not names(tmp_path)
+
+
+def test_folder_of_a_user_that_is_called_as_drafts_are_stays(tmp_path):
+  (tmp_path / '.model.original').mkdir()
+  (tmp_path / '.model.original' / 'weights').write_text('mine')
+  (tmp_path / '.model.ori_ginal').write_text('mine')
+  before = names(tmp_path)
+  writing.sweep(tmp_path, '.model.')
+  assert names(tmp_path) == before
+  assert names(tmp_path / '.model.original') == ['weights']
+
+
+def test_drafts_of_other_users_are_passed_by(tmp_path, monkeypatch):
+  around, iterdir = leave(tmp_path, '.hf.abcd1234'), pathlib.Path.iterdir
+
+  def refuse(path):  # Tests may be run by root, who reads everything.
+    if path == around:
+      raise PermissionError
+    return iterdir(path)
+
+  monkeypatch.setattr(pathlib.Path, 'iterdir', refuse)
+  writing.sweep(tmp_path, '.hf.')
+  assert around.is_dir()
 
 
 def test_folder_that_was_being_replaced_is_put_back(tmp_path):

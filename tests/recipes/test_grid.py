@@ -278,9 +278,9 @@ def test_signal_while_a_run_is_finished_ends_the_grid_after_it(member, trains):
 def test_signal_while_results_are_made_leaves_them_to_the_next_command(
   member, trains, caplog
 ):
-  trains(Interrupted(143))
+  trains(Interrupted(signal.SIGTERM))  # Perhaps to another process.
   with pytest.raises(SystemExit) as stop:
-    run_once(member, received=signal.SIGTERM)
+    run_once(member)
   assert stop.value.code == 143
   assert not (member.folder / 'result.json').exists()
   assert len(files_of(member.folder)) == 4

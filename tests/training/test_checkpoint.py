@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import pathlib
@@ -20,7 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from gnlorp_jax.training import integrity, sharding
+from gnlorp_jax.training import distributed, integrity, sharding
 from gnlorp_jax.training import state as state_lib
 from gnlorp_jax.training.checkpoint import (
   Checkpointer,
@@ -110,6 +111,10 @@ def restore_small(directory):
     return checkpointer.restore_latest(abstract(small_state(0)))
 
 
+def names(directory):
+  return sorted(path.name for path in directory.iterdir())
+
+
 def assert_restored(restored, step):
   state, data_state, metadata = restored
   assert_same_bits(state, small_state(step))
@@ -192,6 +197,25 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
       checkpointer.save(step, small_state(step), {}, {})
   assert {path.name for path in tmp_path.iterdir()} == {'3', '4'}
+
+
+def test_what_a_kill_left_of_one_that_was_being_deleted_goes(two_saved):
+  shutil.copytree(two_saved / '10', two_saved / '5')
+  (two_saved / '5' / 'record' / 'metadata').unlink()
+  for read_only in (True, False):
+    assert names(two_saved) == ['10', '20', '5']
+    with Checkpointer(two_saved, keep=2, read_only=read_only) as checkpointer:
+      found = checkpointer.restore_latest(abstract(small_state(0)))
+      assert_restored(found, 20)
+  assert names(two_saved) == ['10', '20']
+
+
+def test_none_is_deleted_before_the_newest_are_known_to_be_whole(two_saved):
+  (two_saved / '20' / 'record' / 'metadata').unlink()
+  with Checkpointer(two_saved, keep=1) as checkpointer:
+    found = checkpointer.restore_latest(abstract(small_state(0)))
+    assert_restored(found, 10)
+  assert names(two_saved) == ['10', '20.corrupt']
 
 
 def test_same_step_is_saved_once(two_saved):
@@ -325,6 +349,26 @@ def test_wrong_values_are_noticed_though_all_files_are_whole(two_saved, caplog):
   assert f'Moved {two_saved / "20"} to 20.corrupt.' in caplog.messages
 
 
+def test_damage_that_cannot_be_moved_is_an_error_of_all(two_saved, monkeypatch):
+  (two_saved / '20' / 'record' / 'metadata').write_text('[]')
+  shared, from_first = [], distributed.from_first
+
+  def move_in_vain(make):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path, 'rename', refuse)
+      return from_first(make)
+
+  def refuse(source, target):
+    shared.append(source.name)
+    raise OSError(errno.EROFS, 'read-only')
+
+  monkeypatch.setattr(distributed, 'from_first', move_in_vain)
+  with Checkpointer(two_saved) as checkpointer:
+    with pytest.raises(OSError, match='read-only'):
+      checkpointer.restore_latest(abstract(small_state(0)))
+  assert shared == ['20']
+
+
 def test_damaged_step_can_be_saved_again(two_saved):
   for _ in range(2):
     shutil.rmtree(two_saved / '20' / 'record')
@@ -382,17 +426,28 @@ def test_other_arrays_are_an_error_and_no_damage(two_saved):
 
 
 @pytest.mark.parametrize(
-  'error', [MemoryError('host'), PermissionError(13, 'denied')]
+  'error',
+  [
+    MemoryError('host'),
+    PermissionError(errno.EACCES, 'denied'),
+    OSError(errno.ESTALE, 'stale'),
+    OSError(errno.EMFILE, 'many'),
+  ],
 )
 def test_trouble_of_the_machine_is_no_damage(two_saved, monkeypatch, error):
+  text = (
+    f'The checkpoint of step 20 in {two_saved} cannot be read: {error}. It was '
+    'left as it is. Run the same command again when its files can be read.'
+  )
   with Checkpointer(two_saved) as checkpointer:
 
     def restore(*args, **kwargs):
       raise error
 
     monkeypatch.setattr(checkpointer._manager, 'restore', restore)
-    with pytest.raises(type(error)):
+    with pytest.raises((MemoryError, OSError)) as found:
       checkpointer.restore_latest(abstract(small_state(0)))
+  assert str(found.value) == ('host' if error.args == ('host',) else text)
   assert_restored(restore_small(two_saved), 20)
 
 

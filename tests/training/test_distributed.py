@@ -186,6 +186,7 @@ def test_folders_that_are_not_shared_are_told(two, tmp_path):
     'checkpoints are written by all processes together, so it must lie on a '
     'disk that all share.'
   ] * 2
+  assert not list((tmp_path / '0').iterdir())
 
 
 def test_a_process_that_is_gone_is_told(two):
@@ -253,3 +254,21 @@ def test_others_open_nothing(monkeypatch):
   with distributed.of_first(make, 'nothing') as found:
     assert found == 'nothing'
     assert not opened
+
+
+@pytest.mark.parametrize('kind', [ValueError, OSError])
+def test_what_the_first_cannot_open_is_an_error_of_all(kind, two):
+  @contextlib.contextmanager
+  def make():
+    raise kind('metrics.jsonl:3: no JSON')
+    yield
+
+  def run(index):
+    with distributed.of_first(make, 'nothing'):
+      return 'a step that the first never takes'
+
+  ends = two(run)
+  assert [str(end) for end in ends] == [
+    'Process 0: metrics.jsonl:3: no JSON'
+  ] * 2
+  assert {type(end) for end in ends} == {distributed.SharedError}

@@ -7,6 +7,7 @@ import time
 import jax
 import pytest
 
+from gnlorp_jax.training import distributed
 from gnlorp_jax.training.interrupt import (
   Interrupted,
   StopRequest,
@@ -79,3 +80,15 @@ def test_processes_that_others_wait_for_go_through_all_batches(monkeypatch):
   with StopRequest() as stop:
     stop.received = signal.SIGTERM
     assert list(until_stopped('ab')) == ['a', 'b']
+
+
+def test_signal_to_another_process_ends_what_all_go_through():
+  known = iter([None, None, signal.SIGTERM])
+  seen = []
+  with StopRequest() as stop:
+    stop.agree = lambda received: next(known)
+    with pytest.raises(distributed.SharedExit) as ended:
+      seen.extend(until_stopped('abc'))
+  assert seen == ['a', 'b'] and stop.received is None
+  assert ended.value.received == signal.SIGTERM
+  assert ended.value.code == 128 + signal.SIGTERM

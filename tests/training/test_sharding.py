@@ -187,6 +187,48 @@ def test_devices_that_give_processes_no_equal_shares_are_an_error(
     sharding.process_share(Mesh(*owners))
 
 
+@pytest.fixture
+def cut():
+  """Weights of a layer on 4 devices: a kernel in pieces, codes, a vector."""
+  mesh = sharding.make_mesh(fsdp=4)
+  rng = np.random.default_rng(0)
+  layer = {
+    'kernel': rng.normal(size=(256, 64)).astype('f'),
+    'codes': rng.integers(-9, 9, (64, 256), np.int8),
+    'scale': rng.normal(size=64).astype('f'),
+  }
+  return mesh, jax.device_put(layer, sharding.infer_shardings(layer, mesh))
+
+
+def test_gathered_weights_are_the_same_on_every_device(cut):
+  mesh, layer = cut
+  specs = {'kernel': P('fsdp', None), 'codes': P(None, 'fsdp'), 'scale': P()}
+  assert {name: x.sharding.spec for name, x in layer.items()} == specs
+  whole = jax.jit(lambda layer: sharding.gather(layer, mesh))(layer)
+  for name, x in whole.items():
+    assert x.sharding.is_fully_replicated
+    assert x.dtype == layer[name].dtype
+    np.testing.assert_array_equal(x, layer[name])
+
+
+def test_gradients_of_gathered_weights_lie_as_the_weights_do(cut):
+  mesh, layer = cut
+  rows_BI = np.random.default_rng(1).normal(size=(8, 256)).astype('f')
+
+  def loss(kernel_IO, x_BI):
+    return (x_BI @ sharding.gather(kernel_IO, mesh)).sum()
+
+  placed = sharding.put_batch({'x': rows_BI}, mesh)['x']
+  grad = jax.jit(jax.grad(loss))(layer['kernel'], placed)
+  assert grad.sharding.is_equivalent_to(layer['kernel'].sharding, 2)
+  expected = np.tile(rows_BI.sum(axis=0)[:, None], (1, 64))
+  np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
+  # As of sums that were formed otherwise; where nothing is cut they stay.
+  again = jax.jit(lambda x: sharding.split(x, mesh))(expected)
+  assert again.sharding.is_equivalent_to(layer['kernel'].sharding, 2)
+  assert sharding.split(expected, sharding.make_mesh(4)) is expected
+
+
 def test_rows_of_all_where_those_of_a_process_belong_are_an_error():
   mesh = sharding.make_mesh(2, 2)
   rows = {'inputs': np.zeros((8, 3), np.int32)}

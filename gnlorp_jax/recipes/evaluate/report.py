@@ -11,6 +11,8 @@ import rich.measure
 import rich.table
 import rich.text
 
+from gnlorp_jax.compose import command_line
+
 
 def write(path: str, found: dict[str, Any]) -> None:
   """Writes the scores as JSON.
@@ -20,7 +22,7 @@ def write(path: str, found: dict[str, Any]) -> None:
     found: What `recipe.evaluate` returned.
   """
   text = json.dumps(found, indent=2) + '\n'
-  pathlib.Path(path).expanduser().write_text(text, encoding='utf-8')
+  command_line.write_at_place(path, text)
 
 
 def show(

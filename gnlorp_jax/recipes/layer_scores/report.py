@@ -10,6 +10,8 @@ import rich.console
 import rich.measure
 import rich.table
 
+from gnlorp_jax.compose import command_line
+
 TITLES = {
   'outliers': 'outliers (% of weights)',
   'weight_norm': 'norm of the weights',
@@ -20,7 +22,7 @@ _COLOURS = ('#c6dbef', '#9ecae1', '#6baed6', '#4292c6', '#2171b5', '#08519c')
 _OF_SCORES = '#d94801'
 
 
-def write(path: pathlib.Path, found: dict[str, Any]) -> None:
+def write(path: str, found: dict[str, Any]) -> None:
   """Writes the scores as JSON, for `compose.layer_scores.read_scores`.
 
   Args:
@@ -28,7 +30,7 @@ def write(path: pathlib.Path, found: dict[str, Any]) -> None:
     found: What `recipe.measure` returned.
   """
   text = json.dumps(found, indent=2, allow_nan=False) + '\n'
-  path.write_text(text, encoding='utf-8')
+  command_line.write_at_place(path, text)
 
 
 def show(

@@ -36,6 +36,10 @@ def paths(params):
     ({'num_kv_heads': -2}, 'num_kv_heads=-2 must be positive.'),
     ({'rms_norm_eps': 0.0}, 'rms_norm_eps=0.0 must be positive.'),
     (
+      {'rms_norm_eps': float('inf')},
+      'rms_norm_eps=inf must be a finite number.',
+    ),
+    (
       {'hidden_size': 30},
       'hidden_size=30 must be a multiple of num_heads=4.',
     ),
