@@ -1,5 +1,6 @@
 """The comparison of full training, adapters, and adapters that restart."""
 
+import dataclasses
 import json
 import sys
 
@@ -85,7 +86,12 @@ def test_runs_of_a_seed_see_the_same_tokens(tmp_path, monkeypatch):
     num_heads=2,
     max_seq_len=16,
   )
-  monkeypatch.setattr(relora.llama, 'preset', lambda size, vocab_size: tiny)
+
+  def preset(size, vocab_size, compute_dtype):
+    del size, vocab_size
+    return dataclasses.replace(tiny, compute_dtype=compute_dtype)
+
+  monkeypatch.setattr(relora.llama, 'preset', preset)
   file = tmp_path / 'r.json'
   words = [
     *('relora', '--data', str(text), '--runs', str(tmp_path / 'runs')),
