@@ -37,6 +37,7 @@ RESULTS = pathlib.Path('benchmarks/results/traffic.json')
 PAGE = pathlib.Path('docs/results/scaling.md')
 PART, DEVICE = 'update', 'h100'
 RANKS = {'130m': 256, '1b': 512}  # A third, and a quarter of the width.
+_BITS = {'moment_bits': 8, 'basis_bits': 8}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
   'optax.adamw': ('', {}),
   'adamw': ('adamw', {}),
@@ -45,10 +46,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
   'fira': ('fira', {}),
   'gradnormlorp': ('gradnormlorp', {}),
   'adamw, 8 bits': ('adamw', {'moment_bits': 8}),
-  'galore, 8 bits': ('galore', {'moment_bits': 8, 'basis_bits': 8}),
-  'gradnormlorp, 8 bits': (
-    *('gradnormlorp', {'moment_bits': 8, 'basis_bits': 8}),
-  ),
+  'galore, 8 bits': ('galore', _BITS),
+  'gradnormlorp, 8 bits': ('gradnormlorp', _BITS),
 }
 # Instructions that launch nothing.
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast')

@@ -121,13 +121,17 @@ class Clock:
       self.restart()
       return
     now = time.perf_counter()
-    self._seconds.append(now - self._last)
+    # Nothing ran before the first step since a restart: to dispatch it took no
+    # time. The next one tells how long it ran.
+    if self._last is not None:
+      self._seconds.append(now - self._last)
     self._last = now
     self._tokens += math.prod(tokens.shape)
 
   def restart(self) -> None:
     """Leaves out the time since the last step or row."""
-    self._since = self._last = time.perf_counter()
+    self._since = time.perf_counter()
+    self._last: float | None = None
     self._tokens = 0
 
   def tokens_per_second(self) -> float | None:

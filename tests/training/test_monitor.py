@@ -121,6 +121,7 @@ def test_record_has_the_median_step_and_the_time_of_all_processes(time):
   assert clock.update({'best': 1}) == {
     'best': 1, 'wall_seconds': 9.0, 'seconds_per_step': None,
   }  # fmt: skip
+  clock.count(SHORT, None)  # Dispatched: the next one waits for it.
   for seconds in (1, 2, 6):
     time.seconds += seconds
     clock.count(SHORT, None)
@@ -131,9 +132,26 @@ def test_record_has_the_median_step_and_the_time_of_all_processes(time):
   time.seconds += 5
   assert resumed.update({}) == {'wall_seconds': 23.0, 'seconds_per_step': 2.0}
   resumed.count(SHORT, None)
+  resumed.count(SHORT, None)
   time.seconds += 4
   resumed.count(SHORT, None)
   assert resumed.update({}) == {'wall_seconds': 27.0, 'seconds_per_step': 4.0}
+
+
+def test_dispatching_after_what_is_no_step_is_no_time_of_a_step(time):
+  clock = Clock(FRESH)
+  clock.count(SHORT, None)
+  for _ in range(3):  # Each step has an evaluation behind it.
+    time.seconds += 0.02
+    clock.count(SHORT, None)
+    time.seconds += 50
+    clock.restart()
+  assert clock.update({})['seconds_per_step'] is None
+  for _ in range(2):
+    time.seconds += 0.02
+    clock.count(SHORT, None)
+    time.seconds += 7
+  assert clock.update({})['seconds_per_step'] == pytest.approx(7.02)
 
 
 def test_step_that_compiled_is_waited_for(time, monkeypatch):
