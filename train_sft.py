@@ -1,4 +1,4 @@
-"""Fine-tunes a language model on instructions and conversations.
+r"""Fine-tunes a language model on instructions and conversations.
 
 Without options, and without network, it trains a small model on generated
 instructions. --model is the Hugging Face folder of a LLaMA, Qwen, Mistral,

@@ -44,3 +44,32 @@ def test_help_explains_every_option(capsys):
   shown = capsys.readouterr().out
   for word in ('--prompt', '--template', '/reset', 'Ctrl-C', 'FILE.jinja'):
     assert word in shown
+
+
+def test_a_run_and_its_adapters_name_the_command(tmp_path, capsys):
+  run = tmp_path / 'run'
+  (run / 'hf').mkdir(parents=True)
+  (run / 'hf' / 'config.json').write_text('{}')
+  assert refused(capsys, str(run)) == (
+    f'error: {run} is the directory of a run, whose model is in it: python -m '
+    f'gnlorp_jax.chat {run}/hf\n'
+  )
+  other = tmp_path / 'other'
+  (other / 'adapter').mkdir(parents=True)
+  file = other / 'adapter' / 'adapter_config.json'
+  file.write_text('{"base_model_name_or_path": "models/smol"}')
+  for named in (other, other / 'adapter'):
+    assert refused(capsys, str(named)) == (
+      f'error: {named} holds adapters alone. Name the model that they were '
+      'trained beside first: python -m gnlorp_jax.chat models/smol --adapter '
+      f'{other}/adapter\n'
+    )
+  file.write_text('broken')
+  assert f'chat FOLDER --adapter {other}/adapter' in refused(capsys, str(other))
+
+
+def refused(capsys, *args):
+  with pytest.raises(SystemExit) as stop:
+    chat.main(list(args))
+  assert stop.value.code == 2
+  return capsys.readouterr().err

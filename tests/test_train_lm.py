@@ -798,8 +798,7 @@ def message_of(args, capsys):
   [
     (
       {'optim__rnak': 3},
-      "OptimConfig has no field 'rnak' (from --optim.rnak). Did you mean "
-      "'rank'? Fields: ['name', 'learning_rate',",
+      'There is no option --optim.rnak. Did you mean --optim.rank?',
     ),
     ({'optim__rank': 0}, 'OptimConfig.rank must be at least 1, got 0.'),
     (

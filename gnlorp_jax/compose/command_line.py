@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from gnlorp_jax.compose import interruption
+from gnlorp_jax.compose import command_help, foreign_names, interruption
 from gnlorp_jax.disk import writing
 from gnlorp_jax.training import distributed
 
@@ -30,6 +30,7 @@ def override(
   args: list[str],
   description: str,
   aliases: Aliases | None = None,
+  short_names: Aliases | None = None,
 ) -> Settings:
   """Replaces fields of a configuration by those of the command line.
 
@@ -37,7 +38,9 @@ def override(
     default: A dataclass, whose fields may be dataclasses.
     args: Words of the command line, without the program's name.
     description: What `--help` says before the options.
-    aliases: Earlier names of fields, and the dotted fields that each sets now.
+    aliases: Earlier names of fields, and the dotted fields that each sets now,
+      which is told where one is used.
+    short_names: Further names of fields, likewise, which `--help` lists.
 
   Returns:
     The configuration.
@@ -49,7 +52,12 @@ def override(
   # Who runs no command line, such as a benchmark, need not have it.
   import tyro
 
-  args = _replace_aliases(args, default, aliases or {})
+  asked = command_help.topic(args)
+  if asked is not None:
+    command_help.show(default, asked, description, short_names or {})
+    raise SystemExit(0)
+  args = _replace_aliases(args, default, short_names or {}, told=False)
+  args = _replace_aliases(args, default, aliases or {}, told=True)
   _check_fields(args, default)
   return tyro.cli(
     type(default),
@@ -206,9 +214,9 @@ def override_with_folder(
 
 
 def _replace_aliases(
-  args: list[str], default: Any, aliases: Aliases
+  args: list[str], default: Any, aliases: Aliases, *, told: bool
 ) -> list[str]:
-  """Puts today's names in the place of earlier ones, and says so."""
+  """Puts the names of fields in the place of others, and may say so."""
   replaced: list[str] = []
   words = iter(args)
   for word in words:
@@ -225,7 +233,8 @@ def _replace_aliases(
     options = [_option(field, negated=is_negated) for field in fields]
     for new in options:
       replaced += [new, *values]
-    _logger.info('%s means %s.', option, ' and '.join(options))
+    if told:
+      _logger.info('%s means %s.', option, ' and '.join(options))
   return replaced
 
 
@@ -242,30 +251,44 @@ def _value(node: Any, field: str) -> Any:
 
 
 def _check_fields(args: list[str], default: Any) -> None:
-  """Names the nearest field for an option that does not exist."""
+  """Names the nearest option for one that does not exist."""
   for word in args:
-    if word.startswith('--') and word != '--help':
+    if word.startswith('--') and word != '--':
       _check_option(word.split('=')[0], default)
 
 
 def _check_option(option: str, default: Any) -> None:
   """Follows an option such as ``--optim.rank`` through the fields."""
   node: Any = default
+  groups: list[str] = []
   for field in option[2:].replace('-', '_').split('.'):
     names = [f.name for f in dataclasses.fields(node)]
     known = field if field in names else field.removeprefix('no_')  # A flag.
     if known not in names:
-      near = [f for f in _nested(node) if f.endswith(f'.{field}')]
-      near = near or difflib.get_close_matches(field, names, n=1)
-      near = near or _close_in_groups(field, node)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      raise ValueError(
-        f'{type(node).__name__} has no field {field!r} (from {option}).{hint} '
-        f'Fields: {names}.'
-      )
+      near = _nearest(field, node)
+      near = [
+        _option('.'.join([*groups, name]), negated=False) for name in near
+      ]
+      hint = f' Did you mean {near[0]}?' if near else ''
+      topic = ' '.join(['--help', *groups[:1]])
+      raise ValueError(f'There is no option {option}.{hint} {topic} lists all.')
+    groups.append(known)
     node = getattr(node, known)
     if not dataclasses.is_dataclass(node):
       return  # tyro judges the rest.
+
+
+def _nearest(field: str, node: Any) -> list[str]:
+  """Dotted fields that may have been meant, the likeliest first."""
+  nested = _nested(node)
+  names = [f.name for f in dataclasses.fields(node)]
+  meant = foreign_names.MEANING.get(field)
+  return (
+    [name for name in (*names, *nested) if name == meant]
+    or [name for name in nested if name.endswith(f'.{field}')]
+    or difflib.get_close_matches(field, names, n=1)
+    or _close_in_groups(field, node)
+  )
 
 
 def _close_in_groups(field: str, node: Any) -> list[str]:

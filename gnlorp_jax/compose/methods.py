@@ -66,11 +66,13 @@ _OTHER_NAMES = {
 }
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, *, or_all: bool = False) -> Method:
   """A method by its name.
 
   Args:
     name: Key of `METHODS`.
+    or_all: Whether the error says that 'all' stands for several, where a
+      command runs more than one.
 
   Returns:
     The method.
@@ -82,9 +84,9 @@ def get_method(name: str) -> Method:
     near = difflib.get_close_matches(name.lower(), METHODS, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
     hint = _OTHER_NAMES.get(name.lower(), hint)
+    several = f', or all for {", ".join(COMPARED)}' if or_all else ''
     raise ValueError(
-      f'Unknown method {name!r}.{hint} Methods: {list(METHODS)}, or all for '
-      f'{list(COMPARED)}.'
+      f'Unknown method {name!r}.{hint} Methods: {", ".join(METHODS)}{several}.'
     )
   return METHODS[name]
 

@@ -1,6 +1,7 @@
 """A language model of a Hugging Face folder: checked first, then read."""
 
 import dataclasses
+import json
 import pathlib
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from gnlorp_jax import models
 from gnlorp_jax.compose import adaptation, memory, parameters
 from gnlorp_jax.data import hub
 from gnlorp_jax.data import tokenizer as tokenizers
+from gnlorp_jax.data.files import nearest_file
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.interface import Dtype, Model
 
@@ -59,12 +61,13 @@ class Found(NamedTuple):
     return adaptation.read_peft(self.adapter, architecture, like)
 
 
-def check_name(name: str, usage: str) -> None:
+def check_name(name: str, usage: str, *, takes_adapter: bool = False) -> None:
   """Checks what can be known of a name before anything is loaded.
 
   Args:
     name: What the first word of a command names, or an empty text.
     usage: How the command is called.
+    takes_adapter: Whether it has the option ``--adapter``.
 
   Raises:
     ValueError: If it is neither a Hugging Face folder nor a name of the hub.
@@ -74,11 +77,37 @@ def check_name(name: str, usage: str) -> None:
       f'No model is named. Begin with its Hugging Face folder: {usage}'
     )
   folder = pathlib.Path(name).expanduser()
-  if not hub.is_hub(name) and not (folder / 'config.json').is_file():
+  if hub.is_hub(name) or (folder / 'config.json').is_file():
+    return
+  if (folder / 'hf' / 'config.json').is_file():
     raise ValueError(
-      f'{name} is no Hugging Face folder: it holds no config.json. '
-      'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
+      f'{name} is the directory of a run, whose model is in it: '
+      f'{usage.replace("FOLDER", str(folder / "hf"))}'
     )
+  for adapter in (folder, folder / 'adapter'):
+    file = adapter / 'adapter_config.json'
+    if file.is_file():
+      base = _base_of(file) or 'FOLDER'
+      fix = (
+        'Name the model that they were trained beside first: '
+        f'{usage.replace("FOLDER", base)} --adapter {adapter}'
+        if takes_adapter
+        else "Finish the run with export='merged' and name its hf/."
+      )
+      raise ValueError(f'{name} holds adapters alone. {fix}')
+  raise ValueError(
+    f'{name} is no Hugging Face folder: it holds no config.json. '
+    'Name the hf/ of a run, what save_pretrained wrote, or hf:OWNER/NAME.'
+    f'{nearest_file(folder)}'
+  )
+
+
+def _base_of(file: pathlib.Path) -> str | None:
+  """The model that a PEFT folder names, if its file can be read."""
+  try:
+    return json.loads(file.read_bytes()).get('base_model_name_or_path')
+  except (OSError, ValueError, AttributeError):
+    return None
 
 
 def find(

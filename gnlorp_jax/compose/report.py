@@ -83,12 +83,17 @@ def _gradients(program: Program, step: StepConfig, optim: OptimConfig) -> int:
   return one + tree_bytes(projected)
 
 
-def memory_table(found: Memory, optimizer: str) -> rich.table.Table:
-  """A table for a terminal."""
+def memory_table(found: Memory, what: str) -> rich.table.Table:
+  """A table for a terminal.
+
+  Args:
+    found: What a run takes.
+    what: Its method, or its optimizer.
+  """
   table = rich.table.Table(title='Memory', title_justify='left')
   table.add_column('component')
-  table.add_column(f'this run ({optimizer})', justify='right')
-  table.add_column('AdamW', justify='right')
+  table.add_column(f'this run ({what})', justify='right')
+  table.add_column('all weights by AdamW', justify='right')
   totals = {'this run': 0, 'adamw': 0}
   for name, sizes in found.items():
     table.add_row(name, *(format_bytes(size) for size in sizes.values()))

@@ -44,8 +44,8 @@ class OptimConfig:
   method. Of the options below each has those that mean something to it, and
   where they are None its own defaults."""
   learning_rate: float | None = result(1e-2)
-  """Learning rate at its peak, after the warm-up; None, in fine-tuning, takes
-  the table's, by task and method."""
+  """Learning rate at its peak, after the warm-up; None, in fine-tuning, is
+  what suits the method, and on GLUE the task."""
   schedule: Literal['cosine', 'linear', 'jagged'] = 'cosine'
   """How the learning rate falls after the warm-up; 'jagged' is a cosine that
   rises again from near 0 in every cycle, when adapters restart."""
@@ -159,8 +159,8 @@ class AdapterOptions:
   """Whether it is multiplied by alpha / sqrt(rank) instead (rsLoRA), so that a
   higher rank changes no less."""
   dropout: float | None = result(None)
-  """Share of the adapters' inputs that is dropped in training; None is the
-  recipe's: 0 in pre-training, 0.1 on GLUE."""
+  """Share of the adapters' inputs that is dropped in training; None is 0.1
+  on GLUE, and otherwise 0."""
   rules: tuple[str, ...] | None = None
   """Regexes over paths of kernels, of which one must occur in the path of a
   kernel for it to be adapted; None adapts all matrices of the blocks."""

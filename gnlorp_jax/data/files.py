@@ -7,6 +7,7 @@ with a column of it (`.parquet`). The first two may be compressed by gzip.
 
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import json
 import logging
@@ -155,6 +156,23 @@ def check_file(path: pathlib.Path) -> None:
         f'{path} is a pointer of git-lfs, not the file itself: get that by '
         '`git lfs pull`.'
       )
+
+
+def nearest_file(path: pathlib.Path) -> str:
+  """What was meant by a path that does not exist, perhaps.
+
+  Args:
+    path: The path.
+
+  Returns:
+    A sentence with a space before it, or nothing: where a name in the same
+    folder is close, that; where there is no such folder, that.
+  """
+  if not path.parent.is_dir():
+    return f' There is no folder {path.parent}.'
+  beside = {p.name: p for p in path.parent.iterdir()}
+  near = difflib.get_close_matches(path.name, beside, n=1)
+  return f' Did you mean {str(beside[near[0]])!r}?' if near else ''
 
 
 def check_suffix(path: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """Turns signals into a request that a loop can honour in peace."""
 
+import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -8,6 +10,11 @@ from typing import Self, TypeVar
 import jax
 
 from gnlorp_jax.training import distributed
+
+_WILL_STOP = (
+  'ends after the running step, batch or compilation, and saves before. A '
+  'second one ends it at once.'
+)
 
 Batch = TypeVar('Batch')
 # From what a process received to what all of its run know of.
@@ -72,6 +79,9 @@ class StopRequest:
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
     self.received = signal.Signals(number)
+    # Neither logged nor printed: what is interrupted here may be doing that.
+    with contextlib.suppress(OSError):  # The terminal may be gone.
+      os.write(2, f'\n{self.received.name}: {_WILL_STOP}\n'.encode())
     signal.signal(number, self._previous[number])
 
 

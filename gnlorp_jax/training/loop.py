@@ -20,6 +20,7 @@ from gnlorp_jax.training import (
   metrics,
   monitor,
   positions,
+  progress,
   sharding,
 )
 from gnlorp_jax.training.checkpoint import Checkpointer
@@ -215,7 +216,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     before = first, trained
     clock, health = Clock(record), Health(first, int(state.skipped))
     keeper = stack.enter_context(_keeper(run, record))
-    write, show_progress = stack.enter_context(_opened(run, first, record))
+    write, told = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
       monitor.check_weights(number, state.params)
@@ -226,7 +227,8 @@ def train(run: Run, stop: StopRequest) -> Outcome:
 
     def evaluate(number: int) -> None:
       try:
-        found = run.evaluate(state.params, constants)
+        with told.doing('evaluating'):
+          found = run.evaluate(state.params, constants)
       except Interrupted as interrupted:
         save(number, wait=True)
         raise _stopped(run, number, interrupted.received) from None
@@ -241,7 +243,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     if _evaluates(run, first, record['last']):
       evaluate(first)
     for step in steps(
-      *(run.train_step, state, run.batches, run.mesh),
+      *(_telling(run.train_step, told), state, run.batches, run.mesh),
       () if keeper.gives_up else range(first + 1, run.steps + 1),
       constants,
       select=run.select,
@@ -259,7 +261,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
         write(number, row)
         health.check(number, row)
         if (speed := row.get('train/tokens_per_second')) is not None:
-          show_progress(number, row['train/loss'], speed)
+          told.step(number, row['train/loss'], speed)
       if number % run.every.evaluate == 0 or is_last:
         evaluate(number)
         is_last = is_last or keeper.gives_up
@@ -314,14 +316,27 @@ def _opened(run: Run, first: int, record: Record) -> Iterator[Any]:
       ),
       None,
     ) as writer,
-    metrics.progress(
+    progress.shown(
       run.steps, first, name=run.name, console=rich.get_console()
-    ) as show_progress,
+    ) as told,
   ):
     yield (
       (lambda *row: None) if writer is None else writer.write,
-      show_progress,
+      told,
     )
+
+
+def _telling(
+  train_step: Callable[..., Any], told: progress.Progress
+) -> Callable[..., Any]:
+  """A training step that says that the first call compiles it."""
+  first = [told.doing('compiling the first step')]
+
+  def step(*arguments: Any) -> Any:
+    with first.pop() if first else contextlib.nullcontext():
+      return train_step(*arguments)
+
+  return step
 
 
 def _evaluates(run: Run, first: int, last: Found | None) -> bool:

@@ -1,6 +1,5 @@
-"""What a run tells while it trains: metrics on disk, a progress bar, a plot."""
+"""What a run tells while it trains: metrics on disk, lines of a log, plots."""
 
-import contextlib
 import importlib.util
 import json
 import logging
@@ -10,7 +9,7 @@ import pathlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import matplotlib.figure
@@ -20,7 +19,7 @@ import rich.logging
 import rich.progress
 
 from gnlorp_jax.disk import writing
-from gnlorp_jax.training import distributed, records
+from gnlorp_jax.training import records
 
 _logger = logging.getLogger(__name__)
 
@@ -240,103 +239,6 @@ def log_to_terminal() -> None:
   # httpx tells addresses, and those of downloads are signed.
   for chatty in ('absl', 'httpx', 'httpx2', 'jax', 'orbax'):
     logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-@contextlib.contextmanager
-def progress(
-  total: int,
-  start: int = 0,
-  *,
-  name: str = '',
-  plain_interval: float = 30.0,
-  console: rich.console.Console | None = None,
-) -> Iterator[Callable[[int, float, float], None]]:
-  """Shows how far training is: a live bar, or lines where there is no terminal.
-
-  Args:
-    total: Number of steps of the whole run.
-    start: Number of steps taken before.
-    name: Which run it is, where a program has several.
-    plain_interval: Without a terminal, seconds between two lines of the log.
-    console: Where to show the bar; None is the standard output.
-
-  Yields:
-    A function ``(step, loss, tokens_per_second)`` to call now and then.
-  """
-  console = console or rich.console.Console()
-  if not distributed.is_first():
-    yield lambda step, loss, tokens_per_second: None
-    return
-  if not console.is_terminal:
-    yield _plain_progress(total, plain_interval, name)
-    return
-  columns = (
-    rich.progress.TextColumn(
-      '{task.description}step {task.completed:,}/{task.total:,}'
-    ),
-    rich.progress.BarColumn(bar_width=None),
-    rich.progress.TextColumn('loss {task.fields[loss]}'),
-    rich.progress.TextColumn('{task.fields[rate]} tokens/s'),
-    rich.progress.TextColumn('ETA'),
-    rich.progress.TimeRemainingColumn(),
-  )
-  with rich.progress.Progress(*columns, console=console, expand=True) as bar:
-    task = bar.add_task(
-      f'{name} ' if name else '',
-      total=total,
-      completed=start,
-      loss='-',
-      rate='-',
-    )
-
-    def update(step, loss, tokens_per_second):
-      bar.update(
-        task,
-        completed=step,
-        loss=f'{loss:.4f}',
-        rate=f'{tokens_per_second:,.0f}',
-      )
-
-    yield update
-
-
-def _plain_progress(total, interval, name):
-  """Logs a line when the last one is `interval` seconds ago, and at the end.
-
-  The time left follows from the steps since the first call: what came before it
-  was compilation.
-  """
-  first = None
-  last = -math.inf
-
-  def update(step, loss, tokens_per_second):
-    nonlocal first, last
-    now = time.monotonic()
-    first = first or (step, now)
-    if now - last < interval and step < total:
-      return
-    last = now
-    steps, seconds = step - first[0], now - first[1]
-    left = (
-      f', ETA {_duration(seconds / steps * (total - step))}' if steps else ''
-    )
-    _logger.info(
-      '%sstep %s/%s, loss %.4f, %s tokens/s%s',
-      f'{name}: ' if name else '',
-      f'{step:,}',
-      f'{total:,}',
-      loss,
-      f'{tokens_per_second:,.0f}',
-      left,
-    )
-
-  return update
-
-
-def _duration(seconds):
-  """Seconds as hours, minutes and seconds: '1:02:03'."""
-  minutes, seconds = divmod(round(seconds), 60)
-  return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
 def plot_losses(

@@ -39,7 +39,12 @@ def unheard_complaints():
     sys.unraisablehook = hook
 
 
+_SLOW_SAVE = 'Waiting for previous save'  # Of runs of short steps: harmless.
+
+
 def keep_log_record(record):
   """Drops what Orbax tells at each save, and the errors that it also raises."""
-  from_orbax = 'orbax' in pathlib.Path(record.pathname).parts
-  return not from_orbax or record.levelno == logging.WARNING
+  if 'orbax' not in pathlib.Path(record.pathname).parts:
+    return True
+  is_told = record.levelno == logging.WARNING
+  return is_told and not record.getMessage().startswith(_SLOW_SAVE)

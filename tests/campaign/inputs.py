@@ -127,7 +127,7 @@ def _options(module: str) -> dict[str, str]:
   """The long options of a command and what they take, as its help says."""
   if module not in _options_of:
     text = subprocess.run(
-      [sys.executable, '-m', module, '--help'],
+      [sys.executable, '-m', module, '--help', 'all'],
       cwd=ROOT,
       env=os.environ | {'COLUMNS': '200'},
       capture_output=True,

@@ -8,8 +8,10 @@ import os
 import jax
 import pytest
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, foreign_names
+from gnlorp_jax.recipes.glue.settings import GlueConfig
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
+from gnlorp_jax.recipes.sft.settings import SftConfig
 from gnlorp_jax.training import distributed
 
 
@@ -136,7 +138,7 @@ def test_value_of_an_earlier_name_is_judged(capsys):
 
 
 def test_without_aliases_an_earlier_name_is_unknown():
-  with pytest.raises(ValueError, match=r"has no field 'old_rate' \(from --old"):
+  with pytest.raises(ValueError, match='There is no option --old-rate.'):
     command_line.override(Outer(), ['--old-rate', '1'], '')
 
 
@@ -145,33 +147,38 @@ def test_without_aliases_an_earlier_name_is_unknown():
   [
     (
       ['--optim.rnak', '3'],
-      "OptimConfig has no field 'rnak' (from --optim.rnak). Did you mean "
-      "'rank'? Fields: ['name', 'learning_rate',",
+      'There is no option --optim.rnak. Did you mean --optim.rank? --help '
+      'optim lists all.',
     ),
     (
       ['--steps', '3', '--batchsize=4'],
-      "TrainConfig has no field 'batchsize' (from --batchsize). Did you mean "
-      "'batch_size'? Fields: ['run_dir',",
+      'There is no option --batchsize. Did you mean --batch-size? --help lists '
+      'all.',
     ),
     (
       ['--rnak', '3'],
-      "TrainConfig has no field 'rnak' (from --rnak). Did you mean "
-      "'adapter.rank'?",
+      'There is no option --rnak. Did you mean --adapter.rank?',
     ),
     (
       ['--mdoel.num-layers', '3'],
-      "TrainConfig has no field 'mdoel' (from --mdoel.num-layers). Did you "
-      "mean 'model'?",
+      'There is no option --mdoel.num-layers. Did you mean --model?',
     ),
     (
       ['--learning-rate', '1'],
-      "TrainConfig has no field 'learning_rate' (from --learning-rate). Did "
-      "you mean 'optim.learning_rate'? Fields: [",
+      'There is no option --learning-rate. Did you mean --optim.learning-rate?',
     ),
     (
       ['--weight-decay', '1'],
-      "TrainConfig has no field 'weight_decay' (from --weight-decay). Did "
-      "you mean 'optim.weight_decay'? Fields: [",
+      'There is no option --weight-decay. Did you mean --optim.weight-decay?',
+    ),
+    # As other programs call it.
+    (
+      ['--lora-r', '8'],
+      'There is no option --lora-r. Did you mean --adapter.rank?',
+    ),
+    (
+      ['--output_dir=runs/a'],
+      'There is no option --output_dir. Did you mean --run-dir?',
     ),
   ],
 )
@@ -179,6 +186,21 @@ def test_unknown_field_names_the_nearest(args, text):
   with pytest.raises(ValueError) as error:
     command_line.override(TrainConfig(), args, 'description')
   assert str(error.value).startswith(text)
+
+
+def test_foreign_names_are_of_options_that_exist_and_are_no_options():
+  configs = [kind() for kind in (TrainConfig, SftConfig, GlueConfig)]
+  for name, field in foreign_names.MEANING.items():
+    assert any(has(config, field) for config in configs), field
+    assert not any(has(config, name) for config in configs), name
+
+
+def has(config, field):
+  for name in field.split('.'):
+    if not hasattr(config, name):
+      return False
+    config = getattr(config, name)
+  return True
 
 
 def fail(error):

@@ -45,9 +45,11 @@ def test_unknown_method_names_the_nearest():
   with pytest.raises(ValueError) as error:
     methods.get_method('loar')
   assert str(error.value).startswith(
-    "Unknown method 'loar'. Did you mean 'lora'? Methods: ['full', 'lora',"
+    "Unknown method 'loar'. Did you mean 'lora'? Methods: full, lora, dora,"
   )
+  assert 'all' not in str(error.value)
+  with pytest.raises(ValueError) as error:
+    methods.get_method('loar', or_all=True)
   assert str(error.value).endswith(
-    "or all for ['full', 'lora', 'dora', 'galore', 'gradnormlorp', "
-    "'gradnormlorp_adapter']."
+    ', or all for full, lora, dora, galore, gradnormlorp, gradnormlorp_adapter.'
   )

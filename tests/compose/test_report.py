@@ -120,7 +120,7 @@ def test_table_adds_up():
   found = memory_of(settings('galore'))
   table = report.memory_table(found, 'galore')
   assert [column.header for column in table.columns] == [
-    'component', 'this run (galore)', 'AdamW',
+    'component', 'this run (galore)', 'all weights by AdamW',
   ]  # fmt: skip
   *names, last = table.columns[0].cells
   assert names == list(found) and last == 'total'

@@ -223,4 +223,4 @@ def test_mistakes_get_the_value_the_rule_and_the_fix(words, text, capsys):
 def test_a_budget_is_of_pre_training(capsys):
   with pytest.raises(SystemExit):
     main(['sft', '--budget', '16GiB'])
-  assert "SftPlanConfig has no field 'budget'" in capsys.readouterr().err
+  assert 'There is no option --budget.' in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_json_on_standard_output_is_alone_there(no_wheels, capsys):
 
 def test_help_explains_the_program_and_its_options(capsys):
   with pytest.raises(SystemExit) as stop:
-    main(['--help'])
+    main(['--help', 'all'])
   assert stop.value.code == 0
   text = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
   assert 'Tells whether a run fits a GPU' in text
@@ -94,7 +94,7 @@ def test_help_explains_the_program_and_its_options(capsys):
     ),
     (
       ['--optim.rnak', '3'],
-      "OptimConfig has no field 'rnak' (from --optim.rnak). Did you mean",
+      'There is no option --optim.rnak. Did you mean --optim.rank?',
     ),
   ],
 )

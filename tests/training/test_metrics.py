@@ -1,18 +1,15 @@
 import importlib
-import io
 import json
-import logging
 import math
 import struct
 import sys
 
 import numpy as np
 import pytest
-import rich.console
 from tensorboardX.proto import event_pb2
 
 from gnlorp_jax.training import metrics
-from gnlorp_jax.training.metrics import MetricsWriter, progress
+from gnlorp_jax.training.metrics import MetricsWriter
 
 
 def read_lines(run_dir):
@@ -207,55 +204,6 @@ def test_other_logs_are_unknown():
   with pytest.raises(ValueError) as error:
     metrics.check_log('mlflow')
   assert str(error.value) == "Unknown log 'mlflow'; expected 'wandb' or None."
-
-
-def test_terminal_shows_a_bar():
-  screen = io.StringIO()
-  console = rich.console.Console(file=screen, force_terminal=True, width=100)
-  with progress(100, start=50, console=console) as update:
-    update(60, 2.34567, 12345.6)
-  shown = screen.getvalue()
-  assert 'step 50/100' in shown
-  assert 'loss -' in shown
-  assert 'step 60/100' in shown
-  assert 'loss 2.3457' in shown
-  assert '12,346 tokens/s' in shown
-  assert 'ETA' in shown
-
-
-def run_without_terminal(caplog, monkeypatch, steps, seconds_per_step):
-  now = 1000.0
-  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now)
-  caplog.set_level(logging.INFO)
-  console = rich.console.Console(file=io.StringIO(), force_terminal=False)
-  with progress(10_000, 9_000, plain_interval=30, console=console) as update:
-    for step in steps:
-      now = 1000.0 + (step - 9_000) * seconds_per_step
-      update(step, 2.34567, 12345.6)
-  assert console.file.getvalue() == ''
-  return caplog.messages
-
-
-def test_no_terminal_logs_a_line_now_and_then(caplog, monkeypatch):
-  messages = run_without_terminal(caplog, monkeypatch, range(9_001, 9_071), 1)
-  assert messages == [
-    'step 9,001/10,000, loss 2.3457, 12,346 tokens/s',
-    'step 9,031/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:16:09',
-    'step 9,061/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:15:39',
-  ]
-
-
-def test_no_terminal_logs_the_end(caplog, monkeypatch):
-  messages = run_without_terminal(caplog, monkeypatch, (9_999, 10_000), 1)
-  assert messages[-1] == (
-    'step 10,000/10,000, loss 2.3457, 12,346 tokens/s, ETA 0:00:00'
-  )
-  assert len(messages) == 2
-
-
-def test_time_left_is_not_told_before_there_is_a_pace(caplog, monkeypatch):
-  (message,) = run_without_terminal(caplog, monkeypatch, (9_000,), 1)
-  assert message.endswith('12,346 tokens/s')
 
 
 def plotted(tmp_path, monkeypatch, lines):

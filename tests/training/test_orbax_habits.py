@@ -40,3 +40,11 @@ def test_complaints_are_unheard_for_a_while(monkeypatch):
 def test_warnings_of_orbax_alone_are_told(path, level, kept):
   record = logging.LogRecord('absl', level, path, 1, '', (), None)
   assert orbax_habits.keep_log_record(record) == kept
+
+
+def test_waiting_for_a_save_is_not_told():
+  text = 'Waiting for previous save to complete took %f seconds. If this'
+  record = logging.LogRecord(
+    'absl', logging.WARNING, '/a/orbax/b.py', 1, text, (0.5,), None
+  )
+  assert not orbax_habits.keep_log_record(record)

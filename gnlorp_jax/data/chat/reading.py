@@ -42,6 +42,7 @@ from gnlorp_jax.data.files import (
   check_file,
   check_suffix,
   inner_suffix,
+  nearest_file,
   table_rows,
 )
 
@@ -131,7 +132,7 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
     raise ValueError(
       f'Unknown chat source {spec!r}: '
       f'{rule if path.is_dir() else "no such file, folder or glob"}. Expected '
-      '[NAME=]PATH[@WEIGHT], joined by commas.'
+      f'[NAME=]PATH[@WEIGHT], joined by commas.{nearest_file(path)}'
     )
   for file in files:
     check_suffix(file)

@@ -73,7 +73,9 @@ def parse(args: list[str], description: str) -> ChatConfig:
       is no folder.
   """
   config = command_line.override_with_folder(ChatConfig(), args, description)
-  pretrained.check_name(config.folder, 'python -m gnlorp_jax.chat FOLDER')
+  pretrained.check_name(
+    config.folder, 'python -m gnlorp_jax.chat FOLDER', takes_adapter=True
+  )
   if config.adapter is not None:
     file = pathlib.Path(config.adapter).expanduser() / 'adapter_config.json'
     if not file.is_file():

@@ -91,7 +91,7 @@ class GlueConfig(RunConfig):
   """Where runs, results and table go. The same command goes on where it
   stopped, and repeats nothing that is finished."""
   epochs: int | None = result(None)
-  """Passes over the training examples; None takes the table's, 30 for GLUE."""
+  """Passes over the training examples; None: 30 of GLUE's tasks."""
   steps: int | None = result(None)
   """Ends a run after so many steps, if the epochs are not over before; the
   learning rate decays over the steps that are taken."""
@@ -140,8 +140,9 @@ class GlueConfig(RunConfig):
     decay_norms_and_biases=False,
     clip_global_norm=None,
   )
-  """Optimizer and schedule. None takes the method's, or the table's: rank 8, a
-  refresh every 500 steps, learning rate and scale by task and method."""
+  """Optimizer and schedule. None takes the method's, or what the papers use:
+  rank 8, a refresh every 500 steps, learning rate and scale by task and
+  method."""
 
   def __post_init__(self):
     super().__post_init__()
@@ -163,7 +164,7 @@ class GlueConfig(RunConfig):
           'joined by commas.'
         )
     for method in self.method_names:
-      methods.get_method(method)
+      methods.get_method(method, or_all=True)
     if self.is_custom:
       self._check_own_name()
     elif self.task == DEMO:

@@ -62,15 +62,15 @@ def load(config: SftConfig) -> Chat:
       model, or nothing is left to train on.
   """
   settings = config.data
+  if settings.source is None and not config.is_demo:
+    raise ValueError(
+      'No conversations are named for the model to learn: give their files as '
+      "data.source (or --data), or 'demo' for generated instructions."
+    )
   tokenizer = load_tokenizer(config)
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)
   template = load_template(settings.template, tokenizer)
-  if settings.source == DEMO:
-    if config.init_from is not None:
-      _logger.warning(
-        'No data is named: the model learns generated instructions about '
-        'made-up words. Name conversations as data.source (or --data).'
-      )
+  if settings.source in (None, DEMO):
     sources, held_out = ([one] for one in demo.sources(config.seed))
   else:
     sources, held_out = chat.read(settings.source), ()
@@ -89,7 +89,7 @@ def load(config: SftConfig) -> Chat:
   )
   _check_ids(examples, template, config.model.vocab_size)
   text.check_known(
-    tokenizer, (x.ids for x in examples.training), settings.source
+    tokenizer, (x.ids for x in examples.training), settings.source or DEMO
   )
   _tell(examples)
   return Chat(tokenizer, template, examples)
@@ -116,7 +116,6 @@ def _check_ids(
 def _tell(examples: chat.Prepared) -> None:
   """Says what became of the records."""
   for name, counts in examples.report.items():
-    lost = counts.skipped | counts.dropped
     facts = [f'{counts.read} records']
     if counts.examples:
       facts.append(
@@ -129,8 +128,10 @@ def _tell(examples: chat.Prepared) -> None:
     ):
       if number:
         facts.append(f'{number} {what}')
-    if lost:
-      facts.append(f'left out: {lost}')
+    facts += [
+      f'{number} left out: {reason}'
+      for reason, number in (counts.skipped | counts.dropped).items()
+    ]
     _logger.info('%s: %s.', name, ', '.join(facts))
 
 

@@ -80,6 +80,7 @@ def _optimizer(
     rates = _DEMO_RATES if given.is_demo else _RATES
     rate = rates[_rates_of(config, adapter)]
     config = dataclasses.replace(config, learning_rate=rate)
+  _check_used(given, config, adapter)
   # A rank of pieces of rows is another number: the optimizer's own.
   is_of_pieces = config.name in ('vlorp', 'projfactor')
   rank = _RANK if adapter.kind is None else _or(adapter.rank, _ADAPTER_RANK)
@@ -94,6 +95,29 @@ def _optimizer(
       for name, value in numbers.items()
     },
   )
+
+
+def _check_used(
+  given: SftConfig, config: OptimConfig, adapter: AdapterOptions
+) -> None:
+  """Raises ValueError for an option of subspaces where there are none."""
+  # --rank sets that of subspaces and that of adapters.
+  is_of_adapters = adapter.kind and given.optim.rank == given.adapter.rank
+  for name in ('rank', 'update_proj_gap'):
+    value = getattr(given.optim, name)
+    if value is None or optimizer.accepts(config, name):
+      continue
+    if name == 'rank' and is_of_adapters:
+      continue
+    fix = (
+      'The rank of its adapters is adapter.rank.'
+      if adapter.kind and name == 'rank'
+      else 'Leave it out, or use a method that has some, such as galore.'
+    )
+    raise ValueError(
+      f'optim.{name}={value} is about subspaces, and {config.name}, the '
+      f'optimizer of method={given.method!r}, has none. {fix}'
+    )
 
 
 def _rates_of(config: OptimConfig, adapter: AdapterOptions) -> str:

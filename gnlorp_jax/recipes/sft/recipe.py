@@ -213,24 +213,29 @@ def _more_steps(config: SftConfig, batches: chat.TrainingBatches) -> int:
 def _tell_length(config: SftConfig, per_epoch: int, steps: int) -> None:
   """Says how long a run is, and where that may surprise."""
   rate = config.optim.learning_rate
+  rows = config.coreset.pool or config.batch_size
   _logger.info(
-    '%d steps an epoch, of %d rows of up to %d tokens; %d steps in all, at a '
-    'learning rate of %s.',
-    *(per_epoch, config.coreset.pool or config.batch_size),
-    *(config.data.max_length, steps),
+    'An epoch is %s of %s of up to %d tokens; %s in all, at a learning rate of '
+    '%s.',
+    *(_counted(per_epoch, 'step'), _counted(rows, 'row')),
+    *(config.data.max_length, _counted(steps, 'step')),
     config.learning_rates if rate is None else f'{rate:g}',
   )
   if config.steps is not None and config.steps > steps:
     _logger.warning(
-      'steps=%d, and epochs=%g end after %d: raise epochs for more.',
-      *(config.steps, config.epochs, steps),
+      'steps=%d, and epochs=%g end after %s: raise epochs for more.',
+      *(config.steps, config.epochs, _counted(steps, 'step')),
     )
   elif config.steps is None and steps < _FEW_STEPS:
     _logger.warning(
-      '%d steps change a model little. Raise epochs, or lower batch_size or '
-      'data.max_length.',
-      steps,
+      '%s change a model little. Raise --epochs, which is %g, or lower '
+      '--batch-size, which is %d.',
+      *(_counted(steps, 'step'), config.epochs, config.batch_size),
     )
+
+
+def _counted(number: int, what: str) -> str:
+  return f'{number} {what}' if number == 1 else f'{number} {what}s'
 
 
 def make_run(prepared: Prepared, config: SftConfig) -> loop.Run:

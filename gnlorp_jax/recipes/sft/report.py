@@ -150,7 +150,7 @@ def _is_evaluation(row: dict[str, Any]) -> bool:
 def show(config: SftConfig, summary: dict[str, Any]) -> None:
   """Prints the end of a run for the person who waited for it."""
   console = rich.console.Console()
-  console.print(memory_table(summary['memory_bytes'], summary['optimizer']))
+  console.print(memory_table(summary['memory_bytes'], summary['method']))
   _show_answers(console, config, summary['last']['step'])
   first, last = summary['first'], summary['last']
   for name, text in (
@@ -158,7 +158,10 @@ def show(config: SftConfig, summary: dict[str, Any]) -> None:
     ('token_accuracy', 'Tokens guessed right'),
     ('exact_match', 'Answers as expected'),
   ):
-    if last.get(name) is not None and first.get(name) is not None:
+    if last.get(name) is None or first.get(name) is None:
+      continue
+    # Free answers are never word for word as expected: that says nothing.
+    if name != 'exact_match' or first[name] or last[name]:
       console.print(
         f'{text}: {first[name]:.3f} -> {last[name]:.3f}', highlight=False
       )
@@ -167,13 +170,13 @@ def show(config: SftConfig, summary: dict[str, Any]) -> None:
     if error is not None:
       console.print(f'{name}: {score:.3f} ± {error:.3f}', highlight=False)
   folder = pathlib.Path(config.run_dir)
+  exported = {'merged': {'hf': 'model'}, 'adapter': {'adapter': 'adapters'}}
   left = {
     'metrics.jsonl': 'metrics',
     'loss.png': 'plot',
     'layers.png': 'plot of the layers that were drawn',
     SAMPLES_FILE: 'answers',
-    'hf': 'model',
-    'adapter': 'adapters',
+    **exported.get(config.export, {}),
   }
   there = [
     f'{what} ({name})'
@@ -185,6 +188,12 @@ def show(config: SftConfig, summary: dict[str, Any]) -> None:
     'adapter': f'{config.init_from} --adapter {folder / "adapter"}',
   }
   lines = [f'In {folder} are: {", ".join(there)}.']
+  lines += [
+    f'{folder / name} is of an earlier command, which exported it; it is not '
+    'the model of this one.'
+    for name in ('hf', 'adapter')
+    if name not in left and (folder / name).exists()
+  ]
   if config.export in talk:
     lines.append(f'Talk to it: python -m gnlorp_jax.chat {talk[config.export]}')
   for line in lines:
@@ -222,6 +231,7 @@ def show_preview(config: SftConfig, found: data.Chat) -> None:
     console.print(
       chat.preview(example, found.tokenizer, brackets=not console.is_terminal),
       highlight=False,
+      soft_wrap=True,
     )
   console.rule()
   learned = (

@@ -32,11 +32,12 @@ class ChatDataConfig:
   A resumed run must have the same training examples, whatever they come from.
   """
 
-  source: str = free(DEMO)
+  source: str | None = free(None)
   """Files (.json, .jsonl, .parquet), folders and globs, joined by commas:
   alpaca, sharegpt, messages, prompt and completion, or plain text, told apart
   by their keys. NAME=FILE names a source, FILE@0.5 takes a half of it, the same
-  in every epoch, FILE@2 takes it twice. 'demo' is a generated set."""
+  in every epoch, FILE@2 takes it twice. 'demo' is a generated set; None is that
+  where no model is named."""
   validation_source: str | None = free(None)
   """Conversations to evaluate on, named like `source`; None holds out
   `val_size` of it."""
@@ -74,7 +75,7 @@ class ChatDataConfig:
         f'data.val_size={self.val_size} must be a number of examples, such as '
         '100, a share below 1, such as 0.02, or 0 for none.'
       )
-    if self.validation_source is not None and self.source == DEMO:
+    if self.validation_source is not None and self._is_demo:
       raise ValueError(
         f'data.validation_source={self.validation_source!r} is given, and '
         "data.source is 'demo', which holds out some of its own. Name the "
@@ -84,7 +85,11 @@ class ChatDataConfig:
   @property
   def holds_out(self) -> bool:
     """Whether there are examples to evaluate on."""
-    return bool(self.val_size or self.validation_source or self.source == DEMO)
+    return bool(self.val_size or self.validation_source or self._is_demo)
+
+  @property
+  def _is_demo(self) -> bool:
+    return self.source in (None, DEMO)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,8 +205,11 @@ class SftConfig(RunConfig):
         'loss, and data.val_size=0 holds out nothing.'
       )
     kind = self.adapter.kind or chosen.adapter
-    if kind is None and self.adapter != dataclasses.replace(
-      AdapterOptions(), rank=self.adapter.rank
+    # --rank sets that of subspaces and that of adapters.
+    rank = self.optim.rank
+    if kind is None and self.adapter not in (
+      AdapterOptions(),
+      AdapterOptions(rank=rank),
     ):
       raise ValueError(
         f'method={self.method!r} has no adapters for options of adapter to '
@@ -222,7 +230,7 @@ class SftConfig(RunConfig):
         'adapter.restart_every or adapter.train_others its own weights change '
         "too. Use export='merged'."
       )
-    if self.data.source != DEMO and self.init_from is None:
+    if self.data.source not in (None, DEMO) and self.init_from is None:
       raise ValueError(
         f'data.source={self.data.source!r} needs a model: give its Hugging '
         'Face folder, or hf:OWNER/NAME, as init_from (or --model).'
@@ -235,10 +243,10 @@ class SftConfig(RunConfig):
   @property
   def is_demo(self) -> bool:
     """Whether a small model of its own learns the generated instructions."""
-    return self.data.source == DEMO and self.init_from is None
+    return self.data.source in (None, DEMO) and self.init_from is None
 
 
-ALIASES: command_line.Aliases = {
+SHORT_NAMES: command_line.Aliases = {
   'data': ('data.source',),
   'learning_rate': ('optim.learning_rate',),
   'max_length': ('data.max_length',),
@@ -276,7 +284,9 @@ def parse(
     default = kind(
       **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     )
-  return command_line.override(default, _join_files(args), description, ALIASES)
+  return command_line.override(
+    default, _join_files(args), description, short_names=SHORT_NAMES
+  )
 
 
 def _join_files(args: list[str]) -> list[str]:

@@ -119,6 +119,8 @@ def test_spec_that_is_wrong_is_refused(write, tmp_path):
     (f'{path}@0', "has the weight '0'; expected a number above 0 and below"),
     (f'{path}@nan', "has the weight 'nan'; expected a number above 0 and"),
     (f'{path}.gz', 'no such file, folder or glob. Expected [NAME=]PATH'),
+    (f'{path}s', f"joined by commas. Did you mean '{path}'?"),
+    ('nowhere/a.json', 'joined by commas. There is no folder nowhere.'),
     (f'{tmp_path}/empty', "no file ending in one of ('.json', '.jsonl', "),
     (f'{path},{path}', "are called 'a', and reports count by name. Name them"),
   ):

@@ -138,9 +138,9 @@ def test_all_methods_are_those_that_are_compared():
   [
     (
       ['--epoch', '3'],
-      "no field 'epoch' (from --epoch). Did you mean 'epochs'?",
+      'There is no option --epoch. Did you mean --epochs?',
     ),
-    (['--text-columns', 'a'], "Did you mean 'data.text_columns'?"),
+    (['--text-columns', 'a'], 'Did you mean --data.text-columns?'),
     (['--method', 'loar'], "Unknown method 'loar'. Did you mean 'lora'?"),
     (['--task', 'rte'], "task='rte' needs data.source: a folder"),
     (['--task', 'mine'], 'your own needs data.train and data.dev'),

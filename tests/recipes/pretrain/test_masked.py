@@ -293,7 +293,7 @@ def test_objective_on_the_command_line_chooses_the_model():
 
 def test_help_of_the_masked_objective_explains_the_encoder(capsys):
   with pytest.raises(SystemExit):
-    settings.parse(['--objective', 'masked', '--help'], '')
+    settings.parse(['--objective', 'masked', '--help', 'all'], '')
   text = ' '.join(capsys.readouterr().out.split())
   assert '--model.hidden-dropout' in text and '--mask-rate' in text
   assert '--model.rope-theta' not in text

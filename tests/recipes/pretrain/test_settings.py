@@ -88,7 +88,7 @@ def test_param_labels_can_be_given_on_the_command_line():
 
 def test_help_explains_every_field(capsys):
   with pytest.raises(SystemExit) as stop:
-    settings.parse(['--help'], 'What this program does.')
+    settings.parse(['--help', 'all'], 'What this program does.')
   assert stop.value.code == 0
   text = capsys.readouterr().out
   assert 'What this program does.' in text
@@ -200,8 +200,7 @@ def test_help_explains_every_field(capsys):
     (['--config'], '--config needs the path of a configuration file.'),
     (
       ['--batchsize', '4'],
-      "TrainConfig has no field 'batchsize' (from --batchsize). Did you mean "
-      "'batch_size'?",
+      'There is no option --batchsize. Did you mean --batch-size?',
     ),
     (
       ['--optim.name', 'None'],

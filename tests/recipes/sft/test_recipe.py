@@ -5,6 +5,7 @@ One short run on conversations from files is made once and shared.
 
 import dataclasses
 import json
+import pathlib
 import types
 
 import jax
@@ -88,15 +89,18 @@ def test_steps_end_a_run_before_its_epochs(config, caplog):
   shorter = recipe.prepare(dataclasses.replace(config, steps=4))
   assert shorter.config.steps == 4
   assert (
-    '2 steps an epoch, of 2 rows of up to 40 tokens; 4 steps in all, at a '
+    'An epoch is 2 steps of 2 rows of up to 40 tokens; 4 steps in all, at a '
     'learning rate of 0.01.'
   ) in caplog.messages
   longer = recipe.prepare(dataclasses.replace(config, steps=9))
   assert longer.config.steps == 6
-  warned = 'steps=9, and epochs=3 end after 6: raise epochs for more.'
+  warned = 'steps=9, and epochs=3 end after 6 steps: raise epochs for more.'
   assert warned in caplog.messages
   recipe.prepare(config)
-  assert caplog.messages[-2].startswith('6 steps change a model little. Raise')
+  assert caplog.messages[-2] == (
+    '6 steps change a model little. Raise --epochs, which is 3, or lower '
+    '--batch-size, which is 2.'
+  )
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,47 @@ def test_the_end_of_a_run_is_told(prepared, finished, capsys):
   assert 'Validation loss: ' in shown, shown
   assert 'Say seven.' in shown, shown
   assert f'python -m gnlorp_jax.chat {prepared.config.run_dir}/hf' in shown
+
+
+def test_an_export_of_an_earlier_command_is_no_result(
+  prepared, finished, capsys
+):
+  _, summary = finished
+  folder = pathlib.Path(prepared.config.run_dir) / 'adapter'
+  folder.mkdir()
+  report.show(prepared.config, summary)
+  folder.rmdir()
+  shown = capsys.readouterr().out
+  assert 'model (hf).' in shown and 'adapters (adapter)' not in shown
+  assert f'{folder} is of an earlier command, which exported it; it is' in shown
+
+
+def test_answers_that_never_were_as_expected_are_not_counted(
+  prepared, finished, capsys
+):
+  _, summary = finished
+  for first, last, is_told in ((0.0, 0.0, False), (0.0, 0.5, True)):
+    report.show(
+      prepared.config,
+      summary
+      | {'first': summary['first'] | {'exact_match': first}}
+      | {'last': summary['last'] | {'exact_match': last}},
+    )
+    assert ('Answers as expected' in capsys.readouterr().out) == is_told
+
+
+def test_a_model_without_conversations_is_told_how_to_name_them(
+  config, tmp_path
+):
+  unnamed = dataclasses.replace(
+    config, run_dir=str(tmp_path), data=ChatDataConfig()
+  )
+  with pytest.raises(ValueError) as error:
+    recipe.prepare(unnamed)
+  assert str(error.value) == (
+    'No conversations are named for the model to learn: give their files as '
+    "data.source (or --data), or 'demo' for generated instructions."
+  )
 
 
 @pytest.mark.usefixtures('compiled_once')

@@ -106,6 +106,13 @@ def test_a_file_is_what_options_override(tmp_path):
       {'adapter': AdapterOptions(alpha=3.0)},
       "method='gradnormlorp' has no adapters for options of adapter to change.",
     ),
+    (
+      {
+        'optim': dataclasses.replace(SftConfig().optim, rank=4),
+        'adapter': AdapterOptions(rank=8),
+      },
+      "method='gradnormlorp' has no adapters for options of adapter to change.",
+    ),
     ({'epochs': 0.0}, 'SftConfig.epochs must be in (0, inf), got 0.0.'),
     (
       {
@@ -191,3 +198,40 @@ def test_adapters_to_start_from_keep_their_own_rank():
   given = SftConfig(method='lora', adapter=AdapterOptions(init_from='folder'))
   found = protocol.resolve(given).adapter
   assert (found.kind, found.rank, found.alpha) == ('lora', None, None)
+
+
+def resolved(*args):
+  return protocol.resolve(parse('--model', 'm', '--data', 'a.json', *args))
+
+
+@pytest.mark.parametrize(
+  ('args', 'expected'),
+  [
+    (
+      ['--method', 'lora', '--optim.rank', '4'],
+      'optim.rank=4 is about subspaces, and adamw, the optimizer of '
+      "method='lora', has none. The rank of its adapters is adapter.rank.",
+    ),
+    (
+      ['--method', 'full', '--rank', '4'],
+      'optim.rank=4 is about subspaces, and adamw, the optimizer of '
+      "method='full', has none. Leave it out, or use a method that has some, "
+      'such as galore.',
+    ),
+    (
+      ['--method', 'lora', '--optim.update-proj-gap', '9'],
+      'optim.update_proj_gap=9 is about subspaces, and adamw, the optimizer of '
+      "method='lora', has none. Leave it out, or use a method that has some, "
+      'such as galore.',
+    ),
+  ],
+)
+def test_options_of_subspaces_are_refused_where_there_are_none(args, expected):
+  assert refused(lambda: resolved(*args)) == expected
+
+
+def test_the_short_rank_is_that_of_what_there_is():
+  lora = resolved('--method', 'lora', '--rank', '4')
+  assert (lora.adapter.rank, lora.optim.rank) == (4, None)
+  galore = resolved('--method', 'galore', '--rank', '4')
+  assert (galore.adapter.kind, galore.optim.rank) == (None, 4)
