@@ -270,7 +270,8 @@ def _check_option(option: str, default: Any) -> None:
         _option('.'.join([*groups, name]), negated=False) for name in near
       ]
       hint = f' Did you mean {near[0]}?' if near else ''
-      topic = ' '.join(['--help', *groups[:1]])
+      near_by = near[0][2:].split('.')[:-1] if near else groups
+      topic = ' '.join(['--help', *near_by[:1]])
       raise ValueError(f'There is no option {option}.{hint} {topic} lists all.')
     groups.append(known)
     node = getattr(node, known)

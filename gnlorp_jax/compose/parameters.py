@@ -20,6 +20,7 @@ from gnlorp_jax.compose import adaptation, folders, memory
 from gnlorp_jax.compose.optimizer import LabelRules
 from gnlorp_jax.compose.settings import StepConfig
 from gnlorp_jax.data import hub
+from gnlorp_jax.data.files import nearest_file
 from gnlorp_jax.models import adapters, hf
 from gnlorp_jax.models.decoder_config import DecoderConfig
 from gnlorp_jax.models.interface import Model, first_layers
@@ -111,6 +112,8 @@ def _preset(init_from: str, model: models.Config) -> models.Config:
   if re.fullmatch(r'[\w.-]+/[\w.-]+', init_from):
     near = [f'hf:{init_from}']
   hint = f' Did you mean {near[0]!r}?' if near else ''
+  if '/' in init_from and not near:
+    hint = nearest_file(pathlib.Path(init_from))
   raise ValueError(
     f'init_from={init_from!r} is neither a folder nor a preset.{hint} Presets: '
     f"{known}. A model of the Hugging Face hub is named 'hf:OWNER/NAME'."

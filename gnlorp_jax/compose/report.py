@@ -96,7 +96,8 @@ def memory_table(found: Memory, what: str) -> rich.table.Table:
   table.add_column('all weights by AdamW', justify='right')
   totals = {'this run': 0, 'adamw': 0}
   for name, sizes in found.items():
-    table.add_row(name, *(format_bytes(size) for size in sizes.values()))
+    if any(sizes.values()):
+      table.add_row(name, *(format_bytes(size) for size in sizes.values()))
     totals = {key: totals[key] + sizes[key] for key in totals}
   table.add_section()
   table.add_row('total', *(format_bytes(size) for size in totals.values()))
