@@ -239,9 +239,6 @@ def test_training_steps_are_taken_in_the_loop_alone():
     if called(node) == 'train_step'
   }
   assert calls == {'gnlorp_jax.training.loop'}
-  for script in ('train_lm.py', 'train_glue.py'):
-    tree = tree_of(ROOT / script)
-    assert not [n for n in ast.walk(tree) if called(n) == 'train_step']
 
 
 # Sizes.
@@ -250,7 +247,7 @@ def test_training_steps_are_taken_in_the_loop_alone():
 def test_few_modules_lie_beside_the_folders():
   names = [path.name for path in PACKAGE.glob('*.py')]
   # The package's face, that of configurations, and a door for each command.
-  assert len(names) <= 6, names
+  assert len(names) <= 9, names
 
 
 def test_no_module_is_called_after_nothing():
@@ -276,7 +273,7 @@ def test_module_and_its_functions_are_of_a_size(name):
 # What a machine that was lent for a while may lack.
 ABSENT = (
   *('grain', 'tyro', 'tensorboardX', 'tensorflow_datasets', 'transformers'),
-  'sklearn',
+  *('sklearn', 'jinja2', 'pyarrow'),
 )
 WITHOUT = """
 import importlib.abc

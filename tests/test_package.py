@@ -127,6 +127,11 @@ def test_the_wheel_holds_the_package_alone(installed):
   modules = {
     path.relative_to(ROOT) for path in (ROOT / 'gnlorp_jax').rglob('*.py')
   }
+  # A link in the sources: rglob follows none.
+  modules |= {
+    pathlib.Path('gnlorp_jax', 'configs', path.name)
+    for path in (ROOT / 'configs').glob('*.py')
+  }
   found = {path.relative_to(installed) for path in installed.rglob('*.py')}
   assert found == modules
   assert (installed / 'gnlorp_jax' / 'py.typed').is_file()

@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 
 import jax
 
-from gnlorp_jax.compose import command_help, foreign_names, interruption
+from gnlorp_jax.compose import (
+  command_help,
+  extras,
+  foreign_names,
+  interruption,
+)
 from gnlorp_jax.disk import writing
 from gnlorp_jax.training import distributed
 
@@ -117,6 +122,8 @@ def _message(error: BaseException) -> str | None:
       'read-only. What was complete is as it was. Make it writable, or name '
       'another place.'
     )
+  if isinstance(error, ImportError):
+    return extras.missing(error)
   is_told = ValueError | OSError | distributed.LostProcessError
   return text if isinstance(error, is_told) else None
 

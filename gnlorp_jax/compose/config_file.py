@@ -24,11 +24,24 @@ _UNKNOWN_FIELD = re.compile(
 )
 
 
+def names() -> list[str]:
+  """The configurations that come with the package, such as ``llama_60m``."""
+  return sorted(file.stem for file in _supplied().glob('[!_]*.py'))
+
+
+def _supplied() -> pathlib.Path:
+  """The folder with them: packed into the package, or beside it."""
+  package = pathlib.Path(__file__).parents[1]
+  packed = package / 'configs'
+  return packed if packed.is_dir() else package.parent / 'configs'
+
+
 def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
   """Reads a configuration file, by executing it.
 
   Args:
-    path: A Python file that defines a `kind` under the name ``config``.
+    path: A Python file that defines a `kind` under the name ``config``, or one
+      of `names`.
     kind: The class of the configuration.
 
   Returns:
@@ -38,6 +51,8 @@ def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
     ValueError: If there is no such file, it defines no such configuration, or
       an error is in it, which is then named with its line.
   """
+  if str(path) in names():
+    path = _supplied() / f'{path}.py'
   path = pathlib.Path(path)
   if path.exists() and path.suffix != '.py':
     raise ValueError(
@@ -46,9 +61,12 @@ def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
     )
   if not path.is_file():
     beside = sorted(str(p) for p in path.parent.glob('*.py'))
-    near = difflib.get_close_matches(str(path), beside, n=1)
+    near = difflib.get_close_matches(str(path), [*beside, *names()], n=1)
     hint = f' Did you mean {near[0]!r}?' if near else f' Files there: {beside}.'
-    raise ValueError(f'No configuration file {str(path)!r}.{hint}')
+    raise ValueError(
+      f'No configuration file {str(path)!r}.{hint} Those of the package: '
+      f'{", ".join(names())}.'
+    )
   module = _executed(path)
   config = getattr(module, 'config', None)
   if not isinstance(config, kind):

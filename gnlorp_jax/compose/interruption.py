@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from gnlorp_jax.compose import extras
+
 STATUS = 128 + signal.SIGINT
 """As shells have it."""
 _LINE = '\nInterrupted.\n'
@@ -27,9 +29,20 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-  """Where Ctrl-C ends the process at once: around the imports of a command."""
+  """Where Ctrl-C ends the process at once: around the imports of a command.
+
+  Raises:
+    SystemExit: With status 2 and a message, if a package of an extra is absent.
+  """
   with _handling(_end):
-    yield
+    try:
+      yield
+    except ImportError as error:
+      message = extras.missing(error)
+      if message is None:
+        raise
+      sys.stderr.write(f'error: {message}\n')
+      raise SystemExit(2) from None
 
 
 @contextlib.contextmanager

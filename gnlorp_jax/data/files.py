@@ -206,8 +206,8 @@ def table_rows(
     from pyarrow import parquet
   except ImportError as error:
     raise ValueError(
-      f'{path} is a Parquet file, which needs pyarrow: pip install pyarrow, or '
-      'convert it to JSON lines.'
+      f'{path} is a Parquet file, which needs pyarrow: pip install '
+      "'gnlorp_jax[sft]', or convert it to JSON lines."
     ) from error
   try:
     with parquet.ParquetFile(path) as file:

@@ -174,8 +174,8 @@ def test_without_aliases_an_earlier_name_is_unknown():
     # As other programs call it.
     (
       ['--lora-r', '8'],
-      'There is no option --lora-r. Did you mean --adapter.rank? --help adapter '
-      'lists all.',
+      'There is no option --lora-r. Did you mean --adapter.rank? --help '
+      'adapter lists all.',
     ),
     (
       ['--output_dir=runs/a'],

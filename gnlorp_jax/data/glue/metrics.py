@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.stats
-import sklearn.metrics
 
 from gnlorp_jax.data.glue.tasks import Task
 from gnlorp_jax.disk import writing
@@ -139,15 +138,22 @@ def _has_score(task: Task, outputs: np.ndarray) -> bool:
 
 
 def _accuracy(labels_N: np.ndarray, predictions_N: np.ndarray) -> float:
-  return sklearn.metrics.accuracy_score(labels_N, predictions_N)
+  # Imported here and below: who plans a run has no scores, and needs none.
+  from sklearn import metrics
+
+  return metrics.accuracy_score(labels_N, predictions_N)
 
 
 def _f1(labels_N: np.ndarray, predictions_N: np.ndarray) -> float:
-  return sklearn.metrics.f1_score(labels_N, predictions_N, zero_division=0.0)
+  from sklearn import metrics
+
+  return metrics.f1_score(labels_N, predictions_N, zero_division=0.0)
 
 
 def _matthews(labels_N: np.ndarray, predictions_N: np.ndarray) -> float:
-  return sklearn.metrics.matthews_corrcoef(labels_N, predictions_N)
+  from sklearn import metrics
+
+  return metrics.matthews_corrcoef(labels_N, predictions_N)
 
 
 def _pearson(labels_N: np.ndarray, predictions_N: np.ndarray) -> float:

@@ -91,7 +91,7 @@ def test_parquet(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(write, monkeypatch):
   path = write('a.parquet', '')
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
-  with pytest.raises(ValueError, match='needs pyarrow: pip install pyarrow'):
+  with pytest.raises(ValueError, match=r"pip install 'gnlorp_jax\[sft\]'"):
     chat.read(path)
 
 

@@ -234,13 +234,26 @@ def test_bad_value_gets_the_value_the_rule_and_the_fix(args, text, capsys):
   assert text in message_of(args, capsys)
 
 
+def test_a_configuration_of_the_package_is_named_without_its_folder(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  assert 'llama_60m' in config_file.names()
+  found = settings.load('llama_60m')
+  assert found.model.num_layers == 8
+  assert settings.parse(['--config', 'llama_60m'], '') == found
+  with pytest.raises(ValueError, match="Did you mean 'llama_60m'"):
+    settings.load('lama_60m')
+
+
 def test_missing_file_names_the_nearest(tmp_path):
   (tmp_path / 'llama.py').write_text('')
   with pytest.raises(ValueError) as error:
     settings.load(tmp_path / 'lama.py')
   assert str(error.value) == (
     f'No configuration file {str(tmp_path / "lama.py")!r}. Did you mean '
-    f'{str(tmp_path / "llama.py")!r}?'
+    f'{str(tmp_path / "llama.py")!r}? Those of the package: '
+    f'{", ".join(config_file.names())}.'
   )
   with pytest.raises(ValueError) as error:
     settings.load(tmp_path / 'llama.py')
