@@ -12,7 +12,7 @@ appendix, where the published perplexities are. Ours has not been run yet.
 
 import dataclasses
 
-from configs import llama_60m
+from gnlorp_jax.configs import llama_60m
 from gnlorp_jax.models import llama
 
 config = dataclasses.replace(

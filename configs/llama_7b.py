@@ -18,7 +18,7 @@ needs the memory for them. It has not been run yet.
 
 import dataclasses
 
-from configs import llama_1b
+from gnlorp_jax.configs import llama_1b
 from gnlorp_jax.models import llama
 
 config = dataclasses.replace(

@@ -19,7 +19,7 @@ benchmarks/gpu_layerwise.sh measures its memory and its first steps.
 
 import dataclasses
 
-from configs import llama_7b_24gb
+from gnlorp_jax.configs import llama_7b_24gb
 
 config = dataclasses.replace(
   llama_7b_24gb.config,

@@ -19,8 +19,8 @@ benchmarks/gpu_layerwise.sh measures its memory and its first steps.
 
 import dataclasses
 
-from configs import llama_7b
 from gnlorp_jax.config import StepConfig
+from gnlorp_jax.configs import llama_7b
 
 config = dataclasses.replace(
   llama_7b.config,

@@ -53,7 +53,7 @@ def show(
     ValueError: If there is no such group.
   """
   groups = {
-    field.name: _doc(type(default), field.name)
+    field.name: doc(type(default), field.name)
     for field in dataclasses.fields(default)
     if dataclasses.is_dataclass(getattr(default, field.name))
   }
@@ -130,7 +130,7 @@ def _only(node: Any, names: list[str]) -> Any:
       inner = [field.name for field in dataclasses.fields(value)]
       value = _only(value, inner)
       kind = type(value)
-    metadata = {'help': _doc(type(node), name)}
+    metadata = {'help': doc(type(node), name)}
     default = dataclasses.field(default=value, metadata=metadata)
     fields.append((name, kind, default))
   shown = dataclasses.make_dataclass(
@@ -139,7 +139,7 @@ def _only(node: Any, names: list[str]) -> Any:
   return shown()
 
 
-def _doc(kind: type, name: str) -> str:
+def doc(kind: type, name: str) -> str:
   """The docstring under a field, of the nearest class that has one."""
   for one in kind.__mro__:
     text = _docs(one).get(name)

@@ -1,12 +1,12 @@
-r"""What a layer with an adapter computes: LoRA, DoRA and GradNormLoRP.
+"""What a layer with an adapter computes: LoRA, DoRA and GradNormLoRP.
 
-A kernel :math:`W_0` stays as it is; what trains are the factors A and B of a
+A kernel ``W_0`` stays as it is; what trains are the factors A and B of a
 change of rank r and, in two of the three, one magnitude m per output unit. With
-:math:`V = W_0 + s A B` and :math:`s = \alpha / r`, or
-:math:`\alpha / \sqrt r` where it is rank-stabilised, the layer computes with
+``V = W_0 + s A B`` and ``s = alpha / r``, or
+``alpha / sqrt(r)`` where it is rank-stabilised, the layer computes with
 
-* ``lora``: :math:`W = V`,
-* ``dora``: :math:`W = m V / |V|`, the norm a constant in the backward pass,
+* ``lora``: ``W = V``,
+* ``dora``: ``W = m V / |V|``, the norm a constant in the backward pass,
 * ``gradnormlorp``: the same W, differentiated through the norm as well.
 
 Shape suffixes in this file:

@@ -50,7 +50,7 @@ def compensation(
 ) -> Recovery:
   r"""The direction in the subspace, and the rest with rows of one energy.
 
-  With coordinates :math:`R = G Q`, the direction N of them, and for the rows i
+  With coordinates ``R = G Q``, the direction N of them, and for the rows i
   of the axis M that is not compressed, of the n - r directions left out,
 
   .. math::
@@ -61,7 +61,7 @@ def compensation(
   where C goes through `limit_norm_growth` before it is added.
 
   Args:
-    scale: :math:`\alpha_c`, at least 0.
+    scale: ``alpha_c``, at least 0.
     b1: Decay of the energies, in [0, 1).
     norm_growth_limit: Most that the norm of C may grow by in a step, at least
       1; None lets it grow.

@@ -46,13 +46,13 @@ def apollo_recovery(
   With coordinates R of the gradient G, Adam's direction N of them, and rows i
   of the axis M that is not compressed,
 
-  .. math:: U_i = \sqrt{\alpha} \, \frac{|N_i|}{|R_i| + 10^{-8}} \, G_i
+  .. math:: U_i = \sqrt{\alpha} \, \frac{|N_i|}{|R_i| + 1e-8} \, G_i
 
   or, per ``tensor``, with the norms of the whole matrices. Only lengths leave
   the subspace, so any basis that keeps them serves, and nothing is expanded.
 
   Args:
-    scale: :math:`\alpha`, at least 0. A random projection to rank r leaves
+    scale: ``alpha``, at least 0. A random projection to rank r leaves
       ratios smaller by about the root of n / r, which it can make up for.
     granularity: ``channel`` for a ratio per row, ``tensor`` for one per matrix.
     scale_front: Whether the factor stands before `limit_norm_growth`, or

@@ -76,21 +76,21 @@ def fira_recovery(
   scale_placement: ScalePlacement = 'unscaled',
   norm_growth_limit: float | None = 1.01,
 ) -> Recovery:
-  r"""Adam's direction in the subspace, and the scaled rest of the gradient.
+  """Adam's direction in the subspace, and the scaled rest of the gradient.
 
-  With coordinates :math:`R = G Q`, Adam's direction N of them, and
-  :math:`k_i = |N_i| / (|R_i| + 10^{-8})` for the rows i of the axis M that is
+  With coordinates ``R = G Q``, Adam's direction N of them, and
+  ``k_i = |N_i| / (|R_i| + 1e-8)`` for the rows i of the axis M that is
   not compressed,
 
-  * ``unscaled``: :math:`U = \alpha N Q^T + S`,
-    :math:`S_i = k_i (G - \alpha R Q^T)_i`
-  * ``scaled``: :math:`U = \alpha (N Q^T + S)`,
-    :math:`S_i = k_i (G - R Q^T)_i`
+  * ``unscaled``: ``U = alpha N Q^T + S``,
+    ``S_i = k_i (G - alpha R Q^T)_i``
+  * ``scaled``: ``U = alpha (N Q^T + S)``,
+    ``S_i = k_i (G - R Q^T)_i``
 
   where S goes through `limit_norm_growth` before it is added.
 
   Args:
-    scale: :math:`\alpha`.
+    scale: ``alpha``.
     scale_placement: Whether the rest S is ``scaled`` too, or ``unscaled``.
     norm_growth_limit: Most that the norm of S may grow by in a step, at least
       1; None lets it grow.

@@ -34,12 +34,12 @@ from gnlorp_jax.optim.subspace.moments import MomentsOnRefresh, moment_rule
 def sign_recovery(scale: float = 1.0) -> Recovery:
   r"""The direction in the subspace, and the sign of the rest.
 
-  With coordinates :math:`R = G Q` and the direction N of them,
+  With coordinates ``R = G Q`` and the direction N of them,
 
   .. math:: U = N Q^T + \gamma \, \mathrm{sign}(G - R Q^T).
 
   Args:
-    scale: :math:`\gamma`, at least 0.
+    scale: ``gamma``, at least 0.
 
   Returns:
     The recovery; it has no state.

@@ -31,9 +31,9 @@ def gradnormlorp(
   norm_state: NormState = 'synced',
   **options: Unpack[GradNormLoRPOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""GradNormLoRP: weight normalisation with projected directions.
+  """GradNormLoRP: weight normalisation with projected directions.
 
-  A kernel is magnitude times direction, :math:`W = g v / |v|`. The gradient of
+  A kernel is magnitude times direction, ``W = g v / |v|``. The gradient of
   v is projected to `rank` and Adam runs there; g, one scalar per output unit,
   has an Adam of its own. Embeddings, heads, norms and biases take plain Adam.
 

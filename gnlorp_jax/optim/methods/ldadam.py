@@ -205,7 +205,7 @@ def scale_by_ldadam(
 ) -> optax.GradientTransformation:
   r"""LDAdam's direction for kernels.
 
-  For each matrix, with :math:`A = G + e` the gradient and the error kept so
+  For each matrix, with ``A = G + e`` the gradient and the error kept so
   far, Q the last basis and m the first moment in it (in the layout where the
   basis acts on the columns),
 

@@ -35,9 +35,9 @@ _EPS = 1e-8  # Beside the norm of a matrix.
 
 
 def orthogonalise(x_IO: jax.Array, ns_steps: int = 5) -> jax.Array:
-  r"""About :math:`U V^T` of matrices :math:`U \Sigma V^T`, by Newton-Schulz.
+  r"""About ``U V^T`` of matrices ``U S V^T``, by Newton-Schulz.
 
-  From :math:`X / (|X| + 10^{-8})`, with :math:`A = X X^T`, steps
+  From ``X / (|X| + 1e-8)``, with ``A = X X^T``, steps
 
   .. math:: X \leftarrow a X + b A X + c A^2 X.
 
@@ -80,20 +80,20 @@ def scale_by_muon(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Muon's direction for kernels, with float32 momentum.
 
-  With :math:`m \leftarrow \beta m + (1 - \beta) G`, and after t steps
+  With ``m <- beta m + (1 - beta) G``, and after t steps
 
   .. math:: \hat m = \beta \frac{m}{1 - \beta^{t + 1}}
     + (1 - \beta) \frac{G}{1 - \beta^t}
 
   (without `nesterov` m alone), the direction is `orthogonalise` of that, times
-  :math:`\rho \sqrt{\max(n_{in}, n_{out})}` or, if `consistent_rms` is None,
-  :math:`\sqrt{\max(1, n_{out} / n_{in})}`.
+  ``rho sqrt(max(n_in, n_out))`` or, if `consistent_rms` is None,
+  ``sqrt(max(1, n_out / n_in))``.
 
   Args:
     beta: Decay of the momentum, in [0, 1).
     ns_steps: Steps of Newton-Schulz, at least 1.
     nesterov: Whether the gradient counts once more.
-    consistent_rms: :math:`\rho`, at least 0: the root mean square of the
+    consistent_rms: ``rho``, at least 0: the root mean square of the
       elements of a direction, whatever its shape; or None.
 
   Returns:

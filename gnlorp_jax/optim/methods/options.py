@@ -252,6 +252,8 @@ def with_options(
         check_interval(argument, value, '(-inf, inf)')
       return method(*args, **{**options, **kwargs})
 
+    # What unwraps functions to document them would lose the shared options.
+    del with_all_options.__wrapped__
     with_all_options.__signature__ = signature  # type: ignore[attr-defined]
     with_all_options.__doc__ = _explained(method, like, signature)
     return with_all_options

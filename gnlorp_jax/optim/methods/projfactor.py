@@ -38,7 +38,7 @@ class Factors(NamedTuple):
 
 
 def factored_root(factors: Factors) -> jax.Array:
-  r""":math:`\sqrt{r c^T / \sum r}`, ``[*, m, n]``; 0 where all is zero."""
+  """``sqrt(r c^T / sum r)``, ``[*, m, n]``; 0 where all is zero."""
   total = jnp.sum(factors.row, axis=-1, keepdims=True)
   share_M = factors.row / jnp.where(total > 0, total, 1)
   # Roots before the product: r c^T overflows where the moment itself does not.
@@ -48,7 +48,7 @@ def factored_root(factors: Factors) -> jax.Array:
 def factored_recovery(b2: float, eps: float) -> Recovery:
   r"""Divides the expanded direction by a factored second moment.
 
-  The moment is that of the expanded coordinates :math:`\hat G` of each
+  The moment is that of the expanded coordinates ``G'`` of each
   gradient, with row sums r and column sums c:
 
   .. math::
@@ -103,7 +103,7 @@ class FirstMomentState(NamedTuple):
 
 
 def scale_by_first_moment(b1: float) -> optax.GradientTransformation:
-  r"""The moving average :math:`m \leftarrow \beta_1 m + (1 - \beta_1) G`.
+  """The moving average ``m <- beta_1 m + (1 - beta_1) G``.
 
   Args:
     b1: Its decay, in [0, 1).
@@ -149,7 +149,7 @@ def projfactor(
   spread_refreshes: bool = True,
   **options: Unpack[ProjfactorOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""ProjFactor: a projected first moment, a factored full-size second one.
+  """ProjFactor: a projected first moment, a factored full-size second one.
 
   The gradient estimate is that of `vlorp`. Adam runs on it at full size, with
   the first moment kept in the subspace, where it expands exactly while the

@@ -46,7 +46,7 @@ class _Leaf(NamedTuple):
 
 
 def two_sided_scales(grad_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
-  r"""Scales s of rows and q of columns with :math:`s q^T \approx G^{\circ 2}`.
+  r"""Scales s of rows and q of columns with ``s q^T ~ G * G``.
 
   Five rounds of
 
@@ -56,7 +56,7 @@ def two_sided_scales(grad_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
   gradient.
 
   Args:
-    grad_IO: :math:`G`, float32 ``[*, in, out]``.
+    grad_IO: ``G``, float32 ``[*, in, out]``.
 
   Returns:
     s, float32 ``[*, in]``, and q, float32 ``[*, out]``; zero where G is.

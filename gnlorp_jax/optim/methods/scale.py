@@ -33,7 +33,7 @@ def scale_by_columns(b1: float = 0.9) -> optax.GradientTransformationExtraArgs:
   .. math:: U_{:j} = \sqrt{n_{in}} \, G_{:j} / |G_{:j}|
 
   and for a head (`labels.is_head`) the same of the moving average
-  :math:`m \leftarrow \beta_1 m + (1 - \beta_1) G`.
+  ``m <- beta_1 m + (1 - beta_1) G``.
 
   Args:
     b1: Decay of the average, in [0, 1).
@@ -53,7 +53,7 @@ def scale(
   learning_rate: optax.ScalarOrSchedule,
   **options: Unpack[ScaleOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  r"""SCALE: almost no state, for columns of a length and a head with momentum.
+  """SCALE: almost no state, for columns of a length and a head with momentum.
 
   A kernel labelled ``low_rank`` moves along its gradient, each column (output
   unit) divided by its root mean square, and has no state. A head has a first

@@ -18,11 +18,11 @@ from gnlorp_jax.optim.parts.normalized import scale_by_normalized, unit_rms
 
 
 def sinkhorn(grad: jax.Array, iterations: int) -> jax.Array:
-  r"""Divides columns and rows by their root mean squares, again and again.
+  """Divides columns and rows by their root mean squares, again and again.
 
   Args:
     grad: Kernels ``[*, in, out]``, float32.
-    iterations: Rounds, :math:`L`, at least 1, of first the columns (output
+    iterations: Rounds, ``L``, at least 1, of first the columns (output
       units), then the rows.
 
   Returns:

@@ -1,4 +1,4 @@
-r"""Adafactor's direction: a second moment of one number per row and column.
+"""Adafactor's direction: a second moment of one number per row and column.
 
 Shape suffixes in this file:
   M, N  the rows and the columns of a matrix, the last two axes of its array
@@ -24,12 +24,12 @@ MATRIX_NAMES = r'(kernel|embedding)(/value)?$'
 def factored_direction(
   grad_MN: jax.Array, row_M: jax.Array, col_N: jax.Array
 ) -> jax.Array:
-  r""":math:`G_{ij} / \sqrt{r_i c_j / \bar r}`, ``[*, m, n]``.
+  """``G_ij / sqrt(r_i c_j / r')``, ``[*, m, n]``.
 
   Args:
-    grad_MN: :math:`G`, float32 ``[*, m, n]``.
-    row_M: :math:`r`, means over the columns, float32 ``[*, m]``, positive.
-    col_N: :math:`c`, means over the rows, float32 ``[*, n]``, positive.
+    grad_MN: ``G``, float32 ``[*, m, n]``.
+    row_M: ``r``, means over the columns, float32 ``[*, m]``, positive.
+    col_N: ``c``, means over the rows, float32 ``[*, n]``, positive.
   """
   mean = jnp.mean(row_M, axis=-1, keepdims=True)
   # Not the root of a ratio: r_i / mean(r) underflows for a row of zeros beside
@@ -70,7 +70,7 @@ def scale_by_adafactor(
 ) -> optax.GradientTransformation:
   r"""Adafactor's direction, with float32 state whatever the gradients' dtype.
 
-  For each matrix, with :math:`w_t = t^{-c}` and means along each axis,
+  For each matrix, with ``w_t = t^{-c}`` and means along each axis,
 
   .. math::
     r &\leftarrow (1 - w_t) r + w_t \, \mathrm{mean}_n(G^2 + \epsilon) \\
@@ -82,10 +82,10 @@ def scale_by_adafactor(
   one second moment per element instead. Zero gradients give zero directions.
 
   Args:
-    decay_rate: :math:`c`, positive; 0.8 forgets ever more slowly.
+    decay_rate: ``c``, positive; 0.8 forgets ever more slowly.
     b1: Decay of the average of the directions, in [0, 1); None keeps none.
-    eps: :math:`\epsilon`, added to the squared gradient, positive.
-    clip_threshold: :math:`d`, largest RMS of a matrix's direction, positive.
+    eps: ``eps``, added to the squared gradient, positive.
+    clip_threshold: ``d``, largest RMS of a matrix's direction, positive.
     matrix_names: Regex over the ``/``-joined path. A parameter in whose path it
       is found, and that has two axes or more, is a stack of matrices; every
       other one is a stack of vectors ``[*, d]``. The shape cannot tell.

@@ -30,13 +30,13 @@ def scale_by_adam(
   bias_correction: bool = True,
   count_per_matrix: bool = False,
 ) -> optax.GradientTransformation:
-  r"""Adam's direction, with float32 moments whatever the gradients' dtype.
+  """Adam's direction, with float32 moments whatever the gradients' dtype.
 
-  With :math:`m, v` the moving averages of the gradient and of its square and
-  :math:`c_i = 1 - b_i^t`, the direction is
+  With ``m, v`` the moving averages of the gradient and of its square and
+  ``c_i = 1 - b_i^t``, the direction is
 
-  * ``standard``: :math:`(m / c_1) / (\sqrt{v / c_2} + \epsilon)`
-  * ``hf``: :math:`(\sqrt{c_2} / c_1) \, m / (\sqrt{v} + \epsilon)`
+  * ``standard``: ``(m / c_1) / (sqrt(v / c_2) + eps)``
+  * ``hf``: ``(sqrt(c_2) / c_1) m / (sqrt(v) + eps)``
 
   which differ through ``eps`` alone; at the first step ``hf`` acts like an
   ``eps`` some thirty times larger.
@@ -47,7 +47,7 @@ def scale_by_adam(
     eps: Added to the root of the second moment, at least 0.
     eps_mode: ``standard`` (Optax, ``torch.optim``) or ``hf`` (the AdamW of
       older transformers releases, from which GaLore and GradNormLoRP descend).
-    bias_correction: False leaves out the corrections, :math:`c_i = 1`; a method
+    bias_correction: False leaves out the corrections, ``c_i = 1``; a method
       that compares lengths puts `scale_by_bias_correction` behind them.
     count_per_matrix: Counts the steps of every matrix ``[*, m, n]`` by itself,
       so that the moments of one can start again or move to another basis.
@@ -140,7 +140,7 @@ class BiasCorrectionState(NamedTuple):
 def scale_by_bias_correction(
   b1: float, b2: float
 ) -> optax.GradientTransformation:
-  r"""Multiplies by :math:`\sqrt{c_2} / c_1`, Adam's step size correction.
+  """Multiplies by ``sqrt(c_2) / c_1``, Adam's step size correction.
 
   For methods that compare the lengths of directions before the corrections, as
   APOLLO and Fira do; see `scale_by_adam` without `bias_correction`.
@@ -178,19 +178,19 @@ def descend(
   *,
   decay_order: DecayOrder = 'before',
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Turns a direction into a step: learning rate and decoupled weight decay.
+  """Turns a direction into a step: learning rate and decoupled weight decay.
 
-  With direction :math:`d`, the weight becomes
+  With direction ``d``, the weight becomes
 
-  * ``before``: :math:`(1 - \eta \lambda) w - \eta d` (Optax, ``torch.optim``)
-  * ``after``: :math:`(1 - \eta \lambda) (w - \eta d)` (GaLore and relatives)
+  * ``before``: ``(1 - eta lambda) w - eta d`` (Optax, ``torch.optim``)
+  * ``after``: ``(1 - eta lambda) (w - eta d)`` (GaLore and relatives)
 
   Its `update` takes a tree of booleans ``decay_mask``, whose False spares
   parameters; see `with_decay_mask`.
 
   Args:
-    learning_rate: :math:`\eta`, a number or an Optax schedule.
-    weight_decay: :math:`\lambda`, at least 0.
+    learning_rate: ``eta``, a number or an Optax schedule.
+    weight_decay: ``lambda``, at least 0.
     decay_order: ``before`` or ``after``.
 
   Returns:

@@ -31,17 +31,17 @@ def limit_norm_growth(
 ) -> tuple[jax.Array, jax.Array]:
   r"""Shrinks each matrix whose norm grew by more than a factor.
 
-  With :math:`b = \gamma (n_{t-1} + 10^{-8})`, where :math:`|x| > b`,
+  With ``b = gamma (n_{t-1} + 1e-8)``, where ``|x| > b``,
 
   .. math:: x \leftarrow x \, b / |x|, \qquad n_t = b,
 
-  and elsewhere x stays and :math:`n_t = |x|`.
+  and elsewhere x stays and ``n_t = |x|``.
 
   Args:
     x_MN: Updates, ``[*, m, n]``, any floating dtype.
-    last_norm: :math:`n_{t-1}`, what the last call returned, float32 ``[*]``;
+    last_norm: ``n_{t-1}``, what the last call returned, float32 ``[*]``;
       `initial_norm` before the first, which limits nothing.
-    limit: :math:`\gamma`, at least 1.
+    limit: ``gamma``, at least 1.
 
   Returns:
     x limited, float32 ``[*, m, n]``, and its Frobenius norms, float32 ``[*]``.
@@ -60,9 +60,9 @@ def limit_norm_growth(
     al., `APOLLO`, 2024, arXiv:2412.05270, which takes it over.
 
   Note:
-    The :math:`10^{-8}` is that of both public codes; Fira's formula has none.
-    With it a matrix that was zero once restarts from :math:`\gamma 10^{-8}`
-    and grows by the factor :math:`\gamma` per step from there, as it does in
+    The ``1e-8`` is that of both public codes; Fira's formula has none.
+    With it a matrix that was zero once restarts from ``gamma 1e-8``
+    and grows by the factor ``gamma`` per step from there, as it does in
     those codes.
   """
   x_MN = x_MN.astype(jnp.float32)
@@ -83,10 +83,10 @@ class Limiter(NamedTuple):
 
 
 def limiter(limit: float | None) -> Limiter:
-  r"""The limiter with its state, the last norm; or none.
+  """The limiter with its state, the last norm; or none.
 
   Args:
-    limit: :math:`\gamma`, at least 1; None limits nothing and keeps no state.
+    limit: ``gamma``, at least 1; None limits nothing and keeps no state.
 
   Returns:
     ``init(shape) -> state`` for updates of `shape` ``[*, m, n]`` and

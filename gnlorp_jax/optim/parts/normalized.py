@@ -24,7 +24,7 @@ _EPS = 1e-8
 
 
 def unit_rms(x: jax.Array, axis: int) -> jax.Array:
-  r"""Divides vectors by their root mean square, :math:`x / \max(r, 10^{-8})`.
+  """Divides vectors by their root mean square, ``x / max(r, 1e-8)``.
 
   Args:
     x: Float32, of any shape.

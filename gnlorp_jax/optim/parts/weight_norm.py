@@ -1,4 +1,4 @@
-r"""Weight normalisation as an optimizer wrapper: W = g v / |v|.
+"""Weight normalisation as an optimizer wrapper: W = g v / |v|.
 
 Shape suffixes in this file:
   IO    a kernel's input and output axes, the last two of its array
@@ -63,7 +63,7 @@ def pull_back(
 ) -> Parts:
   r"""Decomposes a kernel, and its gradient into those of g and v.
 
-  With :math:`u = W / g`,
+  With ``u = W / g``,
 
   .. math::
     \partial g = \langle \partial W, u \rangle, \qquad
@@ -73,9 +73,9 @@ def pull_back(
   A zero column has no direction yet: its v receives the gradient of W itself.
 
   Args:
-    grad_IO: :math:`\partial W`, ``[*, in, out]``, any floating dtype.
+    grad_IO: ``dW``, ``[*, in, out]``, any floating dtype.
     w_IO: Kernel, ``[*, in, out]``, any floating dtype.
-    v_norm_1O: :math:`|v|`, ``[*, 1, out]``; None where it equals g, so that
+    v_norm_1O: ``|v|``, ``[*, 1, out]``; None where it equals g, so that
       v is W.
 
   Returns:
@@ -125,12 +125,12 @@ def with_weight_norm(
   *,
   norm_state: NormState = 'synced',
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Optimizes kernels as magnitude times direction, W = g v / |v|.
+  """Optimizes kernels as magnitude times direction, W = g v / |v|.
 
   Every step starts from the kernel itself: g is its length per output unit, v
   the kernel, so no second copy of it is stored. `direction` updates v and
   `magnitude` updates g by their exact gradients; the update returned is
-  :math:`W' - W = g' v' / |v'| - W`. The two are whole optimizers, learning
+  ``W' - W = g' v' / |v'| - W``. The two are whole optimizers, learning
   rate and sign included, since W' is not linear in their updates.
 
   A zero column (a fresh classifier, a LoRA factor) takes the plain step of

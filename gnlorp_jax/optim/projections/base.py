@@ -85,7 +85,7 @@ def transport(
     new: The basis they shall belong to.
     power: 1 moves vectors, ``L X`` with ``X = Q_old^T Q_new``; 2 moves
       variances of independent coordinates, whose weights are squares:
-      ``L X^{o2}``.
+      ``L (X * X)``.
 
   Returns:
     Coordinates in the new basis, ``[*, m, r]``, float32.

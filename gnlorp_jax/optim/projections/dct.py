@@ -1,7 +1,7 @@
-r"""Columns of the discrete cosine transform that align with the gradient.
+"""Columns of the discrete cosine transform that align with the gradient.
 
-With :math:`C_{ij} = \sqrt{2/n} \cos(\pi i (2j + 1) / 2n)`, its row 0 divided by
-:math:`\sqrt 2`, C is orthogonal. The basis is a choice of r columns of C or of
+With ``C_ij = sqrt(2/n) cos(pi i (2j + 1) / 2n)``, its row 0 divided by
+``sqrt(2)``, C is orthogonal. The basis is a choice of r columns of C or of
 its transpose, so that only their numbers are stored; the columns are computed
 where they are needed, and a fast transform scores all n of them.
 

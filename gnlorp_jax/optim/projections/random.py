@@ -41,12 +41,12 @@ def random(
 ) -> Projection:
   r"""Projects on random directions that are stored as a seed alone.
 
-  With :math:`P` of independent entries of mean 0 and variance :math:`1 / r`,
+  With ``P`` of independent entries of mean 0 and variance ``1 / r``,
 
   .. math:: R = \tilde G P, \qquad U = \mathrm{reshape}(R P^T),
 
-  where :math:`\tilde G` is the gradient ``[m, n]`` reshaped to ``[m c, n / c]``
-  by the granularity :math:`c`. As :math:`E[P P^T] = I`, the way there and back
+  where ``G'`` is the gradient ``[m, n]`` reshaped to ``[m c, n / c]``
+  by the granularity ``c``. As ``E[P P^T] = I``, the way there and back
   is unbiased. A refresh draws a new seed from the old one and the count.
 
   Coordinates are ``[*, m c, r]``. Seeds are uint32 ``[*]``, another one for
@@ -54,9 +54,9 @@ def random(
   on how arrays lie on devices.
 
   Args:
-    granularity: :math:`c`, an integer, which splits every row into that many
+    granularity: ``c``, an integer, which splits every row into that many
       contiguous pieces, or one over an integer, such as 1/4, which joins four
-      consecutive rows. At the same number of coordinates, :math:`m c r`, a
+      consecutive rows. At the same number of coordinates, ``m c r``, a
       finer one was found to be better than a higher rank. None takes the
       largest power of two up to 64 that divides n and leaves pieces as long as
       the rank, for each matrix shape by itself.

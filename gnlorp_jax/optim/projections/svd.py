@@ -121,13 +121,13 @@ def track(projection: Projection, decay: float) -> Projection:
 
   .. math:: S \leftarrow \beta S + (1 - \beta) L^T L,
 
-  and a refresh fits a basis to :math:`\beta Q S Q^T + (1 - \beta) G^T G` in
-  place of :math:`G^T G`.
+  and a refresh fits a basis to ``beta Q S Q^T + (1 - beta) G^T G`` in
+  place of ``G^T G``.
 
   Args:
     projection: One whose bases are orthonormal columns ``[*, n, r]`` fitted to
       ``G^T G``.
-    decay: :math:`\beta`, in (0, 1).
+    decay: ``beta``, in (0, 1).
 
   Returns:
     The projection; its basis is a `Tracked`.
@@ -301,7 +301,7 @@ def _key(count: jax.Array) -> jax.Array:
 def sampled_eigenvectors(
   grad_MN: jax.Array, basis_NR: jax.Array, count: jax.Array
 ) -> jax.Array:
-  r"""Right singular vectors, drawn without replacement by their values.
+  """Right singular vectors, drawn without replacement by their values.
 
   Of all of them r are drawn one after the other, each with a probability that
   is its singular value's share of those left.
@@ -345,8 +345,8 @@ def follow_geodesic(
 ) -> jax.Array:
   r"""Turns a basis along a geodesic of subspaces, toward the gradient's.
 
-  With coordinates :math:`L = G Q` and :math:`\sigma u v^T` the leading part of
-  :math:`T = 2 (G - L Q^T)^T L`, along which :math:`|G - L Q^T|^2` falls
+  With coordinates ``L = G Q`` and ``sigma u v^T`` the leading part of
+  ``T = 2 (G - L Q^T)^T L``, along which ``|G - L Q^T|^2`` falls
   fastest,
 
   .. math::
@@ -356,9 +356,9 @@ def follow_geodesic(
   A basis that was never fitted becomes that of `top_eigenvectors`.
 
   Args:
-    grad_MN: :math:`G`, ``[*, m, n]``, float32.
-    basis_NR: :math:`Q`, ``[*, n, r]``, orthonormal columns.
-    step_size: :math:`\eta`, positive: as :math:`\sigma \le |G|^2`, the largest
+    grad_MN: ``G``, ``[*, m, n]``, float32.
+    basis_NR: ``Q``, ``[*, n, r]``, orthonormal columns.
+    step_size: ``eta``, positive: as ``sigma <= |G|^2``, the largest
       angle, in radians.
 
   Returns:
@@ -369,7 +369,7 @@ def follow_geodesic(
     Rajabi et al., `SubTrack++`, 2025, arXiv:2502.01586, theorem 3.6.
 
   Note:
-    The paper's angle is :math:`\eta \sigma`: a gradient of half the size turns
+    The paper's angle is ``eta sigma``: a gradient of half the size turns
     a basis by a quarter. Here it is relative to the gradient's length.
   """
   low_MR = grad_MN @ basis_NR

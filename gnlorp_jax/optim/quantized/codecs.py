@@ -1,4 +1,4 @@
-r"""Codes of 8 or 4 bits: which numbers a block of an array can hold."""
+"""Codes of 8 or 4 bits: which numbers a block of an array can hold."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
@@ -38,9 +38,9 @@ def dynamic(
   r"""The code whose relative precision falls with the size of the element.
 
   Elements are divided by the largest absolute value of their block. There are
-  ``bits - 1`` decades, the highest of which ends at 1; decade :math:`i` of
-  :math:`D`, counted from 0, is cut in :math:`n = 2^i` (signed) or
-  :math:`2^{i+1}` cells whose centres are the values
+  ``bits - 1`` decades, the highest of which ends at 1; decade ``i`` of
+  ``D``, counted from 0, is cut in ``n = 2^i`` (signed) or
+  ``2^{i+1}`` cells whose centres are the values
 
   .. math:: 10^{i - D + 1} (0.1 + 0.9 (j + 1/2) / n), \qquad 0 \le j < n,
 
@@ -74,7 +74,7 @@ def dynamic(
 
 
 def linear(bits: int = 4, *, block: int = 128) -> Codec:
-  r"""The unsigned code without zero, :math:`i / 2^b` for i = 1, ..., 2^b.
+  """The unsigned code without zero, ``i / 2^b`` for i = 1, ..., 2^b.
 
   Elements, at least 0, are divided by the largest of their block. It is meant
   for second moments: with few bits most of them would become 0 in a code that
@@ -82,7 +82,7 @@ def linear(bits: int = 4, *, block: int = 128) -> Codec:
   overestimated, which shortens the step. All zeros stay zeros.
 
   Args:
-    bits: :math:`b`, 8 or 4.
+    bits: ``b``, 8 or 4.
     block: Elements that share a scale.
 
   Returns:
@@ -101,7 +101,7 @@ def linear(bits: int = 4, *, block: int = 128) -> Codec:
 def affine(bits: int, *, block: int | None = 256) -> Codec:
   r"""The code of evenly spaced values between a block's extremes.
 
-  With :math:`q_{max} = 2^b - 1`,
+  With ``q_max = 2^b - 1``,
 
   .. math::
     s = (\max - \min) / q_{max}, \quad z = -\mathrm{round}(\min / s), \quad
@@ -111,7 +111,7 @@ def affine(bits: int, *, block: int | None = 256) -> Codec:
   so that 0 is a value wherever it lies inside the range.
 
   Args:
-    bits: :math:`b`, 8 or 4.
+    bits: ``b``, 8 or 4.
     block: Elements that share scale and zero; None for one block per row of
       the last axis.
 
@@ -125,7 +125,7 @@ def affine(bits: int, *, block: int | None = 256) -> Codec:
     Zhang et al., `Q-GaLore`, 2024, arXiv:2407.08296.
 
   Note:
-    Public code clips z to :math:`[0, q_{max}]`, so that a block on one side of
+    Public code clips z to ``[0, q_max]``, so that a block on one side of
     0 loses range; here z may be any integer. It also keeps ``max - min`` at
     1e-5 or more; here blocks of any size keep their precision, and a constant
     block is exact.

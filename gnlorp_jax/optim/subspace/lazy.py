@@ -19,7 +19,7 @@ Similarity = Literal['overlap', 'abs_cosine', 'cosine']
 
 
 class LazyRefresh(NamedTuple):
-  r"""Layer-adaptive refreshes: a matrix whose subspace rests waits longer.
+  """Layer-adaptive refreshes: a matrix whose subspace rests waits longer.
 
   Each matrix has an interval of its own, at first `update_proj_gap`. At every
   refresh the similarity of the old and the new subspace enters a queue; when
@@ -30,8 +30,8 @@ class LazyRefresh(NamedTuple):
     threshold: Mean similarity from which the interval grows, in [-1, 1].
     factor: Growth of the interval, an integer of at least 2.
     queue: Length of the queue, at least 1.
-    similarity: ``overlap``: :math:`o = |Q_{old}^T Q_{new}|^2 / r` beyond what
-      chance alone gives, :math:`(o - r/n) / (1 - r/n)`, at most 1;
+    similarity: ``overlap``: ``o = |Q_old^T Q_new|^2 / r`` beyond what
+      chance alone gives, ``(o - r/n) / (1 - r/n)``, at most 1;
       ``abs_cosine``: that of the two first basis vectors; ``cosine``: the same
       with its sign, the published rule.
 

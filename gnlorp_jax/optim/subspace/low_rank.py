@@ -140,7 +140,7 @@ def with_low_rank_projection(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs `inner` on projected gradients and expands its updates.
 
-  For each matrix :math:`G` of a leaf ``[*, in, out]``, with bases :math:`P, Q`
+  For each matrix ``G`` of a leaf ``[*, in, out]``, with bases ``P, Q``
   of the compressed axes (the other one is the identity),
 
   .. math:: R = P^T G Q, \qquad U = \alpha P \, \mathrm{inner}(R) \, Q^T.
@@ -152,10 +152,10 @@ def with_low_rank_projection(
 
   Args:
     inner: Transformation of the projected gradients; it sees no parameters.
-    rank: :math:`r`, at least 1; clipped to a matrix's shorter axis, with a
+    rank: ``r``, at least 1; clipped to a matrix's shorter axis, with a
       warning in the log.
-    update_proj_gap: :math:`T`, steps between two refreshes of a basis, >= 1.
-    scale: :math:`\alpha`, multiplies the expanded update.
+    update_proj_gap: ``T``, steps between two refreshes of a basis, >= 1.
+    scale: ``alpha``, multiplies the expanded update.
     projection: Name of a module of `projections`, or a `Projection`.
     side: Axis to compress, see `compressed_axes`.
     spread_refreshes: Refresh one matrix at a time, spread over the interval, so

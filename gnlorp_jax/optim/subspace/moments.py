@@ -47,7 +47,7 @@ def moment_rule(
 def rotate_moments(b1: float, b2: float) -> MomentRule:
   r"""Moves Adam's moments from the old basis to the new one.
 
-  With :math:`X = Q_{old}^T Q_{new}` the first moment becomes :math:`m X`. The
+  With ``X = Q_old^T Q_new`` the first moment becomes ``m X``. The
   second is split into the square of the mean and a variance, and the variance
   of independent coordinates moves with the squares of X:
 

@@ -27,6 +27,7 @@ def test_help_tells_every_option_with_its_default(name):
   assert explained[: len(parameters)] == list(parameters)
   kinds = {p.kind for p in parameters.values()}
   assert inspect.Parameter.VAR_KEYWORD not in kinds
+  assert inspect.unwrap(alias) is alias  # As those do who write references.
   assert not re.search(r': As in `', text)
   for parameter in list(parameters.values())[1:]:
     assert parameter.default is not inspect.Parameter.empty

@@ -1,0 +1,154 @@
+# %% [markdown]
+# # Five lines in your own loop
+#
+# The optimizers are Optax transformations. A training loop that has one already changes in one
+# place: where it is made. This page trains a small network by Flax Linen, Flax NNX and
+# Equinox, looks at what the optimizer does with every parameter, and counts what it saves.
+#
+# `pip install gnlorp_jax` is all that the optimizers need; this page also uses Flax and
+# Equinox.
+
+# %%
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from gnlorp_jax import format_report, gradnormlorp, report
+
+# Something to learn: a random linear map through a nonlinearity.
+key = jax.random.key(0)
+x_BD = jax.random.normal(key, (128, 64))
+y_BD = jnp.tanh(x_BD @ jax.random.normal(jax.random.key(1), (64, 64)) / 8)
+
+# %% [markdown]
+# ## Flax Linen, or any tree of arrays
+#
+# The five lines are those that make the optimizer and use it. `rank` is the size of the
+# subspace in which Adam runs; everything that is no matrix takes Adam as it is.
+
+
+# %%
+class Network(nn.Module):
+  @nn.compact
+  def __call__(self, x_BD):
+    return nn.Dense(64)(nn.relu(nn.Dense(512)(x_BD)))
+
+
+network = Network()
+params = network.init(key, x_BD)
+
+tx = optax.chain(optax.clip_by_global_norm(1.0), gradnormlorp(2e-2, rank=16))
+opt_state = tx.init(params)
+
+
+@jax.jit
+def train_step(params, opt_state):
+  def loss_fn(params):
+    return jnp.mean((network.apply(params, x_BD) - y_BD) ** 2)
+
+  loss, grads = jax.value_and_grad(loss_fn)(params)
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state, loss
+
+
+for step in range(100):
+  params, opt_state, loss = train_step(params, opt_state)
+  if step % 33 == 0:
+    print(f'step {step:3d}: loss {loss:.4f}')
+
+# %% [markdown]
+# ## What it does with every parameter
+#
+# `report` computes from shapes alone: it can be asked before anything is allocated, and says
+# why a parameter is treated as it is. Here the biases are the only ones without a
+# subspace.
+
+# %%
+print(format_report(report(params, gradnormlorp(2e-2, rank=16))))
+
+# %% [markdown]
+# Where the names of your parameters are not as the optimizer expects, say which are to be
+# projected: `param_labels=[('kernel', 'low_rank'), ('.*', 'full')]` are patterns in order, of which
+# the first counts. [The optimizers](../../optimizers/#what-happens-to-a-parameter) has the rules.
+#
+# ## Flax NNX
+
+
+# %%
+class Module(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(64, 512, rngs=rngs)
+    self.down = nnx.Linear(512, 64, rngs=rngs)
+
+  def __call__(self, x_BD):
+    return self.down(nnx.relu(self.up(x_BD)))
+
+
+module = Module(nnx.Rngs(0))
+optimizer = nnx.Optimizer(module, gradnormlorp(2e-2, rank=16), wrt=nnx.Param)
+
+
+@nnx.jit
+def nnx_step(module, optimizer):
+  loss, grads = nnx.value_and_grad(
+    lambda module: jnp.mean((module(x_BD) - y_BD) ** 2)
+  )(module)
+  optimizer.update(module, grads)
+  return loss
+
+
+losses = [float(nnx_step(module, optimizer)) for _ in range(100)]
+print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f}')
+
+# %% [markdown]
+# ## Equinox
+#
+# Its weights are `[out, in]`, which is recognised by their name, `weight`.
+
+# %%
+model = eqx.nn.MLP(64, 64, width_size=512, depth=1, key=key)
+tx = gradnormlorp(2e-2, rank=16)
+opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+
+@eqx.filter_jit
+def eqx_step(model, opt_state):
+  loss, grads = eqx.filter_value_and_grad(
+    lambda model: jnp.mean((jax.vmap(model)(x_BD) - y_BD) ** 2)
+  )(model)
+  weights = eqx.filter(model, eqx.is_inexact_array)
+  updates, opt_state = tx.update(grads, opt_state, weights)
+  return eqx.apply_updates(model, updates), opt_state, loss
+
+
+for _ in range(100):
+  model, opt_state, loss = eqx_step(model, opt_state)
+print(f'loss {loss:.4f}')
+
+# %% [markdown]
+# ## Smaller still
+#
+# Moments and bases may be kept in 8 or 4 bits, and every other optimizer is called in the same
+# way. What each keeps, in bytes, for the network above:
+
+# %%
+import gnlorp_jax  # noqa: E402
+
+for name, made in {
+  'optax.adamw': optax.adamw(1e-3),
+  'gradnormlorp': gnlorp_jax.gradnormlorp(2e-2, rank=16),
+  'gradnormlorp, 8 bits': gnlorp_jax.gradnormlorp(
+    1e-2, rank=16, moment_bits=8, basis_bits=8
+  ),
+  'galore': gnlorp_jax.galore(1e-2, rank=16),
+  'apollo': gnlorp_jax.apollo(1e-2, rank=16),
+}.items():
+  state = jax.eval_shape(made.init, params)
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  print(f'{name:21s} {size:8,d} bytes')
+
+# %% [markdown]
+# Next: [a chat model from your own data](../chat/), or [all optimizers](../../optimizers/).

@@ -1,0 +1,55 @@
+# %% [markdown]
+# # Will it fit my card?
+#
+# A run's memory follows from shapes. `python -m gnlorp_jax.plan` says what a training step takes on a
+# GPU that need not be there, component by component, and what would make it fit.
+#
+# ## A 7B model on a card of 16 GB
+#
+# Without the CUDA wheels the plan is a lower bound, counted from shapes; with them
+# (`pip install 'gnlorp_jax[cuda]'`; no GPU is needed) XLA's compiler says what the step takes.
+
+# %%
+from gnlorp_jax.plan.__main__ import main as plan
+
+plan(['--config', 'llama_7b_16gb', '--device', 'rtx4060ti'])
+
+# %% [markdown]
+# ## What to change where it does not fit
+#
+# Whole steps in bfloat16 with 32-bit moments do not: the plan says so, and tries changes one at a
+# time, from mild to harsh.
+
+# %%
+plan(['--config', 'llama_7b', '--device', 'rtx4060ti'])
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# `plan sft` and `plan glue` take the options of `train_sft.py` and `train_glue.py`. LoRA beside a
+# base in 4 bits, as QLoRA:
+
+# %%
+plan(
+  [
+    *('sft', '--model', 'llama-3.1-8b', '--method', 'lora'),
+    *('--step.weight-bits', '4', '--model.remat', '--micro-batches', '8'),
+    *('--device', 'rtx4060ti'),
+  ]
+)
+
+# %% [markdown]
+# ## In a program
+#
+# The same numbers as values; [the reference](../../reference/plan/) has the functions. GiB of LLaMA-7B
+# by rank, layer by layer:
+
+# %%
+import gnlorp_jax.plan as planning  # noqa: E402
+from gnlorp_jax.config import load  # noqa: E402
+
+found = planning.PlanConfig(**vars(load('llama_7b_16gb')), device='rtx4060ti')
+for rank in (128, 512, 1024):
+  settings = planning.replace(found, {'optim.rank': rank})
+  bound = planning.lower_bound(settings)
+  print(f'rank {rank:4d}: {bound.peak / 2**30:.2f} GiB')
