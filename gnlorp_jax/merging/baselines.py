@@ -93,7 +93,7 @@ def tsv(tau_NOI: jax.Array, num_experts: int) -> jax.Array:
 
   Args:
     tau_NOI: Task vectors of a matrix, ``[n, out, in]``, none zero, times their
-      weights.
+      weights. See `is_thin` for what has no directions to share.
     num_experts: By how many the ``min(out, in)`` directions are shared, those
       among them that did not change this matrix.
 
@@ -118,6 +118,11 @@ def tsv(tau_NOI: jax.Array, num_experts: int) -> jax.Array:
   left = jnp.concatenate(list(u_NOK), 1)
   right = jnp.concatenate(list(v_NKI), 0)
   return (_whiten(left) * s_NK.reshape(1, -1)) @ _whiten(right)
+
+
+def is_thin(shape: tuple[int, ...], num_experts: int) -> bool:
+  """Whether a matrix has fewer directions than there are experts."""
+  return min(shape) < num_experts
 
 
 def is_there(s: jax.Array, shape: tuple[int, ...]) -> jax.Array:

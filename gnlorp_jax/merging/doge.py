@@ -84,9 +84,12 @@ def shared_basis(
       did not change this matrix.
 
   Note:
-    Columns of singular values that are zero are zero: they are arbitrary.
+    Columns of singular values that are zero are zero: they are arbitrary. A
+    matrix that is too thin for one direction of each expert has none to share.
   """
   k = min(tau_NOI.shape[1:])
+  if k < num_experts:
+    return jnp.zeros((tau_NOI.shape[1], 0), tau_NOI.dtype)
 
   def left(x: jax.Array) -> jax.Array:
     u, s, _ = jnp.linalg.svd(x, full_matrices=False)

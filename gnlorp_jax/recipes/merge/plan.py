@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from gnlorp_jax.merging import methods
+from gnlorp_jax.merging.baselines import is_thin
 from gnlorp_jax.models.hf_tensors import DTYPES, Tensor
 from gnlorp_jax.recipes.merge.folders import LM_HEAD, Folder, is_head
 from gnlorp_jax.recipes.merge.settings import MergeConfig
@@ -68,7 +69,7 @@ def make(config: MergeConfig, base: Folder, experts: Sequence[Folder]) -> Plan:
     _row(config, base, experts, headed, tensor)
     for tensor in base.tensors.values()
   ]
-  problems = _problems(config, base, experts, rows)
+  problems = _problems(config, base, experts, headed, rows)
   if problems:
     raise ValueError(
       f'{len(problems)} tensors do not fit:\n'
@@ -155,6 +156,8 @@ def _row(
     why = f'not included by {config.included}'
   elif config.method in methods.MATRICES_ONLY and len(tensor.shape) != 2:
     why = f'{config.method} merges matrices'
+  elif config.method == 'tsv' and is_thin(tensor.shape, len(experts)):
+    why = f'tsv has no direction for each of {len(experts)} experts'
   else:
     return Row(name, new, 'merged', f'--method {config.method}')
   return Row(name, new, config.of_others, f'{why}: --others {config.of_others}')
@@ -187,6 +190,7 @@ def _problems(
   config: MergeConfig,
   base: Folder,
   experts: Sequence[Folder],
+  headed: Folder | None,
   rows: Sequence[Row],
 ) -> list[str]:
   """All that does not fit, a line each."""
@@ -194,6 +198,8 @@ def _problems(
   for expert in experts:
     for row in rows:
       problems += _misfit(config, base, expert, row)
+      if expert is headed:
+        problems += _misfit_of_headed(config, base, expert, row)
     for name, tensor in expert.tensors.items():
       is_own_head = is_head(name) and not expert.is_adapter
       is_known = name in base.tensors or is_own_head
@@ -234,6 +240,22 @@ def _misfit(
   if is_merged and new.dtype not in DTYPES:
     return [f'{row.name}: {new.dtype} in {expert.label}, no float']
   return []
+
+
+def _misfit_of_headed(
+  config: MergeConfig, base: Folder, expert: Folder, row: Row
+) -> list[str]:
+  """What of the base does not fit the config.json of an expert."""
+  old, new = base.tensors[row.name], expert.tensors.get(row.name)
+  if not _is_excluded(config, row.name) or row.action == 'left out':
+    return []
+  if new is None or new.shape == old.shape:
+    return []
+  return [
+    f'{row.name}: {list(old.shape)} in the base, {list(new.shape)} in '
+    f'{expert.label}, whose config.json --heads {expert.label} takes: use '
+    '--heads base or each'
+  ]
 
 
 def _hint(name: str, old: Tensor, new: Tensor) -> str:

@@ -21,10 +21,12 @@ from gnlorp_jax.recipes.merge import folders, plan, report
 from gnlorp_jax.recipes.merge.folders import Folder
 from gnlorp_jax.recipes.merge.settings import MergeConfig
 
+# Patterns of what a model is loaded with, of whatever architecture.
 _COPIED = (
   *('generation_config.json', 'tokenizer.json', 'tokenizer_config.json'),
-  *('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja'),
-  *('vocab.txt', 'vocab.json', 'merges.txt', 'tokenizer.model', 'spiece.model'),
+  *('special_tokens_map.json', 'added_tokens.json', 'chat_template.*'),
+  *('vocab.*', 'merges.txt', 'bpe.codes', 'tokenizer.model', 'spiece.model'),
+  *('spm.model', 'sentencepiece.bpe.model', '*processor_config.json', '*.py'),
 )
 
 
@@ -151,7 +153,8 @@ class Merger:
       total += np.float32(weight) * theta
     note['result'] = 'equal in all experts' if are_equal else 'averaged'
     if are_equal:
-      return first
+      whole = self._experts[0]
+      return first if whole.is_adapter else whole.get(name)
     _note_lengths(note, base, total - base)
     return total
 
@@ -237,9 +240,9 @@ def _write_beside(
     fields.pop('torch_dtype', None)
     fields['dtype'] = config.dtype
   hf_tensors.write_object(stage / 'config.json', fields)
-  for name in _COPIED:
-    if (base.path / name).is_file():
-      shutil.copyfile(base.path / name, stage / name)
+  for pattern in _COPIED:
+    for path in filter(pathlib.Path.is_file, base.path.glob(pattern)):
+      shutil.copyfile(path, stage / path.name)
   if config.heads == 'each':
     for expert in experts:
       if expert.heads:

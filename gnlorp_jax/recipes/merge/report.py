@@ -129,7 +129,27 @@ def _lines(found: dict[str, Any]) -> list[str]:
     f'Expert {e["label"]}: {e["folder"]} ({e["kind"]}), weight {e["weight"]:g}'
     for e in found['experts']
   ]
-  return [f'Base: {found["base"]}', *experts, _method(found)]
+  return [
+    f'Base: {found["base"]}',
+    *experts,
+    _method(found),
+    *_undropped(found),
+  ]
+
+
+def _undropped(found: dict[str, Any]) -> list[str]:
+  """The experts of whom all that changed is more than what is to be kept."""
+  thresholds = found.get('thresholds')
+  if thresholds is None:
+    return []
+  return [
+    f'keep {keep:g} drops nothing of {expert["label"]}: fewer of its entries '
+    'changed at all'
+    for expert, keep, threshold in zip(
+      found['experts'], found['options']['keep'], thresholds, strict=True
+    )
+    if threshold == 0 and keep < 100
+  ]
 
 
 def _method(found: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ def test_average_of_equal_folders_is_that_folder(tmp_path, trio):
   base, experts = trio
   tensors = read(experts[0])
   tensors['norm.scale'] = tensors['norm.scale'].astype(ml_dtypes.bfloat16)
+  tensors['layers.0.q.bias'] = np.arange(8) / 3  # float64
   a, b = (write(tmp_path / f'same{i}', tensors) for i in range(2))
   found = merge(tmp_path / 'out', a_base(tmp_path, tensors), [a, b])
   path = tmp_path / 'out' / 'model.safetensors'
@@ -134,6 +135,29 @@ def test_methods_of_matrices_leave_the_rest_to_others(tmp_path, trio):
   assert [t.tobytes() for t in rest] == [
     t.tobytes() for n, t in read(base).items() if 'weight' not in n
   ]
+
+
+@pytest.mark.parametrize('method', ['tsv', 'doge'])
+def test_matrices_thinner_than_the_experts_are_many(tmp_path, method):
+  # Such as the gate of a shared expert, which has one output.
+  shapes = {'layers.0.gate.weight': (2, 8)}
+  base = small_folders.drawn(0, shapes)
+  folder = write(tmp_path / 'base', base)
+  tuned = [small_folders.drawn(i, shapes, like=base) for i in (1, 2, 3)]
+  experts = [write(tmp_path / str(i), t) for i, t in enumerate(tuned)]
+  found = merge(tmp_path / 'out', folder, experts, method=method)
+  gate = read(tmp_path / 'out')['layers.0.gate.weight']
+  if method == 'tsv':
+    row = found['tensors'][0]
+    assert (row['action'], row['why']) == (
+      'average',
+      'tsv has no direction for each of 3 experts: --others average',
+    )
+    wanted = np.mean([t['layers.0.gate.weight'] for t in tuned], 0)
+    np.testing.assert_allclose(gate, wanted, atol=1e-6)
+  else:
+    assert np.isfinite(gate).all()
+    assert (gate != base['layers.0.gate.weight']).any()
 
 
 def test_shards_in_and_out_are_the_same_tensors(tmp_path, trio):
@@ -257,6 +281,28 @@ def test_heads_stay_with_their_tasks(tmp_path, trio):
   )
 
 
+def test_a_head_and_its_config_are_not_put_on_tensors_of_other_shapes(
+  tmp_path, trio
+):
+  base, experts = trio
+  untied = small_folders.CONFIG | {'tie_word_embeddings': False}
+  tensors = read(experts[0]) | {'embed.weight': np.zeros((22, 8), 'f4')}
+  tensors |= {'lm_head.weight': np.ones((22, 8), 'f4')}
+  larger = write(tmp_path / 'larger', tensors, untied)
+  fields = {'exclude': 'embed|^lm_head'}
+  merge(tmp_path / 'plain', base, [larger, experts[1]], **fields)
+  with pytest.raises(ValueError) as error:
+    merge(
+      *(tmp_path / 'out', base, [larger, experts[1]]),
+      heads='larger',
+      **fields,
+    )
+  assert str(error.value).splitlines()[1] == (
+    '  embed.weight: [20, 8] in the base, [22, 8] in larger, whose config.json '
+    '--heads larger takes: use --heads base or each'
+  )
+
+
 def test_all_that_does_not_fit_is_named_before_work(tmp_path, trio):
   base, experts = trio
   wrong = read(experts[0])
@@ -377,6 +423,30 @@ def test_what_was_done_is_left_beside(tmp_path, trio, capsys):
   assert '| not included by q.weight\\|none: --others base |' in card
   report.show(found)
   assert f'Written to {out}' in capsys.readouterr().out
+
+
+def test_experts_of_whom_nothing_is_dropped_are_named(tmp_path, trio):
+  base, experts = trio
+  tensors = read(base)
+  tensors['layers.0.q.bias'] = tensors['layers.0.q.bias'] + np.float32(1)
+  few = write(tmp_path / 'few', tensors)
+  found = merge(tmp_path / 'out', base, [few, experts[0]], method='ties')
+  assert found['thresholds'][0] == 0 < found['thresholds'][1]
+  assert report.card(found).count('drops nothing') == 1
+  assert (
+    'keep 20 drops nothing of few: fewer of its entries changed at all'
+  ) in report.card(found)
+
+
+def test_what_a_tokenizer_needs_is_copied(tmp_path, trio):
+  base, experts = trio
+  names = ('sentencepiece.bpe.model', 'spm.model', 'preprocessor_config.json')
+  for name in (*names, 'modeling_own.py', 'notes.md'):
+    (base / name).write_text(name)
+  merge(tmp_path / 'out', base, experts)
+  for name in (*names, 'modeling_own.py'):
+    assert (tmp_path / 'out' / name).read_text() == name
+  assert not (tmp_path / 'out' / 'notes.md').exists()
 
 
 KILLED = """
