@@ -1,9 +1,11 @@
 """Settings of a merge from a YAML file with mergekit's keys.
 
 A key that is not known is an error: what is passed over would be merged another
-way than its author meant.
+way than its author meant. For the same reason, what a file leaves out is what
+mergekit takes then, not what the command does, in the methods that it has.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -24,10 +26,12 @@ _METHODS = {
 _TOP = ('merge_method', 'base_model', 'models', 'parameters', 'dtype')
 _OF_MODEL = ('weight', 'density')
 # Ours, under `parameters`, by the names that the command has too.
-_OURS = (
-  *('eta', 'subspace', 'steps', 'rate', 'solver', 'inner', 'project'),
-  *('include', 'exclude', 'others', 'heads', 'seed'),
-)
+_NUMBERS, _WHOLE = ('eta', 'rate'), ('subspace', 'steps', 'seed')
+_CHOICES = ('solver', 'inner', 'project', 'others')
+_TEXTS = ('include', 'exclude', 'heads')
+_OURS = (*_NUMBERS, *_WHOLE, *_CHOICES, *_TEXTS)
+# What mergekit takes where a file says nothing.
+_SCALE, _DENSITY = 1.0, 1.0
 
 
 def read(path: str) -> MergeConfig:
@@ -58,23 +62,29 @@ def read(path: str) -> MergeConfig:
   _check_keys(
     path, 'parameters', common, (*_OF_MODEL, 'lambda', 'normalize', *_OURS)
   )
-  _check_normalisation(path, method, common)
-  fields = {name: common[name] for name in _OURS if name in common}
-  if 'lambda' in common:
-    fields['scale'] = _number(path, 'lambda', common['lambda'])
+  fields = {
+    name: _of_ours(path, name, common[name])
+    for name in _OURS
+    if common.get(name) is not None
+  }
   weights = _of_models(path, models, common, 'weight')
   densities = _of_models(path, models, common, 'density')
+  is_mergekits = found['merge_method'] not in ('tsv', 'doge')
+  weights = _as_normalised(path, method, common.get('normalize'), weights)
+  if 'lambda' in common:
+    fields['scale'] = _number(path, 'lambda', common['lambda'])
+  elif is_mergekits and method != 'average':
+    fields['scale'] = _SCALE
   if weights:
     fields['weights'] = weights
-  if densities and method in methods.KEPT:
-    fields['keep'] = tuple(100 * density for density in densities)
-  elif densities:
+  if densities and method not in methods.KEPT:
     raise ValueError(f'{path}: density has no effect: {method} drops nothing.')
+  if not densities and is_mergekits and method in methods.KEPT:
+    densities = (_DENSITY,)
+  if densities:
+    fields['keep'] = tuple(_percent(path, density) for density in densities)
   if found.get('dtype') is not None:
     fields['dtype'] = _one_of(path, 'dtype', found['dtype'])
-  for name in ('solver', 'inner', 'project', 'others'):
-    if name in fields:
-      _one_of(path, name, fields[name])
   return MergeConfig(
     base=str(found.get('base_model') or ''),
     experts=tuple(model['model'] for model in models),
@@ -122,12 +132,35 @@ def _of_models(
 
 
 def _number(path: str, key: str, value: Any) -> float:
-  if isinstance(value, bool) or not isinstance(value, int | float):
+  # Of YAML, 1e-4 is a text: it wants a point in a number with an exponent.
+  if isinstance(value, int | float | str) and not isinstance(value, bool):
+    with contextlib.suppress(ValueError):
+      return float(value)
+  raise ValueError(
+    f'{path}: {key}={value!r} must be a number. Gradients over layers and '
+    'filters by name are not supported; merge in parts with --include.'
+  )
+
+
+def _percent(path: str, density: float) -> float:
+  if not 0.01 <= density <= 1:
     raise ValueError(
-      f'{path}: {key}={value!r} must be a number. Gradients over layers and '
-      'filters by name are not supported; merge in parts with --include.'
+      f'{path}: density={density:g} must be in [0.01, 1]: it is the share of '
+      'the entries that stay.'
     )
-  return float(value)
+  return 100 * density
+
+
+def _of_ours(path: str, name: str, value: Any) -> Any:
+  """The value of an option of ours, which the command line would check."""
+  if name in _CHOICES or value == 'auto':
+    return _one_of(path, name, value)
+  if name in _NUMBERS:
+    return _number(path, name, value)
+  kind, what = (int, 'a whole number') if name in _WHOLE else (str, 'a text')
+  if not isinstance(value, kind) or isinstance(value, bool):
+    raise ValueError(f'{path}: {name}={value!r} must be {what}.')
+  return value
 
 
 def _one_of(path: str, key: str, value: Any) -> Any:
@@ -146,17 +179,35 @@ def _one_of(path: str, key: str, value: Any) -> Any:
   return value
 
 
-def _check_normalisation(
-  path: str, method: str, common: dict[str, Any]
-) -> None:
-  """Refuses what `normalize` asks for and the method does not do."""
+def _as_normalised(
+  path: str, method: str, normalize: bool | None, weights: tuple[float, ...]
+) -> tuple[float, ...]:
+  """The weights that give what a file asks for.
+
+  Raises:
+    ValueError: If none do.
+  """
+  if method == 'ties':
+    # mergekit divides by the sum of the weights that agree, by default; here
+    # ties divides by their number.
+    if normalize in (None, True) and len({*weights, 1.0}) == 1:
+      return weights
+    if normalize in (None, True) and len(set(weights)) == 1 and weights[0] > 0:
+      return (1.0,) * len(weights)
+    raise ValueError(
+      f'{path}: normalize={True if normalize is None else normalize} and '
+      f'weights {weights}, but ties takes the mean over the experts that agree '
+      'of what their weights multiply. Say normalize: true with equal positive '
+      'weights, or give --weights on the command line without this file.'
+    )
   does = method == 'average'
-  if common.get('normalize', does) != does:
+  if normalize not in (None, does):
     does_what = 'divides by the sum of' if does else 'does not touch'
     raise ValueError(
-      f'{path}: normalize={common["normalize"]}, but {method} {does_what} the '
-      f'weights. Say normalize: {str(does).lower()}, and choose the weights.'
+      f'{path}: normalize={normalize}, but {method} {does_what} the weights. '
+      f'Say normalize: {str(does).lower()}, and choose the weights.'
     )
+  return weights
 
 
 def _check_keys(

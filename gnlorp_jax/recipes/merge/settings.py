@@ -5,7 +5,7 @@ import re
 from typing import Literal
 
 from gnlorp_jax.compose.fields import check_seeds
-from gnlorp_jax.compose.settings import check_at_least_one, check_within, words
+from gnlorp_jax.compose.settings import check_at_least_one, check_within
 from gnlorp_jax.merging import doge, methods
 from gnlorp_jax.optim.parts.checks import check_interval
 
@@ -125,10 +125,14 @@ class MergeConfig:
         f'weights={self.weights} must be positive in doge, whose coefficients '
         'they multiply. Leave the expert out, or use task_arithmetic.'
       )
-    if self.method == 'average' and self.weights and not sum(self.weights) > 0:
+    averages = 'average' in (self.method, self.of_others)
+    if averages and self.weights and not sum(self.weights) > 0:
+      fix = 'task_arithmetic divides by nothing.'
+      if self.method != 'average':
+        fix = "With others='base' nothing is averaged."
       raise ValueError(
         f'weights={self.weights} of an average are divided by their sum, which '
-        'must be positive. task_arithmetic divides by nothing.'
+        f'must be positive. {fix}'
       )
 
   def _check_effect(self):
@@ -149,6 +153,8 @@ class MergeConfig:
         for name in _OF_DOGE
         if getattr(self, name) != defaults[name]
       ]
+    if self.method == 'doge':
+      ignored += self._ignored_by_solver(defaults)
     if ignored:
       text = '; '.join(f'{n}={getattr(self, n)}: {why}' for n, why in ignored)
       raise ValueError(
@@ -156,10 +162,25 @@ class MergeConfig:
         'Leave them out.'
       )
 
+  def _ignored_by_solver(
+    self, defaults: dict[str, object]
+  ) -> list[tuple[str, str]]:
+    """What DOGE does not read, and why."""
+    is_free = self.project == 'none'
+    ignored = []
+    if is_free:
+      ignored.append(('subspace', "project='none' has none"))
+    if self.solver == 'exact':
+      ignored.append(('rate', "solver='exact' has none"))
+    if self.solver == 'exact' and is_free:
+      ignored.append(('steps', 'the solution has a closed form'))
+    return [(n, why) for n, why in ignored if getattr(self, n) != defaults[n]]
+
   @property
   def folders(self) -> tuple[str, ...]:
     """The folders of the experts, one by one."""
-    return tuple(name for text in self.experts for name in words(text))
+    names = (name.strip() for text in self.experts for name in text.split(','))
+    return tuple(name for name in names if name)
 
   @property
   def options(self) -> methods.Options:

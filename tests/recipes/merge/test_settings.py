@@ -14,8 +14,8 @@ models:
   - model: a
     parameters: {weight: 0.5, density: 0.2}
   - model: b
-    parameters: {weight: 2, density: 0.4}
-parameters: {lambda: 0.7, normalize: false}
+    parameters: {weight: 0.5, density: 0.4}
+parameters: {lambda: 0.7, normalize: true}
 dtype: bfloat16
 """
 
@@ -48,6 +48,8 @@ def test_experts_may_be_joined_by_commas():
     'Merges.',
   )
   assert config.folders == ('a', 'b', 'c')
+  # One that is named twice is not dropped in silence: it is an error later.
+  assert MergeConfig(experts=('a,b,a',)).folders == ('a', 'b', 'a')
   assert config.options.eta == 0.07
   assert config.options.weights == (1.0, 2.0, 0.5)
 
@@ -100,6 +102,25 @@ def test_experts_may_be_joined_by_commas():
       'be positive. task_arithmetic divides by nothing.',
     ),
     (
+      {'method': 'tsv', 'weights': (1.0, -1.0)},
+      'weights=(1.0, -1.0) of an average are divided by their sum, which must '
+      "be positive. With others='base' nothing is averaged.",
+    ),
+    (
+      {'method': 'doge', 'solver': 'exact', 'rate': 1e-3},
+      "These options have no effect with method='doge': rate=0.001: "
+      "solver='exact' has none. Leave them out.",
+    ),
+    (
+      {
+        **{'method': 'doge', 'solver': 'exact', 'project': 'none'},
+        **{'steps': 9, 'subspace': 2},
+      },
+      "These options have no effect with method='doge': subspace=2: "
+      "project='none' has none; steps=9: the solution has a closed form. Leave "
+      'them out.',
+    ),
+    (
       {'include': '('},
       "include='(' is no regex: missing ), unterminated subpattern at position "
       '0.',
@@ -119,7 +140,7 @@ def test_wrong_values_say_what_is_right(fields, text):
     (['--experts', 'a', '--out', 'o'], 'No --base named: '),
     (['--base', 'F', '--experts', 'a'], 'Name a folder to write by --out'),
     (['--config', 'no.yaml'], '--config no.yaml: there is no such file.'),
-    ([*WORDS, '--metod', 'ties'], "Did you mean 'method'?"),
+    ([*WORDS, '--metod', 'ties'], 'Did you mean --method?'),
   ],
 )
 def test_what_is_missing_is_said(words, text):
@@ -136,7 +157,8 @@ def test_a_file_of_mergekits_keys(tmp_path):
     experts=('a', 'b'),
     out='o',
     method='ties',
-    weights=(0.5, 2.0),
+    # Divided by their sum, equal ones are 1.
+    weights=(1.0, 1.0),
     keep=(20.0, 40.0),
     scale=0.7,
     dtype='bfloat16',
@@ -156,6 +178,58 @@ def test_our_methods_and_options_in_such_a_file(tmp_path):
   assert (config.eta, config.solver) == (0.07, 'exact')
   assert config.weights == (0.5, 0.5)
   assert config.keep == (40.0, 40.0)
+  assert config.options.scaled == 0.3
+
+
+@pytest.mark.parametrize(
+  ('method', 'fields'),
+  [
+    ('linear', {'method': 'average'}),
+    ('task_arithmetic', {'method': 'task_arithmetic', 'scale': 1.0}),
+    ('ties', {'method': 'ties', 'scale': 1.0, 'keep': (100.0,)}),
+    ('dare_linear', {'method': 'dare', 'scale': 1.0, 'keep': (100.0,)}),
+    ('doge', {'method': 'doge'}),
+  ],
+)
+def test_what_a_file_leaves_out_is_mergekits_default(tmp_path, method, fields):
+  text = f"""
+    merge_method: {method}
+    base_model: F
+    models: [{{model: a}}, {{model: b}}]
+  """
+  config = from_file(tmp_path, text)
+  assert config == MergeConfig(
+    config=config.config, base='F', experts=('a', 'b'), out='o', **fields
+  )
+
+
+@pytest.mark.parametrize(
+  ('option', 'found'),
+  [
+    ('rate: 1e-4', 1e-4),
+    ('rate: fast', "rate='fast' must be a number."),
+    ('eta: auto', 'auto'),
+    ('eta: true', 'eta=True must be a number.'),
+    ('steps: 10.5', 'steps=10.5 must be a whole number.'),
+    ('steps: true', 'steps=True must be a whole number.'),
+    ('heads: [a]', "heads=['a'] must be a text."),
+    ('exclude: null', None),
+  ],
+)
+def test_options_in_such_a_file_are_of_their_kind(tmp_path, option, found):
+  text = f"""
+    merge_method: doge
+    base_model: F
+    models: [{{model: a}}, {{model: b}}]
+    parameters: {{{option}}}
+  """
+  name = option.split(':')[0]
+  if found in (None, 'auto') or not isinstance(found, str):
+    assert getattr(from_file(tmp_path, text), name) == found
+    return
+  with pytest.raises(ValueError) as error:
+    from_file(tmp_path, text)
+  assert f'merge.yaml: {found}' in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +240,20 @@ def test_our_methods_and_options_in_such_a_file(tmp_path):
     ('density: 0.2', 'depth: 1', "a has the unknown keys ['depth']"),
     ('ties', 'slerp', "merge_method='slerp'; expected one of ('linear', "),
     ('weight: 0.5, ', '', "weight is given of some, not of ['a']"),
+    ('density: 0.2', 'density: 20', 'density=20 must be in [0.01, 1]: it is'),
     ('0.5', '[0, 1]', 'weight=[0, 1] must be a number. Gradients over layers'),
     ('bfloat16', 'int8', "unknown dtype 'int8'; expected one of ('base', "),
     (
-      *('normalize: false', 'normalize: true'),
-      'normalize=True, but ties does not touch the weights. Say normalize: '
-      'false, and choose the weights.',
+      *('normalize: true', 'normalize: false'),
+      'normalize=False and weights (0.5, 0.5), but ties takes the mean over '
+      'the experts that agree of what their weights multiply. Say normalize: '
+      'true with equal positive weights, or give --weights on',
     ),
+    ('0.5', '2', 'normalize=True and weights (2.0, 0.5), but ties takes'),
     (
-      *('merge_method: ties', 'merge_method: linear'),
-      'normalize=False, but average divides by the sum of the weights.',
+      *('merge_method: ties', 'merge_method: dare_linear'),
+      'normalize=True, but dare does not touch the weights. Say normalize: '
+      'false, and choose the weights.',
     ),
     ('models:', 'models: 1\nx:', "unknown keys ['x']"),
     ('{', '{{', 'Cannot read '),
