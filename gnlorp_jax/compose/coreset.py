@@ -222,10 +222,11 @@ def cost(
     micro_batches: Pieces of a batch.
 
   Returns:
-    ``pool`` (its rows), ``features``, ``gradients`` (of the rows that go
-    through the model at once), ``moments`` (Adam's, which stay) and
-    ``forward`` (the input and output of the block that these are in); empty
-    where nothing is chosen.
+    ``pool`` (its rows), ``features`` (piece by piece, in their order and, of
+    Adam, normalised), ``gradients`` (of the rows that go through the model at
+    once, beside matrices that each of them moves for itself), ``moments``
+    (Adam's, which stay) and ``forward`` (the input and output of the block that
+    these are in); empty where nothing is chosen.
   """
   if not options.is_on:
     return {}
@@ -245,8 +246,8 @@ def cost(
   width = jax.numpy.dtype(architecture.compute_dtype).itemsize
   is_exact = found.features == 'exact'
   return sizes | {
-    'features': 4 * found.pool * entries // devices,
-    'gradients': 4 * rows * math.prod(asked.shape) * is_exact,
+    'features': (2 + found.adam) * 4 * found.pool * entries // devices,
+    'gradients': 3 * 4 * rows * math.prod(asked.shape) * is_exact,
     'moments': 8 * entries * found.adam,
     'forward': 2 * rows * seq_len * architecture.hidden_size * width,
   }

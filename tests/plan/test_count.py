@@ -168,9 +168,9 @@ def test_choosing_from_a_pool_by_hand(bound_of):
     )
   )
   matrix, row = 128 * 128, 16 * 128 * 4
-  features, moments = 4 * 16 * matrix, 2 * 4 * matrix
+  features, moments = 3 * 4 * 16 * matrix, 2 * 4 * matrix
   pool = 2 * BATCH + features + moments
-  at_once = 8 * 4 * matrix + 2 * 8 * row
+  at_once = 3 * 8 * 4 * matrix + 2 * 8 * row
   assert found.pop('coreset') == pool + at_once
   assert found == whole
 

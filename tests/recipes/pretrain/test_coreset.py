@@ -4,6 +4,7 @@ Shape suffixes: N rows.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 
@@ -138,8 +139,8 @@ def test_cost_counts_what_choosing_takes():
   )
   assert found == {
     'pool': 3 * 4 * ROWS * T,
-    'features': 4 * ROWS * 128,
-    'gradients': 4 * 2 * 128,
+    'features': 3 * 4 * ROWS * 128,
+    'gradients': 3 * 4 * 2 * 128,
     'moments': 8 * 128,
     'forward': 2 * 2 * T * 16 * 4,
   }
@@ -147,6 +148,40 @@ def test_cost_counts_what_choosing_takes():
   assert coreset.cost(
     *(options, planned.program, TINY, planned.abstract_batch, 1)
   ) == {'pool': 3 * 4 * ROWS * T}
+
+
+@pytest.mark.parametrize(
+  'options', [{'sketch': 0}, {'selector': 'facility'}], ids=str
+)
+def test_cost_is_no_less_than_the_compiler_takes(options):
+  options = CoresetOptions(pool=64, **options)
+  model = dataclasses.replace(
+    TINY, hidden_size=64, num_kv_heads=4, num_layers=1
+  )
+  config = dataclasses.replace(
+    CONFIG, model=model, batch_size=8, coreset=options
+  )
+  planned = recipe.plan(config, jax.devices()[:1])
+  program = planned.program
+  rule = coreset.rule(options, 8, 1, 0)
+  tail = coreset.tail(program, model, chunk_tokens=64)
+  candidates = {
+    name: jax.ShapeDtypeStruct((64, T), leaf.dtype)
+    for name, leaf in planned.abstract_batch.items()
+  }
+  memory = selection.make(rule, tail, program.mesh).abstract
+  measured = jax.jit(functools.partial(selection.measure, rule, tail))
+  taken = (
+    measured.lower(
+      *(program.abstract_state.params, program.parameters.frozen),
+      *(memory, candidates),
+    )
+    .compile()
+    .memory_analysis()
+  )
+  counted = coreset.cost(options, program, model, planned.abstract_batch, 1)
+  taken = taken.temp_size_in_bytes + taken.output_size_in_bytes
+  assert 0.7 * sum(counted.values()) < taken < sum(counted.values())
 
 
 def said_of(options, caplog, **changes):
