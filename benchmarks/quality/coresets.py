@@ -21,7 +21,8 @@ is not run again. Parameters and states are float32, all else bfloat16.
     --data 'wiki=A.json.gz,web=B.json.gz,code=SOURCES,talk=C.txt'
 
 The tables: relative errors with their deviations over the pools; losses with
-theirs over the seeds. `plain` is any 64 rows, `quotas` a random choice within
+theirs over the seeds, and differences from `quotas` of runs of one seed with
+their standard errors. `plain` is any 64 rows, `quotas` a random choice within
 the quotas, with small sources whole.
 """
 
@@ -60,9 +61,10 @@ PAGE = pathlib.Path('docs/results/coresets.md')
 OUTPUT = pathlib.Path('benchmarks/results/coresets.json')
 Row = dict[str, Any]
 
+QUOTAS = 'quotas'
 # Ways of choosing within quotas, and the options of each.
 CHOICES: dict[str, dict[str, Any]] = {
-  'quotas': {'selector': 'random'},
+  QUOTAS: {'selector': 'random'},
   'herding': {'selector': 'herding', 'sketch': 0},
   'herding, sketched': {'selector': 'herding'},
   'facility, exact': {'selector': 'facility'},
@@ -84,8 +86,8 @@ PLAIN, TWICE, MICRO = 'plain', 'plain, twice', 'twice, micro-batches'
 def configure(
   args: argparse.Namespace, where: str, name: str, seed: int = 0
 ) -> TrainConfig:
-  """A run of a method: of the folder `--model`, or of the small model."""
-  is_small = where != 'model'
+  """A run of a method: where is 'small', or what `--model` is called."""
+  is_small = where == 'small'
   twice = 2 if name in (TWICE, MICRO) else 1
   options = CoresetOptions()
   if name in CHOICES:
@@ -369,6 +371,9 @@ def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
   rows = record.read(path)['rows']
   made = {'errors': _errors_table, 'train': _train_table, 'cost': _cost_table}
   parts = {part: [r for r in rows if r['part'] == part] for part in made}
+  seeds = [r['seed'] for r in parts['train'] if r['method'] == QUOTAS]
+  parts['paired'] = parts['train'] if len(seeds) > 1 else []
+  made['paired'] = _paired_table
   return {
     f'coresets_{part}': made[part](found)
     for part, found in parts.items()
@@ -409,6 +414,24 @@ def _train_table(rows: Sequence[Row]) -> str:
       ]
     )
   return markdown(['choice', 'steps', *names, 'seeds'], lines)
+
+
+def _paired_table(rows: Sequence[Row]) -> str:
+  """Losses less those of random choices within the quotas, seed by seed."""
+  names = list(rows[0]['losses'])
+  start = {r['seed']: r['losses'] for r in rows if r['method'] == QUOTAS}
+  lines = []
+  for method in dict.fromkeys(row['method'] for row in rows):
+    runs = [r for r in rows if r['method'] == method and r['seed'] in start]
+    if method == QUOTAS or len(runs) < 2:
+      continue
+    cells = []
+    for name in names:
+      less = [r['losses'][name] - start[r['seed']][name] for r in runs]
+      error = np.std(less, ddof=1) / len(less) ** 0.5
+      cells.append(f'{np.mean(less):+.4f} ± {error:.4f}')
+    lines.append([method, *cells, str(len(runs))])
+  return markdown([f'choice, less {QUOTAS}', *names, 'seeds'], lines)
 
 
 def _cost_table(rows: Sequence[Row]) -> str:
@@ -482,7 +505,7 @@ def _run(args: argparse.Namespace) -> None:
   if 'errors' in args.parts:
     measure_errors(args, 'small', args.methods, found)
     if args.model is not None:
-      measure_errors(args, 'model', args.methods, found)
+      measure_errors(args, args.model.resolve().name, args.methods, found)
   if 'train' in args.parts:
     for name in args.methods:
       train(args, name, found)

@@ -4,10 +4,11 @@ Encoder: MiniLM is tuned on MRPC, RTE, CoLA and a part of SST-2, three seeds;
 the experts of a seed are merged, and each task's own head stands on the merged
 encoder. Language model: one is tuned on Python sources, on Wikipedia and on
 dialogue; the perplexity of every merge is taken on texts of all three that none
-was tuned on.
+was tuned on. --seeds are those of both.
 
-Runs of training are kept in --runs and go on where they stopped, merges are
-made again, and what is in the JSON file is not scored again.
+Runs of training are kept in --runs, those of other --steps or --examples apart,
+and go on where they stopped; merges are made again, and what is in the JSON
+file is not scored again. It refuses rows of other settings.
 
   python -m benchmarks.quality.merging --encoder MINILM_FOLDER \
     --glue GLUE_FOLDER --runs runs/merging
@@ -22,6 +23,7 @@ A text is named with what to train on and a file to score, such as those of
 import argparse
 import contextlib
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,6 +44,7 @@ from gnlorp_jax.recipes.merge.settings import MergeConfig
 OUTPUT = pathlib.Path('benchmarks/results/merging.json')
 TASKS = ('mrpc', 'rte', 'sst2', 'cola')
 SEEDS = (0, 1, 2)
+EXAMPLES = 8000
 # Options of the command by the name of a row.
 MERGES: dict[str, dict[str, Any]] = {
   'average': {'method': 'average'},
@@ -60,6 +63,7 @@ MERGES: dict[str, dict[str, Any]] = {
   },
 }
 ROWS = ('before', 'alone', *MERGES)
+_TEXT = re.compile(r'[^=,]+=[^,]+,[^,]+')
 
 
 class Record:
@@ -74,9 +78,26 @@ class Record:
       path: The file, which need not be there.
     """
     self._path = path
-    self._found: dict[str, Any] = {'environment': None, 'rows': []}
+    self._found: dict[str, Any] = {
+      'environment': None,
+      'settings': {},
+      'rows': [],
+    }
     if path.exists():
       self._found = record.read(path)
+
+  def agree(self, experiment: str, settings: dict[str, Any]) -> None:
+    """Notes what the scores of an experiment share.
+
+    Raises:
+      ValueError: If there are scores of other settings.
+    """
+    before = self._found['settings'].setdefault(experiment, settings)
+    if before != settings:
+      raise ValueError(
+        f'{self._path} holds scores of the {experiment} with the settings '
+        f'{before}, and asked for are {settings}. Give another --output.'
+      )
 
   def lacks(self, row: dict[str, Any]) -> bool:
     """Whether there is no such score."""
@@ -132,6 +153,16 @@ def folders(
   return experts[of_task] if name == 'alone' else runs / 'merged'
 
 
+def _of_seed(args: argparse.Namespace, seed: int) -> str:
+  """Names runs of a seed; those that only try the script stand apart."""
+  name = f'seed{seed}'
+  if args.steps is not None:
+    name += f'_steps{args.steps}'
+  if args.examples != EXAMPLES:
+    name += f'_examples{args.examples}'
+  return name
+
+
 # The encoder.
 
 
@@ -139,7 +170,7 @@ def glue_words(
   args: argparse.Namespace, task: str, seed: int
 ) -> tuple[list[str], pathlib.Path]:
   """The command that tunes an expert, and the folder that it leaves."""
-  run_dir = args.runs / f'seed{seed}'
+  run_dir = args.runs / _of_seed(args, seed)
   words = ['--task', task, '--method', 'full', '--seed', str(seed)]
   words += ['--init-from', str(args.encoder), '--data.source', str(args.glue)]
   words += ['--run-dir', str(run_dir), '--keep', 'none', '--export', 'True']
@@ -184,6 +215,9 @@ def score_task(
 
 def encoder(args: argparse.Namespace, found: Record) -> None:
   """Tunes, merges and scores the encoder."""
+  names = ('examples', 'limit', 'steps')
+  settings = {name: getattr(args, name) for name in names}
+  found.agree('encoder', settings | {'encoder': args.encoder.name})
   for seed in args.seeds:
     experts = []
     for task in TASKS:
@@ -219,32 +253,48 @@ def perplexity(
   return float(made['metrics']['perplexity']['value'])
 
 
+def lm_words(
+  args: argparse.Namespace, name: str, file: str, seed: int
+) -> tuple[list[str], pathlib.Path]:
+  """The command that tunes an expert, and the folder that it leaves."""
+  run_dir = args.runs / f'lm_{name}_{_of_seed(args, seed)}'
+  words = ['--init-from', str(args.model), '--run-dir', str(run_dir)]
+  words += ['--data.source', file, '--batch-size', '4', '--seed', str(seed)]
+  words += ['--data.tokenizer', str(args.model), '--data.seq-len', '256']
+  words += ['--steps', str(args.steps or 100), '--optim.name', 'adamw']
+  words += ['--optim.learning-rate', '2e-5', '--sample.num-tokens', '0']
+  words += ['--eval-batches', '4']
+  return words, run_dir / 'hf'
+
+
 def language_model(args: argparse.Namespace, found: Record) -> None:
   """Tunes, merges and scores the language model."""
-  texts = [text.partition('=')[::2] for text in args.text]
-  experts = []
-  for name, files in texts:
-    run_dir = args.runs / f'lm_{name}'
-    if not (run_dir / 'hf').exists():
-      words = ['--init-from', str(args.model), '--run-dir', str(run_dir)]
-      words += ['--data.source', files.split(',')[0], '--batch-size', '4']
-      words += ['--data.tokenizer', str(args.model), '--data.seq-len', '256']
-      words += ['--steps', str(args.steps or 100), '--optim.name', 'adamw']
-      words += ['--optim.learning-rate', '2e-5', '--sample.num-tokens', '0']
-      words += ['--eval-batches', '4']
-      train_lm.main(words)
-    experts.append(run_dir / 'hf')
-  _score(
-    args,
-    found,
-    {'experiment': 'language model', 'seed': 0},
-    args.model,
-    experts,
-    [name for name, _ in texts],
-    lambda index, folder: perplexity(
-      args, folder, texts[index][1].split(',')[1]
-    ),
-  )
+  texts = {
+    name: files.split(',')
+    for name, _, files in (text.partition('=') for text in args.text)
+  }
+  settings = {'model': args.model.name, 'steps': args.steps or 100}
+  settings |= {'characters': args.characters, 'texts': list(texts)}
+  found.agree('language model', settings)
+  for seed in args.seeds:
+    experts = []
+    for name, (file, _) in texts.items():
+      words, folder = lm_words(args, name, file, seed)
+      if not folder.exists():
+        train_lm.main(words)
+      experts.append(folder)
+    scored = [file for _, file in texts.values()]
+    _score(
+      args,
+      found,
+      {'experiment': 'language model', 'seed': seed},
+      args.model,
+      experts,
+      list(texts),
+      lambda index, folder, scored=scored: perplexity(
+        args, folder, scored[index]
+      ),
+    )
 
 
 def _score(args, found, of, base, experts, names, score) -> None:
@@ -308,7 +358,7 @@ def main() -> None:
   add('--runs', **folder, default=pathlib.Path('runs/merging'))
   add('--seeds', nargs='+', type=int, default=SEEDS)
   add('--methods', nargs='+', choices=ROWS, default=ROWS)
-  add('--examples', type=harness.positive, default=8000)
+  add('--examples', type=harness.positive, default=EXAMPLES)
   add('--limit', type=harness.positive, default=2000)
   add('--steps', type=harness.positive, help='of tuning, to try the script')
   add('--characters', type=harness.positive, default=200_000)
@@ -316,11 +366,20 @@ def main() -> None:
   args = parser.parse_args()
   if (args.encoder is None) != (args.glue is None):
     parser.error('--encoder and --glue are needed together.')
+  wrong = [text for text in args.text if not _TEXT.fullmatch(text)]
+  if wrong or (args.model is not None and len(args.text) < 2):
+    parser.error(
+      f'--text {wrong or args.text}: --model needs two at least, each '
+      'NAME=TRAIN,SCORED.'
+    )
   found = Record(args.output)
-  if args.encoder is not None:
-    encoder(args, found)
-  if args.model is not None:
-    language_model(args, found)
+  try:
+    if args.encoder is not None:
+      encoder(args, found)
+    if args.model is not None:
+      language_model(args, found)
+  except ValueError as error:
+    parser.error(str(error))
 
 
 if __name__ == '__main__':

@@ -27,6 +27,17 @@ ROWS = [
     'steps': 4,
     'losses': {'loss': 2.2, 'loss_rare': 3.0},
   },
+  # Of runs of one seed the difference is .1 twice.
+  *(
+    {
+      'part': 'train',
+      'method': 'herding',
+      'seed': seed,
+      'steps': 4,
+      'losses': {'loss': loss, 'loss_rare': 3.2 - 0.2 * seed},
+    }
+    for seed, loss in ((1, 2.3), (0, 2.1))
+  ),
 ]
 
 
@@ -34,7 +45,9 @@ def test_tables_have_means_and_deviations(tmp_path):
   path = tmp_path / 'record.json'
   record.write(path, {'settings': {}, 'rows': ROWS})
   found = coresets.tables(path)
-  assert set(found) == {'coresets_errors', 'coresets_train'}
+  assert set(found) == {
+    *('coresets_errors', 'coresets_train', 'coresets_paired')
+  }
   assert (
     '| small | herding | 0.200 ± 0.141 | 0.400 ± 0.000 | 2 |'
     in (found['coresets_errors'])
@@ -43,6 +56,9 @@ def test_tables_have_means_and_deviations(tmp_path):
     '| quotas | 4 | 2.1000 ± 0.1414 | 3.0000 ± 0.0000 | 2 |'
     in (found['coresets_train'])
   )
+  assert found['coresets_paired'].splitlines()[2:] == [
+    '| herding | +0.1000 ± 0.0000 | +0.1000 ± 0.1000 | 2 |'
+  ]
 
 
 def test_rows_are_found_again_and_other_settings_refused(tmp_path):

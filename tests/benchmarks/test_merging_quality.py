@@ -1,5 +1,10 @@
 """The comparison of methods of merging: what it records and shows."""
 
+import argparse
+import pathlib
+
+import pytest
+
 from benchmarks.quality import merging
 
 
@@ -17,3 +22,36 @@ def test_scores_are_kept_and_shown(tmp_path):
   assert tables['merging_encoder'] == (
     '| method | rte |\n| --- | --- |\n| average | 0.65 ± 0.05 |\n'
   )
+
+
+def test_scores_of_other_settings_are_refused(tmp_path):
+  path = tmp_path / 'r.json'
+  found = merging.Record(path)
+  found.agree('encoder', {'steps': 5})
+  found.keep(dict.fromkeys(merging.Record.KEYS, 0) | {'experiment': 'encoder'})
+  again = merging.Record(path)
+  again.agree('encoder', {'steps': 5})
+  again.agree('language model', {'steps': 100})
+  with pytest.raises(ValueError) as error:
+    again.agree('encoder', {'steps': None})
+  assert str(error.value) == (
+    f"{path} holds scores of the encoder with the settings {{'steps': 5}}, and "
+    "asked for are {'steps': None}. Give another --output."
+  )
+
+
+def test_experts_of_a_trial_are_not_those_of_a_run():
+  def folders(steps, examples, seed):
+    args = argparse.Namespace(
+      **{'steps': steps, 'examples': examples, 'limit': 9},
+      runs=pathlib.Path('runs'),
+      **dict.fromkeys(('encoder', 'glue', 'model'), pathlib.Path('x')),
+    )
+    return (
+      merging.glue_words(args, 'rte', seed)[1],
+      merging.lm_words(args, 'python', 'a.txt', seed)[1],
+    )
+
+  asked = [(None, 8000, 0), (None, 8000, 1), (5, 8000, 0), (None, 64, 0)]
+  found = [folder for one in asked for folder in folders(*one)]
+  assert len(set(found)) == len(found)
