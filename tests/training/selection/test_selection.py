@@ -155,15 +155,58 @@ def test_random_choice_differs_from_step_to_step_and_seed_to_seed(run):
   assert first != other
 
 
-def test_herding_is_nearer_to_the_mean_than_chance(run, tail, state):
-  measured = jax.jit(
+@pytest.fixture(scope='module')
+def measured(run, tail, state):
+  return jax.jit(
     lambda candidates: selection.measure(
       *(RULE, tail, state.params, {}, run('herding', [])[0], candidates)
-    )[1]
+    )
   )
+
+
+def test_facility_compares_steps_of_adam_and_learns_what_it_picks(
+  run, measured
+):
+  pools = [pool(seed) for seed in range(3)]
+  # All entries: which are the largest signs is for rounding to say.
+  steps = run('facility', pools, top=None)
+  mu_F = nu_F = 0.0
+  for number, (memory, batch, _) in enumerate(steps, start=1):
+    candidates = pools[number - 1]
+    features_NF = np.float64(measured(candidates)[0]['features'])
+    mu_NF = 0.9 * mu_F + 0.1 * features_NF
+    nu_NF = 0.999 * nu_F + 0.001 * features_NF**2
+    scale_NF = np.sqrt(nu_NF / (1 - 0.999**number)) + 1e-8
+    steps_NF = mu_NF / (1 - 0.9**number) / scale_NF
+    rows = np.asarray(batch['seeds'])
+    picked = rows[candidates['source'][rows] != 2]
+    for source in (0, 1):
+      members = np.flatnonzero(candidates['source'] == source)
+      found = picked[candidates['source'][picked] == source]
+      if len(found) < len(members):  # Otherwise nothing was compared.
+        check_gains(steps_NF[members], np.searchsorted(members, found))
+    mu_F, nu_F = mu_NF[picked].mean(0), nu_NF[picked].mean(0)
+    for name, expected_F in (('mu', mu_F), ('nu', nu_F)):
+      np.testing.assert_allclose(
+        memory.moments[name], expected_F, rtol=1e-3, atol=1e-7
+      )
+
+
+def check_gains(features_NF, picked):
+  """Every pick adds as much to facility location as any would."""
+  distance_NN = np.abs(features_NF[:, None] - features_NF[None]).sum(-1)
+  similarity_NN = distance_NN.max() - distance_NN
+  best_N = np.zeros(len(features_NF))
+  for j in picked:
+    gains = np.maximum(similarity_NN, best_N[:, None]).sum(0) - best_N.sum()
+    assert gains[j] >= (1 - 1e-3) * gains.max()
+    best_N = np.maximum(best_N, similarity_NN[:, j])
+
+
+def test_herding_is_nearer_to_the_mean_than_chance(run, measured):
   for seed in range(4):
     candidates = pool(seed)
-    seen = jax.device_get(measured(candidates))
+    seen = jax.device_get(measured(candidates)[1])
     drawn = RULE._replace(selector='random')
     chance = [selection.decide(drawn, seen, n).error for n in range(20)]
     ((_, _, facts),) = run('herding', [candidates])
