@@ -110,6 +110,27 @@ def test_weights_are_not_divided_by_their_sum():
   assert run(chosen, tau_N)[0].tolist() == [1.5] * 4
 
 
+@pytest.mark.parametrize('method', ['ties', 'dare', 'tsv'])
+def test_weights_multiply_what_experts_changed(method):
+  tau_NOI = 1e-3 * np.random.default_rng(0).standard_normal((3, 6, 9))
+  weighted = methods.Options(method=method, weights=(0.0, 3.0, 0.0))
+  merged, _ = run(weighted, tau_NOI)
+  alone_NOI = tau_NOI * np.array([0, 1, 0])[:, None, None]
+  np.testing.assert_allclose(
+    merged, 3 * run(options(method), alone_NOI)[0], rtol=1e-4, atol=1e-7
+  )
+
+
+def test_weights_multiply_the_lengths_of_doge():
+  tau_NOI = 1e-3 * np.random.default_rng(0).standard_normal((3, 6, 9))
+  weighted = methods.Options(
+    method='doge', weights=(1.0, 2.0, 0.5), eta=0.07, solver='exact'
+  )
+  _, notes = run(weighted, tau_NOI)
+  lengths = notes['lambda'] * np.linalg.norm(tau_NOI, axis=(1, 2))
+  np.testing.assert_allclose(lengths, [0.07, 0.14, 0.035], rtol=1e-5)
+
+
 @pytest.mark.parametrize('method', ['task_arithmetic', 'ties'])
 def test_a_tensor_may_be_merged_in_parts(monkeypatch, method):
   tau_N = np.random.default_rng(0).standard_normal((3, 7, 5))
