@@ -229,6 +229,12 @@ def _misfit(
     if is_merged and not expert.is_adapter:
       return [f'{row.name}: {expert.label} lacks it']
     return []
+  is_tied = row.name == LM_HEAD and base.ties
+  if is_tied and expert.is_adapter and not _is_excluded(config, row.name):
+    return [
+      f'{row.name}: {expert.label} adapts it, and the base ties it to its '
+      "embedding; to go without: --exclude '^lm_head'"
+    ]
   is_kept = row.action == 'left out' or _is_excluded(config, row.name)
   if is_kept or (is_head(row.name) and not is_merged):
     return []

@@ -357,6 +357,16 @@ def test_heads_that_are_tied_in_one_folder_alone_are_an_error(tmp_path, trio):
   ]
   found = merge(tmp_path / 'out3', copies[0], copies[1:])
   assert actions(found)['lm_head.weight'] == 'left out'
+  # What an adapter adds to such a copy would be lost.
+  factors = np.ones((2, 8), np.float32), np.ones((20, 2), np.float32)
+  lora = small_folders.write_lora(tmp_path / 'lora', {'lm_head': factors})
+  with pytest.raises(ValueError) as error:
+    merge(tmp_path / 'out4', copies[0], [lora, copies[1]])
+  assert str(error.value).splitlines()[1] == (
+    '  lm_head.weight: lora adapts it, and the base ties it to its embedding; '
+    "to go without: --exclude '^lm_head'"
+  )
+  merge(tmp_path / 'out4', copies[0], [lora, copies[1]], exclude='^lm_head')
 
 
 def lm_head(value):
