@@ -2,14 +2,17 @@
 
 It checks the reference: every public name stands in exactly one page of
 `docs/reference`, and has a docstring; otherwise the build ends with the names.
+It checks the links of what was written, those in the pages of programs too.
 And it writes the tables of settings, whose texts stand under their fields,
 where tools that read docstrings of modules do not find them.
 """
 
 import dataclasses
+import html.parser
 import inspect
 import pathlib
 import re
+import urllib.parse
 from typing import Any
 
 _REFERENCE = pathlib.Path(__file__).parent / 'reference'
@@ -24,6 +27,60 @@ def on_pre_build(config: Any) -> None:
   del config
   if found := faults():
     raise mkdocs.exceptions.PluginError('\n'.join(found))
+
+
+def on_post_build(config: Any) -> None:
+  """Ends the build where a link of a page leads nowhere."""
+  import mkdocs.exceptions
+
+  if found := broken_links(pathlib.Path(config['site_dir'])):
+    raise mkdocs.exceptions.PluginError('\n'.join(found))
+
+
+class _Page(html.parser.HTMLParser):
+  """The links of a page, and the places in it that links may name."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.links: list[str] = []
+    self.places: set[str | None] = set()
+    self.feed(text)
+
+  def handle_starttag(self, tag: str, attrs: Any) -> None:
+    """Notes what a tag links to, and what it is called."""
+    found = dict(attrs)
+    self.places |= {found.get('id'), found.get('name')}
+    self.links += [
+      found[key] for key in ('href', 'src') if found.get(key) is not None
+    ]
+
+
+def broken_links(site: pathlib.Path) -> list[str]:
+  """The links between pages of a site that lead to no page or place.
+
+  Pages of programs are linked by their names in the site, which nothing but
+  this checks.
+  """
+  pages = {
+    path: _Page(path.read_text(encoding='utf-8'))
+    for path in sorted(site.rglob('*.html'))
+    if path.name != '404.html'  # Its links begin at the root of a server.
+  }
+  found = []
+  for path, page in pages.items():
+    for link in page.links:
+      parts = urllib.parse.urlsplit(link)
+      if parts.scheme or parts.netloc:
+        continue
+      target = path
+      if parts.path:
+        target = (path.parent / urllib.parse.unquote(parts.path)).resolve()
+      is_there = target.exists()
+      if target in pages and parts.fragment:
+        is_there = urllib.parse.unquote(parts.fragment) in pages[target].places
+      if not is_there:
+        found.append(f'{path.relative_to(site)}: {link} leads nowhere')
+  return found
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:

@@ -40,6 +40,24 @@ def test_a_name_that_is_missing_or_twice_or_undocumented_ends_the_build(
   assert 'racs has no docstring' in found
 
 
+def test_links_that_lead_nowhere_end_the_build(hooks, tmp_path):
+  (tmp_path / 'inner').mkdir()
+  (tmp_path / 'a.html').write_text(
+    '<h1 id="top"></h1><a href="inner/b.html#here"></a><a href="#top"></a>'
+    '<a href="https://example.org/x#y"></a><a href="inner/b.html#gone"></a>'
+    '<img src="no.png"><a href="#nowhere"></a>'
+  )
+  (tmp_path / 'inner' / 'b.html').write_text(
+    '<a name="here"></a><a href="../a.html"></a><a href="../../a/"></a>'
+  )
+  assert hooks.broken_links(tmp_path) == [
+    'a.html: inner/b.html#gone leads nowhere',
+    'a.html: no.png leads nowhere',
+    'a.html: #nowhere leads nowhere',
+    'inner/b.html: ../../a/ leads nowhere',
+  ]
+
+
 def test_every_page_is_in_the_menu():
   menu = (ROOT / 'mkdocs.yml').read_text().partition('\nnav:\n')[2]
   pages = {

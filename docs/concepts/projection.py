@@ -110,7 +110,7 @@ figure.tight_layout()
 # long as those of strong ones.) In this package a refresh happens inside the compiled step, one
 # matrix at a time, so that no step waits for all of them.
 #
-# What methods do with the rest differs: [GaLore](../../reference/optimizers/) leaves it out,
+# What methods do with the rest differs: [GaLore](../reference/optimizers.html) leaves it out,
 # Fira and Alice add it scaled, FRUGAL adds its sign, APOLLO uses the subspace only to find out how long
 # the steps should be, and GradNormLoRP projects the gradient of each kernel's direction after
-# splitting it into magnitude and direction. [The optimizers](../../optimizers/) compares them.
+# splitting it into magnitude and direction. [The optimizers](../optimizers.html) compares them.

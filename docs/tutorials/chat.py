@@ -37,7 +37,7 @@ train_sft(
 # ## The conversations
 #
 # One JSON object on every line: the messages of a conversation. Other formats (alpaca, sharegpt,
-# prompt and completion, plain text) are [told apart by their keys](../../instruction-tuning/#data).
+# prompt and completion, plain text) are [told apart by their keys](../instruction-tuning.html#data).
 
 # %%
 words = ['pinaha', 'lomiku', 'tarero', 'sudevo', 'kilaba', 'monuri', 'vesoti']
@@ -62,7 +62,7 @@ train_sft([*model, '--preview'])
 # %% [markdown]
 # ## Train
 #
-# LoRA here; `--method` takes [every other one](../../instruction-tuning/#methods). A run that is
+# LoRA here; `--method` takes [every other one](../instruction-tuning.html#methods). A run that is
 # interrupted goes on where it stopped when the same command is given again.
 
 # %%
@@ -70,7 +70,7 @@ train_sft(
   [
     *(*model, '--run-dir', f'{folder}/run', '--method', 'lora'),
     *('--learning-rate', '3e-3', '--epochs', '20', '--batch-size', '2'),
-    *('--eval.max-tokens', '24'),
+    *('--eval-every', '20', '--eval.max-tokens', '24'),
   ]
 )
 

@@ -72,7 +72,7 @@ print(format_report(report(params, gradnormlorp(2e-2, rank=16))))
 # %% [markdown]
 # Where the names of your parameters are not as the optimizer expects, say which are to be
 # projected: `param_labels=[('kernel', 'low_rank'), ('.*', 'full')]` are patterns in order, of which
-# the first counts. [The optimizers](../../optimizers/#what-happens-to-a-parameter) has the rules.
+# the first counts. [The optimizers](../optimizers.html#what-happens-to-a-parameter) has the rules.
 #
 # ## Flax NNX
 
@@ -135,7 +135,7 @@ print(f'loss {loss:.4f}')
 # way. What each keeps, in bytes, for the network above:
 
 # %%
-import gnlorp_jax  # noqa: E402
+import gnlorp_jax
 
 for name, made in {
   'optax.adamw': optax.adamw(1e-3),
@@ -151,4 +151,4 @@ for name, made in {
   print(f'{name:21s} {size:8,d} bytes')
 
 # %% [markdown]
-# Next: [a chat model from your own data](../chat/), or [all optimizers](../../optimizers/).
+# Next: [a chat model from your own data](chat.html), or [all optimizers](../optimizers.html).

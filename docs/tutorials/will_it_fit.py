@@ -17,7 +17,7 @@ plan(['--config', 'llama_7b_16gb', '--device', 'rtx4060ti'])
 # %% [markdown]
 # ## What to change where it does not fit
 #
-# Whole steps in bfloat16 with 32-bit moments do not: the plan says so, and tries changes one at a
+# Whole steps in bfloat16 do not fit there: the plan says so, and tries changes one at a
 # time, from mild to harsh.
 
 # %%
@@ -41,12 +41,12 @@ plan(
 # %% [markdown]
 # ## In a program
 #
-# The same numbers as values; [the reference](../../reference/plan/) has the functions. GiB of LLaMA-7B
+# The same numbers as values; [the reference](../reference/plan.html) has the functions. GiB of LLaMA-7B
 # by rank, layer by layer:
 
 # %%
-import gnlorp_jax.plan as planning  # noqa: E402
-from gnlorp_jax.config import load  # noqa: E402
+import gnlorp_jax.plan as planning
+from gnlorp_jax.config import load
 
 found = planning.PlanConfig(**vars(load('llama_7b_16gb')), device='rtx4060ti')
 for rank in (128, 512, 1024):
