@@ -1,13 +1,13 @@
 """Trains a language model on text, from random weights or from a trained model.
 
 Without options, and without network, it trains a small model on the sources of
-the running Python's standard library. Configurations for real runs are in
-configs/: choose one with --config FILE and override any field. --init-from goes
-on from the Hugging Face folder of a LLaMA, Qwen, Mistral, Gemma, Phi or SmolLM,
-or from a name of the hub. With --objective masked the model is a RoBERTa, which
-learns to guess tokens left out of a text. The same command in the same run
-directory resumes where it stopped. With TRAIN_LM_TRACEBACK set in the
-environment, an error shows where it arose.
+the running Python's standard library. --config takes a Python file, or the name
+of a configuration that comes with the package, such as llama_60m, of which any
+field can be overridden. --init-from goes on from the Hugging Face folder of a
+LLaMA, Qwen, Mistral, Gemma, Phi or SmolLM, or from a name of the hub. With
+--objective masked the model is a RoBERTa, which learns to guess tokens left out
+of a text. The same command in the same run directory resumes where it stopped.
+With TRAIN_LM_TRACEBACK set in the environment, an error shows where it arose.
 
   python train_lm.py
   python train_lm.py --init-from hf:HuggingFaceTB/SmolLM2-135M --data.source t/

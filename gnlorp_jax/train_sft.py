@@ -4,10 +4,11 @@ Without options, and without network, it trains a small model on generated
 instructions. --model is the Hugging Face folder of a LLaMA, Qwen, Mistral,
 Gemma, Phi or SmolLM, or hf:OWNER/NAME of the hub; --data are files of
 conversations in any of the usual formats; --method says what trains: full,
-lora, dora, galore, gradnormlorp, ... Configurations for real runs are in
-configs/: choose one with --config FILE and override any field. The same command
-in the same run directory resumes where it stopped. With TRAIN_SFT_TRACEBACK set
-in the environment, an error shows where it arose.
+lora, dora, galore, gradnormlorp, ... --config takes a Python file, or the name
+of a configuration that comes with the package, such as sft_smollm2, of which
+any field can be overridden. The same command in the same run directory resumes
+where it stopped. With TRAIN_SFT_TRACEBACK set in the environment, an error
+shows where it arose.
 
   python train_sft.py
   python train_sft.py --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl

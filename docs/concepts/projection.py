@@ -3,7 +3,7 @@
 #
 # Adam keeps two numbers for every weight. A low-rank method keeps two numbers for every *coordinate of
 # the gradient in a subspace*, and there are fewer of those. This page shows, for one matrix, what is
-# kept, what is lost, and why that works.
+# kept, what is lost, and when that is enough.
 #
 # ## Gradients have few directions
 #
@@ -38,7 +38,7 @@ left.semilogy(values / values[0])
 left.set(xlabel='number', ylabel='singular value, of the largest')
 right.plot(np.arange(1, 129), energy)
 right.axvline(16, color='0.6', lw=0.8)
-right.set(xlabel='rank', ylabel='share of the gradient kept')
+right.set(xlabel='rank', ylabel='share of the squared norm')
 figure.tight_layout()
 print(f'Rank 16 of 128 keeps {energy[15]:.1%} of the squared norm.')
 
@@ -99,13 +99,14 @@ for name, gap in {
   right.plot(shares, label=name)
   print(f'{name:24s} last loss {losses[-1]:.5f}')
 left.set(xlabel='step', ylabel='loss', yscale='log')
-right.set(xlabel='step', ylabel='share of the gradient kept', ylim=(0, 1.02))
+right.set(xlabel='step', ylabel='share of the squared norm', ylim=(0, 1.02))
 left.legend(frameon=False)
 figure.tight_layout()
 
 # %% [markdown]
-# The run that refreshes goes on learning, though every basis holds but a third of what is left; the
-# other has nothing left to learn in its subspace. (Plain descent is shown because its steps are
+# The run that refreshes goes on learning, though its last bases hold a third of what is left; the other has
+# nothing left to learn in its subspace. Here the projection costs loss in exchange for memory. Whether
+# it does in training a language model is measured in [the results](../results/quality.html). (Plain descent is shown because its steps are
 # the gradient's. Adam, which the methods run on the coordinates, takes weak directions with steps as
 # long as those of strong ones.) In this package a refresh happens inside the compiled step, one
 # matrix at a time, so that no step waits for all of them.

@@ -6,7 +6,7 @@
 # speak by generated instructions; with a real one the commands are the same:
 #
 # ```bash
-# pip install 'gnlorp_jax[sft]'
+# pip install '.[sft]'  # In a checkout.
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --preview
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --epochs 10 --batch-size 2
 # gnlorp-chat runs/sft/hf

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Five lines in your own loop
+# # An optimizer in your own loop
 #
 # The optimizers are Optax transformations. A training loop that has one already changes in one
 # place: where it is made. This page trains a small network by Flax Linen, Flax NNX and
 # Equinox, looks at what the optimizer does with every parameter, and counts what it saves.
 #
-# `pip install gnlorp_jax` is all that the optimizers need; this page also uses Flax and
+# `pip install .` in a checkout is all that the optimizers need; this page also uses Flax and
 # Equinox.
 
 # %%
@@ -26,7 +26,7 @@ y_BD = jnp.tanh(x_BD @ jax.random.normal(jax.random.key(1), (64, 64)) / 8)
 # %% [markdown]
 # ## Flax Linen, or any tree of arrays
 #
-# The five lines are those that make the optimizer and use it. `rank` is the size of the
+# Only the lines that make the optimizer and use it are of this package. `rank` is the size of the
 # subspace in which Adam runs; everything that is no matrix takes Adam as it is.
 
 
@@ -70,9 +70,22 @@ for step in range(100):
 print(format_report(report(params, gradnormlorp(2e-2, rank=16))))
 
 # %% [markdown]
-# Where the names of your parameters are not as the optimizer expects, say which are to be
-# projected: `param_labels=[('kernel', 'low_rank'), ('.*', 'full')]` are patterns in order, of which
-# the first counts. [The optimizers](../optimizers.html#what-happens-to-a-parameter) has the rules.
+# Matrices are found by their names: `kernel` (Flax), `weight` (Equinox) or `w` (Haiku), unless the path
+# names an embedding, a head or a norm. Whatever is called otherwise takes plain Adam, which the report
+# says. Then say which are to be projected, by patterns in order, of which the first counts:
+
+# %%
+unusual = {
+  'Wq': jnp.ones((64, 64)),
+  'theta': jnp.ones((64, 512)),
+  'shift': jnp.ones(64),
+}
+rules = [('Wq|theta', 'low_rank'), ('.*', 'full')]
+labelled = gradnormlorp(2e-2, rank=16, param_labels=rules)
+print(format_report(report(unusual, labelled, rules)))
+
+# %% [markdown]
+# These are taken as `[in, out]`; axes in another order are named by `weight_dimension_numbers`. [The optimizers](../optimizers.html#what-happens-to-a-parameter) has the rules.
 #
 # ## Flax NNX
 
@@ -141,10 +154,10 @@ for name, made in {
   'optax.adamw': optax.adamw(1e-3),
   'gradnormlorp': gnlorp_jax.gradnormlorp(2e-2, rank=16),
   'gradnormlorp, 8 bits': gnlorp_jax.gradnormlorp(
-    1e-2, rank=16, moment_bits=8, basis_bits=8
+    2e-2, rank=16, moment_bits=8, basis_bits=8
   ),
-  'galore': gnlorp_jax.galore(1e-2, rank=16),
-  'apollo': gnlorp_jax.apollo(1e-2, rank=16),
+  'galore': gnlorp_jax.galore(2e-2, rank=16),
+  'apollo': gnlorp_jax.apollo(2e-2, rank=16),
 }.items():
   state = jax.eval_shape(made.init, params)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

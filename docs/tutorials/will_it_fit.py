@@ -1,13 +1,19 @@
 # %% [markdown]
 # # Will it fit my card?
 #
+# In short, for a model of 7 billion parameters on a card of 16 GB, of which a run may use 14.98 GiB
+# (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.96` lets it): **pre-training** fits layer by layer with
+# kernels in 8 bits (12.9 GiB), **LoRA** beside a base in 8 or 4 bits (12.9 or 9.9 GiB), and whole steps on all
+# weights do not (52.5 GiB). [Which method for my card?](../which-method.html) has other cards. This page
+# shows how to find out for any model.
+#
 # A run's memory follows from shapes. `python -m gnlorp_jax.plan` says what a training step takes on a
 # GPU that need not be there, component by component, and what would make it fit.
 #
 # ## A 7B model on a card of 16 GB
 #
 # Without the CUDA wheels the plan is a lower bound, counted from shapes; with them
-# (`pip install 'gnlorp_jax[cuda]'`; no GPU is needed) XLA's compiler says what the step takes.
+# (`pip install '.[cuda]'`; no GPU is needed) XLA's compiler says what the step takes.
 
 # %%
 from gnlorp_jax.plan.__main__ import main as plan
@@ -17,8 +23,8 @@ plan(['--config', 'llama_7b_16gb', '--device', 'rtx4060ti'])
 # %% [markdown]
 # ## What to change where it does not fit
 #
-# Whole steps in bfloat16 do not fit there: the plan says so, and tries changes one at a
-# time, from mild to harsh.
+# Whole steps in bfloat16 do not fit there, even with moments in 8 bits: the plan says so, tries changes
+# one at a time, and lists first what saves most.
 
 # %%
 plan(['--config', 'llama_7b', '--device', 'rtx4060ti'])

@@ -168,6 +168,8 @@ def nearest_file(path: pathlib.Path) -> str:
     A sentence with a space before it, or nothing: where a name in the same
     folder is close, that; where there is no such folder, that.
   """
+  if path.exists():
+    return ''
   if not path.parent.is_dir():
     return f' There is no folder {path.parent}.'
   beside = {p.name: p for p in path.parent.iterdir()}

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -18,13 +19,27 @@ def blocks(path):
   return re.findall('```python\n(.*?)```', text, re.DOTALL)
 
 
+def updates_of(tx):
+  """What moves of a kernel whose last eight columns have the gradient."""
+  params = {'kernel': jnp.ones((32, 16))}
+  grads = {'kernel': jnp.zeros((32, 16)).at[:, 8:].set(1.0)}
+  with jax.numpy_rank_promotion('allow'):
+    updates, _ = tx.update(grads, tx.init(params), params)
+  return np.asarray(updates['kernel'])
+
+
 def test_programs_of_the_guide_to_optimizers():
   pytest.importorskip('equinox')
   names = {}
   found = blocks('docs/optimizers.md')
-  assert len(found) == 8
+  assert len(found) == 9
   for number, block in enumerate(found):
     exec(compile(block, f'optimizers.md, program {number}', 'exec'), names)
+    if 'largest_columns' in block:
+      moved = updates_of(names['tx'])
+      assert (np.abs(moved).sum(axis=0) > 0).tolist() == [False] * 8 + [
+        True
+      ] * 8
     if 'weight_dimension_numbers' in block:
       params = {
         'query': {'kernel': jnp.ones((16, 2, 4, 4))},

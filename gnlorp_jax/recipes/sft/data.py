@@ -64,8 +64,8 @@ def load(config: SftConfig) -> Chat:
   settings = config.data
   if settings.source is None and not config.is_demo:
     raise ValueError(
-      'No conversations are named for the model to learn: give their files as '
-      "data.source (or --data), or 'demo' for generated instructions."
+      'No conversations are named for the model to learn: add --data FILE '
+      '(data.source), or --data demo for generated instructions.'
     )
   tokenizer = load_tokenizer(config)
   text.check_vocab(tokenizer.vocab_size, config.model.vocab_size)

@@ -213,7 +213,7 @@ class SftConfig(RunConfig):
     ):
       raise ValueError(
         f'method={self.method!r} has no adapters for options of adapter to '
-        'change. Use method lora, dora or gradnormlorp_adapter.'
+        'change. Add --method lora, dora or gradnormlorp_adapter.'
       )
     if self.export == 'adapter' and kind not in ('lora', 'dora'):
       trains = 'all weights' if kind is None else f'adapters of kind {kind!r}'

@@ -289,8 +289,8 @@ def test_a_model_without_conversations_is_told_how_to_name_them(
   with pytest.raises(ValueError) as error:
     recipe.prepare(unnamed)
   assert str(error.value) == (
-    'No conversations are named for the model to learn: give their files as '
-    "data.source (or --data), or 'demo' for generated instructions."
+    'No conversations are named for the model to learn: add --data FILE '
+    '(data.source), or --data demo for generated instructions.'
   )
 
 
