@@ -49,7 +49,8 @@ LM = f"""
 SFT = f"""
   --steps {STEPS} --batch-size 8 --log-every 1 --checkpoint-every 2
   --eval-every 2 --eval.generate 2 --eval.max-tokens 4 --eval.temperature 1
-  --data.template none --data.limit 300 --data.packing --method lora
+  --data demo --data.template none --data.limit 300 --data.packing
+  --method lora
   --adapter.rank 2 --adapter.dropout 0.1 --adapter.rules (q|down)_proj/kernel
   --step.weight-bits 8
 """

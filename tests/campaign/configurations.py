@@ -29,7 +29,7 @@ _ADAPTER = '--adapter.rank 2 --adapter.rules (q|down)_proj/kernel'
 _SFT = """
   --steps 8 --batch-size 8 --log-every 1 --checkpoint-every 2 --mesh.data 1
   --eval-every 4 --eval.generate 2 --eval.max-tokens 4 --data.template none
-  --data.limit 200 --model FOLDER
+  --data demo --data.limit 200 --model FOLDER
 """
 _GLUE = f"""
   {_USUAL} {_MODEL} --mesh.data 1 --eval-batch-size 8 --epochs 2 --keep all
