@@ -134,6 +134,7 @@ def _cell(text: str) -> str:
 def faults() -> list[str]:
   """What is missing in the reference, twice in it, or without a docstring."""
   from gnlorp_jax import config, optim, plan
+  from gnlorp_jax.compose.command_help import doc
 
   public = {
     name: getattr(module, name)
@@ -149,17 +150,11 @@ def faults() -> list[str]:
   ]
   texts = {name: _documented(value) for name, value in public.items()}
   texts |= {
-    f'{kind.__name__}.{field.name}': _field_text(kind, field.name)
+    f'{kind.__name__}.{field.name}': doc(kind, field.name)
     for kind in settings()
     for field in dataclasses.fields(kind)
   }
   return found + [f'{n} has no docstring' for n in texts if not texts[n]]
-
-
-def _field_text(kind: type, name: str) -> str:
-  from gnlorp_jax.compose.command_help import doc
-
-  return doc(kind, name)
 
 
 def _documented(value: Any) -> bool:

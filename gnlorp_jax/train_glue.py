@@ -61,7 +61,7 @@ def finetune(config: GlueConfig) -> None:
     'Tasks: %s. Methods: %s. Learning rates: %s. Seeds: %s.',
     ', '.join(task.name for task in found),
     ', '.join(config.method_names),
-    config.learning_rates or 'of the table or given',
+    config.learning_rates or 'given, or those of the method and the task',
     ', '.join(map(str, config.seed_numbers)),
   )
   with run_directory.opened(config.run_dir), StopRequest() as stop:

@@ -26,13 +26,7 @@ from gnlorp_jax.compose import interruption
 with interruption.starting():
   import sys
 
-  from gnlorp_jax.compose import (
-    command_line,
-    coreset,
-    device_settings,
-    program,
-  )
-  from gnlorp_jax.optim import format_report
+  from gnlorp_jax.compose import command_line, device_settings, language_model
   from gnlorp_jax.recipes import grid
   from gnlorp_jax.recipes.pretrain import recipe, report
   from gnlorp_jax.recipes.pretrain.settings import TrainConfig, parse
@@ -54,14 +48,7 @@ def pretrain(config: TrainConfig) -> None:
   """One run, or a search over learning rates and seeds."""
   if config.dry_run:
     planned = recipe.plan(config.on_one_device(), 1)
-    rows = program.report(planned.program)
-    sys.stdout.write(format_report(rows) + '\n')
-    sys.stdout.write(
-      coreset.describe(
-        *(config.coreset, planned.program, planned.config.model),
-        *(planned.abstract_batch, config.micro_batches),
-      )
-    )
+    sys.stdout.write(language_model.dry_run(*planned))
     return
   device_settings.join(config)
   with report.opened(config):

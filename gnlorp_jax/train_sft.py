@@ -28,13 +28,7 @@ from gnlorp_jax.compose import interruption
 with interruption.starting():
   import sys
 
-  from gnlorp_jax.compose import (
-    command_line,
-    coreset,
-    device_settings,
-    program,
-  )
-  from gnlorp_jax.optim import format_report
+  from gnlorp_jax.compose import command_line, device_settings, language_model
   from gnlorp_jax.recipes import grid
   from gnlorp_jax.recipes.sft import data, recipe, report
   from gnlorp_jax.recipes.sft.settings import SftConfig, parse
@@ -56,14 +50,7 @@ def fine_tune(config: SftConfig) -> None:
   """One run, or a search over learning rates and seeds."""
   if config.dry_run:
     planned = recipe.plan(config.on_one_device(), 1)
-    rows = program.report(planned.program)
-    sys.stdout.write(format_report(rows) + '\n')
-    sys.stdout.write(
-      coreset.describe(
-        *(config.coreset, planned.program, planned.config.model),
-        *(planned.abstract_batch, config.micro_batches),
-      )
-    )
+    sys.stdout.write(language_model.dry_run(*planned))
     return
   if config.preview:
     config = recipe.resolve(config)

@@ -96,7 +96,7 @@ def _print_groups(
   if short_names:
     table = rich.table.Table('Short name', 'of', box=None, padding=(0, 2, 0, 0))
     for name, fields in short_names.items():
-      table.add_row(_option(name), ', '.join(map(_option, fields)))
+      table.add_row(option(name), ', '.join(map(option, fields)))
     console.print(table)
     console.print()
   if groups:
@@ -111,8 +111,10 @@ def _print_groups(
     )
 
 
-def _option(field: str) -> str:
-  return '--' + field.replace('_', '-')
+def option(field: str, *, negated: bool = False) -> str:
+  """A dotted field as an option, such as ``--model.no-remat``."""
+  *groups, name = field.replace('_', '-').split('.')
+  return '--' + '.'.join([*groups, f'no-{name}' if negated else name])
 
 
 def _only(node: Any, names: list[str]) -> Any:

@@ -237,18 +237,14 @@ def _replace_aliases(
     values = [value] if equals else []
     if not equals and not isinstance(_value(default, fields[0]), bool):
       values = list(itertools.islice(words, 1))  # Without one, tyro complains.
-    options = [_option(field, negated=is_negated) for field in fields]
+    options = [
+      command_help.option(field, negated=is_negated) for field in fields
+    ]
     for new in options:
       replaced += [new, *values]
     if told:
       _logger.info('%s means %s.', option, ' and '.join(options))
   return replaced
-
-
-def _option(field: str, *, negated: bool) -> str:
-  """A dotted field as an option, such as ``--model.no-remat``."""
-  *groups, name = field.replace('_', '-').split('.')
-  return '--' + '.'.join([*groups, f'no-{name}' if negated else name])
 
 
 def _value(node: Any, field: str) -> Any:
@@ -273,9 +269,7 @@ def _check_option(option: str, default: Any) -> None:
     known = field if field in names else field.removeprefix('no_')  # A flag.
     if known not in names:
       near = _nearest(field, node)
-      near = [
-        _option('.'.join([*groups, name]), negated=False) for name in near
-      ]
+      near = [command_help.option('.'.join([*groups, n])) for n in near]
       hint = f' Did you mean {near[0]}?' if near else ''
       near_by = near[0][2:].split('.')[:-1] if near else groups
       topic = ' '.join(['--help', *near_by[:1]])

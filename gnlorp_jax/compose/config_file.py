@@ -24,16 +24,13 @@ _UNKNOWN_FIELD = re.compile(
 )
 
 
+# In a checkout a link to configs/.
+_SUPPLIED = pathlib.Path(__file__).parents[1] / 'configs'
+
+
 def names() -> list[str]:
   """The configurations that come with the package, such as ``llama_60m``."""
-  return sorted(file.stem for file in _supplied().glob('[!_]*.py'))
-
-
-def _supplied() -> pathlib.Path:
-  """The folder with them: packed into the package, or beside it."""
-  package = pathlib.Path(__file__).parents[1]
-  packed = package / 'configs'
-  return packed if packed.is_dir() else package.parent / 'configs'
+  return sorted(file.stem for file in _SUPPLIED.glob('[!_]*.py'))
 
 
 def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
@@ -52,7 +49,7 @@ def load(path: str | pathlib.Path, kind: type[Config]) -> Config:
       an error is in it, which is then named with its line.
   """
   if str(path) in names():
-    path = _supplied() / f'{path}.py'
+    path = _SUPPLIED / f'{path}.py'
   path = pathlib.Path(path)
   if path.exists() and path.suffix != '.py':
     raise ValueError(

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from gnlorp_jax import models
-from gnlorp_jax.compose import folders, parameters, scores
-from gnlorp_jax.compose.program import Program
+from gnlorp_jax.compose import coreset, folders, parameters, scores
+from gnlorp_jax.compose.program import Program, report
 from gnlorp_jax.compose.settings import TaskOptions
 from gnlorp_jax.data import tasks as data_tasks
 from gnlorp_jax.data.tokenizer import Tokenizer
 from gnlorp_jax.disk import writing
 from gnlorp_jax.models import hf
+from gnlorp_jax.optim import format_report
 from gnlorp_jax.training import distributed, interrupt, sharding
 from gnlorp_jax.training.keeper import Found
 from gnlorp_jax.training.loop import Outcome
@@ -73,6 +74,24 @@ def tell_start(init_from: str | None, model: models.Config) -> None:
     init_from or 'random weights',
     *(model.model_type, f'{size:,}', model.param_dtype),
   )
+
+
+def dry_run(
+  config: Any, built: Program, abstract_batch: dict[str, jax.ShapeDtypeStruct]
+) -> str:
+  """What would happen to every parameter, and what choosing a batch takes.
+
+  Args:
+    config: The settings of a run, with its architecture.
+    built: What it computes.
+    abstract_batch: Shapes of a batch.
+  """
+  rows = format_report(report(built))
+  choosing = coreset.describe(
+    *(config.coreset, built, config.model, abstract_batch),
+    config.micro_batches,
+  )
+  return f'{rows}\n{choosing}'
 
 
 def read_tasks(config: TaskOptions) -> tuple[data_tasks.Task, ...]:

@@ -44,6 +44,7 @@ from gnlorp_jax.data.files import (
   check_suffix,
   check_text,
   inner_suffix,
+  nearest_file,
 )
 from gnlorp_jax.data.files import Tally as Tally
 
@@ -168,11 +169,8 @@ def _resolve_one(name: str, column: str) -> list['_Part']:
 
 
 def _unknown(name: str, path: pathlib.Path) -> str:
-  choices = {'stdlib': 'stdlib', 'tfds:': 'tfds:'}
-  if path.parent.is_dir():
-    choices |= {p.name: str(p) for p in path.parent.iterdir()}
-  close = difflib.get_close_matches(path.name, choices)
-  hint = f' Did you mean {choices[close[0]]!r}?' if close else ''
+  close = difflib.get_close_matches(name, ('stdlib', 'tfds:'), n=1)
+  hint = f' Did you mean {close[0]!r}?' if close else nearest_file(path)
   return (
     f'Unknown data source {name!r}: no such file, folder or glob, and not '
     f"'stdlib', 'tfds:NAME' or 'hf:OWNER/NAME[:N]'.{hint}"

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
-import rich.console
 import rich.logging
-import rich.progress
 
 from gnlorp_jax.disk import writing
 from gnlorp_jax.training import records

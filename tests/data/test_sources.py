@@ -313,8 +313,13 @@ def test_unknown_source_error_names_the_nearest_choice(folder):
   )
   with pytest.raises(ValueError, match="Did you mean 'stdlib'?"):
     sources.documents('stdlb')
-  with pytest.raises(ValueError, match=r"'hf:OWNER/NAME\[:N\]'.$"):
+  with pytest.raises(ValueError) as error:
     sources.documents(f'{folder}/nowhere/*.qqq')
+  assert str(error.value).endswith(
+    f"'hf:OWNER/NAME[:N]'. There is no folder {folder}/nowhere."
+  )
+  with pytest.raises(ValueError, match=r"'hf:OWNER/NAME\[:N\]'.$"):
+    sources.documents(f'{folder}/*.qqq')
 
 
 def test_empty_sources_are_errors(tmp_path):
