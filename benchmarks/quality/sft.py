@@ -38,6 +38,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.common import harness, programs, record
+from benchmarks.common.plots import legend
 from benchmarks.common.tables import markdown, median_in_quartiles
 from gnlorp_jax import layer_scores
 from gnlorp_jax.compose import scores
@@ -535,7 +536,7 @@ def _mean(
 def plots(path: pathlib.Path = OUTPUT, picture: pathlib.Path = PLOT) -> None:
   """Draws what methods score against the memory of a step."""
   found = record.read(path)
-  figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout='constrained')
+  figure = matplotlib.figure.Figure(figsize=(10, 5.2), layout='constrained')
   _draw(
     *(figure.add_subplot(1, 2, 1), found, 'sst2', 'accuracy', 100),
     'accuracy on the dev set of SST-2, %',
@@ -555,8 +556,8 @@ def _draw(
   times: float,
   label: str,
 ) -> None:
-  """One point a method, with its seeds as a bar; a line before training."""
-  for method in METHODS:
+  """One point a method, with its seeds as a bar; the title has the start."""
+  for number, method in enumerate(METHODS):
     step = _measured(found, task, method)
     rows = _whole_runs(found, task, method)
     if step is None or not rows:
@@ -564,11 +565,11 @@ def _draw(
     values = [times * row[name] for row in rows]
     x, y = step['step_bytes'] / 2**20, float(np.mean(values))
     half = (max(values) - min(values)) / 2
-    axes.errorbar(x, y, half, fmt='o', capsize=3)
-    axes.annotate(method, (x, y), (6, 4), textcoords='offset points')
+    looks = {'color': f'C{number % 10}', 'fmt': 'o' if number < 10 else 's'}
+    axes.errorbar(x, y, half, capsize=3, label=method, **looks)
   for row in _whole_runs(found, task, 'before'):
-    axes.axhline(times * row[name], color='grey', ls=':', label='before')
-    axes.legend()
+    axes.set_title(f'before training: {times * row[name]:.3g}')
+  legend(axes, ncols=3, loc='upper center', bbox_to_anchor=(0.5, -0.14))
   axes.set_xlabel('memory of a training step, MiB')
   axes.set_ylabel(label)
   axes.grid(alpha=0.3)
