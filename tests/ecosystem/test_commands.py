@@ -73,7 +73,8 @@ def commands():
           module = f'gnlorp_jax.{pathlib.Path(word).stem}'
           rest = words[number + 1 :]
         elif word in SCRIPTS:
-          module, rest = SCRIPTS[word].partition(':')[0], words[number + 1 :]
+          module = SCRIPTS[word].partition(':')[0].removesuffix('.__main__')
+          rest = words[number + 1 :]
         if module is None:
           continue
         end = [n for n, w in enumerate(rest) if w in ENDS]
