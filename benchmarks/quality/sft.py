@@ -369,7 +369,11 @@ def compare(
 
 
 class Record:
-  """Rows in the JSON file, one of each run."""
+  """Rows in the JSON file, one of each run.
+
+  The file is read again before it is written, since another process may have
+  added what it measured in the meantime.
+  """
 
   KEYS = ('task', 'method', 'rows', 'learning_rate', 'seed')
 
@@ -380,10 +384,12 @@ class Record:
       path: The file, which need not be there.
     """
     self._path = path
-    self._found: dict[str, Any] = {'environment': None, 'rows': []}
-    self._found['steps'] = []
-    if path.exists():
-      self._found = record.read(path)
+    self._read()
+
+  def _read(self) -> None:
+    self._found: dict[str, Any] = {'environment': None, 'rows': [], 'steps': []}
+    if self._path.exists():
+      self._found = record.read(self._path)
 
   def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
     """The row of a run, if it is finished."""
@@ -394,12 +400,14 @@ class Record:
 
   def keep(self, row: dict[str, Any]) -> None:
     """Writes the row of a finished run."""
+    self._read()
     self._found['environment'] = harness.environment()
     self._found['rows'].append(row)
     record.write(self._path, self._found)
 
   def keep_step(self, row: dict[str, Any]) -> None:
     """Writes what was measured of a step, instead of what there was."""
+    self._read()
     of = (row['task'], row['method'])
     steps = self._found['steps']
     steps = [r for r in steps if (r['task'], r['method']) != of]

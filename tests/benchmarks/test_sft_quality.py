@@ -78,6 +78,16 @@ def test_what_is_recorded_is_found_again(tmp_path):
   assert record.read(path)['steps'] == STEPS
 
 
+def test_what_two_processes_record_at_once_is_kept(tmp_path):
+  one, other = sft.Record(tmp_path / 'r.json'), sft.Record(tmp_path / 'r.json')
+  other.keep_step(STEPS[0])
+  one.keep(ROWS[1])
+  other.keep(ROWS[2])
+  found = record.read(tmp_path / 'r.json')
+  assert found['steps'] == [STEPS[0]]
+  assert found['rows'] == ROWS[1:3]
+
+
 @pytest.fixture
 def searched(monkeypatch):
   """Runs whose loss is lowest at one rate; those that were taken."""
