@@ -137,4 +137,4 @@ show(
 # | logits | `--loss-chunk-tokens` | nothing worth mention |
 #
 # `python -m gnlorp_jax.plan` tries these for a run that does not fit, one at a time, and lists first what
-# saves most. Which of them costs quality is measured in [the results](../results/README.html).
+# saves most. Which of them costs quality is measured in [the results](../results/index.html).
