@@ -50,21 +50,22 @@ def show(rows):
     sizes = [row.get(part, 0.0) for row in rows.values()]
     if max(sizes) < 0.1:
       continue  # Too thin to be seen.
-    axes.barh(list(rows), sizes, left=list(start.values()), label=part)
+    label = part.replace('_', ' ')
+    axes.barh(list(rows), sizes, left=list(start.values()), label=label)
     start = {name: start[name] + rows[name].get(part, 0.0) for name in rows}
   for name, size in start.items():
-    axes.text(size + 0.5, name, f'{size:.1f}', va='center')
+    axes.text(1.01 * size, name, f'{size:.1f}', va='center')
   axes.invert_yaxis()
   axes.set(xlabel='GiB, lower bound', xlim=(0, 1.15 * max(start.values())))
-  axes.legend(frameon=False, loc='lower right')
+  axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
   figure.tight_layout()
 
 
 # %% [markdown]
 # ## The optimizer
 #
-# Weights in bfloat16, 4 sequences of 256 tokens, one GPU. AdamW's moments take twice what the weights do. A
-# projection of rank 1024, a quarter of the width, leaves a third of that, 8 bits a quarter of what is
+# Weights in bfloat16, 4 sequences of 256 tokens, one GPU. AdamW's moments, in float32, take four times what the
+# weights do. A projection of rank 1024, a quarter of the width, leaves a third of that, 8 bits a quarter of what is
 # left. The gradient stays.
 
 # %%
