@@ -38,11 +38,12 @@ def on_post_build(config: Any) -> None:
 
 
 class _Page(html.parser.HTMLParser):
-  """The links of a page, and the places in it that links may name."""
+  """The links of a page, what it loads, the places that links may name."""
 
   def __init__(self, text: str):
     super().__init__()
     self.links: list[str] = []
+    self.fetched: list[str] = []
     self.places: set[str | None] = set()
     self.feed(text)
 
@@ -50,16 +51,19 @@ class _Page(html.parser.HTMLParser):
     """Notes what a tag links to, and what it is called."""
     found = dict(attrs)
     self.places |= {found.get('id'), found.get('name')}
-    self.links += [
+    named = [
       found[key] for key in ('href', 'src') if found.get(key) is not None
     ]
+    self.links += named
+    if tag in ('script', 'img', 'link') and found.get('rel') != 'canonical':
+      self.fetched += named
 
 
 def broken_links(site: pathlib.Path) -> list[str]:
   """The links between pages of a site that lead to no page or place.
 
   Pages of programs are linked by their names in the site, which nothing but
-  this checks.
+  this checks. So are pages that would load anything from elsewhere.
   """
   pages = {
     path: _Page(path.read_text(encoding='utf-8'))
@@ -68,6 +72,11 @@ def broken_links(site: pathlib.Path) -> list[str]:
   }
   found = []
   for path, page in pages.items():
+    found += [
+      f'{path.relative_to(site)}: {link} is fetched from elsewhere'
+      for link in page.fetched
+      if urllib.parse.urlsplit(link).netloc
+    ]
     for link in page.links:
       parts = urllib.parse.urlsplit(link)
       if parts.scheme or parts.netloc:

@@ -46,11 +46,13 @@ def test_links_that_lead_nowhere_end_the_build(hooks, tmp_path):
     '<h1 id="top"></h1><a href="inner/b.html#here"></a><a href="#top"></a>'
     '<a href="https://example.org/x#y"></a><a href="inner/b.html#gone"></a>'
     '<img src="no.png"><a href="#nowhere"></a>'
+    '<script src="https://example.org/a.js"></script>'
   )
   (tmp_path / 'inner' / 'b.html').write_text(
     '<a name="here"></a><a href="../a.html"></a><a href="../../a/"></a>'
   )
   assert hooks.broken_links(tmp_path) == [
+    'a.html: https://example.org/a.js is fetched from elsewhere',
     'a.html: inner/b.html#gone leads nowhere',
     'a.html: no.png leads nowhere',
     'a.html: #nowhere leads nowhere',
