@@ -105,8 +105,7 @@ show(
 # ## What trains
 #
 # In fine-tuning one may train less. **Adapters** of rank 16 beside frozen kernels have small gradients and
-# small moments, and what is frozen may be rounded to 8 or 4 bits. **A few layers at a time** trains
-# all of the weights in turn, and holds gradients and moments of the drawn ones alone.
+# small moments, and what is frozen may be rounded to 8 or 4 bits. **A few layers at a time** trains the layers in turn, and holds gradients and moments of the drawn ones alone.
 
 # %%
 lora = {
@@ -132,7 +131,7 @@ show(
 # | what is too large | what makes it small | what it takes instead |
 # |---|---|---|
 # | moments | a projection; a smaller rank; 8 or 4 bits | a refresh of the basis now and then; rounding |
-# | gradients | [layer by layer](../layerwise.html); [a few layers at a time](../layer-sampling.html) | a second backward pass where gradients are clipped; more steps |
+# | gradients | [layer by layer](../layerwise.html); [a few layers at a time](../layer-sampling.html) | where they are clipped, gradients that wait or a second backward pass; more steps |
 # | weights | 8 bits; in fine-tuning a base of 4 bits | stochastic rounding; rounding once |
 # | activations | `--model.remat`, `--micro-batches` | a second forward pass; smaller matrix products |
 # | logits | `--loss-chunk-tokens` | nothing worth mention |

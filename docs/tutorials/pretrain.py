@@ -7,9 +7,9 @@
 #
 # ```bash
 # pip install '.[train]'  # In a checkout; with a GPU also '.[cuda]'.
-# gnlorp-train-lm --config llama_60m --data.source 'text/*.jsonl' --dry-run
-# gnlorp-train-lm --config llama_60m --data.source 'text/*.jsonl' --run-dir runs/mine
-# gnlorp-train-lm --config llama_60m --data.source 'text/*.jsonl' --run-dir runs/galore --optim.name galore
+# gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --dry-run
+# gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --run-dir runs/mine
+# gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --run-dir runs/galore --optim.name galore
 # ```
 #
 # ## The text
@@ -74,7 +74,8 @@ print((folder / 'gradnormlorp' / 'sample.txt').read_text()[:300])
 #
 # ## Compare with another optimizer
 #
-# Each wants its own learning rate: `--learning-rates 3e-3,1e-2,3e-2` tries several and goes on with the best.
+# Each wants its own learning rate: `--learning-rates 3e-3,1e-2,3e-2` tries several; with `--seeds 0,1` the best runs again
+# with the second seed.
 # Two runs are enough to see the curves.
 
 # %%
