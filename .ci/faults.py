@@ -122,7 +122,7 @@ FAULTS = (
   ),
   Fault(
     *('columns of a power iteration that are not orthonormal',),
-    'optim/projections/svd.py',
+    'optim/parts/orthonormal.py',
     'columns_NR = unit_columns(unit_columns(wanted_NR) + fill * old_NR)',
     'columns_NR = unit_columns(wanted_NR)',
     'optim/projections/test_svd.py optim/subspace/test_refresh.py',
