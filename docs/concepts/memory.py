@@ -105,7 +105,8 @@ show(
 # ## What trains
 #
 # In fine-tuning one may train less. **Adapters** of rank 16 beside frozen kernels have small gradients and
-# small moments, and what is frozen may be rounded to 8 or 4 bits. **A few layers at a time** trains the layers in turn, and holds gradients and moments of the drawn ones alone.
+# small moments, and what is frozen may be rounded to 8 or 4 bits. **A few layers at a time** trains the
+# layers in turn, and holds gradients and moments of the drawn ones alone.
 
 # %%
 lora = {

@@ -8,18 +8,19 @@
 # ```bash
 # pip install '.[sft]'  # In a checkout.
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --preview
-# gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --epochs 10 --batch-size 2
+# gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --method lora --learning-rate 1e-3
 # gnlorp-chat runs/sft/hf
 # ```
 #
 # ## The model to start from
 #
 # Without options `train_sft.py` trains a small model on instructions about made-up words, and
-# leaves it as a Hugging Face folder. Two epochs are enough here.
+# leaves it as a Hugging Face folder.
 
 # %%
 import json
 import pathlib
+import random
 import tempfile
 
 from gnlorp_jax.chat import main as chat
@@ -28,7 +29,7 @@ from gnlorp_jax.train_sft import main as train_sft
 folder = pathlib.Path(tempfile.mkdtemp())
 train_sft(
   [
-    *('--run-dir', f'{folder}/base', '--epochs', '2'),
+    *('--run-dir', f'{folder}/base', '--epochs', '3'),
     *('--eval.generate', '4', '--eval.max-tokens', '24'),
   ]
 )
@@ -40,15 +41,16 @@ train_sft(
 # prompt and completion, plain text) are [told apart by their keys](../instruction-tuning.html#data).
 
 # %%
-words = ['pinaha', 'lomiku', 'tarero', 'sudevo', 'kilaba', 'monuri', 'vesoti']
+draw = random.Random(0)
+syllables = 'ba de fi go ka lo mi na pe ra su to vi zu'.split()
 with open(folder / 'chats.jsonl', 'w') as file:
-  for word in words:
-    for mark in '!?':
-      messages = [
-        {'role': 'user', 'content': f'Shout {word} with {mark}'},
-        {'role': 'assistant', 'content': f'{word}{mark}{mark}'},
-      ]
-      file.write(json.dumps({'messages': messages}) + '\n')
+  for _ in range(120):
+    word = ''.join(draw.choices(syllables, k=3))
+    messages = [
+      {'role': 'user', 'content': f'Shout {word}.'},
+      {'role': 'assistant', 'content': f'{word.upper()}!'},
+    ]
+    file.write(json.dumps({'messages': messages}) + '\n')
 
 # %% [markdown]
 # ## Look before you train
@@ -69,8 +71,8 @@ train_sft([*model, '--preview'])
 train_sft(
   [
     *(*model, '--run-dir', f'{folder}/run', '--method', 'lora'),
-    *('--learning-rate', '3e-3', '--epochs', '20', '--batch-size', '2'),
-    *('--eval-every', '20', '--eval.max-tokens', '24'),
+    *('--learning-rate', '3e-3', '--epochs', '6', '--batch-size', '4'),
+    *('--eval-every', '50', '--eval.max-tokens', '24'),
   ]
 )
 
@@ -78,9 +80,7 @@ train_sft(
 # ## Talk to it
 #
 # The run left a Hugging Face folder, which transformers reads too. `gnlorp-chat` talks on a
-# terminal; with `--prompt` it answers one question.
+# terminal; with `--prompt` it answers one question. This word was in no conversation.
 
 # %%
-chat(
-  [f'{folder}/run/hf', '--prompt', 'Shout pinaha with !', '--temperature', '0']
-)
+chat([f'{folder}/run/hf', '--prompt', 'Shout pinaha.', '--temperature', '0'])

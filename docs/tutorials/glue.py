@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Compare methods on a task
 #
-# Which method is best for your task is a question to the task. `gnlorp-train-glue` fine-tunes an encoder
+# Only your task can tell which method is best for it. `gnlorp-train-glue` fine-tunes an encoder
 # such as RoBERTa to tell sentences apart, with as many methods, learning rates and seeds as you ask for, and
 # ends with a table. What is run here is a made-up task and a small encoder made on the spot; with a trained
 # one the commands are the same:
@@ -10,7 +10,7 @@
 # pip install '.[glue]'  # In a checkout.
 # gnlorp-train-glue --task mine --data.train train.jsonl --data.dev dev.jsonl \
 #   --init-from hf:FacebookAI/roberta-base --method full,lora,gradnormlorp \
-#   --learning-rates 1e-5,3e-5,1e-4 --seeds 0,1,2 --epochs 3
+#   --learning-rates 1e-5,3e-5,1e-4,4e-4 --seeds 0,1,2 --epochs 3
 # ```
 #
 # GLUE's own tasks are read from its official files: `--task mrpc,rte --data.source glue/`. Without options at
@@ -92,8 +92,8 @@ train_glue(
 # %% [markdown]
 # ## What is in the folder
 #
-# `results.md`, `results.json` and `results.png` over all runs, and a folder for each, with its metrics and
-# predictions; of one run alone, or with `--export True`, also the model as a Hugging Face folder.
+# `results.md`, `results.json` and `results.png` over all runs, and a folder for each, with its metrics,
+# and predictions where there is a `--data.test`; of one run alone, or with `--export True`, also the model as a Hugging Face folder.
 
 # %%
 print((folder / 'compared' / 'results.md').read_text())

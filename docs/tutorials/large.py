@@ -79,12 +79,14 @@ for name in ('whole', 'small'):
 # ## What may go wrong at that size
 #
 # * **It does not fit after all.** The run ends with the message to plan. `--batch-size` counts sequences
-#   of a step: with `--micro-batches` fewer of them are on the card at once.
+#   of a step. Layer by layer the inputs of all blocks are kept for all of them: `--step.offload` keeps these in
+#   the host's memory.
 # * **Power or time runs out.** The same command goes on from the last checkpoint; `--checkpoint-every` says
 #   how often one is written.
 # * **Gradients explode.** Layer by layer the norm of all gradients is not known before the first update.
 #   `--optim.clip-global-norm 1.0 --step.clipping recompute` clips by it exactly, for one more backward pass.
-# * **The loss is not finite.** Such a step is left out and counted; weights that are not finite are never saved.
+# * **The loss is not finite.** Such a step is left out and counted. Without clipping, blocks that were
+#   updated before a bad gradient came up have moved; weights that are not finite are never saved.
 #
 # [Layer by layer](../layerwise.html) has all that can be asked of such steps, and
 # [which method for my card?](../which-method.html) other cards.

@@ -84,8 +84,8 @@ merge([*both, '--dry-run'])
 # %% [markdown]
 # ## Merge
 #
-# Task arithmetic adds to the base what each expert changed, here half of it. `ties`, `dare`, `tsv` and `doge` first
-# take away where the changes get in each other's way; [merging models](../merging.html) explains them.
+# Task arithmetic adds to the base what each expert changed, here half of it. `ties`, `tsv` and `doge` lessen
+# conflicts between the changes, `dare` drops most of them at random; [merging models](../merging.html) explains them.
 
 # %%
 merge(both)

@@ -109,6 +109,7 @@ plt.show()
 # ## On from here
 #
 # * Larger models: `--config llama_130m`, `llama_350m`, `llama_1b`, and [7B on one card](large.html).
-# * An open model instead of random weights: `--init-from hf:HuggingFaceTB/SmolLM2-135M`.
+# * An open model instead of random weights: `--init-from hf:HuggingFaceTB/SmolLM2-135M`, with a
+#   lower `--optim.learning-rate`, such as 2e-4.
 # * Moments in 8 bits: `--optim.moment-bits 8`. Layer by layer: `--step.mode layerwise`.
 # * All options: `gnlorp-train-lm --help`, and [the settings](../reference/config.html#trainconfig).

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Several hosts
 #
-# One process drives all GPUs of a host, with no option at all. GPUs of several hosts are driven by as many
-# processes, all of which get the same command. Under Slurm, `srun` tells the processes where they are:
+# One process drives all GPUs of a host, with no option at all. GPUs of several hosts are driven by several
+# processes, all of which get the same command: one for each host by hand, one for each GPU under Slurm, whose `srun`
+# tells the processes where they are:
 #
 # ```bash
 # srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 \
@@ -78,7 +79,7 @@ def wait(processes):
 wait([start(number, 2, 2, '--steps', '40') for number in (0, 1)])
 
 # %% [markdown]
-# Process 0 tells of the run; the others tell only what goes wrong.
+# Process 0 reports on the run; the others print only warnings and errors.
 #
 # ## On with another number of processes
 #

@@ -3,8 +3,8 @@
 #
 # In short, for a model of 7 billion parameters on a card of 16 GB, of which a run may use 14.98 GiB
 # (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.96` lets it): **pre-training** fits layer by layer with
-# kernels in 8 bits (12.9 GiB), **LoRA** beside a base in 8 or 4 bits (12.9 or 9.9 GiB), and whole steps on all
-# weights do not (52.5 GiB). [Which method for my card?](../which-method.html) has other cards. This page
+# the blocks' weight matrices in 8 bits (12.9 GiB), **LoRA** beside a base in 8 or 4 bits (8.7 or 5.8 GiB by whole
+# steps), and whole steps on all weights do not (52.5 GiB). [Which method for my card?](../which-method.html) has other cards. This page
 # shows how to find out for any model.
 #
 # A run's memory follows from shapes. `python -m gnlorp_jax.plan` says what a training step takes on a

@@ -18,6 +18,16 @@ def num_params(program: Program) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def num_trained(program: Program) -> int:
+  """Number of the weights that train, from shapes alone.
+
+  In codes, of which one may be half a byte, there are as many as decoded.
+  """
+  held = program.parameters
+  shapes = jax.eval_shape(held.decode_exact, held.trained)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def memory(program: Program, step: StepConfig, optim: OptimConfig) -> Memory:
   """Bytes of a run by component, beside those of AdamW.
 

@@ -116,6 +116,16 @@ def test_number_of_parameters_is_that_of_the_model():
   assert report.num_params(built) == PROJECTED + FULL
 
 
+def test_number_of_trained_weights_counts_no_scales_of_codes():
+  """Neither those of 8-bit kernels, nor what adapters leave frozen."""
+  coded = StepConfig(mode='layerwise', weight_bits=8)
+  built = program_of(settings(step=coded))
+  assert report.num_trained(built) == PROJECTED + FULL
+  adapter = AdapterOptions(kind='lora', rank=R)
+  built = program_of(settings('adamw', adapter=adapter, step=coded))
+  assert report.num_trained(built) == L * R * (4 * 2 * D + 3 * (D + F))
+
+
 def test_table_adds_up():
   found = memory_of(settings('galore'))
   table = report.memory_table(found, 'galore')

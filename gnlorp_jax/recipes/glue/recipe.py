@@ -25,6 +25,7 @@ from gnlorp_jax.compose import (
   program,
   run_directory,
 )
+from gnlorp_jax.compose.report import num_trained
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
   OptimConfig,
@@ -433,16 +434,10 @@ def describe(prepared: Prepared, learning_rate: float, seed: int) -> Result:
 def describe_sizes(built: program.Program) -> dict[str, int]:
   """Numbers of parameters, and bytes of the optimizer's state."""
   held = built.parameters
-  # In codes, of which one may be half a byte, there are as many as decoded.
-  trained, in_state, frozen = (
-    sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for tree in jax.eval_shape(
-      held.decode_exact,
-      (held.trained, built.abstract_state.params, held.frozen),
-    )
-  )
+  stored = (built.abstract_state.params, held.frozen)
+  decoded = jax.eval_shape(held.decode_exact, stored)
   return {
-    'trainable_parameters': trained,
-    'parameters': in_state + frozen,
+    'trainable_parameters': num_trained(built),
+    'parameters': sum(leaf.size for leaf in jax.tree.leaves(decoded)),
     'optimizer_state_bytes': built.state_bytes,
   }

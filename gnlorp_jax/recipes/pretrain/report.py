@@ -187,12 +187,10 @@ def summarise(
     'median_tokens_per_second': float(np.median(speeds)) if speeds else None,
     'memory_bytes': memory(built, config.step, config.optim),
     'device': jax.local_devices()[0].device_kind,
+    'peak_device_bytes': outcome.record['peak_device_bytes'],
   }
   if chosen:
     summary['coreset'] = chosen
-  device_memory = jax.local_devices()[0].memory_stats()  # None on a CPU.
-  if device_memory:
-    summary['peak_device_bytes'] = device_memory.get('peak_bytes_in_use')
   if speeds:
     instruments = built.instruments(
       config.optim, config.steps, flops_per_token=flops_per_token(config)

@@ -18,7 +18,12 @@ from gnlorp_jax.compose import (
   parameters,
   run_directory,
 )
-from gnlorp_jax.compose.report import memory, memory_table, num_params
+from gnlorp_jax.compose.report import (
+  memory,
+  memory_table,
+  num_params,
+  num_trained,
+)
 from gnlorp_jax.data import chat
 from gnlorp_jax.disk import writing
 from gnlorp_jax.recipes import grid
@@ -118,9 +123,7 @@ def summarise(
     'adapter': config.adapter.kind,
     'learning_rate': config.optim.learning_rate,
     'parameters': num_params(built),
-    'trained_parameters': sum(
-      leaf.size for leaf in jax.tree.leaves(built.parameters.trained)
-    ),
+    'trained_parameters': num_trained(built),
     'optimizer_state_bytes': built.state_bytes,
     'steps': record['last']['step'],
     'epochs': (

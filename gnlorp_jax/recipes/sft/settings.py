@@ -139,8 +139,8 @@ class SftConfig(RunConfig):
   eval_every: int | None = result(None)
   """Steps between two evaluations; None evaluates after every epoch."""
   checkpoint_every: int | None = free(None)
-  """Steps between two checkpoints; None saves with every evaluation, and ten
-  times in a run."""
+  """Steps between two checkpoints; None is the shorter of a tenth of the run
+  and the steps between two evaluations."""
   checkpoint_keep: int = free(2)
   """Number of checkpoints kept."""
   keep_best: bool = result(True)

@@ -166,6 +166,7 @@ def outcome(last, best=None):
   record = {
     'last': {'step': 4, 'loss': last[0], 'perplexity': last[1]},
     'best': None,
+    'peak_device_bytes': 7,
   }
   if best is not None:
     record['best'] = {'step': 2, 'loss': best[0], 'perplexity': best[1]}
@@ -194,6 +195,7 @@ def test_summary_takes_first_and_last_loss_and_the_median_speed(tmp_path):
   assert summary['last_eval_loss'] == 3.0
   assert summary['last_eval_perplexity'] == 20.1
   assert summary['median_tokens_per_second'] == 30.0
+  assert summary['peak_device_bytes'] == 7  # Of this run, by its loop.
   assert summary['mfu'] is None  # The peak of a CPU is not known.
   assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
