@@ -1,6 +1,6 @@
 """What `--help` prints: the options of a program, or of one group of them.
 
-A configuration of a run has some hundred and fifty options. `--help` shows
+A configuration of a run has more than a hundred options. `--help` shows
 those that stand in no group, and what the groups are; `--help GROUP` shows one,
 `--help all` everything.
 """

@@ -130,6 +130,17 @@ def for_adapters(config: OptimConfig) -> OptimConfig:
   return dataclasses.replace(config, side='both' if 'both' in sides else None)
 
 
+def rank_or(config: OptimConfig, default: int) -> int | None:
+  """The rank that is given, or a default where it is one of whole matrices.
+
+  That of `vlorp` and `projfactor` counts the directions of pieces of rows,
+  another number: None stands for the optimizer's own default there.
+  """
+  if config.rank is not None or config.name in ('vlorp', 'projfactor'):
+    return config.rank
+  return default
+
+
 def in_cycles(config: OptimConfig, adapter: AdapterOptions) -> OptimConfig:
   """The optimizer with the cycle of its jagged schedule: that of the restarts.
 

@@ -24,7 +24,6 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import os
 import pathlib
 import sysconfig
@@ -47,8 +46,6 @@ from gnlorp_jax.data.files import (
   nearest_file,
 )
 from gnlorp_jax.data.files import Tally as Tally
-
-logger = logging.getLogger(__name__)
 
 _STDLIB_BYTES = 4_000_000
 _STDLIB_EXCLUDED = frozenset(

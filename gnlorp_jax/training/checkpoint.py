@@ -357,8 +357,8 @@ class Checkpointer:
     except Exception as error:
       raise OSError(
         f'A checkpoint could not be written to {self._directory}: '
-        f'{_first_line(error)}. Checkpoints that were complete are untouched. '
-        'Check the free space and the permissions.'
+        f'{distributed.first_line(error)}. Checkpoints that were complete are '
+        'untouched. Check the free space and the permissions.'
       ) from error
 
 
@@ -395,12 +395,8 @@ def _failures_as_damage():
     if getattr(error, 'errno', None) in _NOT_DAMAGE_NUMBERS:
       raise
     raise integrity.DamagedError(
-      f'{type(error).__name__}: {_first_line(error)}'
+      f'{type(error).__name__}: {distributed.first_line(error)}'
     ) from error
-
-
-def _first_line(error):
-  return str(error).partition('\n')[0].rstrip('.')
 
 
 def _free_name(path):

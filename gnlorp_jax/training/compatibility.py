@@ -32,11 +32,11 @@ def check_compatible(
   accepted: Collection[str] = (),
   since: Since = _NOTHING,
 ) -> None:
-  """Checks that a checkpoint was made with the architecture at hand.
+  """Checks that a checkpoint was made with the settings and data at hand.
 
   Args:
-    saved: The architecture in the checkpoint's metadata.
-    current: The architecture of this run.
+    saved: The checkpoint's metadata.
+    current: Those of this run.
     directory: Where the checkpoint is, for the error's text.
     accepted: Names of fields that may differ; a warning says so.
     since: What has come since the checkpoint was written.

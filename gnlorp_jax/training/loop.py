@@ -60,7 +60,7 @@ class Run(NamedTuple):
     abstract_state: Shapes and shardings of the training state.
     start: Makes the state at step 0 and the constants.
     train_step: Compiled: (state, batch, constants) -> (state, metrics); the
-      state is donated. With `context` its value comes last.
+      state is donated.
     batches: An iterator over host batches with an array ``inputs`` ``[B, T]``,
       and with `get_state()` and `set_state(state)` for its position, which
       does not depend on the size of batches.
@@ -80,7 +80,6 @@ class Run(NamedTuple):
       `better`.
     select: Chooses the batch to train on from a larger one on the devices; its
       memory stands in checkpoints beside the state.
-    context: ``context(number)``: a pytree that varies from step to step.
     log: Where rows of metrics go beside the folder.
     renew: ``renew(state)``: a state that was read, with what the settings of
       now decide in it, such as learning rates.
@@ -106,7 +105,6 @@ class Run(NamedTuple):
   patience: int | None = None
   log: metrics.Log | None = None
   select: Selection | None = None
-  context: Callable[[int], Any] | None = None
   renew: Callable[[TrainState], TrainState] | None = None
   accepted: tuple[str, ...] = ()
   since: Since = Since()
@@ -151,7 +149,6 @@ def steps(
   *constants: Any,
   select: Selection | None = None,
   memory: Any = None,
-  context: Callable[[int], Any] | None = None,
   batch_size: int | None = None,
 ) -> Iterator[Taken]:
   """Takes training steps, one ahead of the device.
@@ -165,7 +162,6 @@ def steps(
     *constants: What the step takes beside state and batch.
     select: As in `Run`.
     memory: Of the selection; None begins anew.
-    context: As in `Run`.
     batch_size: As in `Run`.
 
   Yields:
@@ -180,8 +176,7 @@ def steps(
     batch = sharding.put_batch(next(batches), mesh, batch_size)
     if select is not None:
       memory, batch, facts = select.choose(memory, state, batch, *constants)
-    extra = () if context is None else (context(number),)
-    state, values = train_step(state, batch, *constants, *extra)
+    state, values = train_step(state, batch, *constants)
     jax.block_until_ready(running)
     running = values['loss']
     yield Taken(number, state, batch, values, memory, facts)
@@ -248,7 +243,6 @@ def train(run: Run, stop: StopRequest) -> Outcome:
       constants,
       select=run.select,
       memory=memory,
-      context=run.context,
       batch_size=run.batch_size,
     ):
       number, state, memory = step.number, step.state, step.memory

@@ -19,8 +19,6 @@ import rich.logging
 from gnlorp_jax.disk import writing
 from gnlorp_jax.training import records
 
-_logger = logging.getLogger(__name__)
-
 METRICS_FILE = 'metrics.jsonl'
 _WANDB_FILE = 'wandb_id.txt'
 
@@ -106,7 +104,10 @@ class MetricsWriter:
     return self
 
   def __exit__(self, kind, *exception):
-    self._close(1 if kind else 0)
+    self._file.close()
+    self._events.close()
+    if self._wandb is not None:
+      self._wandb.finish(exit_code=1 if kind else 0)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes the metrics of one step.
@@ -135,16 +136,6 @@ class MetricsWriter:
       self._event_pb2.Event(wall_time=time.time(), step=int(step), **content)
     )
     self._events.flush()
-
-  def close(self) -> None:
-    """Closes what is written to."""
-    self._close(0)
-
-  def _close(self, status: int) -> None:
-    self._file.close()
-    self._events.close()
-    if self._wandb is not None:
-      self._wandb.finish(exit_code=status)
 
 
 def _start_wandb(

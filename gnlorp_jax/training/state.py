@@ -76,19 +76,15 @@ def from_params(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: sharding.Rules = sharding.DEFAULT_RULES,
-  *,
-  copy: bool = True,
 ) -> TrainState:
   """Starts from given parameters, such as pre-trained ones.
 
   Args:
-    params: Pytree of NumPy or JAX arrays.
+    params: Pytree of NumPy or JAX arrays. They are copied, so that the caller's
+      stay valid when a training step donates the state.
     tx: The optimizer.
     mesh: The mesh to place the state on.
     rules: As in `abstract`.
-    copy: Whether parameters are copied, so that the caller's stay valid when a
-      training step donates the state. Without, JAX arrays that are in their
-      place already are taken as they are.
 
   Returns:
     The state at step 0.
@@ -97,8 +93,6 @@ def from_params(
   target = sharding.infer_shardings(jax.eval_shape(start, params), mesh, rules)
 
   def place(x: Any, place_of: jax.sharding.Sharding) -> jax.Array:
-    if not copy:
-      return jax.device_put(x, place_of)
     if isinstance(x, jax.Array):
       # Of an array that goes to several devices `device_put` hands on the
       # buffer of one of them, whatever `may_alias` says.

@@ -107,26 +107,6 @@ def make_train_step(
   return train_step
 
 
-def make_eval_step(
-  loss_fn: LossFn,
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Builds the function that evaluates one batch.
-
-  Args:
-    loss_fn: As in `make_train_step`.
-
-  Returns:
-    A pure function ``(params, batch, *constants) -> (loss_sum, weight_sum)``.
-    Add both up over the batches and divide once: the mean of the batches'
-    means is another number where their weights differ.
-  """
-
-  def eval_step(params, batch, *constants):
-    return loss_fn(params, batch, *constants)
-
-  return eval_step
-
-
 def jit_train_step(
   train_step: Callable[..., tuple[TrainState, Metrics]],
   state: TrainState,
@@ -168,8 +148,10 @@ def jit_eval_step(
   """Compiles an evaluation step for a mesh; nothing is donated.
 
   Args:
-    eval_step: What `make_eval_step` returned, or another function of
-      parameters, a batch and constants.
+    eval_step: A function of parameters, a batch and constants. Of a loss it
+      returns the sum and the sum of weights: add both up over the batches and
+      divide once, for the mean of the batches' means is another number where
+      their weights differ.
     params: Parameters in their shardings, real or abstract.
     mesh: The mesh of those shardings; batches come from `put_batch`.
     *constants: As in `jit_train_step`.

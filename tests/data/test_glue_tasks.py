@@ -26,7 +26,7 @@ def test_outputs_are_one_per_class_or_one_for_a_score():
   assert (outputs.pop('mnli'), outputs.pop('stsb')) == (3, 1)
   assert set(outputs.values()) == {2}
   assert [t.name for t in glue.TASKS.values() if t.is_regression] == ['stsb']
-  assert [t.name for t in glue.TASKS.values() if not t.has_header] == ['cola']
+  assert [t.name for t in glue.TASKS.values() if t.columns] == ['cola']
 
 
 def test_submission_files_have_the_names_the_server_wants():

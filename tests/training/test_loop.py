@@ -896,12 +896,11 @@ def test_bare_loop_hands_on_what_it_is_given():
       select=without_memory(
         lambda state, batch: jax.tree.map(lambda x: x[:2], batch)
       ),
-      context=lambda number: {'number': number},
     )
   )
   assert seen == [
-    (10, (2, D), 'a', 'b', {'number': 5}),
-    (11, (2, D), 'a', 'b', {'number': 6}),
+    (10, (2, D), 'a', 'b'),
+    (11, (2, D), 'a', 'b'),
   ]
   assert [(t.number, t.state) for t in taken] == [(5, 11), (6, 12)]
   np.testing.assert_array_equal(taken[0].batch['inputs'], draw(1)['inputs'][:2])

@@ -89,7 +89,8 @@ def test_evaluation_that_comes_once_more_is_held_once(tmp_path):
     for step in (1, 2):
       writer.write(step, {'train/loss': 1.0})
       writer.write(step, {'eval/loss': 1.0})
-  MetricsWriter(tmp_path, 2, evaluated=1).close()
+  with MetricsWriter(tmp_path, 2, evaluated=1):
+    pass
   kept = [(line['step'], *line) for line in read_lines(tmp_path)]
   assert kept == [
     (1, 'step', 'train/loss'),
@@ -174,7 +175,8 @@ def test_rows_go_to_weights_and_biases_under_one_id(wandb, tmp_path):
   assert start['config'] == log.settings
   assert start['dir'] == str(folder)
   assert len(read_lines(folder)) == 2
-  MetricsWriter(folder, log=log).close()  # Afresh: another run.
+  with MetricsWriter(folder, log=log):  # Afresh: another run.
+    pass
   assert wandb.told[-2]['id'] != start['id']
 
 

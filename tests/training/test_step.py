@@ -293,9 +293,7 @@ def test_accumulated_gradients_are_sharded():
 def test_eval_step_returns_sums(tiny_lm):
   mesh = sharding.make_mesh(2, 2)
   state = start(tiny_lm, mesh, optax.sgd(1.0))
-  eval_step = step.jit_eval_step(
-    step.make_eval_step(tiny_lm.loss_fn), state.params, mesh
-  )
+  eval_step = step.jit_eval_step(tiny_lm.loss_fn, state.params, mesh)
   batch = tiny_lm.make_batch(0, 8)
   loss_sum, weight_sum = eval_step(
     state.params, sharding.put_batch(batch, mesh)

@@ -55,7 +55,6 @@ class Prepared(NamedTuple):
     validation_conversations: What they were made from, in the same order.
     report: Counts by the names of sources.
     fingerprint: A hash of the examples in `training`.
-    validation_fingerprint: One of those in `validation`.
     names: Names of the sources of `training`.
     origins: Which of them each example of `training` is from.
   """
@@ -65,7 +64,6 @@ class Prepared(NamedTuple):
   validation_conversations: list[Conversation]
   report: dict[str, Counts]
   fingerprint: str
-  validation_fingerprint: str
   names: tuple[str, ...]
   origins: list[int]
 
@@ -146,14 +144,12 @@ def prepare(
   if not training:
     raise _nothing_left(report)
   examples = [example for _, _, example in training]
-  held_out_examples = [example for _, example in tried]
   return Prepared(
     examples,
-    held_out_examples,
+    [example for _, example in tried],
     [conversation for conversation, _ in tried],
     report,
     _fingerprint(examples),
-    _fingerprint(held_out_examples),
     tuple(source.name for source in sources),
     [number for number, _, _ in training],
   )

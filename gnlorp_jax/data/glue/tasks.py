@@ -76,11 +76,6 @@ class Task:
     return max(len(self.labels), 1)
 
   @property
-  def has_header(self) -> bool:
-    """Whether the first line of train and dev files names the columns."""
-    return not self.columns
-
-  @property
   def splits(self) -> tuple[str, ...]:
     """Names of the splits the task may have."""
     return tuple(_MATCHED_FILES if self.has_mismatched else _FILES)

@@ -15,7 +15,13 @@ from gnlorp_jax.data import glue
 from gnlorp_jax.disk import writing
 from gnlorp_jax.models import roberta
 from gnlorp_jax.recipes.glue.tasks import Split, TaskData
-from gnlorp_jax.training import distributed, interrupt, losses, sharding
+from gnlorp_jax.training import (
+  distributed,
+  interrupt,
+  losses,
+  metrics,
+  sharding,
+)
 from gnlorp_jax.training.loop import Outcome
 
 _logger = logging.getLogger(__name__)
@@ -117,7 +123,7 @@ def finish(
   *,
   exports: bool,
 ) -> None:
-  """Writes predictions of the test splits, and the model if that is asked for.
+  """Writes predictions of the test splits, plots and perhaps the model.
 
   Args:
     program: What the run computes.
@@ -127,6 +133,9 @@ def finish(
     outcome: What the loop left.
     exports: Whether to write the model as a Hugging Face folder.
   """
+  if program.sampling is not None:
+    rows, png = folder / metrics.METRICS_FILE, folder / 'layers.png'
+    distributed.from_first(lambda: metrics.plot_layers(rows, png))
   for name, split in data.predicted.items():
     outputs = outputs_of(
       program,

@@ -118,9 +118,7 @@ def _optimizer(given: GlueConfig, task: str, method: Method) -> OptimConfig:
   if config.learning_rate is None and given.learning_rates is None:
     rate = _learning_rate(task, method, config)
     config = dataclasses.replace(config, learning_rate=rate)
-  # A rank of pieces of rows is another number: the optimizer's own.
-  is_of_pieces = config.name in ('vlorp', 'projfactor')
-  rank = config.rank if is_of_pieces else _or(config.rank, 8)
+  rank = optimizer.rank_or(config, 8)
   numbers = {
     'rank': rank,
     'update_proj_gap': _or(config.update_proj_gap, 50 if task == DEMO else 500),

@@ -28,8 +28,8 @@ _logger = logging.getLogger(__name__)
 EIGHT_TASKS = ('cola', 'stsb', 'mrpc', 'rte', 'sst2', 'mnli', 'qnli', 'qqp')
 NINE_TASKS = (*EIGHT_TASKS, 'wnli')
 
-# Metrics as tables name them, where that differs.
 _SIZES = ('trainable_parameters', 'optimizer_state_bytes')
+# Metrics as tables name them, where that differs.
 _SHORT = {'matthews_correlation': 'Matthews', 'f1': 'F1', 'pearson': 'Pearson'}
 
 

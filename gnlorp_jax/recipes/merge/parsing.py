@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from gnlorp_jax.compose import command_line
+from gnlorp_jax.compose import command_line, config_file
 from gnlorp_jax.recipes.merge import mergekit
 from gnlorp_jax.recipes.merge.settings import MergeConfig
 
@@ -20,7 +20,9 @@ def parse(args: list[str], description: str) -> MergeConfig:
     ValueError: If an option does not exist or a value is not allowed, or no
       base, no expert or no place to write is named.
   """
-  file, args = _without_config(args)
+  file, args = config_file.take(args)
+  if file is not None and not pathlib.Path(file).is_file():
+    raise ValueError(f'--config {file}: there is no such file.')
   default = MergeConfig() if file is None else mergekit.read(file)
   config = command_line.override(default, args, description)
   config = dataclasses.replace(config, config=file)
@@ -33,18 +35,3 @@ def parse(args: list[str], description: str) -> MergeConfig:
   if not config.out and not config.dry_run:
     raise ValueError('Name a folder to write by --out, or add --dry-run.')
   return config
-
-
-def _without_config(args: list[str]) -> tuple[str | None, list[str]]:
-  """The file that ``--config`` names, and the other words."""
-  rest, file = [], None
-  words = iter(args)
-  for word in words:
-    option, equals, value = word.partition('=')
-    if option != '--config':
-      rest.append(word)
-      continue
-    file = value if equals else next(words, '')
-    if not pathlib.Path(file).is_file():
-      raise ValueError(f'--config {file}: there is no such file.')
-  return file, rest

@@ -56,7 +56,7 @@ def merge(config: MergeConfig, progress: Progress) -> dict[str, Any]:
     base = folders.open_base(config.base, stack)
     experts = folders.open_experts(config.folders, base, stack)
     made = plan.make(config, base, experts)
-    found = _described(config, base, experts, made)
+    found = _described(config, experts, made)
     if config.dry_run:
       return found
     merger = Merger(config, base, experts)
@@ -69,7 +69,7 @@ def merge(config: MergeConfig, progress: Progress) -> dict[str, Any]:
     with progress('Merging') as advance:
       _write(stage, config, made, merger, advance)
     _write_beside(stage, config, base, experts, made.headed)
-    found |= _summary(config, merger, time.perf_counter() - begin)
+    found |= _summary(merger, time.perf_counter() - begin)
     for row in found['tensors']:
       row |= merger.notes.get(row['name'], {})
     report.write(stage, found)
@@ -261,7 +261,6 @@ def _write_heads(path: pathlib.Path, expert: Folder) -> None:
 
 def _described(
   config: MergeConfig,
-  base: Folder,
   experts: Sequence[Folder],
   made: plan.Plan,
 ) -> dict[str, Any]:
@@ -302,9 +301,7 @@ def _described(
   }
 
 
-def _summary(
-  config: MergeConfig, merger: Merger, seconds: float
-) -> dict[str, Any]:
+def _summary(merger: Merger, seconds: float) -> dict[str, Any]:
   """What is known when all is merged."""
   found = merger.found
   kibi = 1 if sys.platform == 'darwin' else 1024

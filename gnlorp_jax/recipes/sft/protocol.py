@@ -81,11 +81,9 @@ def _optimizer(
     rate = rates[_rates_of(config, adapter)]
     config = dataclasses.replace(config, learning_rate=rate)
   _check_used(given, config, adapter)
-  # A rank of pieces of rows is another number: the optimizer's own.
-  is_of_pieces = config.name in ('vlorp', 'projfactor')
   rank = _RANK if adapter.kind is None else _or(adapter.rank, _ADAPTER_RANK)
   numbers = {
-    'rank': config.rank if is_of_pieces else _or(config.rank, rank),
+    'rank': optimizer.rank_or(config, rank),
     'update_proj_gap': _or(config.update_proj_gap, 100),
   }
   return dataclasses.replace(

@@ -49,7 +49,7 @@ Rate = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
 
 class Split(NamedTuple):
-  """An optimizer's state in two: that of a layer, and of what is always on."""
+  """Makes the two parts of an optimizer's state: a layer's, and the rest's."""
 
   tx: Any
   parameters: Parameters

@@ -152,13 +152,10 @@ def test_seed_decides_and_fingerprint_tells(template):
   ]
   prints = {other.fingerprint for other in (same, *others)}
   assert len(prints) == 6
-  # What is trained on and what is held out have a fingerprint each.
-  assert same.validation_fingerprint == again.validation_fingerprint
-  assert others[0].validation_fingerprint != same.validation_fingerprint
+  # It is of what is trained on, and does not depend on what is held out.
   tried = made(seed=3, validation=[numbered('vv', 2)])
   more = made(seed=3, validation=[numbered('vv', 3)])
   assert tried.fingerprint == more.fingerprint == others[1].fingerprint
-  assert tried.validation_fingerprint != more.validation_fingerprint
 
 
 @pytest.mark.parametrize(
@@ -186,7 +183,7 @@ def test_limit_leaves_validation_alone(template):
   options = dict(max_length=9, val_size=3, seed=2)
   whole = chat.prepare(sources, template, **options)
   made = chat.prepare(sources, template, limit=2, **options)
-  assert made.validation_fingerprint == whole.validation_fingerprint
+  assert texts(made.validation) == texts(whole.validation)
   assert texts(made.training) == texts(whole.training)[:2]
   assert made.report['aa'].validation == 3
   same = chat.prepare(sources, template, limit=6, **options)

@@ -13,7 +13,7 @@ import safetensors.numpy
 from gnlorp_jax.compose.settings import MeshConfig
 from gnlorp_jax.models import heads, hf, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe
-from gnlorp_jax.training import loop
+from gnlorp_jax.training import layer_sampling, loop, metrics
 from gnlorp_jax.training.interrupt import Interrupted, StopRequest
 
 
@@ -163,6 +163,16 @@ def test_classifier_of_a_folder_is_read_by_names_in_their_order(
 def test_nothing_is_exported_unless_asked_for(prepared, started, tmp_path):
   finish(prepared, started, tmp_path, exports=False)
   assert [path.name for path in tmp_path.iterdir()] == ['predictions']
+
+
+def test_layers_that_were_drawn_are_a_plot(prepared, started, tmp_path):
+  with metrics.MetricsWriter(tmp_path) as writer:
+    for step in (1, 2):
+      writer.write(step, {'layers/rests/00': 0, 'layers/visits/00': step})
+  drawing = layer_sampling.LayerSampling(num_layers=2, layers=1, every=3)
+  drawn = prepared._replace(program=prepared.program._replace(sampling=drawing))
+  finish(drawn, started, tmp_path, exports=False)
+  assert (tmp_path / 'layers.png').is_file()
 
 
 def test_a_diverged_model_predicts_nothing(prepared, started, tmp_path, caplog):
