@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gnlorp_jax.compose.settings import AdapterOptions
+from gnlorp_jax.compose.settings import AdapterOptions, SamplingOptions
 from gnlorp_jax.recipes.sft import protocol, settings
 from gnlorp_jax.recipes.sft.settings import (
   ChatDataConfig,
@@ -168,6 +168,24 @@ def test_a_method_is_an_optimizer_and_adapters(method, optimizer, kind, rank):
   assert found.optim.rank == rank and found.optim.learning_rate > 0
   assert found.adapter.rank == (None if kind is None else 8)
   assert (found.batch_size, found.epochs, found.eval.generate) == (8, 1, 8)
+
+
+@pytest.mark.parametrize(
+  ('options', 'rate'),
+  [
+    ({'method': 'full'}, 1e-5),
+    ({'method': 'muon'}, 2e-5),
+    ({'method': 'galore'}, 2e-4),
+    ({'method': 'lisa'}, 1e-4),
+    ({'method': 'full', 'sampling': SamplingOptions(draw='uniform')}, 1e-4),
+    # What projects, and what adapts, has rates of its own, drawn or not.
+    ({'method': 'owlore'}, 2e-4),
+    ({'method': 'lora', 'sampling': SamplingOptions(draw='uniform')}, 2e-4),
+  ],
+)
+def test_rate_of_a_kind_of_method(options, rate):
+  found = protocol.resolve(SftConfig(init_from='m', **options))
+  assert found.optim.learning_rate == rate
 
 
 def test_what_is_given_counts_more():
