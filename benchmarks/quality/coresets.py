@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import harness, programs, record
+from benchmarks.common.rows import Row, Rows
 from benchmarks.common.tables import markdown, median_in_quartiles
 from gnlorp_jax.compose import coreset
 from gnlorp_jax.config import (
@@ -59,7 +60,7 @@ from gnlorp_jax.training.selection import selection
 
 PAGE = pathlib.Path('docs/results/coresets.md')
 OUTPUT = pathlib.Path('benchmarks/results/coresets.json')
-Row = dict[str, Any]
+KEYS = ('part', 'model', 'method', 'seed')  # Of a row.
 
 QUOTAS = 'quotas'
 # Ways of choosing within quotas, and the options of each.
@@ -145,7 +146,7 @@ def pools(args: argparse.Namespace, prepared: recipe.Prepared) -> list[Any]:
 
 
 def measure_errors(
-  args: argparse.Namespace, where: str, names: Sequence[str], found: 'Record'
+  args: argparse.Namespace, where: str, names: Sequence[str], found: Rows
 ) -> None:
   """Relative errors of all methods on all pools, method by method."""
   names = [n for n in names if n == PLAIN or n in CHOICES]
@@ -255,7 +256,7 @@ def _relative_errors(part: Any, whole: Any) -> tuple[float, float]:
   return error(*last), error(part, whole)
 
 
-def train(args: argparse.Namespace, name: str, found: 'Record') -> None:
+def train(args: argparse.Namespace, name: str, found: Rows) -> None:
   """Trains the small model by a method, with every seed."""
   prepared = functools.cache(
     lambda: recipe.prepare(configure(args, 'small', name))
@@ -323,47 +324,6 @@ def _choosing_bytes(
   measured = jax.jit(functools.partial(selection.measure, rule, tail))
   lowered = measured.lower(state.params, frozen, memory, pool)
   return programs.memory(lowered.compile())['total']
-
-
-class Record:
-  """Rows in the JSON file."""
-
-  KEYS = ('part', 'model', 'method', 'seed')
-
-  def __init__(self, path: pathlib.Path, settings: Row):
-    """Reads what is there.
-
-    Args:
-      path: The file, which need not be there.
-      settings: What its rows share.
-
-    Raises:
-      ValueError: If it holds rows of other settings.
-    """
-    self._path = path
-    self._found: Row = {'settings': settings, 'rows': []}
-    if path.exists():
-      self._found = record.read(path)
-      if self._found['settings'] != settings:
-        raise ValueError(
-          f'{path} holds rows of the settings {self._found["settings"]}, and '
-          f'asked for are {settings}. Give another --output.'
-        )
-
-  def find(self, key: Row) -> Row | None:
-    """The row of that key, if it is there."""
-    for row in self._found['rows']:
-      if all(row.get(name) == key.get(name) for name in self.KEYS):
-        return row
-    return None
-
-  def keep(self, row: Row) -> None:
-    """Writes a row, instead of what there was of its key."""
-    before = self.find(row)
-    self._found['rows'] = [r for r in self._found['rows'] if r is not before]
-    self._found['rows'].append(row)
-    self._found['environment'] = harness.environment()
-    record.write(self._path, self._found)
 
 
 def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
@@ -497,7 +457,8 @@ def _run(args: argparse.Namespace) -> None:
   )
   settings = {name: getattr(args, name) for name in named}
   sources = [spec.partition('=')[0].strip() for spec in args.data.split(',')]
-  found = Record(args.output, settings | {'sources': sources})
+  found = Rows(args.output, KEYS)
+  found.agree(settings | {'sources': sources})
   if args.timed:
     for name in args.methods:
       found.keep(measure_cost(args, name))

@@ -34,6 +34,7 @@ import numpy as np
 import train_glue
 import train_lm
 from benchmarks.common import harness, record
+from benchmarks.common.rows import Rows
 from benchmarks.common.tables import markdown
 from gnlorp_jax.compose import pretrained, scores
 from gnlorp_jax.recipes.glue import evaluation, recipe, tasks
@@ -45,6 +46,7 @@ OUTPUT = pathlib.Path('benchmarks/results/merging.json')
 TASKS = ('mrpc', 'rte', 'sst2', 'cola')
 SEEDS = (0, 1, 2)
 EXAMPLES = 8000
+KEYS = ('experiment', 'seed', 'method', 'task')  # Of a score.
 # Options of the command by the name of a row.
 MERGES: dict[str, dict[str, Any]] = {
   'average': {'method': 'average'},
@@ -64,54 +66,6 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 ROWS = ('before', 'alone', *MERGES)
 _TEXT = re.compile(r'[^=,]+=[^,]+,[^,]+')
-
-
-class Record:
-  """Rows in the JSON file, one of each score."""
-
-  KEYS = ('experiment', 'seed', 'method', 'task')
-
-  def __init__(self, path: pathlib.Path):
-    """Reads what is there.
-
-    Args:
-      path: The file, which need not be there.
-    """
-    self._path = path
-    self._found: dict[str, Any] = {
-      'environment': None,
-      'settings': {},
-      'rows': [],
-    }
-    if path.exists():
-      self._found = record.read(path)
-
-  def agree(self, experiment: str, settings: dict[str, Any]) -> None:
-    """Notes what the scores of an experiment share.
-
-    Raises:
-      ValueError: If there are scores of other settings.
-    """
-    before = self._found['settings'].setdefault(experiment, settings)
-    if before != settings:
-      raise ValueError(
-        f'{self._path} holds scores of the {experiment} with the settings '
-        f'{before}, and asked for are {settings}. Give another --output.'
-      )
-
-  def lacks(self, row: dict[str, Any]) -> bool:
-    """Whether there is no such score."""
-    return all(
-      any(other[key] != row[key] for key in self.KEYS)
-      for other in self._found['rows']
-    )
-
-  def keep(self, row: dict[str, Any]) -> None:
-    """Writes a score."""
-    self._found['environment'] = harness.environment()
-    self._found['rows'].append(row)
-    record.write(self._path, self._found)
-    harness.progress(f'  {row}')
 
 
 @contextlib.contextmanager
@@ -213,11 +167,11 @@ def score_task(
   return float(found[data.task.main_metric])
 
 
-def encoder(args: argparse.Namespace, found: Record) -> None:
+def encoder(args: argparse.Namespace, found: Rows) -> None:
   """Tunes, merges and scores the encoder."""
   names = ('examples', 'limit', 'steps')
   settings = {name: getattr(args, name) for name in names}
-  found.agree('encoder', settings | {'encoder': args.encoder.name})
+  found.agree({'encoder': settings | {'encoder': args.encoder.name}})
   for seed in args.seeds:
     experts = []
     for task in TASKS:
@@ -267,7 +221,7 @@ def lm_words(
   return words, run_dir / 'hf'
 
 
-def language_model(args: argparse.Namespace, found: Record) -> None:
+def language_model(args: argparse.Namespace, found: Rows) -> None:
   """Tunes, merges and scores the language model."""
   texts = {
     name: files.split(',')
@@ -275,7 +229,7 @@ def language_model(args: argparse.Namespace, found: Record) -> None:
   }
   settings = {'model': args.model.name, 'steps': args.steps or 100}
   settings |= {'characters': args.characters, 'texts': list(texts)}
-  found.agree('language model', settings)
+  found.agree({'language model': settings})
   for seed in args.seeds:
     experts = []
     for name, (file, _) in texts.items():
@@ -301,14 +255,16 @@ def _score(args, found, of, base, experts, names, score) -> None:
   """Every row of the table in every task, but for what is recorded."""
   for method in args.methods:
     rows = [of | {'method': method, 'task': name} for name in names]
-    if not any(map(found.lacks, rows)):
+    if all(map(found.find, rows)):
       continue
     if method in MERGES:
       merged(args.runs, base, experts, method)
     for index, row in enumerate(rows):
-      if found.lacks(row):
+      if found.find(row) is None:
         folder = folders(method, index, args.runs, base, experts)
-        found.keep(row | {'value': score(index, folder)})
+        row |= {'value': score(index, folder)}
+        found.keep(row)
+        harness.progress(f'  {row}')
 
 
 def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
@@ -372,7 +328,7 @@ def main() -> None:
       f'--text {wrong or args.text}: --model needs two at least, each '
       'NAME=TRAIN,SCORED.'
     )
-  found = Record(args.output)
+  found = Rows(args.output, KEYS)
   try:
     if args.encoder is not None:
       encoder(args, found)

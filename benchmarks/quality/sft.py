@@ -39,6 +39,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.common import harness, programs, record
 from benchmarks.common.plots import legend
+from benchmarks.common.rows import Rows
 from benchmarks.common.tables import markdown, median_in_quartiles
 from gnlorp_jax import layer_scores
 from gnlorp_jax.compose import scores
@@ -109,6 +110,8 @@ TASKS = ('sst2', 'gsm8k')
 # What is computed in; weights, their gradients and states are float32.
 COMPUTE_DTYPE = {'sst2': 'float32', 'gsm8k': 'bfloat16'}
 SEARCHED = {'sst2': 600, 'gsm8k': 200}  # Rows that rates are chosen with.
+# Of a run.
+KEYS = ('task', 'method', 'rows', 'learning_rate', 'seed')
 SEEDS = (0, 1)  # Of the best rate.
 
 
@@ -333,7 +336,7 @@ def run(
 
 
 def compare(
-  args: argparse.Namespace, task: str, name: str, record_of: 'Record'
+  args: argparse.Namespace, task: str, name: str, record_of: Rows
 ) -> None:
   """All runs of a method on a task."""
   prepared = functools.cache(
@@ -366,54 +369,6 @@ def compare(
       try_rate(_rounded(best * factor))
     for seed in SEEDS:
       take(best, seed, 'all')
-
-
-class Record:
-  """Rows in the JSON file, one of each run.
-
-  The file is read again before it is written, since another process may have
-  added what it measured in the meantime.
-  """
-
-  KEYS = ('task', 'method', 'rows', 'learning_rate', 'seed')
-
-  def __init__(self, path: pathlib.Path):
-    """Reads what is there.
-
-    Args:
-      path: The file, which need not be there.
-    """
-    self._path = path
-    self._read()
-
-  def _read(self) -> None:
-    self._found: dict[str, Any] = {'environment': None, 'rows': [], 'steps': []}
-    if self._path.exists():
-      self._found = record.read(self._path)
-
-  def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of a run, if it is finished."""
-    for other in self._found['rows']:
-      if all(other[key] == row[key] for key in self.KEYS):
-        return other
-    return None
-
-  def keep(self, row: dict[str, Any]) -> None:
-    """Writes the row of a finished run."""
-    self._read()
-    self._found['environment'] = harness.environment()
-    self._found['rows'].append(row)
-    record.write(self._path, self._found)
-
-  def keep_step(self, row: dict[str, Any]) -> None:
-    """Writes what was measured of a step, instead of what there was."""
-    self._read()
-    of = (row['task'], row['method'])
-    steps = self._found['steps']
-    steps = [r for r in steps if (r['task'], r['method']) != of]
-    self._found['environment'] = harness.environment()
-    self._found['steps'] = [*steps, row]
-    record.write(self._path, self._found)
 
 
 def _rounded(rate: float) -> float:
@@ -607,13 +562,15 @@ def main() -> None:
       parser.error(f'--{name} is needed.')
   write_data(args)
   jax.config.update('jax_compilation_cache_dir', str(args.runs / 'compiled'))
-  found, none = Record(args.output), SamplingOptions()
+  none = SamplingOptions()
+  found = Rows(args.output, KEYS)
+  steps = Rows(args.output, ('task', 'method'), 'steps')
   for task in args.tasks:
     if any(SAMPLINGS.get(n, none).draw == 'scores' for n in args.methods):
       write_scores(args, task)
     if args.timed:
       for name in args.methods:
-        found.keep_step(measure(args, task, name))
+        steps.keep(measure(args, task, name))
       continue
     start = {'task': task, 'method': 'before', 'rows': 'all'}
     if found.find(start | {'learning_rate': 0.0, 'seed': 0}) is None:

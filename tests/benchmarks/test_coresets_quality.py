@@ -1,8 +1,7 @@
 """The record and the tables of the comparison of coresets."""
 
-import pytest
-
 from benchmarks.common import record
+from benchmarks.common.rows import Rows
 from benchmarks.quality import coresets
 
 ROWS = [
@@ -61,18 +60,8 @@ def test_tables_have_means_and_deviations(tmp_path):
   ]
 
 
-def test_rows_are_found_again_and_other_settings_refused(tmp_path):
-  path = tmp_path / 'record.json'
-  first = coresets.Record(path, {'steps': 4})
+def test_every_row_is_found_by_its_keys(tmp_path):
+  found = Rows(tmp_path / 'record.json', coresets.KEYS)
   for row in ROWS:
-    first.keep(row)
-  again = coresets.Record(path, {'steps': 4})
-  key = {'part': 'train', 'method': 'quotas', 'seed': 1}
-  assert again.find(key) == ROWS[2]
-  assert again.find(key | {'seed': 2}) is None
-  with pytest.raises(ValueError) as error:
-    coresets.Record(path, {'steps': 5})
-  assert str(error.value) == (
-    f"{path} holds rows of the settings {{'steps': 4}}, and asked for are "
-    "{'steps': 5}. Give another --output."
-  )
+    assert found.find(row) is None
+    found.keep(row)

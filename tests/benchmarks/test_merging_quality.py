@@ -3,40 +3,20 @@
 import argparse
 import pathlib
 
-import pytest
-
+from benchmarks.common.rows import Rows
 from benchmarks.quality import merging
 
 
 def test_scores_are_kept_and_shown(tmp_path):
   path = tmp_path / 'r.json'
-  found = merging.Record(path)
+  found = Rows(path, merging.KEYS)
   row = {'experiment': 'encoder', 'method': 'average', 'task': 'rte'}
   for seed, value in ((0, 0.6), (1, 0.7)):
-    assert found.lacks(row | {'seed': seed})
+    assert found.find(row | {'seed': seed}) is None
     found.keep(row | {'seed': seed, 'value': value})
-  again = merging.Record(path)
-  assert not again.lacks(row | {'seed': 1})
-  assert again.lacks(row | {'seed': 2})
   tables = merging.tables(path)
   assert tables['merging_encoder'] == (
     '| method | rte |\n| --- | --- |\n| average | 0.65 ± 0.05 |\n'
-  )
-
-
-def test_scores_of_other_settings_are_refused(tmp_path):
-  path = tmp_path / 'r.json'
-  found = merging.Record(path)
-  found.agree('encoder', {'steps': 5})
-  found.keep(dict.fromkeys(merging.Record.KEYS, 0) | {'experiment': 'encoder'})
-  again = merging.Record(path)
-  again.agree('encoder', {'steps': 5})
-  again.agree('language model', {'steps': 100})
-  with pytest.raises(ValueError) as error:
-    again.agree('encoder', {'steps': None})
-  assert str(error.value) == (
-    f"{path} holds scores of the encoder with the settings {{'steps': 5}}, and "
-    "asked for are {'steps': None}. Give another --output."
   )
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from benchmarks.common import record
+from benchmarks.common.rows import Rows
 from benchmarks.quality import sft
 
 
@@ -65,27 +66,11 @@ def test_tables_hold_whole_runs_with_both_seeds(tmp_path):
   assert (tmp_path / 'r.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_what_is_recorded_is_found_again(tmp_path):
-  path = tmp_path / 'r.json'
-  found = sft.Record(path)
-  assert found.find(ROWS[1]) is None
-  found.keep(ROWS[1])
-  found.keep_step(STEPS[0] | {'step_bytes': 1})
-  found.keep_step(STEPS[0])
-  again = sft.Record(path)
-  assert again.find(ROWS[1]) == ROWS[1]
-  assert again.find(ROWS[2]) is None  # With all rows.
-  assert record.read(path)['steps'] == STEPS
-
-
-def test_what_two_processes_record_at_once_is_kept(tmp_path):
-  one, other = sft.Record(tmp_path / 'r.json'), sft.Record(tmp_path / 'r.json')
-  other.keep_step(STEPS[0])
-  one.keep(ROWS[1])
-  other.keep(ROWS[2])
-  found = record.read(tmp_path / 'r.json')
-  assert found['steps'] == [STEPS[0]]
-  assert found['rows'] == ROWS[1:3]
+def test_every_run_is_found_by_its_keys(tmp_path):
+  found = Rows(tmp_path / 'r.json', sft.KEYS)
+  for row in ROWS:
+    assert found.find(row) is None
+    found.keep(row)
 
 
 @pytest.fixture
@@ -107,7 +92,7 @@ def searched(monkeypatch):
 
 def test_rates_are_tried_until_the_best_is_not_at_an_end(tmp_path, searched):
   args = argparse.Namespace()
-  record_of = sft.Record(tmp_path / 'r.json')
+  record_of = Rows(tmp_path / 'r.json', sft.KEYS)
   sft.compare(args, 'sst2', 'lora', record_of)
   rates = [rate for rows, rate, _ in searched if rows == 'part']
   assert rates == [3e-4, 9e-4, 1e-4, 2.7e-3, 8.1e-3, 0.024]
