@@ -17,11 +17,10 @@ import jax
 
 from gnlorp_jax.compose import (
   command_help,
-  extras,
   foreign_names,
   interruption,
 )
-from gnlorp_jax.disk import writing
+from gnlorp_jax.disk import extras, writing
 from gnlorp_jax.training import distributed
 
 _logger = logging.getLogger(__name__)
