@@ -156,7 +156,7 @@ def test_recipe_imports_compose_and_the_wings_and_no_other_recipe(recipe):
 
 
 def test_plan_imports_compose_and_recipes():
-  assert not foreign('plan', 'compose', 'recipes', 'config', *WINGS)
+  assert not foreign('plan', 'compose', 'recipes', 'config', GROUND, *WINGS)
 
 
 def test_nothing_imports_the_planner_benchmarks_or_scripts():

@@ -26,6 +26,7 @@ import jax
 from benchmarks import report
 from benchmarks.common import cases, harness
 from benchmarks.common.tables import markdown
+from gnlorp_jax.disk import extras
 from gnlorp_jax.plan import accelerators
 from gnlorp_jax.plan.__main__ import main as plan_main
 
@@ -142,7 +143,7 @@ def main() -> None:
     report.report('scaling.plan_7b')
     return
   if not accelerators.compiler_is_installed():
-    sys.exit("This needs XLA's GPU compiler: pip install 'gnlorp_jax[cuda]'.")
+    sys.exit(f"This needs XLA's GPU compiler: {extras.install('cuda')}.")
   jax.config.update('jax_platforms', 'cpu')
   for part in args.names or PARTS:
     chosen = [

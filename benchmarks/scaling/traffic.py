@@ -30,6 +30,7 @@ from benchmarks.common import cases, harness
 from benchmarks.common.tables import of_columns
 from benchmarks.scaling.state_bytes import shapes_of
 from gnlorp_jax import optim
+from gnlorp_jax.disk import extras
 from gnlorp_jax.optim import inspect
 from gnlorp_jax.plan import accelerators, collectives
 
@@ -194,9 +195,7 @@ def main() -> None:
     report.report('scaling.traffic')
     return
   if not accelerators.compiler_is_installed():
-    parser.error(
-      "XLA's GPU compiler is missing: pip install 'gnlorp_jax[cuda]'"
-    )
+    parser.error(f"XLA's GPU compiler is missing: {extras.install('cuda')}")
   jax.config.update('jax_platforms', 'cpu')
   found = cases.measure(
     *(PART, all_cases(), args.output), harness.Clock(math.inf), device=DEVICE

@@ -16,6 +16,8 @@ from typing import Any
 import rich.console
 import rich.table
 
+from gnlorp_jax.compose import command_name
+
 _ALL = 'all'
 
 
@@ -40,6 +42,7 @@ def show(
   asked: str,
   description: str,
   short_names: Mapping[str, tuple[str, ...]],
+  foot: str,
 ) -> None:
   """Prints what there is to set, and its defaults.
 
@@ -48,6 +51,7 @@ def show(
     asked: What `topic` found.
     description: What stands before the options.
     short_names: Further names of options, and the dotted fields of each.
+    foot: What stands below the options, unless those of a group are asked for.
 
   Raises:
     ValueError: If there is no such group.
@@ -72,9 +76,11 @@ def show(
     added = inspect.get_annotations(type(default))
     names = [name for name in names if name not in groups]
     names.sort(key=lambda name: name not in added)
-  _print_options(_only(default, names), description)
+  _print_options(only(default, names), description)
   if not asked:
     _print_groups(groups, short_names)
+  if asked not in groups:
+    _console().print(foot, soft_wrap=True)
 
 
 def _print_options(shown: Any, description: str) -> None:
@@ -82,7 +88,12 @@ def _print_options(shown: Any, description: str) -> None:
 
   try:
     tyro.cli(
-      type(shown), default=shown, args=['--help'], description=description
+      type(shown),
+      default=shown,
+      args=['--help'],
+      description=description,
+      prog=command_name.called(),
+      config=(tyro.conf.AvoidSubcommands,),  # As they are parsed.
     )
   except SystemExit as end:
     if end.code:
@@ -92,7 +103,7 @@ def _print_options(shown: Any, description: str) -> None:
 def _print_groups(
   groups: Mapping[str, str], short_names: Mapping[str, tuple[str, ...]]
 ) -> None:
-  console = rich.console.Console(highlight=False, markup=False)
+  console = _console()
   if short_names:
     table = rich.table.Table('Short name', 'of', box=None, padding=(0, 2, 0, 0))
     for name, fields in short_names.items():
@@ -111,17 +122,25 @@ def _print_groups(
     )
 
 
+def _console() -> rich.console.Console:
+  return rich.console.Console(highlight=False, markup=False)
+
+
 def option(field: str, *, negated: bool = False) -> str:
   """A dotted field as an option, such as ``--model.no-remat``."""
   *groups, name = field.replace('_', '-').split('.')
   return '--' + '.'.join([*groups, f'no-{name}' if negated else name])
 
 
-def _only(node: Any, names: list[str]) -> Any:
+def only(node: Any, names: list[str]) -> Any:
   """A dataclass with some of the fields, each with its help on one line.
 
   tyro keeps the line breaks of a docstring and breaks lines once more; help
   that stands in the metadata of a field it wraps as a whole.
+
+  Args:
+    node: A dataclass, whose fields may be dataclasses.
+    names: Those of its fields that are wanted.
   """
   hints = typing.get_type_hints(type(node), include_extras=True)
   fields: list[Any] = []
@@ -130,7 +149,7 @@ def _only(node: Any, names: list[str]) -> Any:
     kind = hints[name]
     if dataclasses.is_dataclass(value):
       inner = [field.name for field in dataclasses.fields(value)]
-      value = _only(value, inner)
+      value = only(value, inner)
       kind = type(value)
     metadata = {'help': doc(type(node), name)}
     default = dataclasses.field(default=value, metadata=metadata)

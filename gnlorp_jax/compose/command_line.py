@@ -17,11 +17,12 @@ import jax
 
 from gnlorp_jax.compose import (
   command_help,
-  extras,
+  command_name,
+  completion,
   foreign_names,
   interruption,
 )
-from gnlorp_jax.disk import writing
+from gnlorp_jax.disk import extras, writing
 from gnlorp_jax.training import distributed
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def override(
   description: str,
   aliases: Aliases | None = None,
   short_names: Aliases | None = None,
+  *,
+  takes_file: bool = False,
 ) -> Settings:
   """Replaces fields of a configuration by those of the command line.
 
@@ -46,12 +49,14 @@ def override(
     aliases: Earlier names of fields, and the dotted fields that each sets now,
       which is told where one is used.
     short_names: Further names of fields, likewise, which `--help` lists.
+    takes_file: Whether the program takes ``--config`` off its command line,
+      which shells are then told of.
 
   Returns:
     The configuration.
 
   Raises:
-    SystemExit: After `--help`.
+    SystemExit: After `--help`, or a script for a shell.
     ValueError: If a field does not exist or a value is not allowed.
   """
   # Who runs no command line, such as a benchmark, need not have it.
@@ -59,8 +64,12 @@ def override(
 
   asked = command_help.topic(args)
   if asked is not None:
-    command_help.show(default, asked, description, short_names or {})
+    command_help.show(
+      default, asked, description, short_names or {}, completion.HINT
+    )
     raise SystemExit(0)
+  offered = completion.Options(default, short_names or {}, takes_file)
+  print_completion(args, offered)
   args = _replace_aliases(args, default, short_names or {}, told=False)
   args = _replace_aliases(args, default, aliases or {}, told=True)
   _check_fields(args, default)
@@ -69,9 +78,32 @@ def override(
     default=default,
     args=args,
     description=description,
+    prog=command_name.called(),
     # The model is of the kind that is there: its fields are options as others.
     config=(tyro.conf.AvoidSubcommands,),
   )
+
+
+def print_completion(
+  args: list[str],
+  options: completion.Options,
+  recipes: Mapping[str, completion.Options] | None = None,
+) -> None:
+  """Prints a script for a shell, and ends the program, if that is asked for.
+
+  Args:
+    args: Words of the command line.
+    options: What the command understands.
+    recipes: What it understands behind a first word.
+
+  Raises:
+    SystemExit: Once it is printed.
+    ValueError: If there is none for the shell that is named.
+  """
+  shell = completion.shell_of(args)
+  if shell is not None:
+    sys.stdout.write(completion.script(shell, options, recipes))
+    raise SystemExit(0)
 
 
 def run(main: Callable[[], None], traceback_variable: str) -> None:

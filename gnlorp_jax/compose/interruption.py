@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from gnlorp_jax.compose import extras
+from gnlorp_jax.disk import extras
 
 STATUS = 128 + signal.SIGINT
 """As shells have it."""

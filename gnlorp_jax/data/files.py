@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from gnlorp_jax.disk import extras
+
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = ('.md', '.py', '.tokens', '.txt')
@@ -208,8 +210,8 @@ def table_rows(
     from pyarrow import parquet
   except ImportError as error:
     raise ValueError(
-      f'{path} is a Parquet file, which needs pyarrow: pip install '
-      "'gnlorp_jax[sft]', or convert it to JSON lines."
+      f'{path} is a Parquet file, which needs pyarrow: '
+      f'{extras.install("sft")}; or convert it to JSON lines.'
     ) from error
   try:
     with parquet.ParquetFile(path) as file:

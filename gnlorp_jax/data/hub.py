@@ -25,6 +25,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from gnlorp_jax.disk import extras
+
 logger = logging.getLogger(__name__)
 
 PREFIX = 'hf:'
@@ -241,7 +243,7 @@ def _records(data: Texts) -> Iterator[dict[str, Any]]:
   except ImportError as error:
     raise ValueError(
       f'{data.spec!r} is read by the library datasets, which is not '
-      "installed: pip install 'gnlorp_jax[hub]'."
+      f'installed: {extras.install("hub")}.'
     ) from error
 
   def read() -> Iterator[dict[str, Any]]:

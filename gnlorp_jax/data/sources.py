@@ -46,6 +46,7 @@ from gnlorp_jax.data.files import (
   nearest_file,
 )
 from gnlorp_jax.data.files import Tally as Tally
+from gnlorp_jax.disk import extras
 
 _STDLIB_BYTES = 4_000_000
 _STDLIB_EXCLUDED = frozenset(
@@ -271,8 +272,8 @@ def open_prepared(name: str) -> tuple[Any, Sequence[dict[str, Any]]]:
     reason = str(error).partition('\n')[0].rstrip('.:')
     raise ValueError(
       f'Cannot read {name!r} (TFDS_DATA_DIR={data_dir!r}): {reason}. The data '
-      'set must be prepared as ArrayRecord, which needs TensorFlow: pip '
-      f"install 'gnlorp_jax[tfds]', then tfds build {dataset} "
+      'set must be prepared as ArrayRecord, which needs TensorFlow: '
+      f'{extras.install("tfds")}; then tfds build {dataset} '
       '--file_format=array_record --data_dir=DIR, and set TFDS_DATA_DIR=DIR.'
     ) from error
 

@@ -1,1 +1,1 @@
-"""Ground that every wing stands on: files that survive, and locks."""
+"""Ground that every wing stands on: files that survive, locks, extras."""

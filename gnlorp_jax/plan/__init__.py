@@ -3,7 +3,7 @@
 It takes the options of train_lm.py, or after the word glue or sft those of
 train_glue.py or train_sft.py, and its own: --device, --devices, --json and, in
 pre-training, --budget. It reads no data. Weights and optimizer state are
-counted exactly. With the CUDA wheels (pip install 'gnlorp_jax[cuda]'), XLA
+counted exactly. With the CUDA wheels (the extra cuda of this package), XLA
 compiles the training step for the GPU and says what it takes; without them the
 rest is a lower bound. If the run does not fit, changes that lower its memory
 are tried one by one. With a budget, the optimizers that fit it are named, by

@@ -11,10 +11,17 @@ with interruption.starting():
   import jax
 
   from gnlorp_jax import plan
-  from gnlorp_jax.compose import command_line
+  from gnlorp_jax.compose import command_line, completion
   from gnlorp_jax.plan import budget
   from gnlorp_jax.plan.report import report
-  from gnlorp_jax.plan.settings import RECIPES, PlanConfig, Settings
+  from gnlorp_jax.plan.settings import (
+    RECIPES,
+    GluePlanConfig,
+    PlanConfig,
+    Settings,
+    SftPlanConfig,
+  )
+  from gnlorp_jax.recipes.sft.settings import SHORT_NAMES
 
 
 def main(args: list[str] | None = None) -> None:
@@ -44,9 +51,16 @@ def parse(args: list[str]) -> Settings:
   """The settings of a command line, whose first word may name a recipe.
 
   Raises:
-    SystemExit: After `--help`.
+    SystemExit: After `--help`, or a script for a shell.
     ValueError: If there is no such recipe or field, or a value is not allowed.
   """
+  pretrain = completion.Options(PlanConfig(), takes_file=True)
+  offered = {
+    'pretrain': pretrain,
+    'glue': completion.Options(GluePlanConfig()),
+    'sft': completion.Options(SftPlanConfig(), SHORT_NAMES, takes_file=True),
+  }
+  command_line.print_completion(args, pretrain, offered)
   recipe, options = 'pretrain', args
   if args and not args[0].startswith('-'):
     recipe, *options = args

@@ -15,6 +15,7 @@ import rich.console
 import rich.table
 
 from gnlorp_jax.compose import command_line
+from gnlorp_jax.disk import extras
 from gnlorp_jax.plan.accelerators import (
   ACCELERATORS,
   RESERVED,
@@ -47,7 +48,7 @@ ON_TOP = (
 )
 HOW_TO_KNOW = (
   'For the exact figure install the CUDA wheels, for which no GPU is needed: '
-  "pip install 'gnlorp_jax[cuda]'"
+  f'{extras.install("cuda")}'
 )
 
 

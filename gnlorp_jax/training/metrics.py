@@ -16,7 +16,7 @@ import matplotlib.figure
 import numpy as np
 import rich.logging
 
-from gnlorp_jax.disk import writing
+from gnlorp_jax.disk import extras, writing
 from gnlorp_jax.training import records
 
 METRICS_FILE = 'metrics.jsonl'
@@ -45,7 +45,7 @@ def check_log(kind: str | None) -> None:
   # A folder that wandb wrote is called as it is, and is no package.
   if spec is None or spec.origin is None:
     raise ValueError(
-      "log='wandb' needs the package wandb: pip install 'gnlorp_jax[wandb]'"
+      f"log='wandb' needs the package wandb: {extras.install('wandb')}"
     )
 
 

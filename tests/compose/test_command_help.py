@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gnlorp_jax.compose import command_help, command_line
+from gnlorp_jax.compose import command_help, command_line, command_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Program(Base):
   """A word."""
 
 
+@pytest.fixture(autouse=True)
+def name(monkeypatch):
+  monkeypatch.setattr(command_name, 'called', lambda: 'gnlorp-try')
+
+
 def shown(capsys, *args, short_names=None):
   with pytest.raises(SystemExit) as stop:
     command_line.override(
@@ -39,6 +44,7 @@ def shown(capsys, *args, short_names=None):
 
 def test_options_without_a_group_come_first_and_groups_are_named(capsys):
   text = shown(capsys, '--help', short_names={'speed': ('group.rate',)})
+  assert text.startswith('usage: gnlorp-try [-h]')
   assert 'What it does.' in text
   # What the program adds stands before what all programs have.
   assert 0 < text.index('--title STR') < text.index('--seed INT')
@@ -50,12 +56,14 @@ def test_options_without_a_group_come_first_and_groups_are_named(capsys):
     '--help GROUP, such as --help group, shows its options; --help all'
     in (text)
   )
+  assert lines[-1].startswith('--print-completion bash|zsh prints a script')
 
 
 def test_a_group_is_shown_by_its_name(capsys, monkeypatch):
   monkeypatch.setenv('COLUMNS', '120')
   text = shown(capsys, '--help', 'group')
   assert '--group.rate FLOAT' in text and '--title' not in text
+  assert '--print-completion' not in text
   # tyro alone would keep the line break of the docstring.
   assert 'that needs two lines to be explained. (default: 0.1)' in text
 

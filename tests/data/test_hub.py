@@ -433,7 +433,8 @@ def test_faults_of_streams_are_told(server, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   assert read() == (
     "'hf:me/texts[:9]' is read by the library datasets, which is not "
-    "installed: pip install 'gnlorp_jax[hub]'."
+    "installed: pip install 'gnlorp_jax[hub]', or in a checkout pip install "
+    "'.[hub]'."
   )
   monkeypatch.setitem(sys.modules, 'datasets', Streams([{'content': ''}]))
   assert read() == (

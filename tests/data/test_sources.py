@@ -467,7 +467,8 @@ def test_unprepared_tfds_set_error_says_how_to_prepare_it(prepared):
     'not find dataset files for: c4/en.'
   )
   assert str(error.value).endswith(
-    "needs TensorFlow: pip install 'gnlorp_jax[tfds]', then tfds build c4/en "
+    "needs TensorFlow: pip install 'gnlorp_jax[tfds]', or in a checkout pip "
+    "install '.[tfds]'; then tfds build c4/en "
     '--file_format=array_record --data_dir=DIR, and set TFDS_DATA_DIR=DIR.'
   )
 

@@ -72,6 +72,16 @@ def test_fine_tuning_adapters_by_hand():
   assert found['gradients'] == 4 * trained
 
 
+def test_a_shell_is_told_of_all_recipes(capsys):
+  with pytest.raises(SystemExit) as stop:
+    parse(['sft', '--print-completion', 'zsh'])
+  assert stop.value.code == 0
+  text = capsys.readouterr().out
+  # Of pre-training, GLUE and conversations.
+  assert all(f"'--{name}'" in text for name in ('budget', 'task', 'model'))
+  assert "'pretrain': {" in text and "'glue': {" in text and "'sft': {" in text
+
+
 def test_sizes_come_from_the_protocol_unless_they_are_given():
   run = parse(['glue', '--task', 'cola', '--method', 'lora'])
   assert run.title == 'cola with lora: 32 sequences of 512 tokens'

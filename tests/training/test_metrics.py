@@ -197,7 +197,8 @@ def test_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
   with pytest.raises(ValueError) as error:
     metrics.check_log('wandb')
   assert str(error.value) == (
-    "log='wandb' needs the package wandb: pip install 'gnlorp_jax[wandb]'"
+    "log='wandb' needs the package wandb: pip install 'gnlorp_jax[wandb]', or "
+    "in a checkout pip install '.[wandb]'"
   )
 
 

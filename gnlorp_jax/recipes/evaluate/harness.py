@@ -13,6 +13,7 @@ from typing import Any
 from gnlorp_jax.compose import scores
 from gnlorp_jax.data.tasks import metrics
 from gnlorp_jax.data.tokenizer import Tokenizer
+from gnlorp_jax.disk import extras
 from gnlorp_jax.models import scoring
 from gnlorp_jax.models.interface import Model
 
@@ -23,8 +24,7 @@ def check_installed() -> None:
   """Raises ValueError if lm_eval is not there."""
   if importlib.util.find_spec('lm_eval') is None:
     raise ValueError(
-      'Tasks lm_eval:... need the package lm_eval: '
-      "pip install 'gnlorp_jax[eval]'"
+      f'Tasks lm_eval:... need the package lm_eval: {extras.install("eval")}'
     )
 
 

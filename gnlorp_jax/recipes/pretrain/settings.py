@@ -282,7 +282,7 @@ def parse(
   default = kind(
     **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
   )
-  return command_line.override(default, args, description)
+  return command_line.override(default, args, description, takes_file=True)
 
 
 def _default(args: list[str]) -> tuple[TrainConfig, list[str]]:

@@ -285,7 +285,11 @@ def parse(
       **{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     )
   return command_line.override(
-    default, _join_files(args), description, short_names=SHORT_NAMES
+    default,
+    _join_files(args),
+    description,
+    short_names=SHORT_NAMES,
+    takes_file=True,
   )
 
 

@@ -252,7 +252,8 @@ def test_absence_is_said_with_what_to_install(monkeypatch):
   with pytest.raises(ValueError) as error:
     harness.check_installed()
   assert str(error.value) == (
-    "Tasks lm_eval:... need the package lm_eval: pip install 'gnlorp_jax[eval]'"
+    'Tasks lm_eval:... need the package lm_eval: pip install '
+    "'gnlorp_jax[eval]', or in a checkout pip install '.[eval]'"
   )
 
 

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from gnlorp_jax.compose import extras
+from gnlorp_jax.disk import extras
 
 ROOT = pathlib.Path(__file__).parents[2]
 # How what is installed is imported, where that differs.
@@ -52,7 +52,7 @@ def test_what_no_extra_brings_is_no_word_of_ours():
   found = extras.missing(ModuleNotFoundError(name='flax'))
   assert found == (
     'The package flax is not installed, and this needs it: pip install '
-    "'gnlorp_jax[train]'"
+    "'gnlorp_jax[train]', or in a checkout pip install '.[train]'"
   )
 
 
@@ -70,6 +70,6 @@ def test_a_program_without_its_extra_names_it(program, module, extra):
   )
   assert found.returncode == 2, found.stderr
   assert found.stderr == (
-    f'error: The package {module} is not installed, and this needs it: pip '
-    f"install 'gnlorp_jax[{extra}]'\n"
+    f'error: The package {module} is not installed, and this needs it: '
+    f'{extras.install(extra)}\n'
   )

@@ -40,5 +40,17 @@ def missing(error: ImportError) -> str | None:
     return None
   return (
     f'The package {module} is not installed, and this needs it: '
-    f"pip install 'gnlorp_jax[{extra}]'"
+    f'{install(extra)}'
+  )
+
+
+def install(extra: str) -> str:
+  """How an extra is installed, for a message that says so.
+
+  Args:
+    extra: Its name in pyproject.toml.
+  """
+  return (
+    f"pip install 'gnlorp_jax[{extra}]', or in a checkout pip install "
+    f"'.[{extra}]'"
   )
