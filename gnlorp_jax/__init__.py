@@ -50,7 +50,7 @@ else:
     return getattr(importlib.import_module('gnlorp_jax.optim'), name)
 
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
   'Advice',
