@@ -69,6 +69,9 @@ train_lm([*small, *run, '--run-dir', f'{folder}/gradnormlorp'])
 
 # %% [markdown]
 # ## What a run leaves
+#
+# The run directory holds checkpoints, metrics, a plot, a sample of text and the exported model
+# ([all files](../training.html#the-run-directory)):
 
 # %%
 for path in sorted((folder / 'gradnormlorp').iterdir()):
