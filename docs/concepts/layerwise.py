@@ -1,11 +1,11 @@
 # %% [markdown]
 # # The layer-wise step
 #
-# A whole step computes the gradients of all weights, and only then the first update. At that moment every
-# weight has a gradient beside it. None of them is needed for long: what the optimizer
-# does with a block depends on that block's gradient alone. The layer-wise step updates each block
-# as the backward pass comes to it, and forgets its gradient. This page writes such a step in
-# forty lines, for a chain of small blocks, and compares it with a whole one.
+# A training step usually computes the gradients of all weights before it makes the first update. These pages
+# call that a *whole step*. At that moment every weight has a gradient beside it. None of the gradients
+# is needed for long, because what the optimizer does with a block depends on that block's gradient alone. A step
+# that goes *layer by layer* updates each block when the backward pass reaches it, and then forgets its gradient.
+# This page writes such a step in some twenty lines, for a chain of small blocks, and compares it with a whole one.
 #
 # ## A chain of blocks
 
@@ -39,13 +39,15 @@ def loss_of(x_BD):
 
 
 # %% [markdown]
-# The blocks' kernels are stacked, `[L, ...]`, and the blocks run in a `jax.lax.scan`, as in the models of
-# this package. The optimizer treats each matrix of a stack by itself.
+# The kernels of the blocks, which are their weight matrices, are stacked into arrays `[L, ...]`. The blocks run in
+# a `jax.lax.scan`, as in the models of this package. The optimizer treats each matrix of a stack by itself.
 #
 # ## The whole step
 #
-# Refreshes of a stack's bases are spread over the steps by default. Here all matrices begin anew at the
-# same steps, so that both ways can be compared.
+# The optimizer is GaLore of rank 16. For every kernel it keeps a basis of 16 directions, and it runs Adam on the
+# coordinates that the gradient has along them ([how](projection.html)). From time to time the basis is fitted
+# anew, which is called a refresh. By default the refreshes of a stack are spread over the steps. Here all matrices
+# are refreshed at the same steps, so that the whole step and the layer-wise one can be compared.
 
 # %%
 tx = galore(1e-3, rank=16, scale=1.0, spread_refreshes=False)
@@ -67,9 +69,9 @@ def whole_step(params, opt_state):
 # %% [markdown]
 # ## Layer by layer
 #
-# Forward, the inputs of the blocks are kept. Backward, each turn of the loop computes one block afresh, takes
-# its gradient by `jax.vjp`, updates that block, and passes on the gradient of the block's input. The
-# gradient of a kernel is a value inside a turn; its memory is free for the next.
+# The forward pass keeps the inputs of the blocks. In the backward pass each turn of the loop computes one block
+# again, takes its gradient by `jax.vjp`, updates that block, and passes on the gradient of the block's input. The
+# gradient of a kernel exists only inside a turn, and the next turn uses its memory again.
 
 # %%
 states = jax.vmap(tx.init)(params)  # A state for every block.
@@ -98,7 +100,7 @@ def layerwise_step(params, states):
 # %% [markdown]
 # ## The same steps
 #
-# An optimizer that treats each matrix by itself makes the same updates either way:
+# An optimizer that treats each matrix by itself makes the same updates either way, up to rounding:
 
 # %%
 whole, whole_state = params, tx.init(params)
@@ -115,9 +117,10 @@ print('largest difference of weights:', max(jax.tree.leaves(difference)))
 # %% [markdown]
 # ## In less memory
 #
-# What each compiled step holds beside its arguments, as XLA's buffer assignment says it, for chains of
-# different length. The whole step holds a gradient for every block. The layer-wise one holds the inputs
-# of the blocks, which both keep, and one block's gradient.
+# How much memory does each step need beside its arguments (weights, state) and its results? XLA's compiler tells
+# it of a compiled step. Below it is asked for chains of 2 to 12 blocks. Both steps keep the inputs of the blocks.
+# The whole step also holds a gradient for every block, so that its memory grows with the length of the chain. The
+# layer-wise step holds the gradient of one block.
 
 # %%
 
@@ -148,12 +151,16 @@ plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## What the package does beside
+# ## What the package does besides
 #
-# `--step.mode layerwise` of the programs, and `gnlorp_jax.training.layerwise` in your own, do this
-# for embeddings and heads too (in groups of rows), with one update at a time inside a block, with weights and
-# states changed in place, with micro-batches, dropout, adapters, kernels in 8 bits and several devices. One thing
-# needs all gradients before the first update: **clipping by their common norm**. There the gradients
-# wait in projected form, or the backward pass runs twice, the first time for the norm alone.
-# [Layer by layer](../layerwise.html) says what each takes, and [where memory goes](memory.html) what it
-# saves at 7 billion parameters.
+# The programs take such steps with `--step.mode layerwise`, and `gnlorp_jax.training.layerwise` takes them in
+# a program of your own. These do more than the step above:
+#
+# * Inside a block one parameter is updated after the other, and weights and states are changed in place.
+# * The embedding and the head are updated too, large ones by groups of rows.
+# * Micro-batches, dropout, adapters, kernels in 8 bits and several devices go with them.
+# * Gradients may be **clipped by their common norm**, which is known only when all of them were computed. Either
+#   the gradients wait for it in projected form, or the backward pass runs twice, the first time for the norm alone.
+#
+# Next: [layer by layer](../layerwise.html) says what each of these takes, and [where memory goes](memory.html) what
+# such steps save at 7 billion parameters.

@@ -1,24 +1,25 @@
 # %% [markdown]
 # # Where memory goes
 #
-# Training a model needs room for more than its weights: for every weight a gradient and, with Adam, two
-# moments, and for every token the values that the backward pass reads again. Each method
-# of this package makes one of these parts small. This page counts them for LLaMA-7B, from shapes alone;
-# nothing of that size is made, so that it runs anywhere.
+# Training a model needs room for more than its weights. Every weight has a gradient and, with Adam, two
+# moments, and for every token there are values that the backward pass reads again. Each method
+# of this package makes one of these parts small. This page counts them for LLaMA-7B, from shapes alone.
+# Nothing of that size is made, so the page runs anywhere.
 #
 # ## The parts of a step
 #
 # * **Weights**: two bytes each in bfloat16, one in 8 bits.
-# * **Moments**: what Adam remembers of past gradients. Two numbers for every weight, or for every
-#   coordinate of the gradient in its subspace.
-# * **Bases**: the subspaces themselves, of methods that project.
-# * **Gradients**: one number for every weight that trains, unless a layer's gradient is used
+# * **Moments**: what Adam remembers of past gradients. These are two numbers for every weight, or, where the
+#   gradient is [projected onto a few directions](projection.html), two for each coordinate that is left.
+# * **Bases**: matrices that hold these directions, in methods that project. The number of directions is the
+#   *rank*.
+# * **Gradients**: one number for every weight that trains, unless a block's gradient is used
 #   and forgotten before the next one is computed.
-# * **Saved activations**: the inputs of the blocks, which the backward pass begins with.
+# * **Saved activations**: the inputs of the blocks, from which the backward pass computes each block again.
 #
-# The sum of what must exist at once is a lower bound. What XLA's compiler adds to it, above all the
-# activations within a block and the logits, is known when it has compiled the step:
-# [Will it fit my card?](../tutorials/will_it_fit.html) does that.
+# The sum of what must exist at once is a lower bound. A step takes more, above all for the activations within a
+# block and the logits. How much more is known when XLA's compiler has compiled the step:
+# [Will it fit my card?](../tutorials/will_it_fit.html) shows how to ask it.
 
 # %%
 import dataclasses
@@ -64,9 +65,9 @@ def show(rows):
 # %% [markdown]
 # ## The optimizer
 #
-# Weights in bfloat16, 4 sequences of 256 tokens, one GPU. AdamW's moments, in float32, take four times what the
-# weights do. A projection of rank 1024, a quarter of the width, leaves a third of that, 8 bits a quarter of what is
-# left. The gradient stays.
+# All rows have weights in bfloat16, 4 sequences of 256 tokens, and one GPU. AdamW's moments, in float32, take
+# four times as much as the weights. With a projection of rank 1024, a quarter of the model's width, moments and
+# bases together take a third of that, and in 8 bits a quarter of what is left. The gradient is as large as before.
 
 # %%
 plain = {'optim__moment_bits': 32, 'optim__basis_bits': 32}
@@ -83,9 +84,10 @@ show(
 # %% [markdown]
 # ## The step
 #
-# Once the moments are small, the gradient and the weights are what is left. **Layer by layer** a block's
-# gradient is projected, used and forgotten as soon as it is there
-# ([how](layerwise.html)). Kernels in **8 bits** then halve the weights.
+# Once the moments are small, most of what is left are the gradient and the weights. A step that goes **layer by
+# layer** uses the gradient of a block as soon as it is there, and forgets it before the next one is computed
+# ([how](layerwise.html)). The kernels of the blocks, which are the weight matrices of attention and MLP, can then
+# be kept in **8 bits**, which nearly halves the weights.
 
 # %%
 small = {'optim__moment_bits': 8, 'optim__basis_bits': 8}
@@ -97,16 +99,18 @@ show(
   {
     'whole step': count(**small),
     'layer by layer': count(**one_by_one),
-    '... kernels in 8 bits': count(step__weight_bits=8, **one_by_one),
+    '... and kernels in 8 bits': count(step__weight_bits=8, **one_by_one),
   }
 )
 
 # %% [markdown]
 # ## What trains
 #
-# In fine-tuning one may train less. **Adapters** of rank 16 beside frozen kernels have small gradients and
-# small moments, and what is frozen may be rounded to 8 or 4 bits. **A few layers at a time** trains the
-# layers in turn, and holds gradients and moments of the drawn ones alone.
+# In fine-tuning one may train less. **Adapters**, such as those of LoRA, are pairs of thin matrices beside kernels
+# that are frozen; here they have rank 16, the number of columns of the first. Only they have gradients and
+# moments, and the frozen kernels may be rounded to 8 bits, or to 4 (in NF4, whose 16 levels suit weights that are
+# normally distributed). Training **a few layers at a time** draws some layers every so many steps, and holds
+# gradients and moments of these alone. BAdam draws one.
 
 # %%
 lora = {
@@ -120,7 +124,7 @@ show(
     'LoRA': count(**lora),
     'LoRA on an 8-bit base': count(step__weight_bits=8, **lora),
     'LoRA on a 4-bit base': count(step__weight_bits=4, **lora),
-    'BAdam, a layer at a time': count(
+    'BAdam, one drawn layer': count(
       optim__name='adamw', sampling__method='badam', step__mode='layerwise'
     ),
   }
@@ -129,13 +133,22 @@ show(
 # %% [markdown]
 # ## What to take
 #
-# | what is too large | what makes it small | what it takes instead |
+# | what is too large | what makes it small | what that costs |
 # |---|---|---|
-# | moments | a projection; a smaller rank; 8 or 4 bits | a refresh of the basis now and then; rounding |
-# | gradients | [layer by layer](../layerwise.html); [a few layers at a time](../layer-sampling.html) | where they are clipped, gradients that wait or a second backward pass; more steps |
-# | weights | 8 bits; in fine-tuning a base of 4 bits | stochastic rounding; rounding once |
-# | activations | `--model.remat`, `--micro-batches` | a second forward pass; smaller matrix products |
-# | logits | `--loss-chunk-tokens` | nothing worth mention |
+# | moments | a projection; a smaller rank | a refresh of the bases now and then |
+# | | moments and bases in 8 or 4 bits | rounding |
+# | gradients | steps [layer by layer](../layerwise.html) | if gradients are clipped, memory for projected gradients that wait, or a second backward pass |
+# | gradients and moments | training [a few layers at a time](../layer-sampling.html) | the other layers rest |
+# | weights | kernels in 8 bits, layer by layer | random rounding after every update |
+# | | adapters beside kernels in 8 or 4 bits | rounding once; only the adapters learn |
+# | saved activations, whole steps | `--model.remat`, and more `--micro-batches` | more is computed twice; smaller matrix products |
+# | saved activations, layer by layer | a smaller `--batch-size`, or `--step.offload` on a GPU | other gradients; copies to the host and back |
+# | logits | `--loss-chunk-tokens` | smaller matrix products; every chunk adds a gradient of the head's size |
 #
-# `python -m gnlorp_jax.plan` tries these for a run that does not fit, one at a time, and lists first what
-# saves most. Which of them costs quality is measured in [the results](../results/index.html).
+# For a run that does not fit, `gnlorp-plan` tries changes of this kind one at a time, and lists first those that
+# suffice and then those that save most. It does not try everything in the table: it leaves the batch, the optimizer
+# and the chunks of the loss as they are, and draws no layers. It tries adapters only where `--init-from` (or
+# `--model`) names what to start from ([all that it tries](../plan.html#what-would-make-it-fit)).
+#
+# What some of these changes cost in quality is measured in [the results](../results/index.html). Next:
+# [the layer-wise step](layerwise.html), or [which method for my card?](../which-method.html)

@@ -1,15 +1,19 @@
 # %% [markdown]
 # # What a projection does to a gradient
 #
-# Adam keeps two numbers for every weight. A low-rank method keeps two numbers for every *coordinate of
-# the gradient in a subspace*, and there are fewer of those. This page shows, for one matrix, what is
-# kept, what is lost, and when that is enough.
+# Adam keeps two numbers, its *moments*, for every weight. A low-rank method first projects the gradient
+# onto a few directions, and keeps two numbers for each coordinate that is left. This page shows, for one
+# matrix, what the projection keeps, what it loses, and how the lost part is learned later.
+#
+# Three words stand on all pages. A **subspace** is what the chosen directions span, its **rank** is their
+# number, and a **basis** is a matrix that has them as its columns.
 #
 # ## Gradients have few directions
 #
-# The gradient of a matrix `W` of a layer `y = x W` is a sum over tokens, `x^T dy`. Its
-# singular values fall quickly: a few directions carry most of it. Here is a layer of a small network
-# in training.
+# In a layer `y = x W` the gradient of the matrix `W` is `x^T dy`, a sum over tokens. Often a few directions
+# carry most of it, which means that its singular values fall quickly. The example is one layer with random
+# weights. Some directions of its inputs are much stronger than others, and it learns to do what another
+# random layer does.
 
 # %%
 import jax
@@ -18,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 keys = jax.random.split(jax.random.key(0), 4)
-# Inputs as a layer sees them: some directions are much stronger than others.
+# Some directions of the inputs are much stronger than others.
 scales_M = 1.0 / (1 + jnp.arange(128)) ** 0.5
 x_BM = jax.random.normal(keys[0], (512, 128)) * scales_M
 w_MN = 0.1 * jax.random.normal(keys[1], (128, 256))
@@ -45,9 +49,9 @@ print(f'Rank 16 of 128 keeps {energy[15]:.1%} of the squared norm.')
 # %% [markdown]
 # ## Project, run Adam, expand
 #
-# A basis `P` of `r` columns spans the subspace. The gradient's coordinates are `P^T G`, of shape
-# `[r, n]`; Adam's two moments have that shape, and the update is expanded again by `P`. With `m = 128`,
-# `n = 256` and `r = 16`:
+# Let `G` be the gradient, of shape `[m, n]`, and `P` a basis with `r` columns, so that the rank is `r`. The
+# coordinates of the gradient are `P^T G`, of shape `[r, n]`. Adam runs on these, and its two moments have
+# that shape. `P` times Adam's result is the update of the matrix. With `m = 128`, `n = 256` and `r = 16`:
 
 # %%
 m, n, r = 128, 256, 16
@@ -59,10 +63,11 @@ print(
 # %% [markdown]
 # ## The subspace turns
 #
-# What lies outside of the subspace is not learned until the basis is fitted anew, every
-# `update_proj_gap` steps. Two runs of gradient descent in a subspace of rank 16, one with the basis of
-# the first step for ever, one that refreshes it, beside one with the whole gradient. What was learned
-# leaves the gradient, so the share that a basis catches falls until the next refresh.
+# What lies outside of the subspace is not learned until the basis is fitted to a new gradient. That is called
+# a **refresh**, and happens every `update_proj_gap` steps. Below are three runs of gradient descent. One takes
+# the whole gradient. Two project it to rank 16: one of them keeps the basis of the first step, the other
+# refreshes it every 20 steps. What was learned is no longer in the gradient, so the share of the gradient
+# that a basis catches falls until the next refresh.
 
 # %%
 step_size, steps = 20.0, 200
@@ -104,14 +109,20 @@ left.legend(frameon=False)
 figure.tight_layout()
 
 # %% [markdown]
-# The run that refreshes goes on learning, though its last bases hold a third of what is left; the other has
-# nothing left to learn in its subspace. Here the projection costs loss in exchange for memory. Whether
-# it does in training a language model is measured in [the results](../results/quality.html). (Plain descent is shown because its steps are
-# the gradient's. Adam, which the methods run on the coordinates, takes weak directions with steps as
-# long as those of strong ones.) In this package a refresh happens inside the compiled step, one
-# matrix at a time, so that no step waits for all of them.
+# The run that refreshes goes on learning, though its last bases catch only a third of the gradient. In the run
+# that keeps its first basis less than a tenth of the gradient lies in the subspace at the end, and little is
+# learned. Here the projection costs loss in exchange for memory. Whether it does so when a language model is
+# trained is measured in [the results](../results/quality.html).
 #
-# What methods do with the rest differs: [GaLore](../reference/optimizers.html) leaves it out,
-# Fira and Alice add it scaled, FRUGAL adds its sign, APOLLO uses the subspace only to find out how long
-# the steps should be, and GradNormLoRP projects the gradient of each kernel's direction after
-# splitting it into magnitude and direction. [The optimizers](../optimizers.html) compares them.
+# Plain gradient descent is shown because its steps are the gradient itself. The methods run Adam on the
+# coordinates, and Adam's steps along weak directions are about as long as those along strong ones. In this
+# package a refresh happens inside the compiled step, by default one matrix at a time, so that no step waits for
+# all of them.
+#
+# Methods differ in what they do with the part that the projection loses. [GaLore](../reference/optimizers.html)
+# leaves it out. Fira and Alice add it, scaled, and FRUGAL adds its sign. APOLLO uses the subspace only to find
+# out how long the steps should be. GradNormLoRP first splits each kernel (the weight matrix of a layer) into
+# magnitude and direction, and projects the gradient of the direction.
+#
+# Next: [the optimizers](../optimizers.html) compares all of them, and [where memory goes](memory.html) counts
+# what they keep for a model of 7 billion parameters.

@@ -1,21 +1,27 @@
 # %% [markdown]
 # # A chat model from your own data
 #
-# From a file of conversations to a model that answers, in four commands. What is run here, on two
-# CPU cores in a minute, is a model of a million parameters that first learns to
-# speak by generated instructions; with a real one the commands are the same:
+# This page goes from a file of conversations to a model that answers. With an open model and your own file these are the
+# commands:
 #
 # ```bash
-# pip install '.[sft]'  # In a checkout.
+# pip install '.[train]'  # In a checkout; '.[sft]' reads Parquet files too.
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --preview
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --method lora --learning-rate 1e-3
 # gnlorp-chat runs/sft/hf
 # ```
 #
+# `--method lora` trains *adapters*: beside each weight matrix of the blocks, which stays as it is, stand two thin
+# matrices that learn a change of it. Without `--method` all weights are trained, by GradNormLoRP.
+# A small file gives few steps, which want a higher learning rate than the default of 2e-4.
+#
+# The rest of this page runs the same commands on a model of a million parameters, which takes two CPU cores a minute or two.
+#
 # ## The model to start from
 #
-# Without options `train_sft.py` trains a small model on instructions about made-up words, and
-# leaves it as a Hugging Face folder.
+# A real model can already write. The small one of this page first has to learn it. Without options
+# `gnlorp-train-sft` trains such a model on generated instructions about made-up words, and leaves it as a Hugging
+# Face folder.
 
 # %%
 import json
@@ -37,8 +43,9 @@ train_sft(
 # %% [markdown]
 # ## The conversations
 #
-# One JSON object on every line: the messages of a conversation. Other formats (alpaca, sharegpt,
-# prompt and completion, plain text) are [told apart by their keys](../instruction-tuning.html#data).
+# Every line of the file is a JSON object with the messages of one conversation. Other formats (alpaca, sharegpt,
+# prompt and completion, plain text) are recognised [by their keys](../instruction-tuning.html#data). In these
+# conversations the model learns to shout a word.
 
 # %%
 draw = random.Random(0)
@@ -55,7 +62,8 @@ with open(folder / 'chats.jsonl', 'w') as file:
 # %% [markdown]
 # ## Look before you train
 #
-# What the model reads, and what of it is learned: the answers, up to the token that ends them.
+# `--preview` shows what the model reads, and marks what of it is learned. Here that is the answers, with the token that
+# ends each of them.
 
 # %%
 model = ['--model', f'{folder}/base/hf', '--data', f'{folder}/chats.jsonl']
@@ -64,8 +72,8 @@ train_sft([*model, '--preview'])
 # %% [markdown]
 # ## Train
 #
-# LoRA here; `--method` takes [every other one](../instruction-tuning.html#methods). A run that is
-# interrupted goes on where it stopped when the same command is given again.
+# The method is LoRA again; `--method` takes [many others](../instruction-tuning.html#methods). A run that was
+# interrupted goes on when the same command is given again.
 
 # %%
 train_sft(
@@ -79,8 +87,17 @@ train_sft(
 # %% [markdown]
 # ## Talk to it
 #
-# The run left a Hugging Face folder, which transformers reads too. `gnlorp-chat` talks on a
-# terminal; with `--prompt` it answers one question. This word was in no conversation.
+# The run left a Hugging Face folder, with the adapters added to the weights. The transformers library reads it too.
+# `gnlorp-chat` talks on a terminal; with `--prompt` it answers one question. The word in this question was in none of
+# the conversations.
 
 # %%
 chat([f'{folder}/run/hf', '--prompt', 'Shout pinaha.', '--temperature', '0'])
+
+# %% [markdown]
+# Next:
+#
+# * [Fine-tuning on instructions and conversations](../instruction-tuning.html) has all formats, methods and options, and
+#   `--export adapter`, which leaves the small file of the adapters alone.
+# * [Will it fit my card?](will_it_fit.html) plans the memory of larger models.
+# * [Evaluate a model](../evaluation.html) scores what was trained, and [merging](merge.html) makes one model of several.

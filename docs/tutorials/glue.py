@@ -1,10 +1,9 @@
 # %% [markdown]
 # # Compare methods on a task
 #
-# Only your task can tell which method is best for it. `gnlorp-train-glue` fine-tunes an encoder
-# such as RoBERTa to tell sentences apart, with as many methods, learning rates and seeds as you ask for, and
-# ends with a table. What is run here is a made-up task and a small encoder made on the spot; with a trained
-# one the commands are the same:
+# Which method of fine-tuning is best for your task? Only a trial on the task can tell. `gnlorp-train-glue` fine-tunes an
+# encoder such as RoBERTa to sort sentences into classes. It does so with all the methods, learning rates and seeds that
+# you name, and ends with a table that compares them. These are the commands for your own task and a trained encoder:
 #
 # ```bash
 # pip install '.[glue]'  # In a checkout.
@@ -13,14 +12,21 @@
 #   --learning-rates 1e-5,3e-5,1e-4,4e-4 --seeds 0,1,2 --epochs 3
 # ```
 #
-# GLUE's own tasks are read from its official files: `--task mrpc,rte --data.source glue/`. Without options at
-# all the program generates a task, and needs nothing.
+# Of these methods `full` trains all weights by AdamW. `lora` trains adapters, which are pairs of thin matrices beside
+# weights that stay as they are. `gradnormlorp` trains all weights, and projects the gradient of each weight matrix onto a
+# few directions, so that Adam's moments are small. The learning rates reach from what suits the first to what suits LoRA.
+#
+# The tasks of GLUE are read from its official files: `--task mrpc,rte --data.source glue/`. Without any option the
+# program generates a task and a small encoder, and needs no files.
+#
+# This page runs the same commands on a task that is made up here, with a small encoder that is trained here.
 #
 # ## The task
 #
-# Two files of JSON lines or of tab-separated values. Columns are named by `--data.text-columns`
-# (one or two, `text` by default) and `--data.label-column` (`label`). Is a sentence about a fruit or about a tool?
-# The adjectives of the sentences to evaluate on are not among those that are trained on.
+# A task is two files, of JSON lines or of tab-separated values. `--data.text-columns` names the columns of the text (one
+# or two; `text` by default), and `--data.label-column` that of the class (`label`). The question here is whether a
+# sentence is about a fruit or about a tool. The sentences to evaluate on have adjectives that are not in the sentences to
+# train on.
 
 # %%
 import itertools
@@ -48,8 +54,8 @@ for split, found in adjectives.items():
 # %% [markdown]
 # ## The encoder
 #
-# A folder of the hub or of transformers, with any head or none. Here `gnlorp-train-lm` makes one that has
-# learned to guess words that are left out of such sentences, and a tokenizer with it.
+# The encoder is a Hugging Face folder of a RoBERTa, or its name on the hub; it may have any head or none. Here
+# `gnlorp-train-lm` makes one, with a tokenizer. It learns to guess tokens that are left out of such sentences.
 
 # %%
 train_lm(
@@ -65,6 +71,8 @@ train_lm(
 
 # %% [markdown]
 # ## Look before you train
+#
+# `--dry-run` lists what a method would do with every parameter.
 
 # %%
 task = [
@@ -77,8 +85,8 @@ train_glue([*task, '--method', 'lora', '--dry-run'])
 # %% [markdown]
 # ## Compare
 #
-# The first seed runs with every learning rate, the second with the best. Interrupt it whenever you like: the same
-# command repeats nothing that is finished.
+# For each method, the first seed runs with every learning rate, and the second seed with the best of them. You may
+# interrupt the command whenever you like: given again, it repeats nothing that is finished.
 
 # %%
 train_glue(
@@ -92,13 +100,15 @@ train_glue(
 # %% [markdown]
 # ## What is in the folder
 #
-# `results.md`, `results.json` and `results.png` over all runs, and a folder for each, with its metrics,
-# and predictions where there is a `--data.test`; of one run alone, or with `--export True`, also the model as a Hugging Face folder.
+# `results.md`, `results.json` and `results.png` are about all runs. Each run has a folder with its metrics, and with its
+# predictions if there is a test split (`--data.test`). If the command is for one run alone, or with `--export True`, the
+# folder also has the model as a Hugging Face folder.
 
 # %%
 print((folder / 'compared' / 'results.md').read_text())
 
 # %% [markdown]
-# With another method, rate or seed the same command adds what is missing to the table. Published settings
-# of GLUE's tasks, and where they come from, are in [fine-tuning on GLUE](../finetuning.html); what a
-# small encoder gained by each method is in [the results](../results/glue.html).
+# Give the same command with another method, rate or seed, and it adds what is missing to the table.
+#
+# Next: [fine-tuning on GLUE](../finetuning.html) has all methods and options, and says where the settings of GLUE's tasks
+# come from. [The results](../results/glue.html) show what a small encoder gained by each method.

@@ -1,9 +1,16 @@
 # %% [markdown]
 # # 7 billion parameters on one card
 #
-# AdamW needs 80 GB and more for a model of 7 billion parameters. With moments of projected
-# gradients, in 8 bits, one layer at a time, its pre-training is planned to fit a card of 24 GB, and with kernels
-# in 8 bits one of 16 GB ([where memory goes](../concepts/memory.html)). On the machine with the card:
+# To pre-train a model of 7 billion parameters AdamW needs 80 GB and more. Three things together are planned to make it
+# fit a card of 24 GB, and a fourth a card of 16 GB ([where memory goes](../concepts/memory.html)):
+#
+# * Gradients are projected onto a number of directions, the *rank*, and Adam keeps its moments only for the
+#   coordinates that are left ([how](../concepts/projection.html)).
+# * These moments are kept in 8 bits, and the *bases* (the matrices of the directions) in 8 or 4.
+# * Each step goes layer by layer: the gradient of one block exists at a time ([how](../concepts/layerwise.html)).
+# * For 16 GB, *kernels* (the weight matrices of attention and MLP) are kept in 8 bits too.
+#
+# On the machine with the card of 24 GB:
 #
 # ```bash
 # pip install '.[train,cuda]'  # In a checkout.
@@ -13,12 +20,14 @@
 #   --data.validation-source c4_validation.json.gz --data.tokenizer t5/
 # ```
 #
-# This page goes the same way with a model that any machine holds. Nothing of that size has run on a card
-# yet: the memory is what XLA's compiler says.
+# `c4/` and `c4_validation.json.gz` are texts of the C4 data set, and `t5/` is a folder with the tokenizer of T5.
+#
+# No model of 7 billion parameters has been trained on a card with this package yet. The figures of memory are what
+# XLA's compiler says. The rest of this page takes the same steps with a model that is small enough for any machine.
 #
 # ## Plan
 #
-# The plan is made before anything is bought or rented. Without the CUDA wheels, as here, it is a lower bound.
+# You can plan before you buy or rent a card. Without the CUDA wheels, as here, the plan is a lower bound.
 
 # %%
 import json
@@ -33,9 +42,9 @@ plan(['--config', 'llama_7b_24gb', '--device', 'rtx4090'])
 # %% [markdown]
 # ## Every step of the way, small
 #
-# A LLaMA of a million parameters with the settings of the card of 16 GB: layer by layer, kernels in 8
-# bits that are rounded at random after each update, moments in 8 bits, bases in 4. Beside it the same model
-# by whole steps in float32.
+# A LLaMA of a million parameters is trained twice: first by whole steps, with everything in float32, and then with the
+# settings for 16 GB. These are steps layer by layer, kernels in 8 bits that are rounded up or down at random after each
+# update, moments in 8 bits, and bases in 4.
 
 # %%
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -63,8 +72,8 @@ train_lm(
 # %% [markdown]
 # ## What it costs, and what it saves
 #
-# Both losses, and the KiB of what lives in a step, activations not counted. Layer by layer the gradients are
-# those of one of the four blocks, of the embedding and of the head.
+# These are the losses of both runs, and the KiB that a step holds, without activations. Layer by layer the gradients
+# that are counted are those of one of the four blocks, of the embedding, of the head and of the last norm.
 
 # %%
 for name in ('whole', 'small'):
@@ -78,15 +87,17 @@ for name in ('whole', 'small'):
 # %% [markdown]
 # ## What may go wrong at that size
 #
-# * **It does not fit after all.** The run ends with the message to plan. `--batch-size` counts sequences
-#   of a step. Layer by layer the inputs of all blocks are kept for all of them: `--step.offload` keeps these in
-#   the host's memory.
-# * **Power or time runs out.** The same command goes on from the last checkpoint; `--checkpoint-every` says
-#   how often one is written.
-# * **Gradients explode.** Layer by layer the norm of all gradients is not known before the first update.
-#   `--optim.clip-global-norm 1.0 --step.clipping recompute` clips by it exactly, for one more backward pass.
-# * **The loss is not finite.** Such a step is left out and counted. Without clipping, blocks that were
-#   updated before a bad gradient came up have moved; weights that are not finite are never saved.
+# * **It does not fit after all.** The run ends with a message that tells you to plan. Layer by layer the inputs of all
+#   blocks are kept for all sequences of a step, and `--micro-batches` does not change that: it makes smaller what is
+#   needed inside a block. A smaller `--batch-size` does lessen them, and `--step.offload` keeps them in the host's memory.
+# * **Power or time runs out.** The same command goes on from the last checkpoint. `--checkpoint-every` says
+#   after how many steps one is written.
+# * **Gradients explode.** Layer by layer the norm of all gradients is not known before the first update, and these
+#   configurations do not clip. `--optim.clip-global-norm 1.0 --step.clipping recompute` clips by the exact norm, and takes
+#   one more backward pass.
+# * **A gradient is not finite.** Such a step is left out and counted. Without clipping, blocks that were
+#   updated before the bad gradient came up have moved already. Weights that are not finite are never saved.
 #
-# [Layer by layer](../layerwise.html) has all that can be asked of such steps, and
-# [which method for my card?](../which-method.html) other cards.
+# Next: [layer by layer](../layerwise.html) has all that can be asked of such steps, and
+# [which method for my card?](../which-method.html) has other cards. `gnlorp-evaluate RUN_DIR/hf` scores what
+# was trained ([evaluate a model](../evaluation.html)), and a [chat model](chat.html) can be made of it.

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Merge models
 #
-# Two people trained copies of one model further, each on other text. Merging makes one model of theirs that is
-# better than the first on both, without training and without their data. The models here have a million
-# parameters and are made on the spot. With models of your own:
+# Suppose that two people each took a copy of one model and trained it further, each on a different text. Merging
+# combines their two models into one, without any more training and without their texts. On this page the merged
+# model is better on both texts than the model that both of them started from. The models here have a million
+# parameters and are trained here. These are the commands for models of your own:
 #
 # ```bash
 # pip install '.[train]'  # In a checkout.
@@ -12,10 +13,13 @@
 # gnlorp-evaluate both/ --tasks perplexity:one.txt,perplexity:two.txt
 # ```
 #
+# `base/` is the model that both started from, and `one/` and `two/` are what they made of it, all as Hugging Face folders.
+# Models that were trained from one base are called its *experts*.
+#
 # ## A model, and two experts of it
 #
-# Python's standard library has both: English in the texts of its help, and code. The last tenth of either is
-# kept to score by.
+# The two texts are English and code. Python's standard library has both: English is in the texts of its help. The last
+# tenth of each text is not trained on, and is kept to score the models.
 
 # %%
 import asyncio
@@ -39,7 +43,8 @@ for name, text in texts.items():
   (folder / f'{name}_scored.txt').write_text(text[end:])
 
 # %% [markdown]
-# The base reads some of both, then each expert starts from it and reads one alone.
+# The base is trained on both texts for a while. Then each expert starts from it, and is trained on one of them. The
+# optimizer is GaLore of rank 32: it projects the gradient of each weight matrix onto 32 directions.
 
 # %%
 common = [
@@ -71,7 +76,7 @@ for name in texts:
 # %% [markdown]
 # ## Look before you merge
 #
-# `--dry-run` lists what would become of every tensor, and all that does not fit.
+# `--dry-run` lists what would become of every tensor, and everything in which the models do not fit together.
 
 # %%
 both = [
@@ -84,8 +89,9 @@ merge([*both, '--dry-run'])
 # %% [markdown]
 # ## Merge
 #
-# Task arithmetic adds to the base what each expert changed, here half of it. `ties`, `tsv` and `doge` lessen
-# conflicts between the changes, `dare` drops most of them at random; [merging models](../merging.html) explains them.
+# Task arithmetic takes the change that each expert made to the base, and adds a part of it, here half (`--scale 0.5`),
+# to the base. Other methods do more: `ties`, `tsv` and `doge` lessen conflicts between the changes, and `dare` drops most
+# entries of the changes at random and scales up the others. [Merging models](../merging.html) explains them.
 
 # %%
 merge(both)
@@ -93,7 +99,7 @@ merge(both)
 # %% [markdown]
 # ## What it can do
 #
-# Perplexity on the texts that were kept, lower is better:
+# The four models are scored by their perplexity on the parts of the texts that were kept. A lower perplexity is better.
 
 # %%
 scored = ','.join(f'perplexity:{folder}/{name}_scored.txt' for name in texts)
@@ -101,8 +107,11 @@ for model in ('base/hf', 'english/hf', 'code/hf', 'both'):
   evaluate([f'{folder}/{model}', '--tasks', scored])
 
 # %% [markdown]
-# Each expert is better than the base at what it read, and worse at the rest. The merged model is better at both, by
-# less.
+# Each expert is better than the base on the text that it was trained on, and worse on the other. The merged model is
+# better than the base on both texts, though by less than each expert is on its own.
 #
-# Merged models are not good by construction: score experts and merged models on all their tasks, and try several
-# values of `--scale`. Too small a one forgets the tasks, too large a one disturbs the base.
+# Merging does not always give a good model. Score the experts and the merged model on all their tasks, and try several
+# values of `--scale`: too small a value forgets the tasks, and too large a value disturbs the base.
+#
+# Next: [merging models](../merging.html) has all methods and options, adapters of LoRA among them, and
+# [evaluate a model](../evaluation.html) has other tasks to score by.

@@ -1,12 +1,14 @@
 # %% [markdown]
 # # An optimizer in your own loop
 #
-# The optimizers are Optax transformations. A training loop that has one already changes in one
-# place: where it is made. This page trains a small network by Flax Linen, Flax NNX and
+# The optimizers are Optax transformations. A training loop that uses Optax already changes in one place, which
+# is where the optimizer is made. This page trains a small network with Flax Linen, Flax NNX and
 # Equinox, looks at what the optimizer does with every parameter, and counts what it saves.
 #
-# `pip install .` in a checkout is all that the optimizers need; this page also uses Flax and
-# Equinox.
+# ```bash
+# pip install .              # In a checkout: all that the optimizers need.
+# pip install flax equinox   # What this page uses besides.
+# ```
 
 # %%
 import equinox as eqx
@@ -26,8 +28,9 @@ y_BD = jnp.tanh(x_BD @ jax.random.normal(jax.random.key(1), (64, 64)) / 8)
 # %% [markdown]
 # ## Flax Linen, or any tree of arrays
 #
-# Only the lines that make the optimizer and use it are of this package. `rank` is the size of the
-# subspace in which Adam runs; everything that is no matrix takes Adam as it is.
+# Only the call of `gradnormlorp`, and the report further down, belong to this package. The optimizer projects the
+# gradient of each weight matrix onto a few directions, and runs Adam on the coordinates that are left. `rank` is
+# the number of these directions; together they span a *subspace*. Biases take Adam as it is.
 
 
 # %%
@@ -63,16 +66,17 @@ for step in range(100):
 # ## What it does with every parameter
 #
 # `report` computes from shapes alone: it can be asked before anything is allocated, and says
-# why a parameter is treated as it is. Here the biases are the only ones without a
+# why a parameter is treated as it is. Here the biases are the only parameters without a
 # subspace.
 
 # %%
 print(format_report(report(params, gradnormlorp(2e-2, rank=16))))
 
 # %% [markdown]
-# Matrices are found by their names: `kernel` (Flax), `weight` (Equinox) or `w` (Haiku), unless the path
-# names an embedding, a head or a norm. Whatever is called otherwise takes plain Adam, which the report
-# says. Then say which are to be projected, by patterns in order, of which the first counts:
+# Weight matrices, which these pages call *kernels* as Flax does, are found by their names: `kernel` (Flax), `weight`
+# (Equinox) or `w` (Haiku), unless the path names an embedding, a head, a norm or a classifier. Whatever has another
+# name takes plain Adam, and the report says so. If yours have other names, say which of them are to be projected.
+# Rules are tried in their order, and the first pattern that is found in a path counts:
 
 # %%
 unusual = {
@@ -85,7 +89,8 @@ labelled = gradnormlorp(2e-2, rank=16, param_labels=rules)
 print(format_report(report(unusual, labelled, rules)))
 
 # %% [markdown]
-# These are taken as `[in, out]`; axes in another order are named by `weight_dimension_numbers`. [The optimizers](../optimizers.html#what-happens-to-a-parameter) has the rules.
+# Such a matrix is taken as `[in, out]`. Axes in another order are named by `weight_dimension_numbers`.
+# [The optimizers](../optimizers.html#what-happens-to-a-parameter) has the rules.
 #
 # ## Flax NNX
 
@@ -119,7 +124,7 @@ print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f}')
 # %% [markdown]
 # ## Equinox
 #
-# Its weights are `[out, in]`, which is recognised by their name, `weight`.
+# The weights of Equinox are `[out, in]`. The optimizer knows that by their name, `weight`.
 
 # %%
 model = eqx.nn.MLP(64, 64, width_size=512, depth=1, key=key)
@@ -144,8 +149,8 @@ print(f'loss {loss:.4f}')
 # %% [markdown]
 # ## Smaller still
 #
-# Moments and bases may be kept in 8 or 4 bits, and every other optimizer is called in the same
-# way. What each keeps, in bytes, for the network above:
+# Adam's moments, and the bases (the matrices that hold the directions), may be kept in 8 or 4 bits. Every other
+# optimizer is called in the same way. This is what each keeps for the network above, in bytes:
 
 # %%
 import gnlorp_jax
@@ -164,4 +169,5 @@ for name, made in {
   print(f'{name:21s} {size:8,d} bytes')
 
 # %% [markdown]
-# Next: [a chat model from your own data](chat.html), or [all optimizers](../optimizers.html).
+# Next: [what a projection does to a gradient](../concepts/projection.html), [all optimizers](../optimizers.html),
+# or a whole program: [pre-train a model](pretrain.html).

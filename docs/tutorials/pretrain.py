@@ -1,22 +1,29 @@
 # %% [markdown]
 # # Pre-train a model
 #
-# From files of text to a model that writes, with the optimizer of your choice. What is run here takes two CPU
-# cores some minutes: a model of a million parameters on a part of Python's standard library. With your own text, and a
-# GPU, the commands are the same:
+# This page goes from files of text to a model that writes, with the optimizer of your choice. What it runs takes two
+# CPU cores some minutes: a model of a million parameters learns a part of Python's standard library. With your own
+# text, and on a GPU, the commands are of the same kind:
 #
 # ```bash
-# pip install '.[train]'  # In a checkout; with a GPU also '.[cuda]'.
+# pip install '.[train]'  # In a checkout; with an NVIDIA GPU '.[train,cuda]'.
 # gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --dry-run
 # gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --run-dir runs/mine
 # gnlorp-train-lm --config llama_60m --data.mode packed --data.source 'text/*.jsonl' --run-dir runs/galore --optim.name galore
 # ```
 #
+# `llama_60m` is one of the configurations that come with the package. It puts one document in a row, cut or padded,
+# as its published protocol does; `--data.mode packed` joins documents instead, so that nothing is cut off or padded.
+#
 # ## The text
 #
-# Files, folders or globs of text, JSON lines or parquet; [training](../training.html#data) has all kinds. Here
-# it is the source of two packages that come with Python. The program trains a tokenizer on it, since
-# none is named.
+# The text may be files, folders or globs of plain text, JSON lines or Parquet ([all kinds](../training.html#data)). Here
+# it is the source of two packages that come with Python. Since no tokenizer is named, the program trains one on the
+# text.
+#
+# The options of the optimizer: the gradient of each weight matrix is projected onto 32 directions
+# (`--optim.rank`), which are chosen again every 40 steps (`--optim.update-proj-gap`)
+# ([how that works](../concepts/projection.html)).
 
 # %%
 import json
@@ -44,8 +51,8 @@ small = [
 # %% [markdown]
 # ## Look before you train
 #
-# `--dry-run` says what the optimizer would do with each parameter, and why, and what its state takes beside
-# AdamW's.
+# `--dry-run` says what the optimizer would do with each parameter, and why. It also compares the memory of its state
+# with that of AdamW's.
 
 # %%
 train_lm([*small, '--dry-run'])
@@ -53,8 +60,8 @@ train_lm([*small, '--dry-run'])
 # %% [markdown]
 # ## Train
 #
-# GradNormLoRP is the default. Interrupt it whenever you like: the same command goes on where it stopped, after
-# Ctrl-C as after `kill -9`.
+# GradNormLoRP is the default optimizer. You may interrupt a run whenever you like. The same command goes on where the
+# run stopped after Ctrl-C, and from its last checkpoint after `kill -9`.
 
 # %%
 run = [*('--steps', '120', '--eval-every', '40', '--eval-batches', '4')]
@@ -62,6 +69,9 @@ train_lm([*small, *run, '--run-dir', f'{folder}/gradnormlorp'])
 
 # %% [markdown]
 # ## What a run leaves
+#
+# The run directory holds checkpoints, metrics, a plot, a sample of text and the exported model
+# ([all files](../training.html#the-run-directory)):
 
 # %%
 for path in sorted((folder / 'gradnormlorp').iterdir()):
@@ -69,14 +79,14 @@ for path in sorted((folder / 'gradnormlorp').iterdir()):
 print((folder / 'gradnormlorp' / 'sample.txt').read_text()[:300])
 
 # %% [markdown]
-# `hf/` is a Hugging Face folder: transformers reads it, and so do `gnlorp-train-sft --model`, to make it a
-# chat model, and `gnlorp-evaluate`, to score it.
+# `hf/` is a Hugging Face folder. The transformers library reads it, `gnlorp-train-sft --model` makes a chat model of
+# it, and `gnlorp-evaluate` scores it.
 #
 # ## Compare with another optimizer
 #
-# Each wants its own learning rate: `--learning-rates 3e-3,1e-2,3e-2` tries several; with `--seeds 0,1` the best runs again
-# with the second seed.
-# Two runs are enough to see the curves.
+# Each optimizer wants its own learning rate. `--learning-rates 3e-3,1e-2,3e-2` runs the first seed with each of
+# them; with `--seeds 0,1` the best rate runs again with the second seed. Here one rate for each optimizer is enough to
+# see the curves.
 
 # %%
 train_lm(
@@ -103,13 +113,15 @@ plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# A model so small says nothing about which is better: [the results](../results/quality.html) compare them with
-# learning rates searched and several seeds.
+# So small a model, with one rate and one seed, does not tell which optimizer is better.
+# [The results](../results/quality.html) compare them with learning rates that were searched, and two seeds.
 #
 # ## On from here
 #
 # * Larger models: `--config llama_130m`, `llama_350m`, `llama_1b`, and [7B on one card](large.html).
 # * An open model instead of random weights: `--init-from hf:HuggingFaceTB/SmolLM2-135M`, with a
-#   lower `--optim.learning-rate`, such as 2e-4.
-# * Moments in 8 bits: `--optim.moment-bits 8`. Layer by layer: `--step.mode layerwise`.
+#   lower `--optim.learning-rate`, such as 2e-4. The default, 1e-2, is for random weights.
+# * Less memory: `--optim.moment-bits 8` keeps Adam's moments in 8 bits, and `--step.mode layerwise` updates
+#   [layer by layer](../concepts/layerwise.html), so that the gradient of one block exists at a time.
+# * A chat model: [from your own data](chat.html).
 # * All options: `gnlorp-train-lm --help`, and [the settings](../reference/config.html#trainconfig).

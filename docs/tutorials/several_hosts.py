@@ -1,30 +1,37 @@
 # %% [markdown]
 # # Several hosts
 #
-# One process drives all GPUs of a host, with no option at all. GPUs of several hosts are driven by several
-# processes, all of which get the same command: one for each host by hand, one for each GPU under Slurm, whose `srun`
-# tells the processes where they are:
+# On one host, one process drives all GPUs, and needs no option for it. To train on several hosts, start
+# several processes, and give all of them the same command. Under Slurm there is one process for each GPU, and `srun`
+# tells the processes how to find each other:
 #
 # ```bash
 # srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 \
-#   gnlorp-train-lm --config llama_1b --data.source 'c4/*.json.gz' --run-dir /shared/runs/mine
+#   gnlorp-train-lm --config llama_1b --run-dir /shared/runs/mine --data.source 'c4/*.json.gz' \
+#   --data.validation-source c4_validation.json.gz --data.tokenizer t5/
 # ```
 #
-# By hand each is told the address of the first, how many there are, and its number:
+# Without Slurm, start one process on each host. Each is told the address of the first process, how many processes
+# there are, and its own number:
 #
 # ```bash
-# gnlorp-train-lm --config llama_1b --data.source 'c4/*.json.gz' --run-dir /shared/runs/mine \
+# gnlorp-train-lm --config llama_1b --run-dir /shared/runs/mine --data.source 'c4/*.json.gz' \
+#   --data.validation-source c4_validation.json.gz --data.tokenizer t5/ \
 #   --processes.coordinator-address 10.0.0.1:4321 \
 #   --processes.num-processes 2 --processes.process-id 0
 # ```
 #
-# This page starts two processes on one machine, each with two pretended devices. That is also the way to
+# `c4/` and `c4_validation.json.gz` are texts of the C4 data set, and `t5/` is a folder with the tokenizer of T5. All
+# hosts must find them. Without `--data.tokenizer` the program trains a tokenizer on the text, and without
+# `--data.validation-source` it holds out the end of it.
+#
+# This page starts two processes on one machine, each with two pretended devices. In the same way you can
 # try a command before it waits in a queue.
 #
 # ## Two processes
 #
-# The run directory must be on a disk that all of them see. `--batch-size` counts the sequences of all together;
-# `--mesh.data 4` copies the model to the four devices, each of which computes a quarter of the batch.
+# The run directory must be on a disk that all processes see. `--batch-size` counts the sequences of all processes
+# together. `--mesh.data 4` copies the model to the four devices, and each of these computes a quarter of the batch.
 
 # %%
 import json
@@ -79,12 +86,12 @@ def wait(processes):
 wait([start(number, 2, 2, '--steps', '40') for number in (0, 1)])
 
 # %% [markdown]
-# Process 0 reports on the run; the others print only warnings and errors.
+# Process 0 reports on the run. The others print only warnings and errors.
 #
-# ## On with another number of processes
+# ## Go on with another number of processes
 #
-# Checkpoints do not depend on how many processes wrote them. One process with four devices goes on with the
-# same run, which is made longer here:
+# Checkpoints do not depend on how many processes wrote them. Here one process with four devices goes on with the
+# same run, up to step 60:
 
 # %%
 wait([start(0, 1, 4, '--steps', '60')])
@@ -92,6 +99,9 @@ wait([start(0, 1, 4, '--steps', '60')])
 # %% [markdown]
 # ## When a host is lost
 #
-# The others notice after `--processes.heartbeat-seconds`, and end; the same command on whatever is left goes on
-# from the last checkpoint. A signal to any process makes all of them save one and the same step. How devices are
-# arranged, what launchers set, and all that may go wrong: [several processes](../several-processes.html).
+# The other processes notice it after `--processes.heartbeat-seconds`, and end. Start the same command on the hosts
+# that are left, with their number, and it goes on from the last checkpoint. If any process gets a signal (Ctrl-C or
+# SIGTERM), all of them save the same step and end.
+#
+# Next: [use several processes](../several-processes.html) says what other launchers set, what the
+# processes share, and how each kind of trouble ends.

@@ -1,19 +1,38 @@
 # %% [markdown]
 # # Will it fit my card?
 #
-# In short, for a model of 7 billion parameters on a card of 16 GB, of which a run may use 14.98 GiB
-# (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.96` lets it): **pre-training** fits layer by layer with
-# the blocks' weight matrices in 8 bits (12.9 GiB), **LoRA** beside a base in 8 or 4 bits (8.7 or 5.8 GiB by whole
-# steps), and whole steps on all weights do not (52.5 GiB). [Which method for my card?](../which-method.html) has other cards. This page
-# shows how to find out for any model.
+# In short, for a model of 7 billion parameters on a card of 16 GB:
 #
-# A run's memory follows from shapes. `python -m gnlorp_jax.plan` says what a training step takes on a
-# GPU that need not be there, component by component, and what would make it fit.
+# | what is trained | one step takes, GiB | does it fit? |
+# |---|---|---|
+# | all weights of LLaMA-7B, by whole steps | 52.5 | no |
+# | all weights of LLaMA-7B, layer by layer, kernels in 8 bits | 12.9 | yes |
+# | LoRA on Mistral 7B, by whole steps, the base in 8 bits | 8.7 | yes |
+# | LoRA on Mistral 7B, by whole steps, the base in 4 bits (NF4) | 5.8 | yes |
+#
+# A *whole step* computes all gradients before it updates; *layer by layer* the gradient of one block exists at a time
+# ([how](../concepts/layerwise.html)). *Kernels* are the weight matrices of attention and MLP. The *base* is the model
+# that LoRA leaves as it is, and *NF4* is the 4-bit code of QLoRA. LLaMA's rows are GradNormLoRP of rank 1024 (it keeps
+# 1024 directions of each gradient), with moments in 8 bits, bases (the matrices of these directions) in 8 or, layer by
+# layer, 4 bits, and 16 sequences of 256 tokens. Mistral's rows have 16 sequences of 1024 tokens, one at a time, and
+# adapters of rank 16. All are what XLA's compiler plans, not compared with a card
+# ([commands and commits of LLaMA's](../results/scaling.html#planning-llama-7b) and
+# [of Mistral's](../instruction-tuning.html#will-it-fit)).
+#
+# Of the 16 GB a run may use 14.98 GiB, if `XLA_PYTHON_CLIENT_MEM_FRACTION=0.96` is set.
+# [Which method for my card?](../which-method.html) has other cards. This page shows how to find out for any model.
+#
+# The memory of a run follows from the shapes of its arrays. `gnlorp-plan` says what a training step takes on a
+# GPU, component by component, and what would make it fit. The GPU need not be there.
 #
 # ## A 7B model on a card of 16 GB
 #
-# Without the CUDA wheels the plan is a lower bound, counted from shapes; with them
-# (`pip install '.[cuda]'`; no GPU is needed) XLA's compiler says what the step takes.
+# ```bash
+# pip install '.[train]'       # In a checkout: plans are lower bounds, counted from shapes.
+# pip install '.[train,cuda]'  # XLA's compiler says what a step takes. No GPU is needed.
+# ```
+#
+# In Python the command is the function `main`, with the same words:
 
 # %%
 from gnlorp_jax.plan.__main__ import main as plan
@@ -23,8 +42,10 @@ plan(['--config', 'llama_7b_16gb', '--device', 'rtx4060ti'])
 # %% [markdown]
 # ## What to change where it does not fit
 #
-# Whole steps in bfloat16 do not fit there, even with moments in 8 bits: the plan says so, tries changes
-# one at a time, and lists first what saves most.
+# Whole steps in bfloat16 do not fit there, even with moments in 8 bits. The plan says so, tries changes
+# one at a time, and lists first those that may suffice and then those that save most. It tries
+# [the changes named here](../plan.html#what-would-make-it-fit), and not, for example, a smaller batch, another optimizer
+# or training a few layers at a time.
 
 # %%
 plan(['--config', 'llama_7b', '--device', 'rtx4060ti'])
@@ -32,8 +53,8 @@ plan(['--config', 'llama_7b', '--device', 'rtx4060ti'])
 # %% [markdown]
 # ## Fine-tuning
 #
-# `plan sft` and `plan glue` take the options of `train_sft.py` and `train_glue.py`. LoRA beside a
-# base in 4 bits, as QLoRA:
+# `gnlorp-plan sft` and `gnlorp-plan glue` take the options of `gnlorp-train-sft` and `gnlorp-train-glue`. This is LoRA
+# beside a base in 4 bits, as in QLoRA:
 
 # %%
 plan(
@@ -47,8 +68,8 @@ plan(
 # %% [markdown]
 # ## In a program
 #
-# The same numbers as values; [the reference](../reference/plan.html) has the functions. GiB of LLaMA-7B
-# by rank, layer by layer:
+# Functions give the same numbers as values ([the reference](../reference/plan.html) has all of them). These are lower
+# bounds for LLaMA-7B, layer by layer with kernels in 8 bits, at three ranks:
 
 # %%
 import gnlorp_jax.plan as planning
@@ -59,3 +80,7 @@ for rank in (128, 512, 1024):
   settings = planning.replace(found, {'optim.rank': rank})
   bound = planning.lower_bound(settings)
   print(f'rank {rank:4d}: {bound.peak / 2**30:.2f} GiB')
+
+# %% [markdown]
+# Next: [7 billion parameters on one card](large.html) trains what was planned. [Plan a run](../plan.html) explains every
+# row of the tables, what is assumed of a card, and `--budget`, which names what measured best within a budget.

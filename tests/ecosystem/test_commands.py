@@ -129,6 +129,8 @@ def test_a_command_that_is_shown_is_read(
   except ValueError as error:
     # Models that it names are not here, which some programs notice by then.
     assert any(text in str(error) for text in ABSENT), error
+  except SystemExit as end:  # It prints something, such as --print-completion.
+    assert end.code == 0
 
 
 def test_commands_are_found_wherever_they_stand():
