@@ -36,7 +36,7 @@ from gnlorp_jax.training.layer_sampling import (
 from gnlorp_jax.training.layer_sampling import metrics as sampling_metrics
 from gnlorp_jax.training.monitor import Instruments
 from gnlorp_jax.training.objectives import Objective
-from gnlorp_jax.training.parameters import LAYERS, Parameters
+from gnlorp_jax.training.parameters import LAYERS, Parameters, outer
 from gnlorp_jax.training.restarts import Restarts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -332,8 +332,7 @@ def _make_model(
 def _outer(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
   """A model's parameters outside of its layers, by their paths."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  outer = {key: node for key, node in shapes.items() if key != LAYERS}
-  paths = jax.tree_util.tree_leaves_with_path(outer)
+  paths = jax.tree_util.tree_leaves_with_path(outer(shapes))
   return {path_name(path): leaf for path, leaf in paths}
 
 

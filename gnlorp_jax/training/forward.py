@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gnlorp_jax.training import parameters
 from gnlorp_jax.training.objectives import layer_key
 from gnlorp_jax.training.parameters import LAYERS
 
@@ -80,7 +81,7 @@ def on_stored(
     return layers, jnp.arange(count, dtype=jnp.int32)
 
   def outer(params: Any) -> Any:
-    return decode({k: node for k, node in params.items() if k != LAYERS})
+    return decode(parameters.outer(params))
 
   def logits(
     params: Any, x: jax.Array, key: jax.Array | None = None

@@ -16,6 +16,11 @@ LAYERS = 'layers'
 Tree = dict[str, Any]
 
 
+def outer(tree: Tree) -> Tree:
+  """A dict of parameters without the stacked layers."""
+  return {key: node for key, node in tree.items() if key != LAYERS}
+
+
 class Parameters(NamedTuple):
   """How a run holds the weights of a model.
 

@@ -20,13 +20,8 @@ from flax import traverse_util
 
 from gnlorp_jax.training.layerwise.slices import Cut, Path
 from gnlorp_jax.training.objectives import Pieces
-from gnlorp_jax.training.parameters import LAYERS, Parameters
+from gnlorp_jax.training.parameters import LAYERS, Parameters, outer
 from gnlorp_jax.training.step import Batch
-
-
-def outer(tree: dict[str, Any]) -> dict[str, Any]:
-  """A dict of parameters without the layers."""
-  return {key: node for key, node in tree.items() if key != LAYERS}
 
 
 def divide(sums: Any, divisor: jax.Array, like: Any) -> Any:

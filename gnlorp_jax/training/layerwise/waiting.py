@@ -30,7 +30,6 @@ from gnlorp_jax.training.layerwise.passes import (
   add_trees,
   divide,
   drop_axis,
-  outer,
 )
 from gnlorp_jax.training.layerwise.slices import (
   WHOLE,
@@ -41,6 +40,7 @@ from gnlorp_jax.training.layerwise.slices import (
   only_changed,
   same_arrays,
 )
+from gnlorp_jax.training.parameters import outer
 from gnlorp_jax.training.state import TrainState
 from gnlorp_jax.training.step import Batch, Metrics, split_rows
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from gnlorp_jax.training.objectives import Pieces
-from gnlorp_jax.training.parameters import LAYERS, Parameters
+from gnlorp_jax.training.parameters import LAYERS, Parameters, outer
 from gnlorp_jax.training.step import Batch
 
 EPS = 1e-3  # How far the paper moves the matrix along a direction.
@@ -67,9 +67,8 @@ def weights_of(tail: Tail, stored: Any) -> Weights:
     stored: All weights as a run stores them, trained and frozen ones joined.
   """
   decode = tail.parameters.decode
-  outer = {key: node for key, node in stored.items() if key != LAYERS}
   layer = jax.tree.map(lambda x: x[-1], stored[LAYERS])
-  return Weights(decode(outer), decode(layer))
+  return Weights(decode(outer(stored)), decode(layer))
 
 
 def before_last(
