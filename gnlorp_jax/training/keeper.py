@@ -94,6 +94,21 @@ class Keeper:
     self._best.save(number, params, {'step': number}, self._metadata, wait=True)
     return True
 
+  def check(self, number: int) -> None:
+    """Checks that what was best is there, before a run goes on from a step.
+
+    Raises:
+      ValueError: If it is not, and the parameters of this step are others.
+    """
+    best = self.record['best']
+    if self._best is None or best is None or best['step'] == number:
+      return
+    there = distributed.from_first(
+      lambda: (self._folder / str(best['step'])).is_dir()
+    )
+    if not there:
+      raise self._lost(best['step'])
+
   def best_params(self, state: TrainState) -> Any:
     """The parameters of the best evaluation, or those of the last state."""
     best = self.record['best']
@@ -101,11 +116,14 @@ class Keeper:
       return state.params
     found = self._best.restore_latest(self._abstract_params)
     if found is None or found[1]['step'] != best['step']:
-      raise ValueError(
-        f'{self._folder.parent} lacks its best model, that of step '
-        f'{best["step"]}. Delete the folder to train it anew.'
-      )
+      raise self._lost(best['step'])
     return found[0]
+
+  def _lost(self, step: int) -> ValueError:
+    return ValueError(
+      f'{self._folder.parent} lacks its best model, that of step {step}. '
+      'Delete the folder to train it anew.'
+    )
 
 
 def _remove_later(folder: pathlib.Path, last: Found | None) -> None:

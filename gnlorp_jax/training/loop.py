@@ -211,10 +211,12 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     before = first, trained
     clock, health = Clock(record), Health(first, int(state.skipped))
     keeper = stack.enter_context(_keeper(run, record))
-    write, told = stack.enter_context(_opened(run, first, record))
+    keeper.check(first)
+    write, sync, told = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
       monitor.check_weights(number, state.params)
+      sync()  # A checkpoint has the rows before it on the disk.
       tokens = run.instruments.tokens(number, before)
       position = _position(run, clock.update(keeper.record), tokens)
       kept = _kept(state, memory)
@@ -314,10 +316,10 @@ def _opened(run: Run, first: int, record: Record) -> Iterator[Any]:
       run.steps, first, name=run.name, console=rich.get_console()
     ) as told,
   ):
-    yield (
-      (lambda *row: None) if writer is None else writer.write,
-      told,
-    )
+    if writer is None:
+      yield (lambda *row: None), (lambda: None), told
+    else:
+      yield writer.write, writer.sync, told
 
 
 def _telling(

@@ -131,6 +131,10 @@ class MetricsWriter:
       numbers = {n: value for n, value in values.items() if value is not None}
       self._wandb.log(numbers, step=int(step))
 
+  def sync(self) -> None:
+    """Returns when the rows of `metrics.jsonl` are on the disk."""
+    os.fsync(self._file.fileno())
+
   def _write_event(self, step: int, **content: Any) -> None:
     self._events.write_event(
       self._event_pb2.Event(wall_time=time.time(), step=int(step), **content)

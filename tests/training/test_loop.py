@@ -70,11 +70,11 @@ class Stop:
     self.received = signal.SIGTERM
 
 
-def step(state, batch, constants, gain=1.0):
+def step(state, batch, constants):
   """Gradient descent with momentum on a squared error."""
   w_D = state.params['w'] + constants['offset']
   errors_B = batch['inputs'] @ w_D - batch['targets']
-  grad_D = 2 * errors_B @ batch['inputs'] / len(errors_B) * gain
+  grad_D = 2 * errors_B @ batch['inputs'] / len(errors_B)
   momentum_D = DECAY * state.opt_state['momentum'] + grad_D
   rate = state.opt_state['rate']
   params = {'w': state.params['w'] - rate * momentum_D}
@@ -143,7 +143,7 @@ def make_run(folder, **options):
   return loop.Run(folder=folder, **usual | options)
 
 
-def simulate(steps=STEPS, *, select=False, offset=ZERO, gain=lambda number: 1):
+def simulate(steps=STEPS, *, select=False, offset=ZERO):
   """The same in float64: the weights after every step."""
   w_D, momentum_D, visited = np.zeros(D), np.zeros(D), [np.zeros(D)]
   for number in range(1, steps + 1):
@@ -153,7 +153,7 @@ def simulate(steps=STEPS, *, select=False, offset=ZERO, gain=lambda number: 1):
       chosen = np.argsort(-np.abs(inputs @ w_D - targets))[:B]
       inputs, targets = inputs[chosen], targets[chosen]
     errors = inputs @ (w_D + offset['offset']) - targets
-    grad_D = 2 * errors @ inputs / B * gain(number)
+    grad_D = 2 * errors @ inputs / B
     momentum_D = DECAY * momentum_D + grad_D
     w_D = w_D - RATE * momentum_D
     visited.append(w_D)
@@ -194,10 +194,6 @@ def lower(found, best):
   return best['loss'] is None or (
     found['loss'] is not None and found['loss'] < best['loss']
   )
-
-
-def gain(number):
-  return 0.5 + 0.1 * (number % 3)
 
 
 class Rows(Batches):
@@ -274,12 +270,8 @@ CASES = {
   'select': ({'select': CHOOSE}, {'select': True}),
   'better': ({'better': lower}, {}),
   'all': (
-    {
-      'frozen': OFFSET,
-      'context': lambda number: np.float32(gain(number)),
-      'better': lower,
-    },
-    {'offset': OFFSET, 'gain': gain},
+    {'frozen': OFFSET, 'better': lower},
+    {'offset': OFFSET},
   ),
 }
 
@@ -703,13 +695,44 @@ def test_best_is_forgotten_of_steps_after_the_checkpoint(
     assert len(list((name / 'best').iterdir())) == 2
 
 
+def test_rows_are_on_the_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
+  events = []
+  sync, save = metrics.MetricsWriter.sync, Checkpointer.save
+
+  def synced(self):
+    sync(self)
+    steps = [row['step'] for row in read_rows(tmp_path)]
+    events.append(('rows', steps[-1]))
+
+  def saved(self, step, *args, **kwargs):
+    events.append(('checkpoint', step))
+    return save(self, step, *args, **kwargs)
+
+  monkeypatch.setattr(metrics.MetricsWriter, 'sync', synced)
+  monkeypatch.setattr(Checkpointer, 'save', saved)
+  loop.train(make_run(tmp_path), Stop())
+  assert events[:4] == [
+    ('rows', 2),
+    ('checkpoint', 3),
+    ('rows', 6),
+    ('checkpoint', 6),
+  ]
+
+
 def test_missing_best_parameters_are_told(tmp_path):
   run = make_run(tmp_path, better=lower, evaluate=up_and_down)
   loop.train(run, Stop())
   for path in (tmp_path / 'best').iterdir():
     path.rename(tmp_path / f'moved_{path.name}')
+  evaluated = []
+  more = run._replace(
+    batches=Batches(),
+    steps=STEPS + 4,
+    evaluate=lambda *_: evaluated.append(1),
+  )
   with pytest.raises(ValueError) as error:
-    loop.train(run._replace(batches=Batches()), Stop())
+    loop.train(more, Stop())
+  assert not evaluated  # It is told at once, not after all steps.
   assert str(error.value) == (
     f'{tmp_path} lacks its best model, that of step 8. Delete the folder to '
     'train it anew.'
