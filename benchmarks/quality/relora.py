@@ -8,9 +8,10 @@ all steps. Then it takes the other three quarters, on the batches that are left,
 so that all runs of a seed see the same tokens in the same order. Parameters and
 states are float32, all else bfloat16.
 
-Each peak learning rate of a method is tried with seed 0, and the best repeated
-with the other seeds. The JSON file is written after every run, and runs that it
-holds are not repeated; weights to start from are kept in --runs.
+Each peak learning rate of a method is tried with seed 0, further ones by
+factors of 2 until the best is not at an end, and the best is repeated with the
+other seeds. The JSON file is written after every run, and runs that it holds are
+not repeated; weights to start from are kept in --runs.
 
   python -m benchmarks.quality.relora --data 'wikipedia_en/*train*' \
     --validation 'wikipedia_en/*validation*' --runs runs/relora
@@ -174,8 +175,6 @@ def measure(
   rates: list[float],
 ) -> Iterator[dict[str, Any]]:
   """Runs a method from a start with one seed, once for each rate."""
-  if not rates:
-    return
   folder = position = None
   if start == 'warm':
     folder = warm_start(args, corpus, seed)
@@ -203,6 +202,25 @@ def measure(
     }
 
 
+def run(
+  args: argparse.Namespace,
+  corpus: data.Text,
+  found: dict[str, Any],
+  method: str,
+  start: str,
+  seed: int,
+) -> None:
+  """Runs what the record lacks of a method, a start and a seed."""
+  while True:
+    rows = of(found['rows'], method, start)
+    rates = missing(rows, args.rates[method], seed)
+    if not rates:
+      return
+    for row in measure(args, corpus, method, start, seed, rates):
+      found['rows'].append(row)
+      record.write(args.output, found)
+
+
 def of(
   rows: list[dict[str, Any]], method: str, start: str
 ) -> list[dict[str, Any]]:
@@ -223,9 +241,17 @@ def best_rate(rows: list[dict[str, Any]]) -> float:
 def missing(
   rows: list[dict[str, Any]], rates: tuple[float, ...], seed: int
 ) -> list[float]:
-  """Rates that a method and start still has to run with a seed."""
-  wanted = rates if seed == 0 else (best_rate(rows),)
+  """Rates that a method and start has to run next with a seed.
+
+  With seed 0 those that are given, and then, while the best is at an end of
+  what was tried, the one beyond it.
+  """
   there = {row['rate'] for row in rows if row['seed'] == seed}
+  wanted = rates if seed == 0 else (best_rate(rows),)
+  if seed == 0 and there.issuperset(rates):
+    best = best_rate(rows)
+    beyond = {max(there): best * 2, min(there): best / 2}
+    wanted = (beyond.get(best, best),)
   return [rate for rate in wanted if rate not in there]
 
 
@@ -331,11 +357,7 @@ def main() -> None:
   for seed in range(args.seeds):
     for start in STARTS:
       for method in METHODS:
-        rows = of(found['rows'], method, start)
-        rates = missing(rows, args.rates[method], seed)
-        for row in measure(args, corpus, method, start, seed, rates):
-          found['rows'].append(row)
-          record.write(args.output, found)
+        run(args, corpus, found, method, start, seed)
 
 
 if __name__ == '__main__':

@@ -52,6 +52,23 @@ def test_what_is_there_is_not_repeated():
   assert relora.missing([], rates, 0) == list(rates)
 
 
+@pytest.mark.parametrize(
+  ('losses', 'expected'),
+  [
+    ({1e-3: 4.0, 2e-3: 3.0, 4e-3: 3.5}, []),
+    ({1e-3: 4.0, 2e-3: 3.0}, [4e-3]),
+    ({1e-3: 3.0, 2e-3: None}, [5e-4]),
+    ({1e-3: 3.0}, [2e-3]),  # That is given.
+  ],
+)
+def test_rates_go_on_until_the_best_is_not_at_an_end(losses, expected):
+  rows = [
+    {'seed': 0, 'rate': rate, 'eval_loss': loss}
+    for rate, loss in losses.items()
+  ]
+  assert relora.missing(rows, (1e-3, 2e-3), 0) == expected
+
+
 def test_rates_are_those_that_are_given():
   found = relora.rates_of(['lora=1e-3,2e-3'])
   assert found == relora.METHODS | {'lora': (1e-3, 2e-3)}
