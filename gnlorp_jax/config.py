@@ -7,10 +7,12 @@ from gnlorp_jax.compose.coreset_settings import (
   CoresetOptions as CoresetOptions,
 )
 from gnlorp_jax.compose.settings import AdapterOptions as AdapterOptions
+from gnlorp_jax.compose.settings import (
+  LayerSamplingOptions as LayerSamplingOptions,
+)
 from gnlorp_jax.compose.settings import MeshConfig as MeshConfig
 from gnlorp_jax.compose.settings import OptimConfig as OptimConfig
 from gnlorp_jax.compose.settings import ProcessOptions as ProcessOptions
-from gnlorp_jax.compose.settings import SamplingOptions as SamplingOptions
 from gnlorp_jax.compose.settings import StepConfig as StepConfig
 from gnlorp_jax.compose.settings import TaskOptions as TaskOptions
 from gnlorp_jax.recipes.pretrain.settings import MASKED as MASKED

@@ -10,8 +10,8 @@ states are float32, all else bfloat16.
 
 Each peak learning rate of a method is tried with seed 0, further ones by
 factors of 2 until the best is not at an end, and the best is repeated with the
-other seeds. The JSON file is written after every run, and runs that it holds are
-not repeated; weights to start from are kept in --runs.
+other seeds. The JSON file is written after every run, and runs that it holds
+are not repeated; weights to start from are kept in --runs.
 
   python -m benchmarks.quality.relora --data 'wikipedia_en/*train*' \
     --validation 'wikipedia_en/*validation*' --runs runs/relora

@@ -45,9 +45,9 @@ from gnlorp_jax import layer_scores
 from gnlorp_jax.compose import scores
 from gnlorp_jax.config import (
   ChatDataConfig,
+  LayerSamplingOptions,
   MeshConfig,
   OptimConfig,
-  SamplingOptions,
   SftConfig,
   SftEvalOptions,
 )
@@ -98,11 +98,11 @@ METHODS = {
 # How they draw layers; the runs are too short for the published intervals.
 PERIOD = {'sst2': 5, 'gsm8k': 10}  # Steps.
 SAMPLINGS = {
-  'owlore': SamplingOptions(draw='scores', layers=5),
-  'owlore_uniform': SamplingOptions(draw='uniform', layers=5),
-  'ows': SamplingOptions(draw='scores', layers=2),
-  'lisa': SamplingOptions(draw='uniform', layers=2),
-  'badam': SamplingOptions(draw='shuffled', layers=1, always_on=()),
+  'owlore': LayerSamplingOptions(draw='scores', layers=5),
+  'owlore_uniform': LayerSamplingOptions(draw='uniform', layers=5),
+  'ows': LayerSamplingOptions(draw='scores', layers=2),
+  'lisa': LayerSamplingOptions(draw='uniform', layers=2),
+  'badam': LayerSamplingOptions(draw='shuffled', layers=1, always_on=()),
 }
 _OPTIMIZER = {'owlore': 'galore', 'owlore_uniform': 'galore'}
 _OPTIMIZER |= dict.fromkeys(('ows', 'lisa', 'badam'), 'full')
@@ -184,7 +184,7 @@ def configure(
   }
   train, valid, length = files[task]
   is_adapter = name in ('lora', 'dora', 'gradnormlorp_adapter')
-  sampling = SamplingOptions()
+  sampling = LayerSamplingOptions()
   if name in SAMPLINGS:
     sampling = dataclasses.replace(SAMPLINGS[name], every=PERIOD[task])
     if sampling.draw == 'scores':
@@ -562,7 +562,7 @@ def main() -> None:
       parser.error(f'--{name} is needed.')
   write_data(args)
   jax.config.update('jax_compilation_cache_dir', str(args.runs / 'compiled'))
-  none = SamplingOptions()
+  none = LayerSamplingOptions()
   found = Rows(args.output, KEYS)
   steps = Rows(args.output, ('task', 'method'), 'steps')
   for task in args.tasks:

@@ -28,7 +28,7 @@ from benchmarks import report
 from benchmarks.common import harness, programs, record, turns
 from benchmarks.common.tables import median_in_quartiles, of_columns
 from gnlorp_jax.compose import optimizer
-from gnlorp_jax.config import OptimConfig, SamplingOptions, StepConfig
+from gnlorp_jax.config import LayerSamplingOptions, OptimConfig, StepConfig
 from gnlorp_jax.models.llama import LlamaConfig
 from gnlorp_jax.optim.inspect import tree_bytes
 from gnlorp_jax.recipes.pretrain import recipe
@@ -41,10 +41,10 @@ TURN = 3  # Steps of a turn.
 EVERYTHING = 'all layers'
 # Of each turn another draw: how far down a backward pass goes depends on it.
 SAMPLINGS = {
-  EVERYTHING: SamplingOptions(draw='uniform', layers=LAYERS, every=TURN),
-  'a quarter': SamplingOptions(draw='uniform', layers=4, every=TURN),
-  'an eighth': SamplingOptions(draw='uniform', layers=2, every=TURN),
-  'a quarter, nothing else': SamplingOptions(
+  EVERYTHING: LayerSamplingOptions(draw='uniform', layers=LAYERS, every=TURN),
+  'a quarter': LayerSamplingOptions(draw='uniform', layers=4, every=TURN),
+  'an eighth': LayerSamplingOptions(draw='uniform', layers=2, every=TURN),
+  'a quarter, nothing else': LayerSamplingOptions(
     draw='uniform', layers=4, every=TURN, always_on=()
   ),
 }

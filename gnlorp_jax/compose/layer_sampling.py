@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gnlorp_jax.compose import layer_scores
 from gnlorp_jax.compose.optimizer import LabelRules
-from gnlorp_jax.compose.settings import AdapterOptions, SamplingOptions
+from gnlorp_jax.compose.settings import AdapterOptions, LayerSamplingOptions
 from gnlorp_jax.training.layer_sampling import LayerSampling
 from gnlorp_jax.training.parameters import LAYERS
 
@@ -44,7 +44,9 @@ PRESETS = {
 _PLAIN = Preset('uniform', 2, 20)
 
 
-def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
+def resolve(
+  options: LayerSamplingOptions, num_layers: int
+) -> LayerSampling | None:
   """How layers are drawn, or None where all train.
 
   Args:
@@ -83,7 +85,7 @@ def resolve(options: SamplingOptions, num_layers: int) -> LayerSampling | None:
   return found
 
 
-def _check_regexes(options: SamplingOptions) -> None:
+def _check_regexes(options: LayerSamplingOptions) -> None:
   for pattern in options.always_on or ():
     try:
       re.compile(pattern)
@@ -94,7 +96,7 @@ def _check_regexes(options: SamplingOptions) -> None:
 
 
 def check_run(
-  options: SamplingOptions,
+  options: LayerSamplingOptions,
   sampling: LayerSampling | None,
   trained: Any,
   steps: int,
@@ -149,7 +151,7 @@ def check_run(
     )
 
 
-def _check_unused(options: SamplingOptions) -> None:
+def _check_unused(options: LayerSamplingOptions) -> None:
   """Raises a ValueError if options are given where all layers train."""
   for field in dataclasses.fields(options):
     if (value := getattr(options, field.name)) != field.default:
@@ -182,7 +184,7 @@ def _weights(
 
 
 def label_rules(
-  options: SamplingOptions,
+  options: LayerSamplingOptions,
   rules: LabelRules,
   outer: Mapping[str, Any],
   always_trained: tuple[str, ...],

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Literal, NamedTuple, get_args
 
-from gnlorp_jax.compose.settings import OptimizerName, SamplingOptions
+from gnlorp_jax.compose.settings import LayerSamplingOptions, OptimizerName
 from gnlorp_jax.models import adapters
 
 
@@ -18,7 +18,7 @@ class Method(NamedTuple):
     rates: Which published learning rates suit it: those of ``galore`` (all
       weights train), ``lora`` or ``gradnormlorp``.
     sampling: How layers are drawn that train at a time, a method of
-      `SamplingOptions`; None trains all.
+      `LayerSamplingOptions`; None trains all.
   """
 
   optimizer: str
@@ -91,7 +91,9 @@ def get_method(name: str, *, or_all: bool = False) -> Method:
   return METHODS[name]
 
 
-def sampling_of(method: Method, given: SamplingOptions) -> SamplingOptions:
+def sampling_of(
+  method: Method, given: LayerSamplingOptions
+) -> LayerSamplingOptions:
   """How layers are drawn: as is asked for, or else as the method does.
 
   Args:

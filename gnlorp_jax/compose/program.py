@@ -18,9 +18,9 @@ from gnlorp_jax.compose import (
 )
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
+  LayerSamplingOptions,
   MeshConfig,
   OptimConfig,
-  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.models import adapters, layers
@@ -192,7 +192,7 @@ def build(
   adapter: AdapterOptions,
   step_config: StepConfig,
   model_rules: optimizer.LabelRules,
-  sampling_options: SamplingOptions,
+  sampling_options: LayerSamplingOptions,
   steps: int,
   micro_batches: int,
   beside_adapters: tuple[str, ...] = (),
@@ -295,7 +295,7 @@ def _label_rules(
   model_rules: optimizer.LabelRules,
   adapter: AdapterOptions,
   beside_adapters: tuple[str, ...],
-  sampling: SamplingOptions,
+  sampling: LayerSamplingOptions,
 ) -> optimizer.LabelRules:
   """Which parameters are trained how."""
   rules = optimizer.label_rules(

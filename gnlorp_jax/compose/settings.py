@@ -235,7 +235,7 @@ class StepConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class LayerSamplingOptions:
   """Training some layers at a time, others drawn every so many steps."""
 
   method: Literal['owlore', 'ows', 'lisa', 'badam'] | None = None
@@ -381,7 +381,7 @@ class RunConfig:
   """Low-rank changes beside frozen kernels."""
   step: StepConfig = StepConfig()
   """Whole steps, or layer by layer; bits of the weights."""
-  sampling: SamplingOptions = SamplingOptions()
+  sampling: LayerSamplingOptions = LayerSamplingOptions()
   """Training some layers at a time."""
   mesh: MeshConfig = MeshConfig()
   """Devices."""

@@ -14,8 +14,8 @@ import optax
 
 from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.settings import (
+  LayerSamplingOptions,
   OptimConfig,
-  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.training import layerwise, state, step
@@ -50,7 +50,7 @@ def make_optimizer(
   config: OptimConfig,
   steps: int,
   rules: optimizer.LabelRules,
-  sampling: SamplingOptions,
+  sampling: LayerSamplingOptions,
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a run.
 

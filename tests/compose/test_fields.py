@@ -20,7 +20,11 @@ from gnlorp_jax.recipes.sft import settings as sft
 
 ALL = (
   *(settings.OptimConfig(), settings.AdapterOptions(), settings.StepConfig()),
-  *(settings.SamplingOptions(), settings.TaskOptions(), settings.MeshConfig()),
+  *(
+    settings.LayerSamplingOptions(),
+    settings.TaskOptions(),
+    settings.MeshConfig(),
+  ),
   CoresetOptions(),
   *(pretrain.TrainConfig(), pretrain.DataConfig(), pretrain.SampleConfig()),
   *(sft.SftConfig(), sft.ChatDataConfig(), sft.SftEvalOptions()),

@@ -10,8 +10,8 @@ from gnlorp_jax.compose import layer_sampling, methods, report
 from gnlorp_jax.compose.program import report as report_rows
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
+  LayerSamplingOptions,
   OptimConfig,
-  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.models import llama
@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
   data=DataConfig(seq_len=8),
   batch_size=4,
   optim=OptimConfig(name='adamw', rank=None),
-  sampling=SamplingOptions(method='lisa'),
+  sampling=LayerSamplingOptions(method='lisa'),
 )
 
 
@@ -46,7 +46,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   scores.write_text('0.4\n0\n0.1\n0.3\n0.2\n0.1\n')
   found = {
     name: layer_sampling.resolve(
-      SamplingOptions(
+      LayerSamplingOptions(
         method=name,
         scores=str(scores) if name in ('owlore', 'ows') else None,
       ),
@@ -63,7 +63,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
   assert found['owlore'].weights == (0.4, 0, 0.1, 0.3, 0.2, 0.1)
   assert found['lisa'].weights is None
   assert found['badam'].draw == 'shuffled'
-  lower = SamplingOptions(draw='decreasing', layers=1)
+  lower = LayerSamplingOptions(draw='decreasing', layers=1)
   assert layer_sampling.resolve(lower, 3).weights == (3, 2, 1)
 
 
@@ -82,7 +82,7 @@ def test_published_methods_draw_as_they_say(tmp_path):
 )
 def test_what_does_not_fit_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    plan(sampling=SamplingOptions(**options))
+    plan(sampling=LayerSamplingOptions(**options))
 
 
 def test_nothing_to_draw_is_refused():
@@ -107,7 +107,7 @@ def test_nothing_to_draw_is_refused():
   ],
 )
 def test_what_has_no_effect_is_told(changes, message, caplog):
-  options = SamplingOptions(**{'method': 'lisa', 'layers': 1} | changes)
+  options = LayerSamplingOptions(**{'method': 'lisa', 'layers': 1} | changes)
   if changes == {'every': 200}:
     options = dataclasses.replace(options, layers=2)
     plan(sampling=options, model=dataclasses.replace(TINY, num_layers=5))
@@ -119,7 +119,7 @@ def test_what_has_no_effect_is_told(changes, message, caplog):
 def test_scores_are_fixed_in_a_run_wherever_their_file_is(tmp_path):
   path = tmp_path / 'scores.txt'
   path.write_text('1\n2\n3\n4\n')
-  options = SamplingOptions(method='ows', scores=str(path))
+  options = LayerSamplingOptions(method='ows', scores=str(path))
   built = plan(sampling=options)
   assert built.fixed == {'scores of layers': [1, 2, 3, 4]}
   assert plan().fixed == {}
@@ -150,7 +150,7 @@ def test_state_is_that_of_the_drawn_layers():
 
 def test_what_rests_lies_on_the_host():
   built, kept, dropped = (
-    plan(sampling=SamplingOptions(method='lisa', on_leave=on_leave))
+    plan(sampling=LayerSamplingOptions(method='lisa', on_leave=on_leave))
     for on_leave in ('offload', 'keep', 'drop')
   )
   opt = built.abstract_state.opt_state
@@ -180,7 +180,7 @@ def test_what_rests_lies_on_the_host():
   ],
 )
 def test_what_is_not_always_on_is_frozen(options, trained):
-  built = plan(sampling=SamplingOptions(**options))
+  built = plan(sampling=LayerSamplingOptions(**options))
   assert set(built.parameters.trained) == trained
   assert set(built.parameters.frozen) == {'embed', 'norm', 'lm_head'} - trained
 
@@ -188,7 +188,7 @@ def test_what_is_not_always_on_is_frozen(options, trained):
 def bytes_of_always(state, optimizer='galore'):
   built = plan(
     optim=OptimConfig(name=optimizer, rank=4),
-    sampling=SamplingOptions(method='lisa', always_on_state=state),
+    sampling=LayerSamplingOptions(method='lisa', always_on_state=state),
     model=dataclasses.replace(TINY, hidden_size=64),
   )
   always = built.abstract_state.opt_state.always
@@ -205,11 +205,11 @@ def test_state_of_what_is_always_on_can_be_small():
 
 
 def test_methods_of_fine_tuning_bring_their_draw():
-  given = SamplingOptions(layers=3)
+  given = LayerSamplingOptions(layers=3)
   lisa = methods.sampling_of(methods.get_method('lisa'), given)
-  assert lisa == SamplingOptions(method='lisa', layers=3)
+  assert lisa == LayerSamplingOptions(method='lisa', layers=3)
   assert methods.sampling_of(methods.get_method('full'), given) == given
-  other = SamplingOptions(method='badam')
+  other = LayerSamplingOptions(method='badam')
   assert methods.sampling_of(methods.get_method('lisa'), other) == other
 
 
@@ -229,7 +229,7 @@ def test_drawn_layers_alone_move(changes):
   """Codes of undrawn layers, and adapters, keep every bit."""
   built = plan(
     model=dataclasses.replace(TINY, hidden_size=32, intermediate_size=64),
-    sampling=SamplingOptions(draw='uniform', layers=1, every=2),
+    sampling=LayerSamplingOptions(draw='uniform', layers=1, every=2),
     **changes,
   )
   numbers = {

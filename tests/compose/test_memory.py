@@ -131,7 +131,7 @@ def test_least_of_a_step_is_what_it_begins_its_way_back_from():
   found = least(mesh=settings.MeshConfig(data=2, fsdp=2))
   assert found['inputs'][1] == (3, 2, 64, 16)
   assert found['scores'][1] == (2, 2, 64, 64)
-  drawn = settings.SamplingOptions(draw='uniform', layers=1, every=2)
+  drawn = settings.LayerSamplingOptions(draw='uniform', layers=1, every=2)
   assert least(sampling=drawn)['inputs'][0] == (1, 8, 64, 16)
 
 

@@ -14,9 +14,9 @@ from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.settings import AdapterOptions
 from gnlorp_jax.config import (
   CoresetOptions,
+  LayerSamplingOptions,
   MeshConfig,
   OptimConfig,
-  SamplingOptions,
   StepConfig,
 )
 from gnlorp_jax.plan.accelerators import ACCELERATORS
@@ -76,7 +76,7 @@ def test_drawn_layers_by_hand(bound_of):
   options = {'draw': 'uniform', 'layers': 1}
   dropped, offloaded, kept = (
     bound_of(
-      optim=ADAMW, sampling=SamplingOptions(**options, on_leave=on_leave)
+      optim=ADAMW, sampling=LayerSamplingOptions(**options, on_leave=on_leave)
     )
     for on_leave in ('drop', 'offload', 'keep')
   )

@@ -28,8 +28,8 @@ from gnlorp_jax.compose import (
 from gnlorp_jax.compose.report import num_trained
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
+  LayerSamplingOptions,
   OptimConfig,
-  SamplingOptions,
   StepConfig,
   fixed_settings,
   since_before,
@@ -197,7 +197,7 @@ def _program(
   optim: OptimConfig,
   adapter: AdapterOptions,
   step: StepConfig,
-  sampling: SamplingOptions,
+  sampling: LayerSamplingOptions,
   micro_batches: int,
   init_from: str | None,
   head: heads.Head | None,

@@ -7,8 +7,8 @@ from gnlorp_jax.compose import optimizer
 from gnlorp_jax.compose.methods import Method, get_method, sampling_of
 from gnlorp_jax.compose.settings import (
   AdapterOptions,
+  LayerSamplingOptions,
   OptimConfig,
-  SamplingOptions,
 )
 from gnlorp_jax.recipes.sft.settings import SftConfig
 
@@ -93,7 +93,7 @@ def _optimizer(
   given: SftConfig,
   method: Method,
   adapter: AdapterOptions,
-  sampling: SamplingOptions,
+  sampling: LayerSamplingOptions,
 ) -> OptimConfig:
   config = dataclasses.replace(
     given.optim, name=given.optim.name or method.optimizer
@@ -141,7 +141,7 @@ def _check_used(
 
 
 def _rates_of(
-  config: OptimConfig, adapter: AdapterOptions, sampling: SamplingOptions
+  config: OptimConfig, adapter: AdapterOptions, sampling: LayerSamplingOptions
 ) -> str:
   if adapter.kind is not None:
     return 'lora'

@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from gnlorp_jax.compose import methods
-from gnlorp_jax.compose.settings import MeshConfig, SamplingOptions
+from gnlorp_jax.compose.settings import LayerSamplingOptions, MeshConfig
 from gnlorp_jax.models import adapters, roberta
 from gnlorp_jax.recipes.glue import evaluation, recipe, report
 from gnlorp_jax.training import sharding
@@ -168,7 +168,7 @@ def test_other_optimizers_train_all_weights_with_less_state(
 
 def test_methods_that_draw_layers_train_the_new_head(prepare):
   lisa, badam = (
-    prepare(method, sampling=SamplingOptions(layers=1)).program
+    prepare(method, sampling=LayerSamplingOptions(layers=1)).program
     for method in ('lisa', 'badam')
   )
   assert lisa.parameters.frozen == {}

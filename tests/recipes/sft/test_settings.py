@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gnlorp_jax.compose.settings import AdapterOptions, SamplingOptions
+from gnlorp_jax.compose.settings import AdapterOptions, LayerSamplingOptions
 from gnlorp_jax.recipes.sft import protocol, settings
 from gnlorp_jax.recipes.sft.settings import (
   ChatDataConfig,
@@ -177,10 +177,16 @@ def test_a_method_is_an_optimizer_and_adapters(method, optimizer, kind, rank):
     ({'method': 'muon'}, 2e-5),
     ({'method': 'galore'}, 2e-4),
     ({'method': 'lisa'}, 1e-4),
-    ({'method': 'full', 'sampling': SamplingOptions(draw='uniform')}, 1e-4),
+    (
+      {'method': 'full', 'sampling': LayerSamplingOptions(draw='uniform')},
+      1e-4,
+    ),
     # What projects, and what adapts, has rates of its own, drawn or not.
     ({'method': 'owlore'}, 2e-4),
-    ({'method': 'lora', 'sampling': SamplingOptions(draw='uniform')}, 2e-4),
+    (
+      {'method': 'lora', 'sampling': LayerSamplingOptions(draw='uniform')},
+      2e-4,
+    ),
   ],
 )
 def test_rate_of_a_kind_of_method(options, rate):
