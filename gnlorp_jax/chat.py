@@ -14,12 +14,6 @@ CHAT_TRACEBACK set in the environment, an error shows where it arose.
   python -m gnlorp_jax.chat FOLDER < questions.txt > answers.txt
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

@@ -15,7 +15,6 @@ from gnlorp_jax.compose.settings import OptimConfig as OptimConfig
 from gnlorp_jax.compose.settings import ProcessOptions as ProcessOptions
 from gnlorp_jax.compose.settings import StepConfig as StepConfig
 from gnlorp_jax.compose.settings import TaskOptions as TaskOptions
-from gnlorp_jax.recipes.pretrain.settings import MASKED as MASKED
 from gnlorp_jax.recipes.pretrain.settings import DataConfig as DataConfig
 from gnlorp_jax.recipes.pretrain.settings import SampleConfig as SampleConfig
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig as TrainConfig

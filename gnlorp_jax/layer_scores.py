@@ -15,12 +15,6 @@ where it arose.
   python -m gnlorp_jax.layer_scores FOLDER --data text.txt --kind gradient_norm
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

@@ -12,12 +12,6 @@ error shows where it arose.
   python -m gnlorp_jax.merge --config merge.yaml --out OUT
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

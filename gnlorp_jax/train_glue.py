@@ -15,12 +15,6 @@ environment, an error shows where it arose.
     --data.text-columns question,answer --data.label-column y --init-from base/
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own: the small factorisations of a refresh took a hundred times as long.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

@@ -15,12 +15,6 @@ With TRAIN_LM_TRACEBACK set in the environment, an error shows where it arose.
   python train_lm.py --config configs/llama_60m.py --data.source 'c4/*.json.gz'
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own: the small factorisations of a refresh took a hundred times as long.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

@@ -17,12 +17,6 @@ shows where it arose.
     --step.weight-bits 8 --export adapter
 """
 
-import os
-
-# Read when jaxlib loads LAPACK, whose threads would fight over the cores with
-# XLA's own: the small factorisations of a refresh took a hundred times as long.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-
 from gnlorp_jax.compose import interruption
 
 with interruption.starting():

@@ -10,7 +10,7 @@ A seed decides the initial weights and the order of the data, the same for
 every optimizer.
 
   python -m benchmarks.quality --data 'wikipedia_en/*train*' \
-    --validation 'wikipedia_en/*validation*' --tokenizer t5 --seeds 3
+    --validation 'wikipedia_en/*validation*' --tokenizer t5/ --seeds 3
 
 The JSON file is written after every run. The same command goes on where it
 stopped and repeats no run; a file of other settings is refused. On two cores,

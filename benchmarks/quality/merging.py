@@ -25,17 +25,17 @@ import contextlib
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-import train_glue
-import train_lm
 from benchmarks.common import harness, record
 from benchmarks.common.rows import Rows
 from benchmarks.common.tables import markdown
+from gnlorp_jax import train_glue, train_lm
 from gnlorp_jax.compose import pretrained, scores
 from gnlorp_jax.recipes.glue import evaluation, recipe, tasks
 from gnlorp_jax.recipes.glue.settings import GlueConfig, TaskDataConfig
@@ -334,6 +334,8 @@ def main() -> None:
       encoder(args, found)
     if args.model is not None:
       language_model(args, found)
+    for name, table in tables(args.output).items():
+      sys.stdout.write(f'{name}\n{table}\n')
   except ValueError as error:
     parser.error(str(error))
 

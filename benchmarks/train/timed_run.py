@@ -7,7 +7,7 @@ peak device memory (both on GPUs), and the loss curve.
   python -m benchmarks.timed_run --minutes 8 --name llama_60m -- \
     --config configs/llama_60m.py --data.source 'wikipedia_en/*train*' \
     --data.validation-source 'wikipedia_en/*validation*' \
-    --data.tokenizer t5 --eval-batches 20 --eval-every 250
+    --data.tokenizer t5/ --eval-batches 20 --eval-every 250
 
 All options after -- are those of train_lm.py.
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and status 130, wherever in a command it comes.
+"""How a command starts, and Ctrl-C: one line and status 130, wherever it comes.
 
 Python raises KeyboardInterrupt at whatever is running. Code in C may turn it
 into another error, or into none, or crash of it while a library is loaded. So
@@ -31,9 +31,14 @@ Handler = Callable[[int, FrameType | None], Any]
 def starting() -> Iterator[None]:
   """Where Ctrl-C ends the process at once: around the imports of a command.
 
+  It sets what is read in the environment when libraries are loaded.
+
   Raises:
     SystemExit: With status 2 and a message, if a package of an extra is absent.
   """
+  # Read when jaxlib loads LAPACK, whose threads would fight over the cores with
+  # XLA's own: small factorisations took a hundred times as long.
+  os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   with _handling(_end):
     try:
       yield

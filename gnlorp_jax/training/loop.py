@@ -210,8 +210,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     first = int(state.step)
     before = first, trained
     clock, health = Clock(record), Health(first, int(state.skipped))
-    keeper = stack.enter_context(_keeper(run, record))
-    keeper.check(first)
+    keeper = stack.enter_context(_keeper(run, record, first))
     write, sync, told = stack.enter_context(_opened(run, first, record))
 
     def save(number: int, *, wait: bool = False) -> None:
@@ -292,12 +291,14 @@ def _check(run: Run) -> None:
   distributed.check_same('metadata', run.metadata)
 
 
-def _keeper(run: Run, record: Record) -> Keeper:
-  """What keeps a run's best parameters."""
-  return Keeper(
+def _keeper(run: Run, record: Record, first: int) -> Keeper:
+  """What keeps a run's best parameters, all of them there."""
+  keeper = Keeper(
     *(run.folder / 'best', run.better, run.patience),
     *(run.abstract_state.params, run.metadata, record),
   )
+  keeper.check(first)
+  return keeper
 
 
 @contextlib.contextmanager

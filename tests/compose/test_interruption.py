@@ -1,5 +1,6 @@
 """Ctrl-C: one line and status 130, at the start of a command and within it."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -25,6 +26,15 @@ def own_handler():
 
 def press():
   signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(('given', 'expected'), [(None, '1'), ('4', '4')])
+def test_a_command_has_one_thread_of_openblas(monkeypatch, given, expected):
+  monkeypatch.delenv('OPENBLAS_NUM_THREADS')
+  if given is not None:
+    monkeypatch.setenv('OPENBLAS_NUM_THREADS', given)
+  with interruption.starting():
+    assert os.environ['OPENBLAS_NUM_THREADS'] == expected
 
 
 # Ctrl-C when a command begins to import what takes its time.

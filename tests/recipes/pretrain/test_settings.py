@@ -382,5 +382,4 @@ def test_settings_of_all_groups_are_fixed_by_their_dotted_names(default):
 def test_configuration_files_import_the_groups_from_one_place():
   for group in (TrainConfig, DataConfig, SampleConfig, OptimConfig):
     assert getattr(config, group.__name__) is group
-  assert config.MASKED is MASKED
   assert config.load is settings.load and config.parse is settings.parse
