@@ -268,7 +268,7 @@ def _score(args, found, of, base, experts, names, score) -> None:
 
 
 def tables(path: pathlib.Path = OUTPUT) -> dict[str, str]:
-  """A table of each experiment: means over seeds, and half their distance."""
+  """A table of each experiment: means over seeds, and deviations."""
   rows = record.read(path)['rows']
   made = {}
   for experiment in ('encoder', 'language model'):
@@ -299,7 +299,7 @@ def _cell(values: Sequence[float]) -> str:
   text = f'{np.mean(values):.4g}'
   if len(values) == 1:
     return text
-  return f'{text} ± {(max(values) - min(values)) / 2:.2g}'
+  return f'{text} ± {np.std(values, ddof=1):.2g}'
 
 
 def main() -> None:

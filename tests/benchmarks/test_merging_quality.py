@@ -16,7 +16,7 @@ def test_scores_are_kept_and_shown(tmp_path):
     found.keep(row | {'seed': seed, 'value': value})
   tables = merging.tables(path)
   assert tables['merging_encoder'] == (
-    '| method | rte |\n| --- | --- |\n| average | 0.65 ± 0.05 |\n'
+    '| method | rte |\n| --- | --- |\n| average | 0.65 ± 0.071 |\n'
   )
 
 
