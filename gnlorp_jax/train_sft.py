@@ -48,7 +48,9 @@ def fine_tune(config: SftConfig) -> None:
     return
   if config.preview:
     config = recipe.resolve(config)
-    report.show_preview(config, data.load(config))
+    found = data.load(config)
+    report.show_preview(config, found)
+    recipe.tell_length(config, found, recipe.length_of(config, found))
     return
   device_settings.join(config)
   with report.opened(recipe.resolve(config)):

@@ -114,9 +114,11 @@ def _preset(init_from: str, model: models.Config) -> models.Config:
   hint = f' Did you mean {near[0]!r}?' if near else ''
   if '/' in init_from and not near:
     hint = nearest_file(pathlib.Path(init_from))
+  # A path is no misspelt preset.
+  presets_known = '' if '/' in init_from else f' Presets: {known}.'
   raise ValueError(
-    f'init_from={init_from!r} is neither a folder nor a preset.{hint} Presets: '
-    f"{known}. A model of the Hugging Face hub is named 'hf:OWNER/NAME'."
+    f'init_from={init_from!r} is neither a folder nor a preset.{hint}'
+    f"{presets_known} A model of the Hugging Face hub is named 'hf:OWNER/NAME'."
   )
 
 

@@ -5,6 +5,7 @@ else), a file of JSON lines with a field of text (`.jsonl`, `.json`), or a table
 with a column of it (`.parquet`). The first two may be compressed by gzip.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -65,6 +66,7 @@ class Tally:
     bad_bytes: Those of bad lines.
     damaged: Files that broke off, whose rest is lost.
     first_damaged: The first of them, and its fault.
+    faults: How often each of the first faults was met.
   """
 
   records: int = 0
@@ -75,6 +77,9 @@ class Tally:
   bad_bytes: int = 0
   damaged: int = 0
   first_damaged: str = ''
+  faults: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
 
   @property
   def too_many(self) -> bool:
@@ -88,7 +93,7 @@ class Tally:
     )
 
   def report(self, place: str, fault: Exception, size: int = 0) -> None:
-    """Counts a bad record and warns about the first few by name.
+    """Counts a bad record and warns about the first two of a fault by name.
 
     Args:
       place: Where it is.
@@ -98,10 +103,16 @@ class Tally:
     self.bad += 1
     self.bad_bytes += size
     self.first_bad = self.first_bad or f'{place}: {fault}'
-    if self.bad <= _BAD_SHOWN:
+    kind = str(fault)
+    if kind not in self.faults and len(self.faults) > _BAD_SHOWN:
+      return
+    self.faults[kind] += 1
+    if self.faults[kind] == 1 and len(self.faults) > _BAD_SHOWN:
+      logger.warning('Further faults are counted but not shown.')
+    elif self.faults[kind] == 1:
       logger.warning('Skipped %s: %s', place, fault)
-    elif self.bad == _BAD_SHOWN + 1:
-      logger.warning('Further bad records are counted but not shown.')
+    elif self.faults[kind] == 2:
+      logger.warning('Skipped %s: the same. More of it is counted.', place)
 
   def break_off(self, place: str, fault: Exception | str) -> None:
     """Counts a file of which nothing more can be read, and warns."""

@@ -97,7 +97,8 @@ def test_neither_folder_nor_preset_is_told(tmp_path):
     f"init_from='Qwen2.5-0.5B' {unknown} Did you mean 'qwen2.5-0.5b'?{rest}"
   )
   assert message('owner/name') == (
-    f"init_from='owner/name' {unknown} Did you mean 'hf:owner/name'?{rest}"
+    f"init_from='owner/name' {unknown} Did you mean 'hf:owner/name'? A model "
+    "of the Hugging Face hub is named 'hf:OWNER/NAME'."
   )
   (tmp_path / 'hf').mkdir()
   (tmp_path / 'hf' / 'config.json').write_text('{}')

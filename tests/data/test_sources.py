@@ -298,9 +298,20 @@ def test_one_percent_of_bad_lines_is_tolerated_and_few_are_shown(
   )
   assert read(path)[1].bad == 20
   messages = [r.getMessage() for r in caplog.records]
+  assert len(messages) == 2
+  assert messages[0].startswith(f'Skipped {path}:1: ')
+  assert messages[1] == f'Skipped {path}:2: the same. More of it is counted.'
+
+
+def test_ten_kinds_of_bad_lines_are_shown(caplog):
+  tally = sources.Tally()
+  for number in range(20):
+    tally.report(f'here:{number}', ValueError(f'fault {number}'))
+  messages = [r.getMessage() for r in caplog.records]
+  assert messages[:1] == ['Skipped here:0: fault 0']
   assert len(messages) == 11
-  assert messages[9].startswith(f'Skipped {path}:10: ')
-  assert messages[10] == 'Further bad records are counted but not shown.'
+  assert messages[10] == 'Further faults are counted but not shown.'
+  assert tally.bad == 20
 
 
 def test_unknown_source_error_names_the_nearest_choice(folder):

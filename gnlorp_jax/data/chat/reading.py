@@ -130,7 +130,7 @@ def _resolve(spec: str) -> tuple[str, list[pathlib.Path], float]:
   if not files:
     rule = f'no file ending in one of {SUFFIXES} or these plus .gz in it'
     raise ValueError(
-      f'Unknown chat source {spec!r}: '
+      f'Conversations {spec!r}: '
       f'{rule if path.is_dir() else "no such file, folder or glob"}. Expected '
       f'[NAME=]PATH[@WEIGHT], joined by commas.{nearest_file(path)}'
     )

@@ -42,7 +42,7 @@ from gnlorp_jax.training.selection.selection import Selection
 
 _logger = logging.getLogger(__name__)
 
-_FEW_STEPS = 20
+_FEW_STEPS, _FEW_HELD_OUT = 20, 5
 
 
 class Planned(NamedTuple):
@@ -167,6 +167,43 @@ def prepare(config: SftConfig) -> Prepared:
     scores.check_room(task, config.model.max_seq_len, None)
   found = distributed.in_turn(lambda: data.load(config))
   # The schedule needs to know how long the run is.
+  length = length_of(config, found)
+  tell_length(config, found, length)
+  built = _build(config, length.steps)
+  memory.check_run(built)
+  memory.check_step(
+    *(built, config.model, config.batch_size, length.least),
+    *(config.step, config.micro_batches),
+  )
+  language_model.tell_start(config.init_from, config.model)
+  return Prepared(
+    dataclasses.replace(config, steps=length.steps),
+    built,
+    found,
+    tasks,
+    length.per_epoch,
+    length.more,
+  )
+
+
+class Length(NamedTuple):
+  """How long a run is.
+
+  Attributes:
+    steps: Of the whole run.
+    per_epoch: Steps of an epoch.
+    more: Steps taken beyond those that batches of this size would have taken.
+    least: Tokens of the shortest row of a batch.
+  """
+
+  steps: int
+  per_epoch: int
+  more: int
+  least: int
+
+
+def length_of(config: SftConfig, found: data.Chat) -> Length:
+  """How long a run on these conversations is, with what it took before."""
   batches = data.training_batches(config, found)
   per_epoch = batches.batches_per_epoch
   more = _more_steps(config, batches)
@@ -174,22 +211,7 @@ def prepare(config: SftConfig) -> Prepared:
   steps = max(1, more + math.ceil(round(config.epochs * per_epoch, 6)))
   if config.steps is not None:
     steps = min(steps, config.steps)
-  _tell_length(config, per_epoch, steps)
-  built = _build(config, steps)
-  memory.check_run(built)
-  memory.check_step(
-    *(built, config.model, config.batch_size, batches.least_length),
-    *(config.step, config.micro_batches),
-  )
-  language_model.tell_start(config.init_from, config.model)
-  return Prepared(
-    dataclasses.replace(config, steps=steps),
-    built,
-    found,
-    tasks,
-    per_epoch,
-    more,
-  )
+  return Length(steps, per_epoch, more, batches.least_length)
 
 
 def _more_steps(config: SftConfig, batches: chat.TrainingBatches) -> int:
@@ -210,17 +232,26 @@ def _more_steps(config: SftConfig, batches: chat.TrainingBatches) -> int:
   return number - batches.batches_behind
 
 
-def _tell_length(config: SftConfig, per_epoch: int, steps: int) -> None:
+def tell_length(config: SftConfig, found: data.Chat, length: Length) -> None:
   """Says how long a run is, and where that may surprise."""
-  rate = config.optim.learning_rate
-  rows = config.coreset.pool or config.batch_size
+  steps, rows = length.steps, config.coreset.pool or config.batch_size
+  rates = config.searched_rates or (config.optim.learning_rate,)
+  runs = len(rates) + len(config.seed_numbers) - 1
   _logger.info(
-    'An epoch is %s of %s of up to %d tokens; %s in all, at a learning rate of '
-    '%s.',
-    *(_counted(per_epoch, 'step'), _counted(rows, 'row')),
+    'An epoch is %s of %s of up to %d tokens; %s in all%s, at a learning rate '
+    'of %s.',
+    *(_counted(length.per_epoch, 'step'), _counted(rows, 'row')),
     *(config.data.max_length, _counted(steps, 'step')),
-    config.learning_rates if rate is None else f'{rate:g}',
+    f' in each of {runs} runs' if runs > 1 else '',
+    ' or '.join(f'{rate:g}' for rate in rates),
   )
+  held_out = len(found.examples.validation)
+  if 0 < held_out < _FEW_HELD_OUT:
+    _logger.warning(
+      'What is measured rests on %s held out: give --data.val-size a number of '
+      'them, such as 6, or --data.validation-source.',
+      _counted(held_out, 'example'),
+    )
   if config.steps is not None and config.steps > steps:
     _logger.warning(
       'steps=%d, and epochs=%g end after %s: raise epochs for more.',

@@ -213,13 +213,19 @@ def _show_answers(
   rows = [row for row in read_samples(path) if row['step'] == step]
   for row in rows[:_SHOWN]:
     console.rule(f'{row["messages"][-1]["role"]}', align='left')
-    for text, style in (
-      (row['messages'][-1]['content'], ''),
-      (row['answer'], 'bold'),
-    ):
+    lines = [(row['messages'][-1]['content'], ''), (row['answer'], 'bold')]
+    if not row['exact_match']:
+      lines.append((f'Expected: {row["expected"]}', 'dim'))
+    for text, style in lines:
       console.print(rich.padding.Padding(rich.text.Text(text, style), (0, 2)))
   if rows:
     console.rule()
+  if len(rows) > _SHOWN:
+    console.print(
+      f'These are {_SHOWN} of {len(rows)} answers; all are in {path}.',
+      highlight=False,
+      soft_wrap=True,
+    )
 
 
 def show_preview(config: SftConfig, found: data.Chat) -> None:

@@ -103,6 +103,34 @@ def test_steps_end_a_run_before_its_epochs(config, caplog):
   )
 
 
+def test_length_of_a_search_and_few_held_out_are_told(prepared, caplog):
+  caplog.set_level('INFO')
+  config = dataclasses.replace(
+    prepared.config,
+    optim=dataclasses.replace(prepared.config.optim, learning_rate=None),
+    learning_rates='0.1,0.2',
+    seeds='0,1',
+    steps=None,
+  )
+  examples = prepared.chat.examples
+  few = prepared.chat._replace(
+    examples=examples._replace(validation=examples.training[:4])
+  )
+  recipe.tell_length(config, few, recipe.Length(30, 2, 0, 40))
+  assert caplog.messages == [
+    'An epoch is 2 steps of 2 rows of up to 40 tokens; 30 steps in all in each '
+    'of 3 runs, at a learning rate of 0.1 or 0.2.',
+    'What is measured rests on 4 examples held out: give --data.val-size a '
+    'number of them, such as 6, or --data.validation-source.',
+  ]
+  caplog.clear()
+  enough = few._replace(
+    examples=examples._replace(validation=examples.training[:1] * 5)
+  )
+  recipe.tell_length(config, enough, recipe.Length(30, 2, 0, 40))
+  assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
   ('position', 'size', 'steps', 'more'),
   [
@@ -263,6 +291,11 @@ def test_an_export_of_an_earlier_command_is_no_result(
   folder.rmdir()
   shown = capsys.readouterr().out
   assert 'model (hf).' in shown and 'adapters (adapter)' not in shown
+  # What was expected stands beside an answer that differs.
+  path = pathlib.Path(prepared.config.run_dir) / evaluation.SAMPLES_FILE
+  last = [row for row in evaluation.read_samples(path) if row['step'] == 6]
+  for row in last[:3]:
+    assert (f'Expected: {row["expected"]}' in shown) != row['exact_match']
   assert f'{folder} is of an earlier command, which exported it; it is' in shown
 
 
