@@ -7,13 +7,18 @@
 # ```bash
 # pip install '.[train]'  # In a checkout; '.[sft]' reads Parquet files too.
 # gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --preview
-# gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --method lora --learning-rate 1e-3
+# gnlorp-train-sft --model hf:HuggingFaceTB/SmolLM2-135M --data chats.jsonl --method lora --learning-rate 1e-3 \
+#   --epochs 20 --batch-size 2 --data.val-size 6
 # gnlorp-chat runs/sft/hf
 # ```
 #
 # `--method lora` trains *adapters*: beside each weight matrix of the blocks, which stays as it is, stand two thin
 # matrices that learn a change of it. Without `--method` all weights are trained, by GradNormLoRP.
-# A small file gives few steps, which want a higher learning rate than the default of 2e-4.
+#
+# Epochs and batch size are those of a file of some thirty conversations: an epoch of these is one step or two, and two
+# steps change a model little. The preview says how many steps a run will take. `--data.val-size 6` holds out six
+# conversations, which say what was learned. A thousand conversations need none of these options. If one rate is not
+# enough, `--learning-rates 1e-3,3e-3` tries both ([where each is left](../instruction-tuning.html#several-learning-rates)).
 #
 # The rest of this page runs the same commands on a model of a million parameters, which takes two CPU cores a minute or two.
 #
@@ -63,7 +68,8 @@ with open(folder / 'chats.jsonl', 'w') as file:
 # ## Look before you train
 #
 # `--preview` shows what the model reads, and marks what of it is learned. Here that is the answers, with the token that
-# ends each of them.
+# ends each of them. The template of a model may begin every conversation with a system message of its own; it is shown
+# too. Write `system` messages of your own to replace it.
 
 # %%
 model = ['--model', f'{folder}/base/hf', '--data', f'{folder}/chats.jsonl']
@@ -72,7 +78,7 @@ train_sft([*model, '--preview'])
 # %% [markdown]
 # ## Train
 #
-# The method is LoRA again; `--method` takes [many others](../instruction-tuning.html#methods). A run that was
+# The method is LoRA; `--method` takes [many others](../instruction-tuning.html#methods). A run that was
 # interrupted goes on when the same command is given again.
 
 # %%
@@ -85,6 +91,14 @@ train_sft(
 )
 
 # %% [markdown]
+# ## Did it learn?
+#
+# The end of the run shows some held-out questions with the answers that the model writes, and beside an answer that
+# differs the expected one. All are in `samples.jsonl`. Read these first. The share of tokens that are guessed right is
+# high soon, because most tokens of an answer follow from the ones before: a model learns the manner of answers before
+# their facts. A validation loss that rises again says that the model learns its training file by heart; the weights of
+# the lowest one are those that are exported.
+#
 # ## Talk to it
 #
 # The run left a Hugging Face folder, with the adapters added to the weights. The transformers library reads it too.

@@ -6,6 +6,7 @@ One short run on conversations from files is made once and shared.
 import dataclasses
 import json
 import pathlib
+import re
 import types
 
 import jax
@@ -173,6 +174,25 @@ def test_answers_are_kept_by_step(config, finished):
   assert rows[0]['messages'] == [{'role': 'user', 'content': 'Say seven.'}]
   assert all(
     row['exact_match'] == (row['answer'] == row['expected']) for row in rows
+  )
+
+
+def run_of_page(number, folder, what, **names):
+  """Runs a program of the page on instruction tuning on what a run left."""
+  pytest.importorskip('torch')
+  page = pathlib.Path(__file__).parents[3] / 'docs/instruction-tuning.md'
+  blocks = re.findall('```python\n(.*?)```', page.read_text(), re.DOTALL)
+  assert len(blocks) == 2
+  block = blocks[number].replace(f'runs/sft/{what}', f'{folder}/{what}')
+  exec(compile(block, f'{page}, program {number}', 'exec'), names)
+  return names['model']
+
+
+def test_page_hands_a_model_to_transformers(config, finished):
+  pytest.importorskip('transformers')
+  model = run_of_page(0, config.run_dir, 'hf')
+  assert (
+    model.config.vocab_size == finished[0].params['embed']['embedding'].shape[0]
   )
 
 
@@ -360,6 +380,12 @@ def test_a_search_over_rates_and_seeds_of_adapters(config, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert f'chat {config.init_from} --adapter {folder}/adapter' in shown
   assert 'answers (samples.jsonl)' not in shown
+  pytest.importorskip('peft')
+  transformers = pytest.importorskip('transformers')
+  auto = transformers.AutoModelForCausalLM
+  names = {'BASE': config.init_from, 'AutoModelForCausalLM': auto}
+  model = run_of_page(1, folder, 'adapter', **names)
+  assert any('lora_A' in name for name, _ in model.named_parameters())
 
 
 def test_a_run_without_held_out_examples_says_nothing_of_them(
