@@ -610,7 +610,7 @@ def test_search_goes_on_and_repeats_nothing(searched):
   assert 'lr0.003_seed0 is finished already.' in again
   assert 'Resuming lr0.03_seed0 at step 4.' in again
   assert last.count('is finished already.') == 3
-  assert 'step 8: loss' not in last
+  assert 'evaluated at step 8' not in last
   for output in searched.outputs:
     assert 'results.json and the runs are in' in output
 

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -286,13 +287,14 @@ def _value(node: Any, field: str) -> Any:
 
 
 def _check_fields(args: list[str], default: Any) -> None:
-  """Names the nearest option for one that does not exist."""
-  for word in args:
+  """Names the nearest option, or choice, for one that does not exist."""
+  for word, following in itertools.pairwise([*args, '']):
     if word.startswith('--') and word != '--':
-      _check_option(word.split('=')[0], default)
+      option, equals, value = word.partition('=')
+      _check_option(option, value if equals else following, default)
 
 
-def _check_option(option: str, default: Any) -> None:
+def _check_option(option: str, value: str, default: Any) -> None:
   """Follows an option such as ``--optim.rank`` through the fields."""
   node: Any = default
   groups: list[str] = []
@@ -307,9 +309,44 @@ def _check_option(option: str, default: Any) -> None:
       topic = ' '.join(['--help', *near_by[:1]])
       raise ValueError(f'There is no option {option}.{hint} {topic} lists all.')
     groups.append(known)
-    node = getattr(node, known)
+    group, node = node, getattr(node, known)
     if not dataclasses.is_dataclass(node):
+      _check_choice(option, value, group, field)
       return  # tyro judges the rest.
+  fields = [
+    name for name in names if not dataclasses.is_dataclass(getattr(group, name))
+  ]
+  near = difflib.get_close_matches(groups[-1], fields, n=1)
+  hint = f' Did you mean {command_help.option(near[0])}?' if near else ''
+  raise ValueError(
+    f'{option} is a group of options.{hint} --help {groups[0]} lists those in '
+    'it.'
+  )
+
+
+def _check_choice(option: str, value: str, group: Any, field: str) -> None:
+  """Checks the value of a field that has a few, where one is given."""
+  kind = typing.get_type_hints(type(group)).get(field)
+  kinds = typing.get_args(kind) or (kind,)
+  if typing.get_origin(kind) is typing.Literal:
+    kinds = (kind,)
+  choices = [
+    str(choice)
+    for one in kinds
+    if typing.get_origin(one) is typing.Literal
+    for choice in typing.get_args(one)
+  ]
+  literals = [k for k in kinds if typing.get_origin(k) is typing.Literal]
+  if not literals or {*kinds} - {*literals, type(None)}:
+    return  # Any other value may be allowed as well.
+  if type(None) in kinds:
+    choices.append('None')
+  if value and not value.startswith('--') and value not in choices:
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+      f'{option} {value!r}: expected one of {sorted(choices)}.{hint}'
+    )
 
 
 def _nearest(field: str, node: Any) -> list[str]:

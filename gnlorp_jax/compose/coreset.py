@@ -46,10 +46,11 @@ def check(options: CoresetOptions, batch_size: int, micro_batches: int) -> None:
   rows = batch_size // micro_batches
   if options.pool % rows:
     below = options.pool // rows * rows
+    near = [n for n in (below, below + rows) if n > batch_size]
     raise ValueError(
       f'coreset.pool={options.pool} must be a multiple of batch_size / '
       f'micro_batches={rows}, the rows that go through the model at once. Use '
-      f'{below} or {below + rows}.'
+      f'{" or ".join(map(str, near))}.'
     )
 
 

@@ -70,9 +70,9 @@ def tell_start(init_from: str | None, model: models.Config) -> None:
       init_from,
     )
   _logger.info(
-    'Starting from %s: %s, %s parameters in %s.',
-    init_from or 'random weights',
+    'Model: %s, %s parameters in %s; a new run begins with %s.',
     *(model.model_type, f'{size:,}', model.param_dtype),
+    'random weights' if init_from is None else f'those of {init_from}',
   )
 
 

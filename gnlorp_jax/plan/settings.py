@@ -99,7 +99,7 @@ class PlanConfig(Target, pretrain_settings.TrainConfig):
   @classmethod
   def parse(cls, args: list[str], description: str) -> 'PlanConfig':
     """Makes the settings from the options of a command line."""
-    return pretrain_settings.parse(args, description, cls)
+    return pretrain.with_rank(pretrain_settings.parse(args, description, cls))
 
   def build(self, devices: Devices) -> pretrain.Planned:
     """What the run computes on these devices, described or just a number."""

@@ -6,5 +6,7 @@ PEAK_FLOPS = {
   'NVIDIA A100-SXM4-80GB': 312e12,
   'NVIDIA A100-SXM4-40GB': 312e12,
   'NVIDIA GeForce RTX 4090': 165e12,
+  'NVIDIA GeForce RTX 4060 Ti': 44.1e12,
+  'NVIDIA GeForce RTX 3060': 25.5e12,
 }
 """Dense bfloat16 peaks in FLOP/s, without sparsity, by what jax calls a GPU."""

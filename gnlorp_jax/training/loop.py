@@ -427,10 +427,11 @@ def _resume_or_start(
       tokens = tokens * rows // run.batch_size
   if number == run.steps:
     _logger.info(
-      '%s is finished at step %d: its results are written anew. Raise steps to '
-      'go on.',
+      '%s is finished at step %d: its results are written anew. More steps, '
+      'such as --steps %d, go on.',
       run.folder,
       number,
+      2 * number,
     )
   else:
     _logger.info('Resuming %s at step %d.', run.name or run.folder, number)

@@ -198,7 +198,7 @@ class Health:
 def tell(name: str, number: int, found: Mapping[str, float]) -> None:
   """Says what the evaluation of a run found after a step."""
   _logger.info(
-    '%sstep %d: %s',
+    '%sevaluated at step %d: %s',
     f'{name}: ' if name else '',
     number,
     ', '.join(f'{metric} {value:.4f}' for metric, value in found.items()),

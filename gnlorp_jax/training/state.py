@@ -16,7 +16,7 @@ class TrainState(NamedTuple):
 
   step: jax.Array  # int32 scalar: the number of batches seen.
   skipped: jax.Array  # int32 scalar: how many of them changed nothing.
-  params: Any  # Pytree of floating-point arrays.
+  params: Any  # What trains, as stored; with restarts, all weights.
   opt_state: Any  # What the optimizer's `init` returned.
 
 

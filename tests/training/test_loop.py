@@ -515,8 +515,8 @@ def test_finished_run_is_only_told_anew(whole, tmp_path, caplog):
   with caplog.at_level(logging.INFO, logger='gnlorp_jax'):
     outcome = loop.train(run, Stop())
   assert told(caplog) == [
-    f'{tmp_path} is finished at step 12: its results are written anew. Raise '
-    'steps to go on.'
+    f'{tmp_path} is finished at step 12: its results are written anew. More '
+    'steps, such as --steps 24, go on.'
   ]
   assert read_rows(tmp_path) == before
   best = outcome.record['best']
@@ -840,7 +840,8 @@ def test_evaluations_and_stops_are_logged_with_the_runs_name(tmp_path, caplog):
     loop.train(make_run(tmp_path / 'b', steps=4, name=''), Stop())
   loss = read_rows(tmp_path / 'a')[-1]['eval/loss']
   found = [line for line in told(caplog) if 'tokens/s' not in line]
-  assert found == [f'toy: step 4: loss {loss:.4f}', f'step 4: loss {loss:.4f}']
+  said = f'evaluated at step 4: loss {loss:.4f}'
+  assert found == [f'toy: {said}', said]
 
 
 def test_weights_that_are_not_finite_end_the_run(tmp_path):

@@ -81,6 +81,6 @@ def parse(args: list[str], description: str) -> ChatConfig:
     if not file.is_file():
       raise ValueError(
         f'--adapter {config.adapter}: there is no {file.name} in it. Name a '
-        'folder that save_pretrained of peft wrote, or a run.'
+        'folder that save_pretrained of peft wrote, or the adapter/ of a run.'
       )
   return config

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,10 @@ from gnlorp_jax.recipes.pretrain import data
 from gnlorp_jax.recipes.pretrain.settings import TrainConfig
 from gnlorp_jax.training import distributed, loop, metrics, objectives
 
+_logger = logging.getLogger(__name__)
+
+_RANK = 32
+
 
 class Planned(NamedTuple):
   """What follows from settings alone: no data, no arrays."""
@@ -58,6 +63,17 @@ class Prepared(NamedTuple):
   def program(self) -> program.Program:
     """What is computed."""
     return self.planned.program
+
+
+def with_rank(config: TrainConfig) -> TrainConfig:
+  """The configuration with a rank, where none is given and one is needed."""
+  optim = config.optim
+  if not optimizer.accepts(optim, 'rank'):
+    return config
+  rank = optimizer.rank_or(optim, _RANK)
+  return dataclasses.replace(
+    config, optim=dataclasses.replace(optim, rank=rank)
+  )
 
 
 def plan(
@@ -86,6 +102,7 @@ def plan(
       f'{config.init_from} accepts: max_seq_len={architecture.max_seq_len}. '
       'Lower it.'
     )
+  config = with_rank(config)
   config = dataclasses.replace(
     config,
     model=architecture,
@@ -93,12 +110,6 @@ def plan(
     optim=optimizer.in_cycles(config.optim, config.adapter),
   )
   family = models.family(architecture)
-  optim = config.optim
-  # The rank that a run has without one is not asked of the optimizer.
-  if optim.rank == TrainConfig().optim.rank and not optimizer.accepts(
-    optim, 'rank'
-  ):
-    optim = dataclasses.replace(optim, rank=None)
   built = program.build(
     functools.partial(family.make, device=program.first_device(mesh)),
     architecture,
@@ -108,7 +119,7 @@ def plan(
       dropout=config.is_masked or data.has_dropout(config),
     ),
     mesh,
-    optim_config=optim,
+    optim_config=config.optim,
     adapter=config.adapter,
     step_config=config.step,
     sampling_options=config.sampling,
@@ -149,10 +160,21 @@ def prepare(config: TrainConfig) -> Prepared:
   if parameters.is_folder(config.init_from):
     parameters.folder(config.init_from)  # It arrives before text is read.
   language_model.tell_start(planned.config.init_from, planned.config.model)
+  _tell_length(planned.config)
   text = distributed.in_turn(
     lambda: data.load(planned.config, planned.config.model)
   )
   return Prepared(planned, text, asked)
+
+
+def _tell_length(config: TrainConfig) -> None:
+  runs = len(config.searched_rates or (0,)) + len(config.seed_numbers) - 1
+  _logger.info(
+    '%s%d steps of %d sequences of %d tokens with %s, in %s.',
+    *(f'{runs} runs of ' if runs > 1 else '', config.steps),
+    *(config.batch_size, config.data.seq_len),
+    *(config.optim.name, config.run_dir),
+  )
 
 
 def make_run(prepared: Prepared, config: TrainConfig) -> loop.Run:

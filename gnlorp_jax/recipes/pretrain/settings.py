@@ -141,8 +141,8 @@ class TrainConfig(RunConfig):
   masked, a RobertaConfig."""
   data: DataConfig = DataConfig()
   """Text and tokens."""
-  optim: OptimConfig = OptimConfig(rank=32)
-  """Optimizer and schedule."""
+  optim: OptimConfig = OptimConfig()
+  """Optimizer and schedule; without a rank it is 32."""
   sample: SampleConfig = SampleConfig()
   """Text generated at the end."""
   eval: TaskOptions = TaskOptions()

@@ -44,7 +44,8 @@ from gnlorp_jax.training.parameters import LAYERS, Parameters
 from gnlorp_jax.training.state import TrainState
 from gnlorp_jax.training.step import Batch, Metrics, split_rows
 
-# Learning rate and numbers of a run: see `make_optimizer_state`.
+# Learning rate after a number of steps, by the numbers of a run: see `rate` of
+# `make_sampled_step`.
 Rate = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
 
 

@@ -33,7 +33,7 @@ def test_folders_without_adapters_are_refused(tmp_path):
   words = ['hf:a/b', '--adapter', str(tmp_path)]
   assert message(settings.parse, words, 'Talks.') == (
     f'--adapter {tmp_path}: there is no adapter_config.json in it. Name a '
-    'folder that save_pretrained of peft wrote, or a run.'
+    'folder that save_pretrained of peft wrote, or the adapter/ of a run.'
   )
 
 

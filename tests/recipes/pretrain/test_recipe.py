@@ -51,6 +51,22 @@ def exported(folder, **changes):
 # The plan.
 
 
+@pytest.mark.parametrize(
+  ('optim', 'rank'),
+  [
+    (OptimConfig(name='galore'), 32),
+    (OptimConfig(name='galore', rank=4), 4),
+    # Theirs counts the directions of pieces of rows.
+    (OptimConfig(name='vlorp'), None),
+    (OptimConfig(name='projfactor', rank=2), 2),
+    (OptimConfig(name='adamw'), None),
+  ],
+)
+def test_rank_is_that_of_the_optimizer(optim, rank):
+  found = recipe.with_rank(TrainConfig(optim=optim))
+  assert found.optim.rank == rank
+
+
 def test_plan_has_the_architecture_that_is_really_used(tmp_path):
   found, _ = exported(tmp_path / 'hf', num_layers=1)
   asked = dataclasses.replace(TINY, compute_dtype='bfloat16', remat=True)
@@ -147,7 +163,7 @@ def metadata(
 SHAPING = [
   ({'model__hidden_size': 32}, 'model.hidden_size 16 != 32'),
   ({'model__param_dtype': 'bfloat16'}, 'model.param_dtype float32 != bfloat16'),
-  ({'optim__rank': 8}, 'optim.rank 32 != 8'),
+  ({'optim__rank': 8}, 'optim.rank None != 8'),
   ({'optim__name': 'adamw'}, 'optim.name gradnormlorp != adamw'),
   ({'optim__schedule': 'linear'}, 'optim.schedule cosine != linear'),
   ({'adapter__kind': 'lora'}, 'adapter.kind None != lora'),

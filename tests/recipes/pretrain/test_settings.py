@@ -195,7 +195,14 @@ def test_help_explains_every_field(capsys):
       ['--model.num-heads', '3'],
       'hidden_size=128 must be a multiple of num_heads=3.',
     ),
-    (['--optim.name', 'adam'], "invalid choice 'adam'"),
+    (['--optim.name', 'adam'], "--optim.name 'adam': expected one of ['None',"),
+    (['--optim.name=adamm'], "Did you mean 'adamw'?"),
+    (['--step.weight-bits', '7'], "expected one of ['4', '8', 'None']."),
+    (
+      ['--step', '20'],
+      '--step is a group of options. Did you mean --steps? --help step lists',
+    ),
+    (['--mesh'], '--mesh is a group of options. --help mesh lists those in'),
     (['--model.num-layers', 'many'], "int() with base 10: 'many'"),
     (['--config'], '--config needs the path of a configuration file.'),
     (
