@@ -23,6 +23,7 @@ BENCHMARKS = (
   'quality.measure',
   'quality.methods_lm',
   'quality.reference_curves',
+  'quality.relora',
   'quality.sft',
   'refresh.measure',
   'scaling.measure',
