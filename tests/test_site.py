@@ -92,3 +92,4 @@ def test_a_page_that_is_a_program_runs(page):
     names = runpy.run_path(str(DOCS / page))
   if 'loss' in names:
     assert float(names['loss']) < 0.1  # At the start 0.9.
+    assert all(jax.tree.leaves(names['same']))  # Resumed as uninterrupted.
