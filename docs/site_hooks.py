@@ -2,7 +2,8 @@
 
 It checks the reference: every public name stands in exactly one page of
 `docs/reference`, and has a docstring; otherwise the build ends with the names.
-It checks the links of what was written, those in the pages of programs too.
+It checks the links of what was written, those in the pages of programs too,
+and that no page tells where the checkout lies on the machine that built it.
 And it writes the tables of settings, whose texts stand under their fields,
 where tools that read docstrings of modules do not find them.
 """
@@ -15,6 +16,7 @@ import re
 import urllib.parse
 from typing import Any
 
+_CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 _REFERENCE = pathlib.Path(__file__).parent / 'reference'
 _SETTINGS = 'reference/config.md'
 _BLOCK = re.compile(r'^::: gnlorp_jax\.(\S+)$', re.MULTILINE)
@@ -30,10 +32,11 @@ def on_pre_build(config: Any) -> None:
 
 
 def on_post_build(config: Any) -> None:
-  """Ends the build where a link of a page leads nowhere."""
+  """Ends the build where a link leads nowhere or a page names the checkout."""
   import mkdocs.exceptions
 
-  if found := broken_links(pathlib.Path(config['site_dir'])):
+  site = pathlib.Path(config['site_dir'])
+  if found := broken_links(site) + named_checkout(site):
     raise mkdocs.exceptions.PluginError('\n'.join(found))
 
 
@@ -90,6 +93,20 @@ def broken_links(site: pathlib.Path) -> list[str]:
       if not is_there:
         found.append(f'{path.relative_to(site)}: {link} leads nowhere')
   return found
+
+
+def named_checkout(
+  site: pathlib.Path, checkout: pathlib.Path = _CHECKOUT
+) -> list[str]:
+  """The pages of a site that hold the absolute path of the checkout.
+
+  They would show every reader a folder of the machine that built them.
+  """
+  return [
+    f'{path.relative_to(site)}: names the checkout, {checkout}'
+    for path in sorted(site.rglob('*.html'))
+    if str(checkout) in path.read_text(encoding='utf-8')
+  ]
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:

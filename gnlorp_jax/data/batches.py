@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gnlorp_jax.data import ordering
 from gnlorp_jax.data.masking import Masking
 from gnlorp_jax.data.mixture import Mixture
 from gnlorp_jax.data.text import TokenFile
@@ -102,11 +103,6 @@ def batches(
       f'process_index={process_index} must be in [0, process_count='
       f'{process_count}).'
     )
-  if batch_size % process_count:
-    raise ValueError(
-      f'batch_size={batch_size} must be a multiple of process_count='
-      f'{process_count}.'
-    )
   is_mixture = isinstance(token_file, Mixture)
   files = token_file.files if is_mixture else (token_file,)
   for file in files:
@@ -180,15 +176,10 @@ class Batches:
     """Goes on behind a position.
 
     Args:
-      state: What `get_state` returned; or, from before it counted rows, the
-        ``next_index`` of a batch, and the ``batch_size`` of those before it.
+      state: What `get_state` returned.
     """
     self.close()
-    taken = state.get('sequences')
-    if taken is None:
-      size = state.get('batch_size', self._batch_size)
-      taken = state['next_index'] * size
-    self._start_at(taken)
+    self._start_at(state['sequences'])
 
   def close(self) -> None:
     """Ends the thread that prepares batches."""
@@ -199,7 +190,8 @@ class Batches:
 
     index, count = self._process
     rows = self._rows[taken:]
-    dataset = rows.batch(self._batch_size // count, drop_remainder=True)
+    local = ordering.rows_per_process(self._batch_size, count)
+    dataset = rows.batch(local, drop_remainder=True)
     # Consecutive local batches make up a global one.
     dataset = dataset[index::count]
     options = grain.ReadOptions(

@@ -1,4 +1,4 @@
-"""The random order of epochs, positions in it, and seeds for dropout.
+"""The random order of epochs, positions in it, seeds, and rows of processes.
 
 Shape suffixes: N examples, B rows of a batch.
 """
@@ -14,10 +14,7 @@ _WINDOW_BATCHES = 50
 
 
 def shuffled(
-  lengths_N: np.ndarray,
-  batch_size: int,
-  rng: np.random.Generator,
-  drop_remainder: bool,
+  lengths_N: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
   """Draws the order of an epoch: rows of a batch are of similar length.
 
@@ -29,7 +26,6 @@ def shuffled(
     lengths_N: Tokens of each example, int ``[N]``.
     batch_size: B.
     rng: Decides the order.
-    drop_remainder: Whether to leave out the examples that fill no batch.
 
   Returns:
     The examples of each batch, int64 ``[B]``, the last perhaps fewer.
@@ -43,7 +39,7 @@ def shuffled(
     part = part[np.argsort(lengths_N[part], kind='stable')]
     plan += list(part.reshape(-1, batch_size))
   plan = [plan[i] for i in rng.permutation(len(plan))]
-  if full < len(order_N) and not drop_remainder:
+  if full < len(order_N):
     plan.append(order_N[full:])
   return plan
 
@@ -62,6 +58,30 @@ def mix(offset: np.uint32, positions_B: np.ndarray) -> np.ndarray:
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     x_B = (x_B ^ (x_B >> np.uint32(shift))) * np.uint32(factor)
   return x_B ^ (x_B >> np.uint32(16))
+
+
+def rows_per_process(batch_size: int, process_count: int) -> int:
+  """How many rows of every batch each process makes.
+
+  Raises:
+    ValueError: If processes cannot share a batch evenly.
+  """
+  if batch_size % process_count:
+    raise ValueError(
+      f'batch_size={batch_size} must be a multiple of process_count='
+      f'{process_count}. Use a batch_size that the processes divide.'
+    )
+  return batch_size // process_count
+
+
+def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+  """Which rows of every batch a process makes.
+
+  Raises:
+    ValueError: As `rows_per_process`.
+  """
+  count = rows_per_process(batch_size, process_count)
+  return slice(process_index * count, (process_index + 1) * count)
 
 
 class Epochs:
@@ -121,24 +141,16 @@ class Epochs:
     """Goes on behind a position.
 
     Args:
-      state: What `get_state` returned; or, from before it counted examples,
-        ``taken`` batches, and the ``batch_size`` that they had.
+      state: What `get_state` returned.
     """
-    if 'taken' in state:
-      size = state.get('batch_size', self._batch_size)
-      per_epoch = math.ceil(len(self._lengths_N) / size)
-      epoch, number = divmod(state['taken'], per_epoch)
-      self._taken = epoch * len(self._lengths_N) + number * size
-      self._drawn_for = size
-    else:
-      self._taken = state['sequences']
-      self._drawn_for = state['drawn_for']
+    self._taken = state['sequences']
+    self._drawn_for = state['drawn_for']
     self._epoch = -1
 
   def _begin(self, epoch: int) -> None:
     self._epoch = epoch
     rng = np.random.default_rng([self._seed, epoch])
-    plan = shuffled(self._lengths_N, self._drawn_for, rng, False)
+    plan = shuffled(self._lengths_N, self._drawn_for, rng)
     self._order_N = np.concatenate(plan)
     mixed = np.random.SeedSequence([self._seed, epoch])
     self._offset = mixed.generate_state(1)[0]

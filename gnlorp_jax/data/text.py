@@ -8,7 +8,6 @@ Shape suffixes in this file:
   T  sequence length
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,7 @@ import rich.progress
 from gnlorp_jax.data import cache, sources
 from gnlorp_jax.data.files import TEXT_COLUMN
 from gnlorp_jax.data.tokenizer import Tokenizer
-from gnlorp_jax.disk import fingerprint, writing
+from gnlorp_jax.disk import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class TokenFile:
   damaged_files: int = 0
   start: int
   stop: int
-  fingerprint: str = ''
+  fingerprint: str
 
   def items(self) -> np.memmap:
     """Maps the ids into memory: ``[stop - start]`` or ``[stop - start, T]``."""
@@ -193,11 +192,6 @@ def _read_cached(folder: pathlib.Path) -> TokenFile:
       f'The cached tokens in {folder} are damaged: {error}. Remove that '
       'folder: the next run makes it again.'
     ) from error
-  if not found.fingerprint:  # Of an earlier version.
-    found = dataclasses.replace(found, fingerprint=fingerprint.of_file(path))
-    metadata['fingerprint'] = found.fingerprint
-    with contextlib.suppress(OSError):  # It may be another user's.
-      writing.write_text(described, json.dumps(metadata, indent=2))
   return found
 
 

@@ -103,56 +103,83 @@ def encoded():
   return [np.full(n, 2 + i, np.int32) for i, n in enumerate(lengths)]
 
 
-def epoch_of(encoded, **changed):
-  arguments = {'batch_size': 16, 'pad_id': PAD, 'shuffle': True} | changed
+def epoch_of(encoded, epoch=0, **changed):
+  """The batches of an epoch of training; labels are places, times 10."""
+  arguments = {'batch_size': 16, 'pad_id': PAD} | changed
   labels = np.arange(len(encoded), dtype=np.int32) * 10
-  return list(glue.batches(encoded, labels, **arguments))
+  batches = glue.TrainingBatches(encoded, labels, **arguments)
+  size = arguments['batch_size']
+  position = {'sequences': epoch * len(encoded), 'drawn_for': size}
+  batches.set_state(position)
+  return take(batches, glue.num_batches(len(encoded), size))
 
 
-@pytest.mark.parametrize('shuffle', [True, False])
-def test_every_example_comes_once_with_its_label(encoded, shuffle):
-  epoch = epoch_of(encoded, shuffle=shuffle)
+def evaluation_of(encoded, **changed):
+  arguments = {'batch_size': 16, 'pad_id': PAD} | changed
+  return list(glue.evaluation_batches(encoded, **arguments))
+
+
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def index_of(batch):
+  """The places of a batch's examples, -1 for rows that fill it up."""
+  if 'index' in batch:
+    return batch['index']
+  return np.where(batch['weights'] > 0, batch['labels'] // 10, -1)
+
+
+MAKERS = pytest.mark.parametrize('make', [epoch_of, evaluation_of])
+
+
+@MAKERS
+def test_every_example_comes_once(encoded, make):
+  epoch = make(encoded)
   assert len(epoch) == glue.num_batches(1003, 16) == 63
   seen = []
   for batch in epoch:
-    shapes = {key: (v.shape, v.dtype.name) for key, v in batch.items()}
-    length = batch['inputs'].shape[1]
-    assert shapes == {
-      'inputs': ((16, length), 'int32'),
-      'labels': ((16,), 'int32'),
-      'weights': ((16,), 'float32'),
-      'seeds': ((16,), 'uint32'),
-      'index': ((16,), 'int32'),
-    }
-    for tokens, label, weight, index in zip(
-      batch['inputs'],
-      batch['labels'],
-      batch['weights'],
-      batch['index'],
-      strict=True,
-    ):
-      assert weight == (index >= 0)
+    for tokens, index in zip(batch['inputs'], index_of(batch), strict=True):
       if index < 0:
-        assert (tokens == PAD).all() and label == 0
+        assert (tokens == PAD).all()
         continue
       seen.append(index)
-      assert label == 10 * index
       np.testing.assert_array_equal(
         tokens[: len(encoded[index])], encoded[index]
       )
       assert (tokens[len(encoded[index]) :] == PAD).all()
   assert sorted(seen) == list(range(1003))
   # Only the last batch is not full.
-  assert all(batch['weights'].all() for batch in epoch[:-1])
-  assert epoch[-1]['weights'].sum() == 1003 % 16
+  assert all((index_of(batch) >= 0).all() for batch in epoch[:-1])
+  assert np.sum(index_of(epoch[-1]) >= 0) == 1003 % 16
 
 
-def test_lengths_are_the_smallest_buckets(encoded):
-  epoch = epoch_of(encoded)
+def test_batches_hold_what_they_say(encoded):
+  def kinds(batch):
+    return {key: (v.shape, v.dtype.name) for key, v in batch.items()}
+
+  for batch in epoch_of(encoded):
+    assert kinds(batch) == {
+      'inputs': ((16, batch['inputs'].shape[1]), 'int32'),
+      'labels': ((16,), 'int32'),
+      'weights': ((16,), 'float32'),
+      'seeds': ((16,), 'uint32'),
+    }
+  assert batch['labels'][batch['weights'] == 0].tolist() == [0] * 5
+  for batch in evaluation_of(encoded):
+    assert kinds(batch) == {
+      'inputs': ((16, batch['inputs'].shape[1]), 'int32'),
+      'index': ((16,), 'int32'),
+    }
+
+
+@MAKERS
+def test_lengths_are_the_smallest_buckets(encoded, make):
+  epoch = make(encoded)
   lengths = [batch['inputs'].shape[1] for batch in epoch]
   assert set(lengths) <= {16, 32, 64, 128, 256}
   for batch, length in zip(epoch, lengths, strict=True):
-    longest = max(len(encoded[i]) for i in batch['index'] if i >= 0)
+    longest = max(len(encoded[i]) for i in index_of(batch) if i >= 0)
     assert longest <= length
     assert length == 16 or longest > length // 2
 
@@ -176,15 +203,14 @@ def test_grouping_by_length_saves_padding(encoded):
     pytest.approx(0.7, abs=0.05),
   )
   # What is left over comes from the steps between buckets.
-  for shuffle in (True, False):
-    epoch = epoch_of(encoded, shuffle=shuffle)
+  for epoch in (epoch_of(encoded), evaluation_of(encoded)):
     assert padding(sum(b['inputs'].size for b in epoch)) < least + 0.06
 
 
 def test_order_follows_from_seed_and_epoch(encoded):
   def order(**changed):
     epoch = epoch_of(encoded, **changed)
-    return np.concatenate([b['index'] for b in epoch]).tolist()
+    return np.concatenate([index_of(b) for b in epoch]).tolist()
 
   first = order(seed=3, epoch=1)
   assert order(seed=3, epoch=1) == first
@@ -192,38 +218,26 @@ def test_order_follows_from_seed_and_epoch(encoded):
   assert first not in others and others[0] != others[1]
   # Which examples share a batch changes too, not only the order of batches.
   batches = [
-    {frozenset(b['index'].tolist()) for b in epoch_of(encoded, epoch=e)}
+    {frozenset(index_of(b).tolist()) for b in epoch_of(encoded, epoch=e)}
     for e in (0, 1)
   ]
   assert not batches[0] & batches[1]
-  assert order(shuffle=False) == order(shuffle=False, seed=1, epoch=5)
 
 
 def test_batches_are_not_in_order_of_length(encoded):
   lengths = [
-    np.mean([len(encoded[i]) for i in b['index']])
+    np.mean([len(encoded[i]) for i in index_of(b)])
     for b in epoch_of(encoded)[:-1]
   ]
   correlation = np.corrcoef(lengths, np.arange(len(lengths)))[0, 1]
   assert abs(correlation) < 0.35
 
 
-@pytest.mark.parametrize('shuffle', [True, False])
-def test_a_run_goes_on_at_any_batch(encoded, shuffle):
-  whole = epoch_of(encoded, epoch=2, shuffle=shuffle)
-  for start in (0, 1, 40, 63):
-    rest = epoch_of(encoded, epoch=2, shuffle=shuffle, start=start)
-    assert len(rest) == 63 - start
-    for batch, expected in zip(rest, whole[start:], strict=True):
-      for key, value in expected.items():
-        np.testing.assert_array_equal(batch[key], value)
-
-
 def test_seeds_are_distinct_and_belong_to_examples(encoded):
   def seeds(**changed):
     epoch = epoch_of(encoded, **changed)
     rows = np.concatenate([batch['seeds'] for batch in epoch])
-    index = np.concatenate([batch['index'] for batch in epoch])
+    index = np.concatenate([index_of(batch) for batch in epoch])
     return rows, dict(zip(index.tolist(), rows.tolist(), strict=True))
 
   rows, by_example = seeds(seed=1, epoch=2)
@@ -242,77 +256,67 @@ def test_seeds_are_distinct_and_belong_to_examples(encoded):
   assert seeds(seed=2, epoch=2)[1][0] != by_example[0]
 
 
-@pytest.mark.parametrize('shuffle', [True, False])
-def test_remainder_can_be_dropped(encoded, shuffle):
-  kept = epoch_of(encoded, drop_remainder=True, shuffle=shuffle)
-  assert len(kept) == glue.num_batches(1003, 16, drop_remainder=True) == 62
-  whole = epoch_of(encoded, shuffle=shuffle)
-  for batch, expected in zip(kept, whole[:-1], strict=True):
-    np.testing.assert_array_equal(batch['index'], expected['index'])
-
-
 def test_remainder_is_not_always_of_the_longest(encoded):
   means = []
   for epoch in range(20):
-    last = epoch_of(encoded, epoch=epoch)[-1]
-    means.append(np.mean([len(encoded[i]) for i in last['index'] if i >= 0]))
+    last = index_of(epoch_of(encoded, epoch=epoch)[-1])
+    means.append(np.mean([len(encoded[i]) for i in last if i >= 0]))
   assert np.mean(means) == pytest.approx(
     np.mean([len(row) for row in encoded]), rel=0.15
   )
 
 
 def test_evaluation_starts_with_the_longest(encoded):
-  epoch = epoch_of(encoded, shuffle=False)
-  order = np.concatenate([b['index'] for b in epoch])
+  order = np.concatenate([b['index'] for b in evaluation_of(encoded)])
   lengths = [len(encoded[i]) for i in order if i >= 0]
   assert lengths == sorted(lengths, reverse=True)
 
 
 def test_outputs_can_be_put_back(encoded):
   outputs = np.zeros(1003)
-  for batch in epoch_of(encoded, shuffle=False):
+  for batch in evaluation_of(encoded):
     real = batch['index'] >= 0
     outputs[batch['index'][real]] = batch['inputs'][real, 0]
   np.testing.assert_array_equal(outputs, np.arange(1003) + 2)
 
 
-def test_labels_may_be_scores_or_absent(encoded):
+def test_labels_may_be_scores(encoded):
   scores = np.linspace(0, 5, 1003, dtype=np.float32)
-  arguments = {'batch_size': 16, 'pad_id': PAD, 'shuffle': False}
-  batch = next(glue.batches(encoded, scores, **arguments))
+  batch = next(glue.TrainingBatches(encoded, scores, batch_size=16, pad_id=PAD))
   assert batch['labels'].dtype == np.float32
-  np.testing.assert_array_equal(batch['labels'], scores[batch['index']])
-  assert 'labels' not in next(glue.batches(encoded, None, **arguments))
+  np.testing.assert_array_equal(
+    batch['labels'], scores[batch['inputs'][:, 0] - 2]
+  )
 
 
+@MAKERS
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
     ({'batch_size': 0}, 'batch_size=0 must be at least 1'),
-    ({'seed': -1}, 'seed=-1'),
-    ({'epoch': -1}, 'epoch=-1'),
-    ({'start': -1}, 'start=-1'),
-    ({'start': 64}, 'start=64 is beyond the 63 batches'),
     ({'buckets': (64, 32)}, r'buckets=\(64, 32\) must be .* ascending'),
     ({'buckets': ()}, r'buckets=\(\) must be'),
     ({'buckets': (32,)}, 'the last bucket 32. Encode with max_length=32'),
-    ({'batch_size': 2000, 'drop_remainder': True}, '1003 examples give no bat'),
+    (
+      {'process_count': 5},
+      'batch_size=16 must be a multiple of process_count=5',
+    ),
   ],
 )
 def test_wrong_arguments_are_errors_before_the_first_batch(
-  encoded, changed, message
+  encoded, make, changed, message
 ):
-  arguments = {'batch_size': 16, 'pad_id': PAD, 'shuffle': True} | changed
   with pytest.raises(ValueError, match=message):
-    glue.batches(encoded, None, **arguments)
+    make(encoded, **changed)
 
 
-def test_labels_must_fit_and_examples_exist(encoded):
-  arguments = {'batch_size': 16, 'pad_id': PAD, 'shuffle': True}
-  with pytest.raises(ValueError, match='1003 examples have 3 labels'):
-    glue.batches(encoded, np.zeros(3), **arguments)
+def test_examples_must_exist_and_have_labels(encoded):
   with pytest.raises(ValueError, match='0 examples give no batch of 16'):
-    glue.batches([], None, **arguments)
+    evaluation_of([])
+  with pytest.raises(ValueError, match='1003 examples have 3 labels; give one'):
+    glue.TrainingBatches(encoded, np.zeros(3), batch_size=16, pad_id=PAD)
+  with pytest.raises(ValueError, match='seed=-1 must be at least 0'):
+    epoch_of(encoded, seed=-1)
 
 
 # Epoch after epoch.
@@ -324,10 +328,6 @@ def training_batches(encoded, **changed):
   return glue.TrainingBatches(encoded, labels, **arguments)
 
 
-def take(batches, count):
-  return [next(batches) for _ in range(count)]
-
-
 def assert_equal(found, expected):
   for batch, other in zip(found, expected, strict=True):
     assert batch.keys() == other.keys()
@@ -335,14 +335,9 @@ def assert_equal(found, expected):
       np.testing.assert_array_equal(rows, other[name])
 
 
-def test_training_batches_are_those_of_all_epochs_without_index(encoded):
+def test_every_epoch_has_an_order_and_seeds_of_its_own(encoded):
   few = encoded[:50]  # Four batches an epoch.
   found = take(training_batches(few, seed=3), 11)
-  epochs = [epoch_of(few, seed=3, epoch=epoch) for epoch in range(3)]
-  expected = [batch for epoch in epochs for batch in epoch][:11]
-  for batch in expected:
-    del batch['index']
-  assert_equal(found, expected)
   first, second = found[:4], found[4:8]
   for name in ('labels', 'seeds'):
     rows = [
@@ -354,6 +349,7 @@ def test_training_batches_are_those_of_all_epochs_without_index(encoded):
     for epoch in (first, second)
   ]
   assert sorted(rows[0]) == sorted(rows[1]) == [10 * i for i in range(50)]
+  assert_equal(found[8:], epoch_of(few, seed=3, epoch=2)[:3])
 
 
 @pytest.mark.parametrize('number', [0, 1, 3, 4, 5, 8, 9])
@@ -373,15 +369,6 @@ def test_training_batches_go_on_from_any_position(encoded, number):
   assert later.get_state() == whole.get_state()
 
 
-def test_positions_were_numbers_of_batches_before(encoded):
-  few = encoded[:50]
-  expected = take(training_batches(few), 11)
-  for number in (0, 3, 4, 9):
-    later = training_batches(few)
-    later.set_state({'taken': number})
-    assert_equal(take(later, 2), expected[number : number + 2])
-
-
 def test_rows_of_processes_joined_are_those_of_one(encoded):
   few = encoded[:50]
   whole = take(training_batches(few), 5)  # The fourth is not full.
@@ -396,8 +383,13 @@ def test_rows_of_processes_joined_are_those_of_one(encoded):
   assert_equal(joined, whole)
 
 
-def test_training_batches_know_their_mistakes_at_once(encoded):
-  with pytest.raises(ValueError, match='must be a multiple of process_count=5'):
-    training_batches(encoded, process_count=5)
-  with pytest.raises(ValueError, match='the last bucket 32. Encode with'):
-    training_batches(encoded, buckets=(32,))
+def test_rows_of_processes_joined_in_an_evaluation_are_those_of_one(encoded):
+  few = encoded[:50]
+  parts = [
+    evaluation_of(few, process_index=i, process_count=4) for i in range(4)
+  ]
+  for whole, *of in zip(evaluation_of(few), *parts, strict=True):
+    joined = np.concatenate([part['inputs'] for part in of])
+    np.testing.assert_array_equal(joined, whole['inputs'])
+    for part in of:  # Outputs are gathered: every process puts all back.
+      np.testing.assert_array_equal(part['index'], whole['index'])

@@ -105,6 +105,7 @@ def packed(tmp_path):
     bad_records=0,
     start=0,
     stop=301,
+    fingerprint='',
   )
 
 

@@ -4,15 +4,14 @@ import pytest
 from gnlorp_jax.data import ordering
 
 
-@pytest.mark.parametrize('drop_remainder', [False, True])
-def test_epoch_has_every_example_once(drop_remainder):
+def test_epoch_has_every_example_once():
   lengths = np.arange(2003) % 97
   rng = np.random.default_rng(0)
-  plan = ordering.shuffled(lengths, 10, rng, drop_remainder)
+  plan = ordering.shuffled(lengths, 10, rng)
   sizes = [len(batch) for batch in plan]
-  assert sizes == [10] * 200 + [3] * (not drop_remainder)
+  assert sizes == [10] * 200 + [3]
   found = np.concatenate(plan)
-  assert len(set(found.tolist())) == len(found) and found.max() < 2003
+  assert sorted(found) == list(range(2003))
   # Random batches would spread over nearly all lengths.
   spread = [np.ptp(lengths[batch]) for batch in plan[:200]]
   assert np.mean(spread) < 5
@@ -71,11 +70,12 @@ def test_batches_behind_a_position_are_those_of_the_size_of_now():
     assert half.batches_behind == 6 + behind
 
 
-def test_positions_were_numbers_of_batches_before():
-  """Of a size that the checkpoint says, or else of that of now."""
-  whole, again, other = epochs(4), epochs(4), epochs(2)
-  for _ in range(8):  # Six of an epoch, and two.
-    whole.take()
-  again.set_state({'taken': 8})
-  other.set_state({'taken': 8, 'batch_size': 4})
-  assert again.get_state() == other.get_state() == whole.get_state()
+def test_rows_of_processes_are_all_rows():
+  owned = [ordering.own_rows(12, i, 3) for i in range(3)]
+  assert owned == [slice(0, 4), slice(4, 8), slice(8, 12)]
+  with pytest.raises(ValueError) as error:
+    ordering.own_rows(12, 0, 5)
+  assert str(error.value) == (
+    'batch_size=12 must be a multiple of process_count=5. Use a batch_size '
+    'that the processes divide.'
+  )

@@ -46,16 +46,9 @@ class _Rows:
         f'Examples have {min(lengths)} to {max(lengths)} tokens; expected 1 to '
         f'max_length={max_length}. Prepare them with that max_length.'
       )
-    if batch_size % process_count:
-      raise ValueError(
-        f'batch_size={batch_size} must be a multiple of process_count='
-        f'{process_count}.'
-      )
     self._examples = examples
-    # Which rows of a batch belong to this process.
-    self._count = batch_size // process_count
-    first = process_index * self._count
-    self.own = slice(first, first + self._count)
+    self.own = ordering.own_rows(batch_size, process_index, process_count)
+    self._count = self.own.stop - self.own.start
     self._max_length = max_length
     self.packing = packing
     self._pad_id = pad_id

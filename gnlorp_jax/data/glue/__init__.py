@@ -1,15 +1,16 @@
 """GLUE and tasks like it: files to batches, outputs to scores.
 
 A task (`TASKS`, `custom_task`) is read (`read`, `read_file`), turned into token
-ids (`encode`) and into batches (`batches`); the outputs of a model become
-metrics (`scores`) and files for the GLUE server (`write_submission`).
+ids (`encode`) and into batches (`TrainingBatches`, `evaluation_batches`); the
+outputs of a model become metrics (`scores`) and files for the GLUE server
+(`write_submission`).
 `generated_task` is a task that needs no files.
 """
 
 from gnlorp_jax.data.glue.batching import (
   TrainingBatches,
-  batches,
   encode,
+  evaluation_batches,
   least_length,
   num_batches,
 )
@@ -31,9 +32,9 @@ __all__ = [
   'MissingSplitError',
   'Task',
   'TrainingBatches',
-  'batches',
   'custom_task',
   'encode',
+  'evaluation_batches',
   'generated_task',
   'generated_tokenizer',
   'get_task',

@@ -63,12 +63,8 @@ def encode(
   ]
 
 
-def num_batches(
-  num_examples: int, batch_size: int, *, drop_remainder: bool = False
-) -> int:
+def num_batches(num_examples: int, batch_size: int) -> int:
   """Returns the number of batches of an epoch."""
-  if drop_remainder:
-    return num_examples // batch_size
   return math.ceil(num_examples / batch_size)
 
 
@@ -78,58 +74,30 @@ def least_length(encoded: Sequence[np.ndarray], buckets: Sequence[int]) -> int:
   return next(bucket for bucket in buckets if bucket >= shortest)
 
 
-def batches(
+def evaluation_batches(
   encoded: Sequence[np.ndarray],
-  labels: np.ndarray | None,
   *,
   batch_size: int,
   pad_id: int,
   buckets: tuple[int, ...] = BUCKETS,
-  seed: int = 0,
-  epoch: int = 0,
-  shuffle: bool,
-  drop_remainder: bool = False,
-  start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Iterates over the batches of one epoch.
+  """Batches that hold every example once, the longest first.
 
-  Each batch is a dict with
+  Each is a dict with
 
-  * `inputs`: int32 ``[B, T]``, ids, T being the smallest bucket that holds its
-    longest row;
-  * `labels`: of the dtype of `labels`, ``[B]``; absent if `labels` is None;
-  * `weights`: float32 ``[B]``, 1, or 0 for a row that only fills up the last
-    batch;
-  * `seeds`: uint32 ``[B]``, for dropout: a function of seed, epoch and example,
-    distinct within an epoch;
-  * `index`: int32 ``[B]``, the example's place in `encoded`, -1 for a row that
-    fills up.
-
-  Of several processes each makes its rows alone, ``[B / processes, ...]``, but
-  for `index`, which is that of all.
-
-  Shuffled, the examples are drawn in random order, sorted by length within
-  windows of 50 batches, cut into batches, and the batches shuffled: the rows of
-  a batch are of similar length. What does not fill a batch is a random draw and
-  comes last. Otherwise examples are sorted by length, the longest first, and
-  `index` tells where their outputs belong.
-
-  The order follows from `seed`, `epoch` and the lengths alone, so a run that
-  stopped after k batches goes on with `start=k`.
+  * `inputs`: int32 ``[B, T]``, ids, T being the smallest bucket that holds the
+    longest row; of several processes each makes its rows alone;
+  * `index`: int32 ``[B]``, the example's place in `encoded`, where its output
+    belongs, and -1 for a row that only fills up the last batch; of all
+    processes.
 
   Args:
     encoded: N arrays of ids.
-    labels: ``[N]``, or None.
     batch_size: B.
     pad_id: Id that fills up short rows.
     buckets: Lengths T, ascending; each is one more shape to compile.
-    seed: At least 0; with `epoch` decides the order.
-    epoch: At least 0.
-    shuffle: True for training, False for evaluation.
-    drop_remainder: Whether to leave out the examples that do not fill a batch.
-    start: Number of batches to skip.
     process_index: Which process this is.
     process_count: Number of processes.
 
@@ -140,66 +108,34 @@ def batches(
     ValueError: If an argument is out of range, there are no examples, or a row
       is longer than the last bucket.
   """
-  if min(1 + epoch, 1 + start) < 1:
-    raise ValueError(f'epoch={epoch} and start={start} must be at least 0.')
-  lengths_N = _checked_lengths(
-    encoded, labels, batch_size, buckets, seed, process_count
-  )
-  total = num_batches(len(encoded), batch_size, drop_remainder=drop_remainder)
-  if not total:
-    raise ValueError(
-      f'{len(encoded)} examples give no batch of {batch_size}. Use a smaller '
-      'batch_size or drop_remainder=False.'
-    )
-  if start > total:
-    raise ValueError(
-      f'start={start} is beyond the {total} batches of an epoch.'
-    )
-  rng = np.random.default_rng([seed, epoch])
-  if shuffle:
-    plan = ordering.shuffled(lengths_N, batch_size, rng, drop_remainder)
-  else:
-    order_N = np.argsort(-lengths_N, kind='stable')
-    plan = np.split(order_N, range(batch_size, len(order_N), batch_size))
-    plan = plan[:total]
-  offset = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
-  count = batch_size // process_count
-  own = slice(process_index * count, (process_index + 1) * count)
+  lengths_N = _checked_lengths(encoded, batch_size, buckets)
+  own = ordering.own_rows(batch_size, process_index, process_count)
+  order_N = np.argsort(-lengths_N, kind='stable')
+  plan = np.split(order_N, range(batch_size, len(order_N), batch_size))
   return (
-    _batch(encoded, labels, index, batch_size, pad_id, buckets, offset, own)
-    for index in plan[start:]
+    {
+      'inputs': _padded(encoded, index, own, pad_id, buckets),
+      'index': _filled(index, batch_size, -1).astype(np.int32),
+    }
+    for index in plan
   )
 
 
 def _checked_lengths(
-  encoded: Sequence[np.ndarray],
-  labels: np.ndarray | None,
-  batch_size: int,
-  buckets: tuple[int, ...],
-  seed: int,
-  process_count: int,
+  encoded: Sequence[np.ndarray], batch_size: int, buckets: tuple[int, ...]
 ) -> np.ndarray:
   """Tokens of each example, if there can be batches of them."""
   lengths_N = np.array([len(ids) for ids in encoded], np.int64)
-  if min(batch_size, 1 + seed) < 1:
-    raise ValueError(
-      f'batch_size={batch_size} must be at least 1, and seed={seed} at least 0.'
-    )
+  if batch_size < 1:
+    raise ValueError(f'batch_size={batch_size} must be at least 1.')
   if not buckets or min(buckets) < 1 or sorted(set(buckets)) != list(buckets):
     raise ValueError(
       f'buckets={buckets} must be positive lengths in ascending order.'
-    )
-  if batch_size % process_count:
-    raise ValueError(
-      f'batch_size={batch_size} must be a multiple of process_count='
-      f'{process_count}.'
     )
   if not len(encoded):
     raise ValueError(
       f'0 examples give no batch of {batch_size}. Name files that have some.'
     )
-  if labels is not None and len(labels) != len(encoded):
-    raise ValueError(f'{len(encoded)} examples have {len(labels)} labels.')
   if lengths_N.max() > buckets[-1]:
     raise ValueError(
       f'The longest row has {lengths_N.max()} tokens, the last bucket '
@@ -208,51 +144,44 @@ def _checked_lengths(
   return lengths_N
 
 
-def _batch(
+def _padded(
   encoded: Sequence[np.ndarray],
-  labels: np.ndarray | None,
   index: np.ndarray,
-  batch_size: int,
+  own: slice,
   pad_id: int,
   buckets: tuple[int, ...],
-  offset: np.uint32,
-  own: slice,
-) -> dict[str, np.ndarray]:
+) -> np.ndarray:
+  """This process's rows of a batch, as long as the whole batch needs."""
   longest = max(len(encoded[i]) for i in index)
   length = next(bucket for bucket in buckets if bucket >= longest)
   tokens_BT = np.full((own.stop - own.start, length), pad_id, np.int32)
   for tokens_T, i in zip(tokens_BT, index[own], strict=False):
     tokens_T[: len(encoded[i])] = encoded[i]
-  filled = np.arange(batch_size - len(index))
-  batch = {
-    'inputs': tokens_BT,
-    'weights': (np.arange(batch_size) < len(index)).astype(np.float32)[own],
-    'seeds': ordering.mix(
-      offset, np.concatenate([index, len(encoded) + filled])[own]
-    ),
-    'index': np.concatenate([index, np.full_like(filled, -1)]).astype(np.int32),
-  }
-  if labels is not None:
-    batch['labels'] = np.zeros(batch_size, labels.dtype)
-    batch['labels'][: len(index)] = labels[index]
-    batch['labels'] = batch['labels'][own]
-  return batch
+  return tokens_BT
+
+
+def _filled(rows: np.ndarray, batch_size: int, value: float) -> np.ndarray:
+  """The rows, with others behind them that fill up a batch."""
+  return np.pad(rows, (0, batch_size - len(rows)), constant_values=value)
 
 
 class TrainingBatches:
   """Batches of shuffled examples, epoch after epoch, from any position.
 
-  What `next` returns are the batches of `batches` without `index`.
+  Each is a dict with
 
-  Args:
-    encoded: As in `batches`, as are the others.
-    labels: Their labels.
-    batch_size: B.
-    pad_id: Id that fills up short rows.
-    buckets: Lengths, ascending.
-    seed: Decides the order.
-    process_index: Which process this is; it makes only its rows of each batch.
-    process_count: Number of processes.
+  * `inputs`: int32 ``[B, T]``, ids, T being the smallest bucket that holds the
+    longest row;
+  * `labels`: of the dtype of `labels`, ``[B]``;
+  * `weights`: float32 ``[B]``, 1, or 0 for a row that only fills up the last
+    batch of an epoch;
+  * `seeds`: uint32 ``[B]``, for dropout: a function of seed, epoch and example,
+    distinct within an epoch.
+
+  Of several processes each makes its rows alone, ``[B / processes, ...]``.
+
+  Every epoch has each example once, in the order of `ordering.shuffled`, which
+  follows from its number, `seed` and the lengths alone.
   """
 
   def __init__(
@@ -267,22 +196,48 @@ class TrainingBatches:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    lengths_N = _checked_lengths(
-      encoded, labels, batch_size, buckets, seed, process_count
-    )
-    self._epochs = ordering.Epochs(lengths_N, batch_size, seed)
-    count = batch_size // process_count
-    own = slice(process_index * count, (process_index + 1) * count)
-    self._make = lambda index, offset: _batch(
-      encoded, labels, index, batch_size, pad_id, buckets, offset, own
-    )
+    """Checks the examples.
 
-  def __iter__(self):
+    Args:
+      encoded: N arrays of ids.
+      labels: ``[N]``.
+      batch_size: B.
+      pad_id: Id that fills up short rows.
+      buckets: Lengths T, ascending; each is one more shape to compile.
+      seed: At least 0; decides the order.
+      process_index: Which process this is.
+      process_count: Number of processes.
+
+    Raises:
+      ValueError: If an argument is out of range, there are no examples, or a
+        row is longer than the last bucket.
+    """
+    lengths_N = _checked_lengths(encoded, batch_size, buckets)
+    if seed < 0:
+      raise ValueError(f'seed={seed} must be at least 0.')
+    if len(labels) != len(encoded):
+      raise ValueError(
+        f'{len(encoded)} examples have {len(labels)} labels; give one for each.'
+      )
+    self._encoded, self._labels = encoded, labels
+    self._batch_size, self._pad_id = batch_size, pad_id
+    self._buckets = buckets
+    self._own = ordering.own_rows(batch_size, process_index, process_count)
+    self._epochs = ordering.Epochs(lengths_N, batch_size, seed)
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    batch = self._make(*self._epochs.take())
-    return {name: rows for name, rows in batch.items() if name != 'index'}
+    index, offset = self._epochs.take()
+    own, size = self._own, self._batch_size
+    others = len(self._encoded) + np.arange(size - len(index))
+    return {
+      'inputs': _padded(self._encoded, index, own, self._pad_id, self._buckets),
+      'labels': _filled(self._labels[index], size, 0)[own],
+      'weights': _filled(np.ones(len(index), np.float32), size, 0)[own],
+      'seeds': ordering.mix(offset, np.concatenate([index, others])[own]),
+    }
 
   def get_state(self) -> dict[str, int]:
     """The position: the number of examples taken."""

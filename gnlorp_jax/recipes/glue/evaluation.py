@@ -62,13 +62,11 @@ def outputs_of(
     outputs[index_B[is_example]] = np.asarray(values_BC)[is_example]
 
   index, count = sharding.process_share(program.mesh)
-  batches = glue.batches(
+  batches = glue.evaluation_batches(
     split.encoded,
-    None,
     batch_size=size,
     pad_id=data.architecture.pad_id,
     buckets=data.buckets,
-    shuffle=False,
     process_index=index,
     process_count=count,
   )

@@ -92,7 +92,8 @@ def test_processes_that_cannot_share_a_batch_are_an_error():
   with pytest.raises(ValueError) as error:
     chat.TrainingBatches([example(3, 0)], **options(False), process_count=2)
   assert str(error.value) == (
-    'batch_size=3 must be a multiple of process_count=2.'
+    'batch_size=3 must be a multiple of process_count=2. Use a batch_size that '
+    'the processes divide.'
   )
 
 

@@ -135,9 +135,8 @@ def test_length_of_a_search_and_few_held_out_are_told(prepared, caplog):
 @pytest.mark.parametrize(
   ('position', 'size', 'steps', 'more'),
   [
-    # From before rows were counted: its batches were of 2 rows, too.
-    ({'batches': {'taken': 3}}, 2, 6, 0),
-    ({'batches': {'taken': 3}}, 1, 7, -2),
+    ({'batches': {'sequences': 5, 'drawn_for': 2}, 'batch_size': 2}, 2, 6, 0),
+    ({'batches': {'sequences': 5, 'drawn_for': 2}, 'batch_size': 2}, 1, 7, -2),
     # What is left are 1 row of the second epoch, and the third.
     ({'batches': {'sequences': 5, 'drawn_for': 2}, 'batch_size': 2}, 3, 5, 2),
     # Of a run of pre-training, which is refused later.
