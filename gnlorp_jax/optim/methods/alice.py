@@ -16,7 +16,6 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import RecoverySubspace
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
   OneSide,
@@ -25,6 +24,7 @@ from gnlorp_jax.optim.methods.options import (
   pick,
   with_options,
 )
+from gnlorp_jax.optim.methods.recovered_adam import RecoverySubspace
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.optim.parts.norm_growth import limiter

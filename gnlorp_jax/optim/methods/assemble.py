@@ -72,12 +72,12 @@ def assemble(
       normalisation, of the magnitudes.
     learning_rate: A number or an Optax schedule.
     weight_decay: Decoupled decay of the weights, at least 0.
-    weight_decay_mask: Which parameters decay, see `options.ShellOptions`.
+    weight_decay_mask: Which parameters decay, see `options.CommonOptions`.
     decay_order: ``before`` or ``after`` the step, see `descend`.
     weight_norm: Whether kernels move as magnitude times direction, see
       `with_weight_norm`; their decay then acts on the magnitude.
     norm_state: ``synced`` or ``tracked``, see `with_weight_norm`.
-    moment_bits: Bits of the moments, see `options.ShellOptions`.
+    moment_bits: Bits of the moments, see `options.CommonOptions`.
     param_labels: Which parameter is ``low_rank``, ``full`` or ``frozen``, see
       `labels.assign`.
     kernel_axes: Rules about the axes of kernels, see `with_kernel_axes`.

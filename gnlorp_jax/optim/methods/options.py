@@ -111,7 +111,7 @@ class GaloreSubspace(AdamModeOptions, RefreshOptions, total=False):
   moments_on_refresh: MomentsOnRefresh
 
 
-class ShellOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
   """What every optimizer takes.
 
   Attributes:
@@ -144,7 +144,7 @@ class ShellOptions(TypedDict, total=False):
   update_dtype: jax.typing.DTypeLike | None
 
 
-class KernelOptions(ShellOptions, total=False):
+class KernelOptions(CommonOptions, total=False):
   """What every optimizer of kernels takes.
 
   Attributes:
@@ -186,7 +186,7 @@ class _Positional(TypedDict, total=False):
 _GROUPS = (
   *(_Positional, AdamOptions, AdamModeOptions, SubspaceOptions),
   *(OneSideOptions, RefreshOptions, GaloreSubspace),
-  *(ShellOptions, KernelOptions, WeightNormOptions),
+  *(CommonOptions, KernelOptions, WeightNormOptions),
 )
 
 # What fixes shapes or the program, and what `optax.inject_hyperparams` would

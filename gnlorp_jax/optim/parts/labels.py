@@ -16,7 +16,12 @@ from gnlorp_jax.optim.parts.kernel_axes import (
   DimensionNumbers,
   dimension_numbers,
 )
-from gnlorp_jax.optim.parts.plain import is_function, path_name, plain, spread
+from gnlorp_jax.optim.parts.plain import (
+  broadcast_prefix,
+  is_function,
+  path_name,
+  plain,
+)
 
 LABELS = ('low_rank', 'full', 'frozen')
 PRESETS = ('blocks', 'all')
@@ -186,7 +191,9 @@ def assign(
     tree = param_labels(params) if is_function(param_labels) else param_labels
     found = [
       Assignment(label, 'given by param_labels')
-      for label in jax.tree.leaves(spread('param_labels', tree, params))
+      for label in jax.tree.leaves(
+        broadcast_prefix('param_labels', tree, params)
+      )
     ]
   for name, assignment in zip(names, found, strict=True):
     if assignment.label not in LABELS:
