@@ -66,8 +66,9 @@ def assemble(
   """Makes an optimizer of two directions, that of kernels and that of the rest.
 
   Args:
-    low_rank: Direction of the kernels labelled ``low_rank``, before learning
-      rate and decay; None where they are treated as ``full``.
+    low_rank: Direction of what is labelled ``low_rank``, the kernels, projected
+      or not, before learning rate and decay; None where they are treated as
+      ``full``.
     full: Direction of the parameters labelled ``full`` and, under weight
       normalisation, of the magnitudes.
     learning_rate: A number or an Optax schedule.

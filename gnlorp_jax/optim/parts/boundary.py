@@ -61,7 +61,8 @@ def for_any_tree(
 
   Args:
     inner: The transformation. If it is split, its halves are handed through as
-      they are: they take plain trees on automatic meshes.
+      they are: they take plain trees on automatic meshes. On explicit meshes
+      its `init` may be given zeros in place of the parameters.
     axes_fn: Which parameters `inner` sees as what matrices, see
       `axes_by_rules`; by default it sees all of them as they are.
 
@@ -254,7 +255,7 @@ def _init_on_automatic_mesh(
     dict.fromkeys(mesh.axis_names, AxisType.Auto)
   )
   with jax.sharding.use_abstract_mesh(automatic):
-    # States depend on shapes alone. Parameters would bring their shardings.
+    # Of zeros, for their shapes: parameters would bring their shardings.
     blank = jax.eval_shape(
       lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
     )
@@ -262,7 +263,9 @@ def _init_on_automatic_mesh(
   if jax.sharding.get_abstract_mesh().empty and isinstance(
     jax.tree.leaves(params)[0], jax.core.Tracer
   ):
-    # A function jitted outside the mesh, whose devices it does not know.
+    # A function jitted outside the mesh, whose devices it does not know. Of the
+    # optimizers here only tracked norms begin with values of the parameters,
+    # and `pull_back` takes the kernel's own where it finds a norm of 0.
     return init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank))
   names: list[Any] = [tuple(_spec(leaf)) for leaf in jax.tree.leaves(params)]
   found = axis_names(state, blank, _named(params, names, axes_fn))

@@ -86,7 +86,7 @@ def rest(
   low_MR: jax.Array,
   back: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """What a subspace leaves out of a gradient, for those who enlarge it.
+  """What a subspace leaves out of a gradient, for recoveries that scale it up.
 
   Args:
     grad_MN: The gradient, ``[*, m, n]``.
@@ -178,7 +178,8 @@ def with_low_rank_projection(
   Raises:
     ValueError: If `rank` or `update_proj_gap` is below 1 or no integer, if
       `side` or `projection` is unknown, if `recovery` meets ``side='both'`` or
-      `error_bits`, or, at `init`, if a leaf has fewer than two axes.
+      `error_bits`, if these meet bases that are not orthonormal, or, at `init`,
+      if a leaf has fewer than two axes.
 
   Examples:
     >>> tx = with_low_rank_projection(optax.scale_by_adam(), rank=2)
@@ -205,7 +206,14 @@ def with_low_rank_projection(
   check_lazy(lazy_refresh)
   check_error_bits(error_bits)
   _check_recovery(recovery, side, error_bits)
-  method = quantize_basis(_as_projection(projection), basis_bits)
+  method = quantize_basis(as_projection(projection), basis_bits)
+  if error_bits is not None and not method.is_orthonormal:
+    raise ValueError(
+      f'error_bits={error_bits} would feed back what this projection leaves '
+      'out, which may be longer than the gradient and then grows without end: '
+      'its bases are not orthonormal. Use error_bits=None, or a projection '
+      "whose bases are, such as 'svd' or 'dct'."
+    )
   rules = RefreshRules(method, update_proj_gap, lazy_refresh, on_refresh)
   inner_tx = optax.with_extra_args_support(inner)
 
@@ -277,7 +285,7 @@ def _check_recovery(
     )
 
 
-def _as_projection(projection: str | Projection) -> Projection:
+def as_projection(projection: str | Projection) -> Projection:
   """`projection`, looked up if it is a name."""
   if isinstance(projection, str):
     return projections.get(projection)

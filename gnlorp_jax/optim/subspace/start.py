@@ -33,14 +33,15 @@ def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
   check_matrix(name, shape)
   shorter = min(shape[-2:])
   if rank > shorter:
+    several = ' If it has several axes in or out, give kernel_axes.'
     _logger.warning(
       'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
-      'compresses nothing on that axis. If it has several axes in or out, give '
-      'kernel_axes.',
+      'compresses nothing on that axis.%s',
       rank,
       name,
       list(shape),
       shorter,
+      several if len(shape) > 2 else '',
     )
   return min(rank, shorter)
 
