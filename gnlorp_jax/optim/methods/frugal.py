@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
@@ -25,7 +26,6 @@ from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.optim.subspace.low_rank import (
   Recovery,
-  as_projection,
   rest,
   with_low_rank_projection,
 )
@@ -118,7 +118,7 @@ def frugal(
     subspaces; the default here are those of GaLore. See `sign_recovery` for
     what counts as zero.
   """
-  if not as_projection(options['projection']).is_orthonormal:
+  if not projections.as_projection(options['projection']).is_orthonormal:
     raise ValueError(
       'What a projection whose bases are not orthonormal, such as random ones, '
       'leaves of a gradient is mostly noise, whose sign frugal would follow. '

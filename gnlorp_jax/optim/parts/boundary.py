@@ -32,6 +32,7 @@ from gnlorp_jax.optim.parts.plain import (
   plain,
   restore,
 )
+from gnlorp_jax.optim.parts.restored import check_no_codes
 from gnlorp_jax.optim.parts.split import SplitTransformation, split
 from gnlorp_jax.optim.parts.state_axes import Named, axis_names
 
@@ -70,7 +71,8 @@ def for_any_tree(
     The wrapped transformation.
 
   Raises:
-    ValueError: At `init`, if a leaf is no array, or a complex one.
+    ValueError: At `init`, if a leaf is no array, or a complex one; at `update`,
+      if the state has codes in the place of arrays.
 
   Examples:
     >>> tx = for_any_tree(optax.adam(1e-3))
@@ -99,6 +101,7 @@ def for_any_tree(
     grads = arrays(plain(updates))
     simple = None if params is None else arrays(plain(params))
     contents = jax.tree.map(content, state, is_leaf=is_box)
+    check_no_codes(contents)
     update = inner_tx.update
     mesh = _explicit_mesh(grads)
     if mesh is not None:
