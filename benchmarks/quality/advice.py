@@ -50,7 +50,14 @@ def build(benchmark: ModuleType) -> dict[str, Any]:
     'steps': settings['steps'],
     'tokens': tokens,
     'rows': [
-      _row(name, best, benchmark.METHODS[name].options, settings, model)
+      _row(
+        name,
+        best,
+        runs.tried(found, name),
+        benchmark.METHODS[name].options,
+        settings,
+        model,
+      )
       for name, best in runs.chosen(found).items()
       if len(best) > 1
     ],
@@ -60,6 +67,7 @@ def build(benchmark: ModuleType) -> dict[str, Any]:
 def _row(
   name: str,
   best: list[runs.Row],
+  rates: list[float],
   options: dict[str, Any],
   settings: dict[str, Any],
   model: llama.LlamaConfig,
@@ -78,6 +86,7 @@ def _row(
     'optimizer': options['name'],
     'options': others,
     'of_width': of_width,
+    'rates': rates,
     'learning_rate': best[0]['learning_rate'],
     'loss': round(float(np.mean(losses)), DIGITS),
     'deviation': round(float(np.std(losses, ddof=1)), DIGITS),

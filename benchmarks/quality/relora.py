@@ -243,8 +243,8 @@ def missing(
 ) -> list[float]:
   """Rates that a method and start has to run next with a seed.
 
-  With seed 0 those that are given, and then, if they are several, while the best
-  is at an end of what was tried, the one beyond it.
+  With seed 0 those that are given, and then, if they are several, while the
+  best is at an end of what was tried, the one beyond it.
   """
   there = {row['rate'] for row in rows if row['seed'] == seed}
   wanted = rates if seed == 0 else (best_rate(rows),)

@@ -103,6 +103,15 @@ def best_rate(rows: Iterable[Row], name: str) -> float | None:
   return min(first, key=final)['learning_rate'] if first else None
 
 
+def tried(rows: Iterable[Row], name: str) -> list[float]:
+  """The rates that a method was tried at, ascending; seed 0 tries them."""
+  return sorted(
+    row['learning_rate']
+    for row in rows
+    if (row['method'], row['seed']) == (name, 0)
+  )
+
+
 def counted(rows: Sequence[Row]) -> list[Row]:
   """The runs of a method at its best rate that say how it ends.
 

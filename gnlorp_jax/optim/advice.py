@@ -11,7 +11,7 @@ import importlib.resources
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ class Row:
     optimizer: Its name in this package.
     options: Options as `OptimConfig` has them; bits are those of all moments.
     of_width: Options that follow the width of a model, as shares of it.
-    learning_rate: The best of the peak rates that were tried.
+    rates: The peak rates that were tried, ascending.
+    learning_rate: The best of them.
     loss: Mean of the eval losses over the seeds, nats per token.
     deviation: Their standard deviation.
     seeds: Their number, at least 2.
@@ -49,6 +50,7 @@ class Row:
   optimizer: str
   options: Mapping[str, Any]
   of_width: Mapping[str, float]
+  rates: tuple[float, ...]
   learning_rate: float
   loss: float
   deviation: float
@@ -59,6 +61,17 @@ class Row:
     shares = self.of_width.items()
     scaled = {name: max(round(share * width), 1) for name, share in shares}
     return {**scaled, **self.options}
+
+  @property
+  def edge(self) -> str | None:
+    """Whether the best rate is the ``lowest`` or ``highest`` that was tried.
+
+    None where both lower and higher ones were tried; of a single rate it is the
+    lowest.
+    """
+    if self.learning_rate == min(self.rates):
+      return 'lowest'
+    return 'highest' if self.learning_rate == max(self.rates) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +115,7 @@ class Record:
       places.append(first + 1)
     return tuple(places)
 
-  def basis(self, parameters: int) -> str:
+  def grounds(self, parameters: int) -> str:
     """What advice for a model of so many parameters rests on, in sentences."""
     counts = sorted({row.seeds for row in self.rows})
     seeds = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -115,6 +128,7 @@ class Record:
       f'{self.tokens / 1e6:.1f} million tokens in {self.steps} whole steps, '
       f'{seeds} seeds.'
     )
+    text = ' '.join([text, *self._open_ends()])
     if parameters <= self.parameters:
       return text
     return (
@@ -122,6 +136,19 @@ class Record:
       f'{parameters / self.parameters:.0f} times as many: that the order is '
       'the same is an extrapolation.'
     )
+
+  def _open_ends(self) -> Iterator[str]:
+    """Sentences about optimizers whose best rate is at an edge of the tried."""
+    for edge, beyond in (('lowest', 'lower'), ('highest', 'higher')):
+      names = [row.name for row in self.rows if row.edge == edge]
+      if names:
+        whose = ', '.join(names)
+        if len(names) == len(self.rows) > 1:
+          whose = 'every optimizer'
+        yield (
+          f'The best rate of {whose} was the {edge} that was tried: {beyond} '
+          'ones may be better, and the order of the optimizers another.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +160,16 @@ class Advice:
     optimizer: Its name in `gnlorp_jax`.
     options: Keywords for it, `rank` and bits among them; all else is as its
       defaults are.
-    learning_rate: The best peak rate of the record. Tune it for your model.
+    learning_rate: The best of the peak rates that the record tried, which may
+      be the lowest or the highest of them, see `grounds`. Tune it for your
+      model.
     bytes: Bytes of ``weights``, ``gradients``, of the state by `state_bytes`,
       and of the ``activations`` that were given.
     loss: Mean eval loss in the record, nats per token.
     deviation: Its standard deviation over the seeds.
     seeds: Number of seeds.
     place: Its place in the record; what shares one is not told apart.
-    basis: What this rests on, in sentences.
+    grounds: What this rests on, in sentences.
   """
 
   name: str
@@ -152,7 +181,7 @@ class Advice:
   deviation: float
   seeds: int
   place: int
-  basis: str
+  grounds: str
 
   @property
   def need(self) -> int:
@@ -169,7 +198,10 @@ def record() -> Record:
 
 def from_json(found: dict[str, Any]) -> Record:
   """A record from what its file holds."""
-  return Record(**{**found, 'rows': tuple(Row(**row) for row in found['rows'])})
+  rows = tuple(
+    Row(**{**row, 'rates': tuple(row['rates'])}) for row in found['rows']
+  )
+  return Record(**{**found, 'rows': rows})
 
 
 def are_tied(one: Row, other: Row) -> bool:
@@ -196,7 +228,7 @@ def recommend(
 
   Which optimizers there are, with which bits and rank (as a share of a model's
   width), is what one record of short runs of one small model has: see the
-  `basis` of each advice. Others are not advised, however good.
+  `grounds` of each advice. Others are not advised, however good.
 
   Args:
     params: Parameters, or their shapes, in the dtype that they train in.
@@ -230,7 +262,7 @@ def recommend(
   width = _width(params, shared)
   leaves = jax.tree.leaves(arrays(plain(params)))
   weights = tree_bytes(leaves)
-  basis = record().basis(sum(math.prod(leaf.shape) for leaf in leaves))
+  grounds = record().grounds(sum(math.prod(leaf.shape) for leaf in leaves))
   found = []
   for row, place in zip(record().rows, record().places, strict=True):
     options = arguments(row, width)
@@ -252,7 +284,7 @@ def recommend(
         deviation=row.deviation,
         seeds=row.seeds,
         place=place,
-        basis=basis,
+        grounds=grounds,
       )
     )
   fitting = [advice for advice in found if advice.need <= budget_bytes]

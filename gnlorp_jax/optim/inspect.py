@@ -26,6 +26,7 @@ from gnlorp_jax.optim.parts.plain import (
 )
 from gnlorp_jax.optim.parts.state_axes import Owned, places
 from gnlorp_jax.optim.projections.base import Basis
+from gnlorp_jax.optim.quantized.moments import MIN_SIZE, MOMENT_FIELDS
 from gnlorp_jax.optim.subspace.low_rank import LowRankState
 from gnlorp_jax.optim.subspace.sides import Subspace
 
@@ -196,8 +197,8 @@ def report(
 
   Returns:
     One row per parameter, in the order of the plain tree. `format_report` makes
-    a table of them. The label of a parameter that another optimizer of a
-    partition has is ``other``.
+    a table of them. The label of a parameter that an optimizer of another
+    package has is ``other``.
 
   Raises:
     ValueError: As `labels.assign`, and if `param_labels` are seen not to be
@@ -213,6 +214,7 @@ def report(
       held[array.owner].append(array)
   assigned = _assigned(shapes, held, param_labels, others)
   projected = subspaces(opt_state)
+  few_bits = any(_in_few_bits(found) for found in held)
   rows = []
   for (path, leaf), found, assignment in zip(
     paths, held, assigned, strict=True
@@ -229,6 +231,8 @@ def report(
       rank = min(map(_rank, subspace.basis.values()))
       if rank >= _shorter_axis(subspace, size):
         reason += '; rank fills the shorter axis: nothing is compressed there'
+    if few_bits and size >= MIN_SIZE:
+      reason += _why_float32(found)
     rows.append(
       ReportRow(
         name=name,
@@ -265,6 +269,34 @@ def _seen(
   if treatment is None:
     return labels.Assignment(shown, 'no state: so the options of tx, or a mask')
   return labels.Assignment(shown, 'by the options of tx')
+
+
+def _moments(found: list[Owned]) -> list[Owned]:
+  """The arrays of a parameter's moments."""
+  return [
+    array
+    for array in found
+    if array.leaf is not None and {*MOMENT_FIELDS} & {*array.outer}
+  ]
+
+
+def _in_few_bits(found: list[Owned]) -> bool:
+  """Whether moments of a parameter are codes."""
+  return any('codes' in array.inner for array in _moments(found))
+
+
+def _why_float32(found: list[Owned]) -> str:
+  """Why moments of a parameter are no codes, where those of others are."""
+  shapes = [array.leaf.shape for array in _moments(found)]
+  if not shapes or _in_few_bits(found):
+    return ''
+  matrix = max((shape[-2:] for shape in shapes), key=math.prod)
+  if math.prod(matrix) >= MIN_SIZE:
+    return '; moments stay float32 by name or rule, see moment_bits'
+  return (
+    f'; moments stay float32: matrices of {"x".join(map(str, matrix))} have '
+    f'fewer than {MIN_SIZE} elements'
+  )
 
 
 def _shorter_axis(subspace: Subspace, size: int) -> int:
@@ -336,7 +368,10 @@ def _assigned(
     jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, labels.Assignment))
   )
   elsewhere = labels.Assignment(
-    'other', 'another part of the partition, or frozen'
+    'other',
+    'another part of the partition, or frozen'
+    if others
+    else 'tx holds no optimizer of this package',
   )
   return [elsewhere if other else next(reasons) for other in is_other]
 

@@ -97,11 +97,13 @@ def report(settings: PlanConfig, args: list[str]) -> None:
   console = open_console(settings)
   step = step_of(settings, settings.devices)
   leaves = jax.tree.leaves(step.gradients)
-  basis = advice.record().basis(sum(math.prod(leaf.shape) for leaf in leaves))
+  grounds = advice.record().grounds(
+    sum(math.prod(leaf.shape) for leaf in leaves)
+  )
   with quiet():
     found = choices(settings, step.model.hidden_size)
-  print_choices(console, settings, found, basis)
-  write(settings, as_json(settings, args, found, basis))
+  print_choices(console, settings, found, grounds)
+  write(settings, as_json(settings, args, found, grounds))
 
 
 def choices(settings: PlanConfig, width: int) -> list[Choice]:
@@ -233,7 +235,7 @@ def print_choices(
   console: rich.console.Console,
   settings: PlanConfig,
   found: list[Choice],
-  basis: str,
+  grounds: str,
 ) -> None:
   """Prints what fits, the options of the best, and what that rests on."""
   verb = 'fits' if found[0].known == 'compiled' else 'may fit'
@@ -262,7 +264,7 @@ def print_choices(
   console.print('Options of the first for train_lm.py, after your own:')
   # In one piece, to be copied.
   console.print(options or '(those you have)', soft_wrap=True)
-  for sentence in _meaning(settings, found, basis):
+  for sentence in _meaning(settings, found, grounds):
     console.print(sentence)
 
 
@@ -280,16 +282,16 @@ def _bits(run: PlanConfig) -> list[Any]:
 
 
 def _meaning(
-  settings: PlanConfig, found: list[Choice], basis: str
+  settings: PlanConfig, found: list[Choice], grounds: str
 ) -> Iterator[str]:
   """What the table means, in sentences."""
   yield (
     '\n#: place by loss; optimizers of one place are tied, within two standard '
     'errors, and the smaller state is first. bits: of moments, bases (- if not '
-    'to be chosen), kernels. The learning rate is the best there; a larger '
-    'model may want a lower one.'
+    'to be chosen), kernels. The learning rate is the best of those '
+    'tried there; a larger model may want a lower one.'
   )
-  yield basis
+  yield grounds
   if any(c.run.step.weight_bits != settings.step.weight_bits for c in found):
     yield 'No run of the record had its kernels in 8 bits.'
   device = ACCELERATORS[settings.device].description
@@ -305,13 +307,13 @@ def _meaning(
 
 
 def as_json(
-  settings: PlanConfig, args: list[str], found: list[Choice], basis: str
+  settings: PlanConfig, args: list[str], found: list[Choice], grounds: str
 ) -> dict[str, Any]:
   """The same in a form `json` writes; sizes in bytes."""
   return {
     'arguments': args,
     'budget': size_of(settings.budget),
-    'basis': basis,
+    'grounds': grounds,
     'choices': [
       {
         'place': choice.place,

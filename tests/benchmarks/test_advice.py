@@ -35,6 +35,14 @@ def frontier_record(tmp_path, monkeypatch):
   ]
   monkeypatch.chdir(tmp_path)
   header = {'settings': settings}
+  # Rates that seed 0 tried, of which one did not train.
+  rows += [
+    {
+      **{'method': 'galore', 'learning_rate': rate, 'seed': 0},
+      **{'outcome': outcome, 'eval': [[0, 9.0], [2000, 7.0]]},
+    }
+    for rate, outcome in ((0.25, 'trained'), (1.0, 'loss not finite'))
+  ]
   record.write(frontier.COMPARISON.results, {**header, 'rows': rows})
 
 
@@ -83,6 +91,9 @@ def test_the_frontier_is_taken_once_it_is_recorded(frontier_record):
   assert (found.width, found.tokens) == (256, 2000 * 4 * 128)
   row = found.rows[0]
   assert (row.loss, row.seeds) == (5.1, 2)
+  edges = {row.name: (row.rates, row.edge) for row in found.rows}
+  assert edges.pop('galore') == ((0.25, 0.5, 1.0), None)
+  assert set(edges.values()) == {((0.5,), 'lowest')}
   assert 'scale 0.25 of the width' in advice.tables()['advice']
   args = measure.parser('', frontier.COMPARISON, frontier.METHODS)
   args.set_defaults(**frontier.PROTOCOL)

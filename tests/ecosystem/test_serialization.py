@@ -144,6 +144,30 @@ def test_flax_restores_a_part_by_itself(tx, kind):
   assert_same(read, state)
 
 
+@pytest.mark.parametrize(
+  ('options', 'name'),
+  [
+    ({'moment_bits': 8}, 'mu/kernel'),
+    ({'basis_bits': 4}, 'subspace/kernel/basis/in'),
+  ],
+)
+def test_state_of_fewer_bits_is_refused_at_the_first_update(options, name):
+  params = {'kernel': jnp.ones((64, 512))}
+  old, new = optim.galore(0.1, 8, **options), optim.galore(0.1, 8)
+  read = flax.serialization.from_bytes(
+    jax.eval_shape(new.init, params),
+    flax.serialization.to_bytes(jax.jit(old.init)(params)),
+  )
+  with pytest.raises(ValueError) as error:
+    jax.eval_shape(new.update, params, read, params)
+  text = str(error.value)
+  assert f"{name}' was saved in few bits, where this one keeps 32 (see " in text
+  assert text.endswith(
+    'moment_bits, basis_bits and error_bits). Give the optimizer the options '
+    'that the state was made with, or begin with init(params).'
+  )
+
+
 def test_state_of_other_fields_is_refused():
   old, new = (
     jax.jit(optim.quantize_moments(optax.adam(0.1), bits).init)(

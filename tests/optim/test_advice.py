@@ -20,11 +20,12 @@ ALL = 2**40  # More than any of them takes.
 
 
 def a_row(name, loss, deviation, seeds=2, **fields):
-  return advice.Row(
-    **{'optimizer': name, 'options': {}, 'of_width': {}, **fields},
+  default = {
+    **{'optimizer': name, 'options': {}, 'of_width': {}},
     **{'name': name, 'loss': loss, 'deviation': deviation, 'seeds': seeds},
-    learning_rate=1e-3,
-  )
+    **{'rates': (5e-4, 1e-3, 2e-3), 'learning_rate': 1e-3},
+  }
+  return advice.Row(**{**default, **fields})
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +155,7 @@ def test_places_are_shared_within_two_standard_errors():
   assert advice.are_tied(rows[1], rows[2])
 
 
-def test_basis_says_what_the_advice_rests_on(everything):
+def test_grounds_say_what_the_advice_rests_on(everything):
   record = dataclasses.replace(
     advice.record(),
     **{'source': 'a.json', 'model': '20m', 'parameters': 5_000_000},
@@ -166,11 +167,35 @@ def test_basis_says_what_the_advice_rests_on(everything):
     'Losses are those of a.json: LLaMA-20m with 5.0 million parameters in '
     'float32, 0.2 million tokens in 400 whole steps, 2 to 3 seeds.'
   )
-  assert record.basis(5_000_000) == text
+  assert record.grounds(5_000_000) == text
   in_bfloat16 = dataclasses.replace(record, compute_dtype='bfloat16')
-  assert 'float32 (computed in bfloat16), 0.2' in in_bfloat16.basis(1)
-  assert record.basis(60_000_000) == (
+  assert 'float32 (computed in bfloat16), 0.2' in in_bfloat16.grounds(1)
+  assert record.grounds(60_000_000) == (
     f'{text} This model has 60.0 million parameters, 12 times as many: that '
     'the order is the same is an extrapolation.'
   )
-  assert everything[0].basis == advice.record().basis(NUMBER)
+  assert everything[0].grounds == advice.record().grounds(NUMBER)
+
+
+def test_grounds_say_whose_best_rate_is_at_an_edge_of_those_tried():
+  low, high = {'rates': (1e-3, 2e-3)}, {'rates': (5e-4, 1e-3)}
+  between = a_row('galore', 5.0, 0.1)
+  assert between.edge is None
+  rows = (
+    a_row('muon', 5.0, 0.1, **low),
+    between,
+    a_row('fira', 5.1, 0.1, **high),
+    a_row('adamw', 5.2, 0.1, rates=(1e-3,)),
+  )
+  record = dataclasses.replace(advice.record(), rows=rows)
+  beyond = 'ones may be better, and the order of the optimizers another.'
+  assert record.grounds(1).endswith(
+    ' seeds. The best rate of muon, adamw was the lowest that was tried: lower '
+    f'{beyond} The best rate of fira was the highest that was tried: higher '
+    f'{beyond}'
+  )
+  record = dataclasses.replace(record, rows=rows[::3])
+  assert record.grounds(1).endswith(
+    ' seeds. The best rate of every optimizer was the lowest that was tried: '
+    f'lower {beyond}'
+  )

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from gnlorp_jax.optim import adamw, galore, gradnormlorp, inspect, q_galore
+from gnlorp_jax.optim import (
+  adamw,
+  galore,
+  gradnormlorp,
+  inspect,
+  q_galore,
+  quantize_moments,
+)
 
 SHAPES = {
   'embed': {'embedding': jax.ShapeDtypeStruct((50, 16), jnp.float32)},
@@ -224,6 +231,52 @@ def test_rank_that_fills_an_axis_is_told_by_the_matrix_that_is_projected():
     tx = galore(1e-2, kernel_axes=[('query', 1, 2)], **options)
     (matrix,) = inspect.report(params, tx, rules)
     assert 'nothing is compressed there' not in matrix.reason
+
+
+def test_report_tells_whose_moments_stay_float32():
+  params = {
+    'embed': {'embedding': jax.ShapeDtypeStruct((64, 64), jnp.float32)},
+    'query': {'kernel': jax.ShapeDtypeStruct((64, 4, 64), jnp.float32)},
+    'out': {'kernel': jax.ShapeDtypeStruct((4, 64, 64), jnp.float32)},
+    'up': {'kernel': jax.ShapeDtypeStruct((64, 128), jnp.float32)},
+    'down': {'kernel': jax.ShapeDtypeStruct((4096, 64), jnp.float32)},
+    'norm': {'scale': jax.ShapeDtypeStruct((64,), jnp.float32)},
+  }
+
+  def remarks(tx):
+    rows = inspect.report(params, tx)
+    parts = {row.name: row.reason.split('; moments ') for row in rows}
+    return {name: rest for name, (_, *rest) in parts.items() if rest}
+
+  def small(matrix):
+    return [f'stay float32: matrices of {matrix} have fewer than 4096 elements']
+
+  assert remarks(gradnormlorp(1e-3, rank=8, moment_bits=8)) == {
+    'embed/embedding': ['stay float32 by name or rule, see moment_bits'],
+    'query/kernel': small('4x64'),
+    'up/kernel': small('128x8'),
+  }
+  assert remarks(gradnormlorp(1e-3, rank=8)) == {}
+  # Those with heads may be asked for by the size of their matrices.
+  rules = [('embed', 32), ('.*', 8)]
+  tx = quantize_moments(gradnormlorp(1e-3, rank=8), rules, min_size=256)
+  assert list(remarks(tx)) == ['embed/embedding']
+
+
+def test_report_of_another_optimizer_says_so():
+  rows = inspect.report(SHAPES, optax.adamw(1e-3))
+  assert {(row.label, row.reason) for row in rows} == {
+    ('other', 'tx holds no optimizer of this package')
+  }
+  tx = optax.partition(
+    {'ours': galore(1e-2, rank=4), 'theirs': optax.adamw(1e-3)},
+    {'embed': 'theirs', 'layers': 'ours', 'norm': 'ours'},
+  )
+  rows = rows_of(tx)
+  assert rows['embed/embedding'].reason == (
+    'another part of the partition, or frozen'
+  )
+  assert rows['layers/up/kernel'].reason == 'default: a kernel'
 
 
 def test_parameters_that_are_no_arrays_are_named():

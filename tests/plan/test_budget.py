@@ -187,7 +187,7 @@ def test_command_prints_what_fits_and_what_that_rests_on(capsys):
   for row in advice.record().rows:
     assert f'{row.loss:.3f} ± {row.deviation:.3f}' in text
   assert '--optim.name gradnormlorp' in text
-  assert advice.record().basis(1) in text
+  assert advice.record().grounds(1) in text
   assert '>=: a lower bound; activations inside a block' in text
   assert 'kernels in 8 bits' not in text
 

@@ -7,14 +7,14 @@ import optax
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamModeOptions,
-  ShellOptions,
+  CommonOptions,
   pick,
   with_options,
 )
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 
 
-class AdamWOptions(AdamModeOptions, ShellOptions, total=False):
+class AdamWOptions(AdamModeOptions, CommonOptions, total=False):
   """The shared keywords of `adamw`."""
 
 
@@ -42,5 +42,5 @@ def adamw(
     None,
     scale_by_adam(**pick(options, AdamModeOptions)),
     learning_rate,
-    **pick(options, ShellOptions),
+    **pick(options, CommonOptions),
   )

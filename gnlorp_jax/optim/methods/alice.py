@@ -16,7 +16,6 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import RecoverySubspace
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
   OneSide,
@@ -25,6 +24,7 @@ from gnlorp_jax.optim.methods.options import (
   pick,
   with_options,
 )
+from gnlorp_jax.optim.methods.recovered_adam import RecoverySubspace
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_interval
 from gnlorp_jax.optim.parts.norm_growth import limiter
@@ -185,7 +185,8 @@ def alice(
     b3: Decay of what bases remember, in [0, 1); 0 remembers nothing, which is
       `alice0`.
     leading: Columns of a basis that are leading singular vectors, at least 1;
-      `rank` of them and more draw none. None is 5 of 16.
+      the others are drawn, none of them if it is at least `rank`. None takes
+      5/16 of `rank`.
     solver: How these are found: ``power``, ``eigh`` or ``exact``, see
       `projections.svd`.
     b2: Decay of the second moments of kernels, in [0, 1); that of Adam for all

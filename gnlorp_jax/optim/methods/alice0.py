@@ -27,7 +27,7 @@ def alice0(
   """Alice-0: full-rank updates, and bases of which a part is always new.
 
   It is `alice` without tracking: bases are fitted to the gradient at hand
-  alone, which needs r x r numbers less for a kernel and scored alike.
+  alone, which needs r x r numbers less for a kernel.
 
   Returns:
     A complete optimizer.

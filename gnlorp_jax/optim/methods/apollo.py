@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import (
-  RecoveryOptions,
-  RecoverySubspace,
-  channel_ratios,
-  length_ratio,
-  scale_by_recovered_adam,
-)
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
   WeightNormOptions,
   pick,
   with_options,
+)
+from gnlorp_jax.optim.methods.recovered_adam import (
+  RecoveryOptions,
+  RecoverySubspace,
+  channel_ratios,
+  length_ratio,
+  scale_by_recovered_adam,
 )
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 from gnlorp_jax.optim.parts.checks import check_choice, check_interval

@@ -5,8 +5,8 @@ from typing import Unpack
 import optax
 
 from gnlorp_jax.optim.methods.apollo import apollo, scale_by_apollo
-from gnlorp_jax.optim.methods.fira import RecoveryOptions
 from gnlorp_jax.optim.methods.options import with_options
+from gnlorp_jax.optim.methods.recovered_adam import RecoveryOptions
 
 
 @with_options(

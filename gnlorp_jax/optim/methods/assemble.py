@@ -66,18 +66,19 @@ def assemble(
   """Makes an optimizer of two directions, that of kernels and that of the rest.
 
   Args:
-    low_rank: Direction of the kernels labelled ``low_rank``, before learning
-      rate and decay; None where they are treated as ``full``.
+    low_rank: Direction of what is labelled ``low_rank``, the kernels, projected
+      or not, before learning rate and decay; None where they are treated as
+      ``full``.
     full: Direction of the parameters labelled ``full`` and, under weight
       normalisation, of the magnitudes.
     learning_rate: A number or an Optax schedule.
     weight_decay: Decoupled decay of the weights, at least 0.
-    weight_decay_mask: Which parameters decay, see `options.ShellOptions`.
+    weight_decay_mask: Which parameters decay, see `options.CommonOptions`.
     decay_order: ``before`` or ``after`` the step, see `descend`.
     weight_norm: Whether kernels move as magnitude times direction, see
       `with_weight_norm`; their decay then acts on the magnitude.
     norm_state: ``synced`` or ``tracked``, see `with_weight_norm`.
-    moment_bits: Bits of the moments, see `options.ShellOptions`.
+    moment_bits: Bits of the moments, see `options.CommonOptions`.
     param_labels: Which parameter is ``low_rank``, ``full`` or ``frozen``, see
       `labels.assign`.
     kernel_axes: Rules about the axes of kernels, see `with_kernel_axes`.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
@@ -103,7 +104,7 @@ def frugal(
 
   Raises:
     ValueError: As `gradnormlorp`; also if `sign_scale` is below 0, `projection`
-      is ``random``, or `side` ``both``.
+      has bases that are not orthonormal (``random``), or `side` is ``both``.
 
   Examples:
     >>> tx = frugal(1e-3, rank=4)
@@ -117,11 +118,11 @@ def frugal(
     subspaces; the default here are those of GaLore. See `sign_recovery` for
     what counts as zero.
   """
-  if options['projection'] == 'random':
+  if not projections.as_projection(options['projection']).is_orthonormal:
     raise ValueError(
-      "projection='random' there and back is no projection: what it leaves "
-      'of a gradient is mostly noise, whose sign frugal would follow. Use '
-      "'svd' or 'dct'."
+      'What a projection whose bases are not orthonormal, such as random ones, '
+      'leaves of a gradient is mostly noise, whose sign frugal would follow. '
+      "Use 'svd' or 'dct'."
     )
   adam = pick(options, AdamOptions)
   rule = moment_rule(moments_on_refresh, adam['b1'], adam['b2'])

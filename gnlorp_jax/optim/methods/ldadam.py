@@ -29,6 +29,7 @@ from gnlorp_jax.optim.parts.checks import (
 )
 from gnlorp_jax.optim.parts.empty import skip_empty
 from gnlorp_jax.optim.parts.plain import path_name
+from gnlorp_jax.optim.parts.restored import check_state
 from gnlorp_jax.optim.parts.trees import record_of_trees
 from gnlorp_jax.optim.projections import svd
 from gnlorp_jax.optim.subspace.error_feedback import (
@@ -50,6 +51,7 @@ from gnlorp_jax.optim.subspace.sides import (
 from gnlorp_jax.optim.subspace.start import (
   effective_rank,
   unfitted_subspace,
+  warn_of_clipped_ranks,
   zero_coordinates,
 )
 from gnlorp_jax.optim.subspace.turn import turn_basis, turn_between
@@ -238,7 +240,8 @@ def scale_by_ldadam(
 
   Raises:
     ValueError: If an argument is out of its interval or unknown; at `init`, if
-      a leaf has fewer than two axes.
+      a leaf has fewer than two axes; at `update`, if the state is of other
+      options.
 
   Examples:
     >>> tx = scale_by_ldadam(rank=2)
@@ -280,6 +283,10 @@ def scale_by_ldadam(
     return unfitted_subspace({axis: basis_NR}, param.shape[:-2])
 
   def init_fn(params: optax.Params) -> LDAdamState:
+    warn_of_clipped_ranks(rank, params)
+    return start(params)
+
+  def start(params: optax.Params) -> LDAdamState:
     subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
 
     def zeros() -> optax.Updates:
@@ -301,6 +308,7 @@ def scale_by_ldadam(
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, LDAdamState]:
     del params
+    check_state(state, jax.eval_shape(start, updates), f'rank={rank}')
     errors = state.error
     if error_bits is None:
       errors = jax.tree.map(lambda _: None, updates)

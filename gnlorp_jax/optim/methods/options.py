@@ -111,22 +111,26 @@ class GaloreSubspace(AdamModeOptions, RefreshOptions, total=False):
   moments_on_refresh: MomentsOnRefresh
 
 
-class ShellOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
   """What every optimizer takes.
 
   Attributes:
-    weight_decay: Decoupled decay of the weights, at least 0.
+    weight_decay: Decoupled decay of the weights, at least 0: a step shrinks
+      them by ``learning_rate * weight_decay`` of themselves, whatever `scale`
+      is.
     weight_decay_mask: Which parameters decay: a tree of booleans like the
       parameters, or a function from these to one, as in Optax; None decays all
       of them. `spare_norms_and_biases` is such a function.
     decay_order: ``before`` or ``after`` the step, see `descend`.
     moment_bits: 32, 8 or 4 bits for every element of the moments, but 32 for
-      embeddings; or ordered rules ``(regex, bits)`` over the paths. See
-      `quantize_moments`.
+      embeddings; or ordered rules ``(regex, bits)`` over the paths, without one
+      32. Small matrices keep 32, see `quantize_moments`.
     param_labels: ``all`` to treat embeddings and heads as kernels too, or
       ``blocks``, as by default, not to; rules ``(regex, label)`` or what
-      `optax.partition` takes, with the labels ``low_rank``, ``full``,
-      ``frozen``. See `labels.assign` and, for a dry run, `report`.
+      `optax.partition` takes, with the labels ``low_rank`` (treated as a
+      kernel, whether the optimizer projects kernels or not), ``full`` (the
+      fallback, mostly Adam) and ``frozen``. See `labels.assign` and, for a dry
+      run, `report`.
     skip_nonfinite: Leave out and count the steps whose gradients are not
       finite. False where the training step does so around the whole update,
       which needs less memory; see `skip_nonfinite`.
@@ -144,7 +148,7 @@ class ShellOptions(TypedDict, total=False):
   update_dtype: jax.typing.DTypeLike | None
 
 
-class KernelOptions(ShellOptions, total=False):
+class KernelOptions(CommonOptions, total=False):
   """What every optimizer of kernels takes.
 
   Attributes:
@@ -186,7 +190,7 @@ class _Positional(TypedDict, total=False):
 _GROUPS = (
   *(_Positional, AdamOptions, AdamModeOptions, SubspaceOptions),
   *(OneSideOptions, RefreshOptions, GaloreSubspace),
-  *(ShellOptions, KernelOptions, WeightNormOptions),
+  *(CommonOptions, KernelOptions, WeightNormOptions),
 )
 
 # What fixes shapes or the program, and what `optax.inject_hyperparams` would

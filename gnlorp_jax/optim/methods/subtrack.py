@@ -6,10 +6,7 @@ import optax
 
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.methods.assemble import assemble
-from gnlorp_jax.optim.methods.fira import (
-  fira_recovery,
-  scale_by_recovered_adam,
-)
+from gnlorp_jax.optim.methods.fira import fira_recovery
 from gnlorp_jax.optim.methods.options import (
   AdamOptions,
   OneSide,
@@ -17,6 +14,7 @@ from gnlorp_jax.optim.methods.options import (
   pick,
   with_options,
 )
+from gnlorp_jax.optim.methods.recovered_adam import scale_by_recovered_adam
 from gnlorp_jax.optim.parts.adam import scale_by_adam
 
 

@@ -32,6 +32,7 @@ from gnlorp_jax.optim.parts.plain import (
   plain,
   restore,
 )
+from gnlorp_jax.optim.parts.restored import check_no_codes
 from gnlorp_jax.optim.parts.split import SplitTransformation, split
 from gnlorp_jax.optim.parts.state_axes import Named, axis_names
 
@@ -61,7 +62,8 @@ def for_any_tree(
 
   Args:
     inner: The transformation. If it is split, its halves are handed through as
-      they are: they take plain trees on automatic meshes.
+      they are: they take plain trees on automatic meshes. On explicit meshes
+      its `init` may be given zeros in place of the parameters.
     axes_fn: Which parameters `inner` sees as what matrices, see
       `axes_by_rules`; by default it sees all of them as they are.
 
@@ -69,7 +71,8 @@ def for_any_tree(
     The wrapped transformation.
 
   Raises:
-    ValueError: At `init`, if a leaf is no array, or a complex one.
+    ValueError: At `init`, if a leaf is no array, or a complex one; at `update`,
+      if the state has codes in the place of arrays.
 
   Examples:
     >>> tx = for_any_tree(optax.adam(1e-3))
@@ -98,6 +101,7 @@ def for_any_tree(
     grads = arrays(plain(updates))
     simple = None if params is None else arrays(plain(params))
     contents = jax.tree.map(content, state, is_leaf=is_box)
+    check_no_codes(contents)
     update = inner_tx.update
     mesh = _explicit_mesh(grads)
     if mesh is not None:
@@ -254,7 +258,7 @@ def _init_on_automatic_mesh(
     dict.fromkeys(mesh.axis_names, AxisType.Auto)
   )
   with jax.sharding.use_abstract_mesh(automatic):
-    # States depend on shapes alone. Parameters would bring their shardings.
+    # Of zeros, for their shapes: parameters would bring their shardings.
     blank = jax.eval_shape(
       lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
     )
@@ -262,7 +266,9 @@ def _init_on_automatic_mesh(
   if jax.sharding.get_abstract_mesh().empty and isinstance(
     jax.tree.leaves(params)[0], jax.core.Tracer
   ):
-    # A function jitted outside the mesh, whose devices it does not know.
+    # A function jitted outside the mesh, whose devices it does not know. Of the
+    # optimizers here only tracked norms begin with values of the parameters,
+    # and `pull_back` takes the kernel's own where it finds a norm of 0.
     return init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank))
   names: list[Any] = [tuple(_spec(leaf)) for leaf in jax.tree.leaves(params)]
   found = axis_names(state, blank, _named(params, names, axes_fn))

@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -60,6 +62,23 @@ def check_interval(name: str, value: Any, interval: str, fix: str = '') -> None:
       f'{name} must be {"" if finite else "a finite number "}in {interval}, '
       f'got {value}.{" " * bool(fix)}{fix}'
     )
+
+
+def check_regex(option: str, rule: Sequence[Any]) -> None:
+  """Raises a `ValueError` unless a rule begins with a regular expression.
+
+  Args:
+    option: What the rule belongs to.
+    rule: A tuple ``(regex, ...)``.
+  """
+  try:
+    re.compile(rule[0])
+  except (re.error, TypeError) as error:
+    raise ValueError(
+      f'{option} rule {rule!r}: not a regular expression: {error}. It is '
+      "searched for anywhere in a path such as 'layers/up/kernel': 'up' finds "
+      "this one and '.*' all of them."
+    ) from error
 
 
 def check_matrix(name: str, shape: tuple[int, ...]) -> None:

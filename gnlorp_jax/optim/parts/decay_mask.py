@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 from gnlorp_jax.optim.parts.plain import (
+  broadcast_prefix,
   is_function,
   path_name,
   plain,
-  spread,
 )
 from gnlorp_jax.optim.parts.split import SplitTransformation, split
 
@@ -68,7 +68,7 @@ def with_decay_mask(
 
   def tree_of(params: Any) -> Any:
     tree = mask(params) if is_function(mask) else mask
-    decays = spread('weight_decay_mask', tree, plain(params))
+    decays = broadcast_prefix('weight_decay_mask', tree, plain(params))
     for path, value in jax.tree_util.tree_leaves_with_path(decays):
       if not isinstance(value, bool | np.bool_):
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from gnlorp_jax.optim.parts.checks import check_regex
 from gnlorp_jax.optim.parts.plain import is_function, path_name, plain
 from gnlorp_jax.optim.parts.split import (
   RefreshContext,
@@ -186,7 +187,7 @@ def _axes(
 
 
 def check_kernel_axes(kernel_axes: KernelAxes) -> None:
-  """Raises a `ValueError` if a rule names no axis of a kind."""
+  """Raises a `ValueError` if a rule names no axis of a kind, or no regex."""
   for rule in kernel_axes:
     numbers = rule[1:] if isinstance(rule, tuple | list) else ()
     if len(numbers) != 2 or not all(
@@ -196,6 +197,7 @@ def check_kernel_axes(kernel_axes: KernelAxes) -> None:
         f'kernel_axes rule {rule!r} must name at least one input and one '
         'output axis, as (regex, num_in, num_out).'
       )
+    check_regex('kernel_axes', rule)
 
 
 def as_matrix(x: jax.Array, axes: MatrixAxes) -> jax.Array:

@@ -1,7 +1,11 @@
 """Which parameter gets which treatment, by name and shape.
 
-Three labels exist: ``low_rank`` (weight-normalised, projected), ``full`` (plain
-Adam, full moments) and ``frozen`` (no update, no state).
+Three labels exist:
+
+  low_rank  what a method treats as a kernel. Most project it, hence the name;
+            `muon`, `racs`, `scale` and `sinkgd` take it whole.
+  full      the method's fallback, mostly Adam with moments of full size
+  frozen    no update, no state
 """
 
 import difflib
@@ -12,11 +16,17 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import optax
 
+from gnlorp_jax.optim.parts.checks import check_regex
 from gnlorp_jax.optim.parts.kernel_axes import (
   DimensionNumbers,
   dimension_numbers,
 )
-from gnlorp_jax.optim.parts.plain import is_function, path_name, plain, spread
+from gnlorp_jax.optim.parts.plain import (
+  broadcast_prefix,
+  is_function,
+  path_name,
+  plain,
+)
 
 LABELS = ('low_rank', 'full', 'frozen')
 PRESETS = ('blocks', 'all')
@@ -62,14 +72,20 @@ class Assignment(NamedTuple):
 def default_assignment(name: str, shape: tuple[int, ...]) -> Assignment:
   """Label of a parameter that no rule speaks about.
 
-  Kernels of dense layers, stacked or not, are projected; everything that is no
-  kernel, and kernels of embeddings, heads and norms, is not. Neither is a
-  kernel that may be a stack of matrices or one matrix with several axes in or
-  out, as those of convolutions and of attention with heads. Flax says
+  Kernels of dense layers, stacked or not, are ``low_rank``; everything that is
+  no kernel, and kernels of embeddings, heads and norms, is ``full``. So is what
+  may be a stack of matrices or one matrix with several axes in or out: kernels
+  of more than three axes, and of three where the path ends in ``query/kernel``,
+  ``key/kernel``, ``value/kernel`` or ``out/kernel`` (Flax's attention modules)
+  or names a convolution. Any other kernel of three axes is a stack. Flax says
   ``kernel``; the ``weight`` of Equinox and the ``w`` of Haiku are kernels where
   they have two axes.
   """
   last = name.split('/')[-1]
+  if len(shape) > 1 and re.search(EMBEDDINGS, last):
+    return Assignment(
+      'full', 'default: an embedding, kept out on purpose; see param_labels'
+    )
   if last not in ('kernel', 'weight', 'w'):
     return Assignment(
       'full', "default: its name does not end in 'kernel', 'weight' or 'w'"
@@ -156,8 +172,8 @@ def assign(
     A tree of `Assignment`, shaped like ``plain(params)``.
 
   Raises:
-    ValueError: If a label is unknown, a parameter has no rule, or a rule
-      decides about no parameter.
+    ValueError: If a label is unknown, a rule is no regular expression, a
+      parameter has no rule, or a rule decides about no parameter.
 
   Examples:
     >>> params = {'dense': {'kernel': jnp.ones((4, 2)), 'bias': jnp.ones(2)}}
@@ -186,13 +202,19 @@ def assign(
     tree = param_labels(params) if is_function(param_labels) else param_labels
     found = [
       Assignment(label, 'given by param_labels')
-      for label in jax.tree.leaves(spread('param_labels', tree, params))
+      for label in jax.tree.leaves(
+        broadcast_prefix('param_labels', tree, params)
+      )
     ]
   for name, assignment in zip(names, found, strict=True):
     if assignment.label not in LABELS:
+      others = ''
+      if isinstance(param_labels, str):
+        others = f', or param_labels={" or ".join(map(repr, PRESETS))}, or '
+        others += 'rules [(regex, label), ...]'
       raise ValueError(
         f'Unknown label {assignment.label!r} for parameter {name!r}; expected '
-        f'one of {LABELS}.'
+        f'one of {LABELS}{others}.'
       )
   return jax.tree.unflatten(treedef, found)
 
@@ -232,6 +254,8 @@ def labels(
   is_part: bool = False,
 ) -> Callable[[optax.Params], Any]:
   """`assign` as the function from parameters to labels of `optax.partition`."""
+  if param_labels is not None and _is_rules(param_labels):
+    _check_regexes(param_labels)
 
   def label_fn(params: optax.Params) -> Any:
     return jax.tree.map(
@@ -264,6 +288,11 @@ def _is_rules(param_labels: ParamLabels) -> TypeGuard[Rules]:
   return not param_labels or any(rule[0] not in LABELS for rule in param_labels)
 
 
+def _check_regexes(rules: Rules) -> None:
+  for rule in rules:
+    check_regex('param_labels', rule)
+
+
 def _assign_by_rules(
   names: list[str], rules: Rules, is_part: bool
 ) -> list[Assignment]:
@@ -271,6 +300,7 @@ def _assign_by_rules(
 
   In a part of the parameters a rule may have no use.
   """
+  _check_regexes(rules)
   found = [rule_assignment(name, rules) for name in names]
   missed = [name for name, a in zip(names, found, strict=True) if a is None]
   if missed:

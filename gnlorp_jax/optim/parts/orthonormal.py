@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Weight of the old basis in a new one, see `orthonormalise`. Its square is
-# what a direction that is kept that way changes of a captured energy: 1e-6.
+# Weight of the old basis in a new one, see `orthonormalise`. An old direction
+# that gets in by it changes the captured energy by its square, a millionth.
 FILL = 1e-3
 EPS = 2.0**-23  # float32's
 

@@ -106,7 +106,7 @@ def is_function(given: Any) -> TypeGuard[Callable[..., Any]]:
   return callable(given) and jax.tree_util.all_leaves([given])
 
 
-def spread(option: str, tree: Any, params: Any) -> Any:
+def broadcast_prefix(option: str, tree: Any, params: Any) -> Any:
   """A tree of one value for each parameter, of a tree or a prefix of one.
 
   Args:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-Labels = Callable[[optax.Params], Any]
+LabelFn = Callable[[optax.Params], Any]
 
 
 class RefreshContext(NamedTuple):
@@ -154,8 +154,8 @@ def chain(
 
 def partition(
   transforms: Mapping[str, optax.GradientTransformation],
-  init_labels: Labels,
-  labels: Labels,
+  init_labels: LabelFn,
+  labels: LabelFn,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.partition` that stays split where one of its parts is.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from gnlorp_jax.optim.projections.base import Projection
 
-__all__ = ['Projection', 'get', 'names']
+__all__ = ['Projection', 'as_projection', 'get', 'names']
 
 
 def names() -> tuple[str, ...]:
@@ -37,4 +37,20 @@ def get(name: str, **options: Any) -> Projection:
     raise ValueError(f'Unknown projection {name!r}; expected one of {names()}.')
   module = importlib.import_module(f'{__name__}.{name}')
   projection: Projection = getattr(module, name)(**options)
+  return projection
+
+
+def as_projection(projection: str | Projection) -> Projection:
+  """`projection`, looked up if it is a name.
+
+  Raises:
+    ValueError: If it is neither a `Projection` nor the name of one.
+  """
+  if isinstance(projection, str):
+    return get(projection)
+  if not isinstance(projection, Projection):
+    raise ValueError(
+      f'projection must be a Projection or one of {names()}, got '
+      f'{projection!r}.'
+    )
   return projection

@@ -49,6 +49,9 @@ class Projection(NamedTuple):
       step change of a basis, a `Tracked`, beside its columns; None changes
       nothing. The gradients of such a projection's `refresh` are not scaled, as
       it may compare them with what it remembers.
+    is_orthonormal: Whether columns of a basis are orthonormal, up to roundings.
+      What the way there and back leaves out is then a part of the gradient; of
+      other bases, such as random ones, it is mostly noise and may be longer.
   """
 
   init: Callable[[tuple[int, ...], int, int], Basis]
@@ -58,6 +61,7 @@ class Projection(NamedTuple):
   transport: Callable[[jax.Array, Basis, Basis, int], jax.Array] | None = None
   turn: Callable[[Basis, Basis], jax.Array] | None = None
   remember: Callable[[jax.Array, Basis], Basis] | None = None
+  is_orthonormal: bool = True
 
 
 def turn(

@@ -31,9 +31,9 @@ Solver = Literal['power', 'eigh', 'exact', 'sampled', 'grassmann']
 def svd(
   solver: Solver = 'power',
   *,
-  iterations: int = 1,
+  iterations: int | None = None,
   leading: int | None = None,
-  step_size: float = 1.0,
+  step_size: float | None = None,
   tracking: float = 0.0,
 ) -> Projection:
   """Projects on right singular vectors of the gradient, mostly the leading.
@@ -48,12 +48,12 @@ def svd(
       the leading ones but some drawn by their singular values, see
       `sampled_eigenvectors`. ``grassmann``: the leading ones at first, from
       then on a step from the last basis, see `follow_geodesic`.
-    iterations: Power iterations per refresh, at least 1; other solvers ignore
-      it.
+    iterations: Power iterations per refresh, of ``power`` alone, at least 1.
+      None takes 1.
     leading: Columns of a basis that are leading singular vectors, at least 1;
       the others are drawn at every refresh, see `switch`. None draws none.
-    step_size: Largest angle of a step of ``grassmann`` in radians, positive;
-      other solvers ignore it.
+    step_size: Largest angle of a step in radians, of ``grassmann`` alone,
+      positive. None takes 1.
     tracking: Decay of what a basis remembers of earlier gradients in its
       subspace, in [0, 1), see `track`; 0 remembers none.
 
@@ -63,15 +63,20 @@ def svd(
 
   Raises:
     ValueError: If `solver` is unknown, `iterations` or `leading` below 1,
-      `step_size` not positive or `tracking` out of its interval, or if
-      `leading` meets a solver whose basis does not begin with leading vectors,
-      or `tracking` one whose basis is not fitted.
+      `step_size` not positive or `tracking` out of its interval, or if an
+      option meets a solver that has no use for it: `iterations` and `step_size`
+      others than their own, `leading` one whose basis does not begin with
+      leading vectors, `tracking` one whose basis is not fitted.
 
   References:
     Zhao et al., `GaLore`, 2024, arXiv:2403.03507, definition 3.4;
     Bentbib & Kanber, `Block power method for SVD decomposition`, 2015.
   """
   check_choice('solver', solver, get_args(Solver))
+  _check_own('iterations', iterations, 'power', solver)
+  _check_own('step_size', step_size, 'grassmann', solver)
+  iterations = 1 if iterations is None else iterations
+  step_size = 1.0 if step_size is None else step_size
   check_int('iterations', iterations)
   check_interval('step_size', step_size, '(0, inf)')
   check_interval('tracking', tracking, '[0, 1)')
@@ -112,6 +117,15 @@ def svd(
       "solver='grassmann' does not fit: use another solver, or tracking=0."
     )
   return projection if is_off else track(projection, tracking)
+
+
+def _check_own(name: str, value: object, owner: str, solver: str) -> None:
+  """Raises a `ValueError` if an option of one solver is given to another."""
+  if value is not None and solver != owner:
+    raise ValueError(
+      f'{name}={value} is an option of solver={owner!r}, which solver='
+      f'{solver!r} has no use for: use solver={owner!r}, or {name}=None.'
+    )
 
 
 def track(projection: Projection, decay: float) -> Projection:
@@ -165,6 +179,7 @@ def track(projection: Projection, decay: float) -> Projection:
     lambda grad_MN, basis: projection.project(grad_MN, basis.columns_NR),
     lambda low_MR, basis: projection.project_back(low_MR, basis.columns_NR),
     remember=remember,
+    is_orthonormal=projection.is_orthonormal,
   )
 
 

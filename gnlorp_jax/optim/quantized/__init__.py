@@ -1,1 +1,4 @@
-"""Arrays in few bits: codes, moments, weights, stochastic rounding."""
+"""Arrays in few bits: codes, moments, weights, stochastic rounding.
+
+And `pruning`, which sets moments to zero in whatever bits they are kept.
+"""

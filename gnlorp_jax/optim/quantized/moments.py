@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.parts.boundary import for_any_tree
-from gnlorp_jax.optim.parts.checks import check_static
+from gnlorp_jax.optim.parts.checks import check_regex, check_static
 from gnlorp_jax.optim.parts.plain import path_name
 from gnlorp_jax.optim.parts.split import (
   RefreshContext,
@@ -30,6 +30,7 @@ MomentBits = int | Sequence[tuple[str, int]]
 
 # Fields of optimizer states that hold moments, and their codecs by bits.
 MOMENT_FIELDS = ('mu', 'nu', 'trace')
+MIN_SIZE = 4096  # Elements of a matrix from which they are quantised.
 _CODECS: dict[int, dict[str, Codec]] = {
   32: {},
   8: {
@@ -80,7 +81,7 @@ def _bits_of(name: str, bits: MomentBits) -> int:
 
 
 def check_moment_bits(bits: MomentBits) -> None:
-  """Raises a `ValueError` unless all bits are 32, 8 or 4."""
+  """Raises a `ValueError` unless all bits are 32, 8 or 4, and rules regexes."""
   given: list[Any] = [bits]
   if isinstance(bits, Sequence) and not isinstance(bits, str):
     given = [
@@ -94,6 +95,8 @@ def check_moment_bits(bits: MomentBits) -> None:
       raise ValueError(
         f'moment_bits must be 32, 8 or 4, or rules (regex, bits), got {bits!r}.'
       )
+  for rule in bits if isinstance(bits, Sequence) else ():
+    check_regex('moment_bits', rule)
 
 
 def encode_moments(
@@ -129,7 +132,7 @@ def decode_moments(state: optax.OptState, bits: MomentBits) -> optax.OptState:
 def quantize_moments(
   inner: optax.GradientTransformation,
   bits: MomentBits,
-  min_size: int = 4096,
+  min_size: int = MIN_SIZE,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the moments of `inner` in 8 or 4 bits between its steps.
 
@@ -146,9 +149,11 @@ def quantize_moments(
     bits: 8, 4 or 32 for all of them; 32 quantises none. Or ordered
       rules ``(regex, bits)`` over the ``/``-joined paths of the parameters, of
       which the first regex found decides; without any 32.
-    min_size: Elements a matrix ``[m, n]`` must have; the moments of smaller
-      ones stay float32, and those of parameters named ``scale`` or ``bias``. A
-      stack of vectors ``[layers, d]`` of another name is taken for a matrix.
+    min_size: Elements a matrix ``[m, n]``, the last two axes of a moment, must
+      have; the moments of smaller ones stay float32, and those of parameters
+      named ``scale`` or ``bias``. A stack of vectors ``[layers, d]`` of another
+      name is taken for a matrix, and a kernel ``[d, heads, head_dim]`` for a
+      stack of small ones. `report` tells what stays float32.
 
   Returns:
     The wrapped transformation; each quantised moment of its state is a
@@ -187,7 +192,7 @@ def quantize_moments(
 def with_moment_bits(
   inner: optax.GradientTransformation,
   bits: MomentBits,
-  min_size: int = 4096,
+  min_size: int = MIN_SIZE,
 ) -> optax.GradientTransformationExtraArgs:
   """`quantize_moments` of plain trees, as `assemble` has them already."""
   inner_tx = optax.with_extra_args_support(inner)

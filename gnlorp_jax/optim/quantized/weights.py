@@ -22,7 +22,8 @@ from gnlorp_jax.optim.quantized.codecs import Codec, affine, nf4
 
 CODEC: Codec = affine(8, block=256)
 CODECS: dict[int, Codec] = {8: CODEC, 4: nf4()}
-"""By bits. In 4 no kernel can train: it is rounded to nearest alone."""
+"""Codec by number of bits. NF4 (4 bits) cannot be rounded stochastically, so it
+is for kernels that stay as they are."""
 
 
 def _is_quantized(node: Any) -> bool:

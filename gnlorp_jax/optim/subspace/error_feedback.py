@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlorp_jax.optim.parts.checks import check_static
+from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.quantized.arrays import (
   QuantizedArray,
   dequantize,
@@ -27,6 +28,17 @@ def check_error_bits(bits: int | None) -> None:
   if bits not in (32, 8, 4):
     raise ValueError(
       f'error_bits must be None (no error feedback), 32, 8 or 4, got {bits!r}.'
+    )
+
+
+def check_errors_stay(bits: int | None, projection: Projection) -> None:
+  """Raises a `ValueError` if errors that are fed back could grow."""
+  if bits is not None and not projection.is_orthonormal:
+    raise ValueError(
+      f'error_bits={bits} would feed back what this projection leaves out, '
+      'which may be longer than the gradient and then grows without end: its '
+      'bases are not orthonormal. Use error_bits=None, or a projection whose '
+      "bases are, such as 'svd' or 'dct'."
     )
 
 

@@ -12,7 +12,11 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from gnlorp_jax.optim.parts.checks import check_choice, check_int
+from gnlorp_jax.optim.parts.checks import (
+  check_choice,
+  check_int,
+  check_interval,
+)
 from gnlorp_jax.optim.projections.base import Basis, Projection
 
 Similarity = Literal['overlap', 'abs_cosine', 'cosine']
@@ -71,10 +75,7 @@ def check_lazy(lazy: LazyRefresh | None) -> None:
       f'lazy_refresh must be a LazyRefresh or None, got {lazy!r}. Use '
       'LazyRefresh(similarity=...).'
     )
-  if not -1 <= lazy.threshold <= 1:
-    raise ValueError(
-      f'LazyRefresh.threshold must be in [-1, 1], got {lazy.threshold}.'
-    )
+  check_interval('LazyRefresh.threshold', lazy.threshold, '[-1, 1]')
   check_int('LazyRefresh.factor', lazy.factor)
   if lazy.factor < 2:
     raise ValueError(

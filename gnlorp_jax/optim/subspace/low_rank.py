@@ -21,6 +21,7 @@ import optax
 from gnlorp_jax.optim import projections
 from gnlorp_jax.optim.parts.checks import check_choice, check_int
 from gnlorp_jax.optim.parts.empty import skip_empty
+from gnlorp_jax.optim.parts.restored import check_state
 from gnlorp_jax.optim.parts.split import (
   RefreshContext,
   SplitTransformation,
@@ -30,6 +31,7 @@ from gnlorp_jax.optim.parts.trees import record_of_trees
 from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.subspace.error_feedback import (
   check_error_bits,
+  check_errors_stay,
   decode_error,
   encode_error,
   zero_errors,
@@ -55,7 +57,11 @@ from gnlorp_jax.optim.subspace.sides import (
   toward,
   turned_shape,
 )
-from gnlorp_jax.optim.subspace.start import init_subspaces, zero_coordinates
+from gnlorp_jax.optim.subspace.start import (
+  init_subspaces,
+  warn_of_clipped_ranks,
+  zero_coordinates,
+)
 
 
 class Recovery(NamedTuple):
@@ -86,7 +92,7 @@ def rest(
   low_MR: jax.Array,
   back: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """What a subspace leaves out of a gradient, for those who enlarge it.
+  """What a subspace leaves out of a gradient, for recoveries that scale it up.
 
   Args:
     grad_MN: The gradient, ``[*, m, n]``.
@@ -178,7 +184,9 @@ def with_low_rank_projection(
   Raises:
     ValueError: If `rank` or `update_proj_gap` is below 1 or no integer, if
       `side` or `projection` is unknown, if `recovery` meets ``side='both'`` or
-      `error_bits`, or, at `init`, if a leaf has fewer than two axes.
+      `error_bits`, if these meet bases that are not orthonormal, or, at `init`,
+      if a leaf has fewer than two axes; at `update`, if the state is of other
+      options.
 
   Examples:
     >>> tx = with_low_rank_projection(optax.scale_by_adam(), rank=2)
@@ -205,24 +213,29 @@ def with_low_rank_projection(
   check_lazy(lazy_refresh)
   check_error_bits(error_bits)
   _check_recovery(recovery, side, error_bits)
-  method = quantize_basis(_as_projection(projection), basis_bits)
+  method = quantize_basis(projections.as_projection(projection), basis_bits)
+  check_errors_stay(error_bits, method)
   rules = RefreshRules(method, update_proj_gap, lazy_refresh, on_refresh)
   inner_tx = optax.with_extra_args_support(inner)
 
-  def init_fn(params: optax.Params) -> LowRankState:
+  def start(params: optax.Params) -> LowRankState:
     subspace = init_subspaces(
       params, rank, side, rules, spread_refreshes=spread_refreshes
     )
     coordinates = jax.tree.map(
       lambda p, s: zero_coordinates(p, s, method), params, subspace
     )
-    state = LowRankState(
+    return LowRankState(
       count=jnp.zeros([], jnp.int32),
       subspace=subspace,
       inner_state=inner_tx.init(coordinates),
       recovery=_init_recovery(recovery, params, side),
       error=zero_errors(params, error_bits),
     )
+
+  def init_fn(params: optax.Params) -> LowRankState:
+    warn_of_clipped_ranks(rank, params)
+    state = start(params)
     if on_refresh is not None:
       # What the projection cannot move is an error now, not inside a step.
       jax.eval_shape(lambda: _refresh(params, state, rules, RefreshContext()))
@@ -232,6 +245,7 @@ def with_low_rank_projection(
     grads: optax.Updates, state: LowRankState, params: Any, context: Any
   ) -> tuple[Any, LowRankState]:
     del params
+    check_state(state, jax.eval_shape(start, grads), f'rank={rank}')
     state = _refresh(grads, state, rules, context)
     projected = jax.tree.map(
       lambda grad, s: project(grad, s.basis, method), grads, state.subspace
@@ -275,18 +289,6 @@ def _check_recovery(
       f'error_bits={error_bits} would feed back what this method already takes '
       'from outside the subspace: use error_bits=None.'
     )
-
-
-def _as_projection(projection: str | Projection) -> Projection:
-  """`projection`, looked up if it is a name."""
-  if isinstance(projection, str):
-    return projections.get(projection)
-  if not isinstance(projection, Projection):
-    raise ValueError(
-      f'projection must be a Projection or one of {projections.names()}, got '
-      f'{projection!r}.'
-    )
-  return projection
 
 
 def _init_recovery(

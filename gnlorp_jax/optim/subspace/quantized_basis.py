@@ -20,8 +20,9 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
   """Stores the floating-point arrays of a basis in 16, 8 or 4 bits.
 
   They are decoded wherever the projection needs them. With 8 and 4 bits they
-  take `codecs.affine` codes, in blocks of 256. A basis of so few bits is
-  orthonormal to about three digits or one. What it remembers stays float32.
+  take `codecs.affine` codes, in blocks of 256. The columns are then orthonormal
+  to about three digits with 8 bits, to one with 4. What a basis remembers stays
+  float32.
 
   Args:
     projection: Any projection that keeps floating-point bases.
@@ -121,4 +122,5 @@ def quantize_basis(projection: Projection, bits: int) -> Projection:
     transport,
     turn if projection.turn is not None else None,
     remember if projection.remember is not None else None,
+    projection.is_orthonormal,
   )

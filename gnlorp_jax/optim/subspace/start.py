@@ -25,24 +25,31 @@ _logger = logging.getLogger(__name__)
 
 
 def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
-  """`rank`, clipped (and logged) to the shorter axis of a parameter.
+  """`rank`, clipped to the shorter axis of a parameter.
 
   Raises:
     ValueError: If the parameter has fewer than two axes.
   """
   check_matrix(name, shape)
-  shorter = min(shape[-2:])
-  if rank > shorter:
+  return min(rank, *shape[-2:])
+
+
+def warn_of_clipped_ranks(rank: int, params: optax.Params) -> None:
+  """Logs a warning for each parameter whose shorter axis `rank` exceeds."""
+  for path, param in jax.tree_util.tree_leaves_with_path(params):
+    clipped = effective_rank(rank, path_name(path), param.shape)
+    if clipped == rank:
+      continue
+    several = ' If it has several axes in or out, give kernel_axes.'
     _logger.warning(
       'rank %d exceeds the shorter axis of %r %s: clipped to %d, which '
-      'compresses nothing on that axis. If it has several axes in or out, give '
-      'kernel_axes.',
+      'compresses nothing on that axis.%s',
       rank,
-      name,
-      list(shape),
-      shorter,
+      path_name(path),
+      list(param.shape),
+      clipped,
+      several if len(param.shape) > 2 else '',
     )
-  return min(rank, shorter)
 
 
 def unfitted_subspace(

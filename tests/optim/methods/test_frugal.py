@@ -86,11 +86,14 @@ def test_state_is_galores():
   ('options', 'text'),
   [
     ({'sign_scale': -1.0}, 'sign_scale must be in [0, inf), got -1.0.'),
-    (
-      {'projection': 'random'},
-      "projection='random' there and back is no projection: what it leaves of "
-      'a gradient is mostly noise, whose sign frugal would follow. Use '
-      "'svd' or 'dct'.",
+    *(
+      (
+        {'projection': projection},
+        'What a projection whose bases are not orthonormal, such as random '
+        'ones, leaves of a gradient is mostly noise, whose sign frugal would '
+        "follow. Use 'svd' or 'dct'.",
+      )
+      for projection in ('random', projections.get('random'))
     ),
   ],
 )

@@ -348,8 +348,7 @@ def test_rank_above_the_short_axis_is_clipped_and_logged(caplog):
   assert state.subspace['kernel'].basis['in'].shape == (6, 6)
   assert caplog.messages == [
     "rank 100 exceeds the shorter axis of 'kernel' [6, 8]: clipped to 6, which "
-    'compresses nothing on that axis. If it has several axes in or out, give '
-    'kernel_axes.'
+    'compresses nothing on that axis.'
   ]
 
 

@@ -1,5 +1,7 @@
 """Labels: defaults, strict rules, and their errors."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -69,6 +71,9 @@ def test_default_gives_reasons():
   assert found['lm_head']['kernel'].reason == ("default: 'lm_head' in its name")
   assert found['dense']['bias'].reason == (
     "default: its name does not end in 'kernel', 'weight' or 'w'"
+  )
+  assert found['embed']['embedding'].reason == (
+    'default: an embedding, kept out on purpose; see param_labels'
   )
   vector = assign({'kernel': jnp.zeros(3)})['kernel']
   assert vector == ('full', 'default: 1 axis, no matrix')
@@ -156,6 +161,40 @@ def test_rules_that_do_not_fit_are_errors(rules, text):
   with pytest.raises(ValueError) as error:
     assign(PARAMS, rules)
   assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: labels([('*', 'low_rank')]),
+    lambda: assign(PARAMS, [('*', 'low_rank')]),
+    lambda: galore(1e-2, param_labels=[('*', 'low_rank')]),
+    lambda: galore(1e-2, kernel_axes=[('*', 1, 2)]),
+    lambda: galore(1e-2, moment_bits=[('*', 8)]),
+    lambda: galore(1e-2, moment_bits=[(8, 8)]),
+  ],
+)
+def test_rules_are_regular_expressions(make):
+  with pytest.raises(ValueError) as error:
+    make()
+  message = re.fullmatch(
+    r"(param_labels|kernel_axes|moment_bits) rule \(('\*'|8), .*\): not a "
+    r'regular expression: (nothing to repeat at position 0|first argument must '
+    r'be string or compiled pattern)\. It is searched for anywhere in a path '
+    r"such as 'layers/up/kernel': 'up' finds this one and '\.\*' all of them\.",
+    str(error.value),
+  )
+  assert message, str(error.value)
+
+
+def test_a_name_that_is_no_preset_is_an_error():
+  with pytest.raises(ValueError) as error:
+    assign(PARAMS, 'kernel')
+  assert str(error.value) == (
+    "Unknown label 'kernel' for parameter 'dense/bias'; expected one of "
+    "('low_rank', 'full', 'frozen'), or param_labels='blocks' or 'all', or "
+    'rules [(regex, label), ...].'
+  )
 
 
 def test_pairs_of_labels_are_a_tree_of_them():

@@ -327,7 +327,20 @@ def test_projection_of_bfloat16_is_accumulated_in_float32():
       'tracking=0.5 remembers earlier gradients for a basis that solver='
       "'grassmann' does not fit: use another solver, or tracking=0.",
     ),
-    ({'step_size': 0.0}, 'step_size must be in (0, inf), got 0.0.'),
+    (
+      {'step_size': 0.0, 'solver': 'grassmann'},
+      'step_size must be in (0, inf), got 0.0.',
+    ),
+    (
+      {'step_size': 0.5, 'solver': 'eigh'},
+      "step_size=0.5 is an option of solver='grassmann', which solver='eigh' "
+      "has no use for: use solver='grassmann', or step_size=None.",
+    ),
+    (
+      {'iterations': 1, 'solver': 'exact'},
+      "iterations=1 is an option of solver='power', which solver='exact' has "
+      "no use for: use solver='power', or iterations=None.",
+    ),
     (
       {'leading': 3, 'solver': 'sampled'},
       'leading=3 keeps leading singular vectors, which '

@@ -5,9 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from gnlorp_jax.optim import with_low_rank_projection
+from gnlorp_jax.optim import projections, with_low_rank_projection
 from gnlorp_jax.optim.inspect import tree_bytes
+from gnlorp_jax.optim.projections.svd import track
 from gnlorp_jax.optim.subspace.error_feedback import decode_error, encode_error
+from gnlorp_jax.optim.subspace.quantized_basis import quantize_basis
 
 
 def error(shape=(3, 24, 10)):
@@ -49,3 +51,24 @@ def test_unknown_bits_are_an_error():
   assert str(caught.value) == (
     'error_bits must be None (no error feedback), 32, 8 or 4, got 16.'
   )
+
+
+@pytest.mark.parametrize('projection', ['random', projections.get('random')])
+def test_errors_of_bases_that_are_not_orthonormal_are_not_fed_back(projection):
+  with pytest.raises(ValueError) as caught:
+    with_low_rank_projection(
+      optax.identity(), 4, error_bits=8, projection=projection
+    )
+  assert str(caught.value) == (
+    'error_bits=8 would feed back what this projection leaves out, which may '
+    'be longer than the gradient and then grows without end: its bases are not '
+    'orthonormal. Use error_bits=None, or a projection whose bases are, such '
+    "as 'svd' or 'dct'."
+  )
+
+
+def test_a_projection_of_few_bits_or_with_memory_says_what_it_is_made_of():
+  random, svd = projections.get('random'), projections.get('svd')
+  assert not quantize_basis(random, 8).is_orthonormal
+  assert not track(random, 0.5).is_orthonormal
+  assert quantize_basis(track(svd, 0.5), 8).is_orthonormal

@@ -236,17 +236,23 @@ def test_accumulating_before_or_after_projection_is_the_same():
   np.testing.assert_allclose(together, apart, atol=1e-5)
 
 
-def test_rank_above_the_short_axis_is_clipped_and_logged(caplog):
+@pytest.mark.parametrize(
+  ('shape', 'fix'),
+  [
+    ((6, 8), ''),
+    ((2, 6, 8), ' If it has several axes in or out, give kernel_axes.'),
+  ],
+)
+def test_rank_above_the_short_axis_is_clipped_and_logged(caplog, shape, fix):
   tx = wrapped(rank=100)
   with caplog.at_level(logging.WARNING):
-    state = tx.init({'kernel': jnp.zeros((6, 8))})
-  assert state.subspace['kernel'].basis['in'].shape == (6, 6)
+    state = tx.init({'kernel': jnp.zeros(shape)})
+  assert state.subspace['kernel'].basis['in'].shape == (*shape[:-2], 6, 6)
   assert caplog.messages == [
-    "rank 100 exceeds the shorter axis of 'kernel' [6, 8]: clipped to 6, which "
-    'compresses nothing on that axis. If it has several axes in or out, give '
-    'kernel_axes.'
+    f"rank 100 exceeds the shorter axis of 'kernel' {list(shape)}: clipped to "
+    f'6, which compresses nothing on that axis.{fix}'
   ]
-  grad = normal((6, 8))
+  grad = normal(shape)
   updates, _ = jax.jit(tx.update)({'kernel': grad}, state)
   np.testing.assert_allclose(updates['kernel'], grad, atol=1e-5)
 
