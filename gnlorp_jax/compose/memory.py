@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from gnlorp_jax import models
 from gnlorp_jax.compose.settings import StepConfig
-from gnlorp_jax.models.attention import kernel_for
+from gnlorp_jax.models.attention import implementation_for
 from gnlorp_jax.optim.inspect import format_bytes
 from gnlorp_jax.training import sharding as shardings
 from gnlorp_jax.training.parameters import LAYERS
@@ -191,7 +191,7 @@ def activations(
     )
   }
   device = built.mesh.devices.flat[0]
-  if kernel_for(device, model.compute_dtype, model.head_size) == 'xla':
+  if implementation_for(device, model.compute_dtype, model.head_size) == 'xla':
     found['scores'] = jax.ShapeDtypeStruct(
       (rows, model.num_heads, length, length),
       model.compute_dtype,

@@ -206,12 +206,15 @@ def inner_suffix(path: pathlib.Path) -> str:
 
 def table_rows(
   path: pathlib.Path, columns: list[str] | None = None
-) -> Iterator[dict[str, Any]]:
-  """Reads the rows of a Parquet file, a few at a time.
+) -> Iterator[tuple[dict[str, Any], float]]:
+  """Reads a Parquet file, a few rows at a time.
 
   Args:
     path: The file.
     columns: Which columns; None: all.
+
+  Yields:
+    Each row, and the fraction of the rows read by then.
 
   Raises:
     ValueError: If pyarrow is not installed, the file is damaged, or it has no
@@ -229,8 +232,11 @@ def table_rows(
       names = file.schema_arrow.names
       if not set(columns or ()) <= set(names):
         raise ValueError(f'it has the columns {names}, and not {columns}')
+      done, total = 0, file.metadata.num_rows
       for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+          done += 1
+          yield row, done / total
   except (OSError, ValueError) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
 
@@ -274,7 +280,8 @@ class TextFile:
         yield text, fraction
 
   def _of_table(self, tally: Tally) -> Iterator[tuple[str, float]]:
-    for number, row in enumerate(table_rows(self.path, [self.column]), 1):
+    rows = table_rows(self.path, [self.column])
+    for number, (row, fraction) in enumerate(rows, 1):
       tally.records += 1
       try:
         text = text_of(row, self.column)
@@ -282,7 +289,7 @@ class TextFile:
         tally.report(f'{self.path}:{number}', fault)
       else:
         tally.bytes += len(text)
-        yield text, 0.0
+        yield text, fraction
 
   def _lines(self, tally: Tally) -> Iterator[tuple[int, str, float]]:
     """Yields number, text and fraction of the file for each readable line."""

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,8 +176,8 @@ def _check_shape(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     value = _plain(config.get(name))
     if value is not None and not isinstance(value, str):
       raise ValueError(
-        f'{path} has {name}={value!r}; expected a text, null, or an object '
-        'whose "content" is one.'
+        f'{path} has {name}={reprlib.repr(value)}; expected a text, null, or '
+        'an object whose "content" is one.'
       )
   found = config.get('chat_template')
   named = found if isinstance(found, list) else []
@@ -192,8 +193,8 @@ def _check_shape(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   is_text = found is None or isinstance(found, str)
   if not (is_text or is_object or (isinstance(found, list) and is_list)):
     raise ValueError(
-      f'{path} has chat_template={found!r}; expected a text, or a list of '
-      'objects with "name" and "template".'
+      f'{path} has chat_template={reprlib.repr(found)}; expected a text, '
+      'or a list of objects with "name" and "template".'
     )
 
 
@@ -210,7 +211,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
   if not isinstance(value, dict):
-    raise ValueError(f'{path} must hold a JSON object, not {value!r}.')
+    raise ValueError(
+      f'{path} must hold a JSON object, not {reprlib.repr(value)}.'
+    )
   return value
 
 
@@ -306,7 +309,8 @@ def _ids(
   ids = value if isinstance(value, list) else [value] * (value is not None)
   if not all(type(i) is int for i in ids):
     raise ValueError(
-      f'{path} has {name}={value!r}; expected an integer or a list of integers.'
+      f'{path} has {name}={reprlib.repr(value)}; expected an integer or a list '
+      'of integers.'
     )
   return tuple(i for i in ids if i >= 0 and backend.id_to_token(i) is not None)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -238,7 +239,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f'Cannot read {path}: {error}') from error
   if not isinstance(value, dict):
-    raise ValueError(f'{path} must hold a JSON object, not {value!r}.')
+    raise ValueError(
+      f'{path} must hold a JSON object, not {reprlib.repr(value)}.'
+    )
   return value
 
 
@@ -251,7 +254,10 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   """The name of the file that holds each tensor."""
   index = read_object(path).get('weight_map')
   if not isinstance(index, dict):
-    raise ValueError(f'{path} has no object "weight_map".')
+    raise ValueError(
+      f'{path} has no object "weight_map", which says in which file each '
+      'tensor is. Get it and the weights from one checkpoint.'
+    )
   for tensor, name in index.items():
     if (
       not isinstance(name, str)

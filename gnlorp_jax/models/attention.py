@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from gnlorp_jax.models.layers import keep, rounded_once
 
-Kernel = Literal['cudnn', 'xla']
+Implementation = Literal['cudnn', 'xla']
 
 
-def kernel_for(
+def implementation_for(
   device: jax.Device, dtype: jax.typing.DTypeLike, head_dim: int
-) -> Kernel:
-  """The kernel `jax.nn.dot_product_attention` should use on a device.
+) -> Implementation:
+  """What `jax.nn.dot_product_attention` should use on a device.
 
   cuDNN's fused attention never stores the [B, N, T, T] scores, but takes only
   half precision and heads of at most 128 features, a multiple of 8, and
@@ -45,32 +45,32 @@ def kernel_for(
   return 'cudnn' if nvidia and half and fits else 'xla'
 
 
-class Scores(NamedTuple):
+class ScoreRule(NamedTuple):
   """How products of queries and keys become scores.
 
   Attributes:
     scale: What a product is multiplied by.
-    cap: Largest size of a score, approached as ``cap tanh(score / cap)``; None
-      has no limit.
+    softcap: Largest size of a score, approached as ``softcap tanh(score /
+      softcap)``; None has no limit.
   """
 
   scale: float
-  cap: float | None = None
+  softcap: float | None = None
 
   def of(self, products: jax.Array) -> jax.Array:
     """The scores of float32 products."""
     scores = products * self.scale
-    return (
-      scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
-    )
+    if self.softcap is None:
+      return scores
+    return self.softcap * jnp.tanh(scores / self.softcap)
 
 
 def causal(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  kernel: Kernel,
-  scores: Scores,
+  implementation: Implementation,
+  rule: ScoreRule,
   segments_BT: jax.Array | None = None,
   window: jax.Array | int | None = None,
 ) -> jax.Array:
@@ -80,13 +80,13 @@ def causal(
     q_BTNH: Queries; query head n reads key/value head ``n // (N / K)``.
     k_BSKH: Keys, as many positions as queries.
     v_BSKH: Values.
-    kernel: 'cudnn' is the kernel of `jax.nn.dot_product_attention`, which takes
-      no cap; where it would need a mask for an odd number of positions, and
-      where `jax.shard_map` leaves axes to the compiler, 'xla' takes its place.
-      That is plain products with a gradient of their own: it
+    implementation: 'cudnn' is that of `jax.nn.dot_product_attention`, which
+      takes no softcap; where it would need a mask for an odd number of
+      positions, and where `jax.shard_map` leaves axes to the compiler, 'xla'
+      takes its place. That is plain products with a gradient of their own: it
       keeps the result and one number a row, and computes the weights again from
       the scores, where JAX's own would keep the weights of all heads.
-    scores: From products to scores.
+    rule: From products to scores.
     segments_BT: Numbers of documents: a position attends to those of its own
       number. None: all are of one document.
     window: Positions that are attended to, the position itself included, > 0:
@@ -103,15 +103,15 @@ def causal(
   needs_mask = segments_BT is not None or isinstance(window, jax.Array)
   # Of a mask, cuDNN's gradient takes even lengths alone.
   is_odd = needs_mask and q_BTNH.shape[1] % 2
-  if kernel == 'cudnn' and not is_odd and not _is_partly_manual():
-    return _cudnn(q_BTNH, k_BSKH, v_BSKH, scores.scale, segments_BT, window)
+  if implementation == 'cudnn' and not is_odd and not _is_partly_manual():
+    return _cudnn(q_BTNH, k_BSKH, v_BSKH, rule.scale, segments_BT, window)
   batch, seq_len, num_heads, head_dim = q_BTNH.shape
   num_kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(
     *(batch, seq_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
   )
   y_BKGTH = _attend(
-    scores,
+    rule,
     q_BTKGH.transpose(0, 2, 3, 1, 4),
     k_BSKH.transpose(0, 2, 1, 3),
     v_BSKH.transpose(0, 2, 1, 3),
@@ -161,9 +161,9 @@ def _visible(seq_len, segments_BT, window):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scores, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
+def _attend(rule, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
   inputs = q_BKGTH, k_BKSH, v_BKSH, segments_BT, window
-  return _attend_with_residuals(scores, *inputs)[0]
+  return _attend_with_residuals(rule, *inputs)[0]
 
 
 def _products(q_BKGTH, k_BKSH):
@@ -179,11 +179,9 @@ def _where_visible(scores_BKGTS, segments_BT, window):
   return jnp.where(visible_BKGTS, scores_BKGTS, -jnp.inf)
 
 
-def _attend_with_residuals(
-  scores, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window
-):
+def _attend_with_residuals(rule, q_BKGTH, k_BKSH, v_BKSH, segments_BT, window):
   scores_BKGTS = _where_visible(
-    scores.of(_products(q_BKGTH, k_BKSH)), segments_BT, window
+    rule.of(_products(q_BKGTH, k_BKSH)), segments_BT, window
   )
   largest_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
   exp_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
@@ -200,10 +198,10 @@ def _attend_with_residuals(
   return y_BKGTH, (*inputs, y_BKGTH, log_sum_BKGT1)
 
 
-def _attend_gradients(scores, residuals, slopes_BKGTH):
+def _attend_gradients(rule, residuals, slopes_BKGTH):
   q_BKGTH, k_BKSH, v_BKSH, segments_BT, window, *rest = residuals
   y_BKGTH, log_sum_BKGT1 = rest
-  scores_BKGTS = scores.of(_products(q_BKGTH, k_BKSH))
+  scores_BKGTS = rule.of(_products(q_BKGTH, k_BKSH))
   weights_BKGTS = jnp.exp(
     _where_visible(scores_BKGTS, segments_BT, window) - log_sum_BKGT1
   )
@@ -218,9 +216,9 @@ def _attend_gradients(scores, residuals, slopes_BKGTH):
     preferred_element_type=jnp.float32,
   )
   score_slopes_BKGTS = weights_BKGTS * (weight_slopes_BKGTS - mean_BKGT1)
-  if scores.cap is not None:
-    score_slopes_BKGTS *= 1 - jnp.square(scores_BKGTS / scores.cap)
-  score_slopes_BKGTS *= scores.scale
+  if rule.softcap is not None:
+    score_slopes_BKGTS *= 1 - jnp.square(scores_BKGTS / rule.softcap)
+  score_slopes_BKGTS *= rule.scale
   score_slopes_BKGTS = score_slopes_BKGTS.astype(q_BKGTH.dtype)
 
   def product(subscripts, x, y):
@@ -240,11 +238,11 @@ def _attend_gradients(scores, residuals, slopes_BKGTH):
 _attend.defvjp(_attend_with_residuals, _attend_gradients)
 
 
-def to_cache(
+def cached(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  scores: Scores,
+  rule: ScoreRule,
   positions_BT: jax.Array,
   positions_BS: jax.Array,
   window: jax.Array | int | None = None,
@@ -255,7 +253,7 @@ def to_cache(
     q_BTNH: Queries of the new tokens.
     k_BSKH: Keys of all slots, those of the new tokens among them.
     v_BSKH: Values of all slots.
-    scores: From products to scores.
+    rule: From products to scores.
     positions_BT: Positions of the new tokens; what comes of one less than 0 has
       no meaning.
     positions_BS: Positions of what the slots hold; a slot less than 0 is empty.
@@ -278,7 +276,7 @@ def to_cache(
   )
   # Not minus infinity: a row of padding sees nothing, and must not be NaN.
   scores_BKGTS = jnp.where(
-    visible_BTS[:, None, None], scores.of(products_BKGTS), -1e30
+    visible_BTS[:, None, None], rule.of(products_BKGTS), -1e30
   )
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
   y_BTKGH = jnp.einsum(

@@ -108,7 +108,7 @@ def _window(config: DecoderConfig, number: jax.Array | None, length: int):
 
 class _Attention(nn.Module):
   config: DecoderConfig
-  kernel: attention.Kernel
+  implementation: attention.Implementation
 
   @nn.compact
   def __call__(self, x_BTD, context, number, cache):
@@ -130,17 +130,23 @@ class _Attention(nn.Module):
       segments_BT = None if context is None else context.segments_BT
       window = _window(c, number, x_BTD.shape[1])
       y_BTNH = attention.causal(
-        q_BTNH, k_BSKH, v_BSKH, self.kernel, c.scores, segments_BT, window
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        self.implementation,
+        c.score_rule,
+        segments_BT,
+        window,
       )
     else:
       cache = cache.put(number, k_BSKH, v_BSKH)
       k_BSKH, v_BSKH = cache.layer(number)
       window = _window(c, number, k_BSKH.shape[1])
-      y_BTNH = attention.to_cache(
+      y_BTNH = attention.cached(
         q_BTNH,
         k_BSKH,
         v_BSKH,
-        c.scores,
+        c.score_rule,
         positions_BT,
         cache.positions_BS,
         window,
@@ -191,13 +197,13 @@ class _Attention(nn.Module):
 
 class _Block(nn.Module):
   config: DecoderConfig
-  kernel: attention.Kernel
+  implementation: attention.Implementation
 
   @nn.compact
   def __call__(self, x_BTD, context=None, number=None, cache=None):
     """The next x; with a cache, the cache as well."""
     c = self.config
-    attn = _Attention(c, self.kernel, name='attn')
+    attn = _Attention(c, self.implementation, name='attn')
     mlp = layers.GatedMLP(
       c.intermediate_size,
       _dense(c, c.has_mlp_bias),
@@ -225,7 +231,7 @@ _ACTIVATIONS = {
 
 
 def _norm(config, name):
-  norm = layers.RMSNorm if config.norms_from_one else nn.RMSNorm
+  norm = layers.ZeroCenteredRMSNorm if config.norms_from_one else nn.RMSNorm
   return norm(
     epsilon=config.rms_norm_eps,
     dtype=config.compute_dtype,
@@ -247,7 +253,7 @@ def _dense(config, use_bias):
 
 class _Decoder(nn.Module):
   config: DecoderConfig
-  kernel: attention.Kernel
+  implementation: attention.Implementation
 
   def setup(self):
     c = self.config
@@ -261,7 +267,7 @@ class _Decoder(nn.Module):
     )
     policy = None if c.remat else layers.keep_marked
     block = nn.remat(_Block, prevent_cse=False, policy=policy)
-    self.layers = block(c, self.kernel)
+    self.layers = block(c, self.implementation)
     self.norm = _norm(c, None)
     if not c.tie_embeddings:
       self.lm_head = _dense(c, False)(c.vocab_size)
@@ -307,8 +313,8 @@ class _Decoder(nn.Module):
     c = self.config
     head = self.embedder.attend if c.tie_embeddings else self.lm_head
     logits = head(x).astype(jnp.float32)
-    if c.final_cap is not None:
-      logits = c.final_cap * jnp.tanh(logits / c.final_cap)
+    if c.final_softcap is not None:
+      logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
     return logits
 
   def head(self, x):
@@ -325,8 +331,8 @@ def make(
 
   Args:
     config: The architecture, a family's configuration.
-    device: One of those the functions will run on, which decides the kernel of
-      the attention; None is the first of this process.
+    device: One of those the functions will run on, which decides the
+      implementation of the attention; None is the first of this process.
 
   Returns:
     The functions. Tokens are integers in [0, vocab_size), at most max_seq_len
@@ -339,15 +345,15 @@ def make(
     cosines. The head multiplies in compute dtype, as is usual; its result is
     returned as float32 so that softmax and loss are computed in float32.
   """
-  kernel = attention.kernel_for(
+  implementation = attention.implementation_for(
     jax.local_devices()[0] if device is None else device,
     config.compute_dtype,
     config.head_size,
   )
-  if config.scores.cap is not None:
-    kernel = 'xla'
-  module = _Decoder(config, kernel)
-  block = _Block(config, kernel)
+  if config.score_rule.softcap is not None:
+    implementation = 'xla'
+  module = _Decoder(config, implementation)
+  block = _Block(config, implementation)
   return interface.Model(
     config=config,
     init=interface.init_function(module),

@@ -8,7 +8,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from gnlorp_jax.models import interface
-from gnlorp_jax.models.attention import Scores
+from gnlorp_jax.models.attention import ScoreRule
 from gnlorp_jax.models.interface import Dtype
 from gnlorp_jax.models.rope import LongRope, Rope, Scaling
 
@@ -154,12 +154,12 @@ class DecoderConfig:
     return (Rope(self.rope_theta, self.rope_scaling),)
 
   @property
-  def scores(self) -> Scores:
+  def score_rule(self) -> ScoreRule:
     """How products of queries and keys become scores."""
-    return Scores(self.head_size**-0.5)
+    return ScoreRule(self.head_size**-0.5)
 
   @property
-  def final_cap(self) -> float | None:
+  def final_softcap(self) -> float | None:
     """Largest size of a logit, or None."""
     return None
 

@@ -12,8 +12,8 @@ pure functions of a dict of arrays, laid out as
   lm_head/dense/{kernel,bias}, lm_head/norm/{scale,bias}, lm_head/bias [V]
   classifier/{dense,out}/{kernel,bias}
 
-of the last two, the one that the model has. The masked-LM head multiplies by
-the token embeddings.
+A model has one of the last two. The masked-LM head multiplies by the token
+embeddings.
 
 Shape suffixes in this file:
   B, T  batch, position in the sequence
@@ -36,7 +36,7 @@ from gnlorp_jax.models import attention, interface, layers
 
 class _Attention(nn.Module):
   config: Any
-  unmasked_kernel: attention.Kernel
+  unmasked_implementation: attention.Implementation
   dense: Callable[..., nn.Module]
 
   @nn.compact
@@ -62,9 +62,9 @@ class _Attention(nn.Module):
       )
     else:
       # cuDNN takes no mask of keys alone, and no mask of an odd length.
-      kernel = self.unmasked_kernel if mask is None else 'xla'
+      implementation = self.unmasked_implementation if mask is None else 'xla'
       y_BTNH = jax.nn.dot_product_attention(
-        *qkv_BTNH, mask=mask, implementation=kernel
+        *qkv_BTNH, mask=mask, implementation=implementation
       )
     return self.dense(c.hidden_size, name='o_proj')(y_BTNH.reshape(x_BTD.shape))
 
@@ -106,7 +106,7 @@ def _drop(module, rate, x):
 
 class _Block(nn.Module):
   config: Any
-  unmasked_kernel: attention.Kernel = 'xla'
+  unmasked_implementation: attention.Implementation = 'xla'
 
   @nn.compact
   def __call__(
@@ -117,7 +117,7 @@ class _Block(nn.Module):
   ) -> jax.Array:
     del number  # All layers are alike.
     c = self.config
-    attn = _Attention(c, self.unmasked_kernel, _dense(c), name='attn')
+    attn = _Attention(c, self.unmasked_implementation, _dense(c), name='attn')
     y_BTD = _drop(self, c.hidden_dropout, attn(x_BTD, mask_BT))
     x_BTD = _norm(c, 'attn_norm')(x_BTD + y_BTD)
     y_BTD = _drop(self, c.hidden_dropout, _MLP(c, _dense(c), name='mlp')(x_BTD))
@@ -307,7 +307,7 @@ def _check_segments(segments_BT):
 
 def _functions(module, context, device):
   config = module.config
-  kernel = attention.kernel_for(
+  implementation = attention.implementation_for(
     jax.local_devices()[0] if device is None else device,
     config.compute_dtype,
     config.head_size,
@@ -321,7 +321,7 @@ def _functions(module, context, device):
     apply=interface.as_function(module),
     layer_fns=interface.LayerFns(
       embed=interface.as_function(module, 'embed'),
-      block=interface.as_block(_Block(config, kernel)),
+      block=interface.as_block(_Block(config, implementation)),
       head=logits,
       context=context,
     ),

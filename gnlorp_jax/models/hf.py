@@ -159,7 +159,8 @@ def check_size(folder: str | os.PathLike, num_params: int) -> None:
   if num_params > 2 * held:
     raise ValueError(
       f'{folder / _CONFIG} describes a model of {num_params:,} parameters, but '
-      f'the files beside it hold {held:,} values: it is not theirs.'
+      f'the files beside it hold {held:,} values: it is not '
+      'theirs. Get config.json and weights from one checkpoint.'
     )
 
 
@@ -167,7 +168,7 @@ def load_params(
   folder: str | os.PathLike,
   table: Table,
   abstract_params: dict[str, Any],
-  keep: Callable[[str, jax.Array], Any] = lambda path, array: array,
+  convert: Callable[[str, jax.Array], Any] = lambda path, array: array,
   unread: str = '',
 ) -> dict[str, Any]:
   """Reads the weights of a checkpoint into the layout of a model.
@@ -181,15 +182,16 @@ def load_params(
       is not in `abstract_params`, as of a tied head, are passed over.
     abstract_params: Nested dict with the shape, the dtype and, if set, the
       sharding of every parameter: `jax.eval_shape` of the model's init.
-    keep: ``keep(path, array)`` makes of a parameter what is returned for it.
+    convert: ``convert(path, array)`` makes of a parameter what is returned for
+      it.
       It is called before the next one is read, so that a smaller form of it
       can take its place.
     unread: A regex over the whole names of tensors that the checkpoint may hold
       beside the model's; the default allows none.
 
   Returns:
-    What `keep` makes of arrays in the layout of `abstract_params`, cast to its
-    dtypes; without it, these arrays.
+    What `convert` makes of arrays in the layout of `abstract_params`, cast to
+    its dtypes; without it, these arrays.
 
   Raises:
     ValueError: If a file is absent or damaged; if tensors are missing, left
@@ -217,7 +219,7 @@ def load_params(
     for copy, name in copies.items():
       _hf_files.check_equal(copy, name, files)
     for path, group in itertools.groupby(tensors, lambda tensor: tensor.path):
-      params[path] = keep(path, _read(leaves[path], list(group), files))
+      params[path] = convert(path, _read(leaves[path], list(group), files))
   return traverse_util.unflatten_dict(params, sep='/')
 
 
@@ -421,5 +423,6 @@ def _check_depth(
   if depth > count:
     raise ValueError(
       f'The model has {depth} layers, but {folder} holds {count} tensors in '
-      'all: its config.json is not that of its weights.'
+      'all: its config.json is not that of its weights. Get both from one '
+      'checkpoint.'
     )

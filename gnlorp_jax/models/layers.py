@@ -203,7 +203,7 @@ class Embed(nn.Embed):
     return product(query, embedding.T)
 
 
-class RMSNorm(nn.Module):
+class ZeroCenteredRMSNorm(nn.Module):
   """RMSNorm whose scale is 1 plus its parameter, as in Gemma.
 
   Attributes:

@@ -256,6 +256,8 @@ def test_tables_are_read(tmp_path):
   assert docs == ['one', 'two']
   assert (tally.records, tally.bad) == (3, 1)
   assert tally.first_bad.startswith(f'{path}:2: expected a record with a str')
+  fractions = [tally.fraction for _ in sources.documents(str(path), tally)]
+  assert fractions == pytest.approx([1 / 3, 1])
   assert list(sources.documents(str(path), column='body')) == ['b1', 'b2']
   with pytest.raises(ValueError, match=r"the columns \['text', 'body'\], a"):
     list(sources.documents(str(path), column='txt'))

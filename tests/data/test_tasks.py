@@ -209,6 +209,20 @@ def test_questions_of_mmlu(write, header, answer):
   assert question[1:] == (('A', 'B', 'C', 'D'), 2, 'high_school_art')
 
 
+def test_rows_of_mmlu_that_are_no_questions_are_refused(write):
+  for name, text in MMLU.items():
+    write(f'mmlu/{name}', text.format('A'))
+  path = write('mmlu/test/high_school_art_test.csv', HEADER)
+  assert message('mmlu', write.folder, shots=2) == (
+    f'{path} holds no questions; expected rows of a question, four options and '
+    'an answer. Is it a copy that broke off?'
+  )
+  write('mmlu/test/high_school_art_test.csv', 'Who?,' + 'x' * 1000 + '\n')
+  found = message('mmlu', write.folder, shots=2)
+  assert 'four options and an answer (A to D, or 0 to 3), not [' in found
+  assert len(found) < 300
+
+
 def test_questions_of_gsm8k(write):
   one = {'question': 'What is 600 + 600?', 'answer': 'It is\n#### 1,200'}
   write('gsm8k/test.jsonl', [one])
@@ -305,13 +319,15 @@ def test_too_few_examples_are_an_error(write):
       'a.jsonl',
       '{"text": "?", "b": 1}\n',
       'Record 0 of {} is of no known format, or its answer is none of its '
-      "options. It has the fields ['text', 'b'].",
+      "options. It has the fields ['text', 'b']; expected instruction, answer "
+      '(LLM-Adapters); question, choices, answerKey or label (ARC, '
+      'OpenBookQA); or goal, sol1, sol2, label (PIQA).',
     ),
     (
       'a.jsonl',
       '{"question": "?", "choices": ["a", "b"], "label": 2}\n',
       'Record 0 of {} is of no known format, or its answer is none of its '
-      "options. It has the fields ['question', 'choices', 'label'].",
+      "options. It has the fields ['question', 'choices', 'label']; ",
     ),
   ],
 )

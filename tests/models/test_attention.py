@@ -32,7 +32,7 @@ def test_attention_implementation_follows_device_and_dtype(
 ):
   attributes = {} if capability is None else {'compute_capability': capability}
   device = types.SimpleNamespace(**attributes)
-  found = attention.kernel_for(device, dtype, head_dim)
+  found = attention.implementation_for(device, dtype, head_dim)
   assert found == expected
 
 
@@ -50,7 +50,10 @@ def test_attention_and_its_gradients_equal_those_of_jax(num_kv_heads, dtype):
     return y, *pull_back(jnp.astype(slopes, y.dtype))
 
   got = gradients(
-    lambda *a: attention.causal(*a, 'xla', attention.Scores(8**-0.5)), q, k, v
+    lambda *a: attention.causal(*a, 'xla', attention.ScoreRule(8**-0.5)),
+    q,
+    k,
+    v,
   )
   exact = gradients(
     lambda *a: jax.nn.dot_product_attention(*a, is_causal=True),
@@ -64,7 +67,7 @@ def test_attention_and_its_gradients_equal_those_of_jax(num_kv_heads, dtype):
     assert error < tolerance * np.max(np.abs(expected))
 
 
-def by_hand(q, k, v, scores, segments, window):
+def by_hand(q, k, v, rule, segments, window):
   """Attention in plain sums over a mask, to be differentiated by JAX."""
   repeats = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
@@ -73,7 +76,7 @@ def by_hand(q, k, v, scores, segments, window):
   visible = number[:, None] >= number
   visible &= number[:, None] - number < window
   visible = visible[None] & (segments[:, :, None] == segments[:, None, :])
-  x = scores.of(products)
+  x = rule.of(products)
   weights = jax.nn.softmax(jnp.where(visible[:, None], x, -jnp.inf), axis=-1)
   return jnp.einsum('bnts,bsnh->btnh', weights, v)
 
@@ -85,7 +88,7 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [4, 1, 1, 1, 1, 1, 1, 1]])
 def test_documents_windows_and_caps_equal_sums_by_hand(cap):
   shapes = [(2, 8, heads, 6) for heads in (4, 2, 2, 4)]
   q, k, v, slopes = (normal(s, seed) for seed, s in enumerate(shapes))
-  scores = attention.Scores(0.7, cap)
+  rule = attention.ScoreRule(0.7, cap)
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradients(attend, q, k, v, window):
@@ -93,10 +96,10 @@ def test_documents_windows_and_caps_equal_sums_by_hand(cap):
     return y, *pull_back(slopes)
 
   def ours(q, k, v, window):
-    return attention.causal(q, k, v, 'xla', scores, SEGMENTS, window)
+    return attention.causal(q, k, v, 'xla', rule, SEGMENTS, window)
 
   def plain(q, k, v, window):
-    return by_hand(q, k, v, scores, SEGMENTS, window)
+    return by_hand(q, k, v, rule, SEGMENTS, window)
 
   # The window is an array: a scan over layers brings it.
   window = np.int32(3)
@@ -114,7 +117,7 @@ def test_masks_of_odd_lengths_are_none_of_cudnn(window):
   q = normal((2, 7, 2, 8)).astype(jnp.bfloat16)
   segments = SEGMENTS[:, :7] if window is None else None
   got, expected = (
-    attention.causal(q, q, q, k, attention.Scores(0.3), segments, window)
+    attention.causal(q, q, q, k, attention.ScoreRule(0.3), segments, window)
     for k in ('cudnn', 'xla')
   )
   np.testing.assert_array_equal(got, expected)
@@ -123,18 +126,18 @@ def test_masks_of_odd_lengths_are_none_of_cudnn(window):
 def test_a_cache_gives_what_all_at_once_gives():
   q, k, v = (normal((2, 8, heads, 6), heads) for heads in (4, 2, 1))
   v = np.repeat(v, 2, axis=2)
-  scores = attention.Scores(0.4, 3.0)
-  whole = attention.causal(q, k, v, 'xla', scores, None, 4)
+  rule = attention.ScoreRule(0.4, 3.0)
+  whole = attention.causal(q, k, v, 'xla', rule, None, 4)
   slots = [np.pad(x, ((0, 0), (2, 1), (0, 0), (0, 0))) for x in (k, v)]
   positions = np.broadcast_to([-1, -1, *range(8), -1], (2, 11))
   last = np.broadcast_to([6, 7], (2, 2))
-  got = attention.to_cache(q[:, 6:], *slots, scores, last, positions, 4)
+  got = attention.cached(q[:, 6:], *slots, rule, last, positions, 4)
   np.testing.assert_allclose(got, whole[:, 6:], atol=1e-6)
 
 
 def test_padding_is_a_number_whatever_it_sees():
   q, k = normal((1, 2, 2, 4)), normal((1, 3, 2, 4), 1)
-  scores = attention.Scores(0.5)
+  rule = attention.ScoreRule(0.5)
   empty = np.full((1, 3), -1)
-  y = attention.to_cache(q, k, k, scores, np.full((1, 2), -1), empty)
+  y = attention.cached(q, k, k, rule, np.full((1, 2), -1), empty)
   assert np.isfinite(y).all()

@@ -269,7 +269,9 @@ def test_cudnn_attention_equals_xla_on_gpu(monkeypatch):
   tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
   gradients = []
   for implementation in ('cudnn', 'xla'):
-    monkeypatch.setattr(attention, 'kernel_for', lambda *_, i=implementation: i)
+    monkeypatch.setattr(
+      attention, 'implementation_for', lambda *_, i=implementation: i
+    )
     # Not the model that other tests share and may have traced.
     model, params, _ = build.__wrapped__(**sizes)
     step = jax.jit(jax.grad(lambda *a, m=model: mean_loss(m, *a)))

@@ -340,7 +340,7 @@ def test_mask_is_never_given_to_cudnn(monkeypatch, head):
     return attention(*args, mask=mask, implementation='xla')
 
   monkeypatch.setattr(
-    'gnlorp_jax.models.attention.kernel_for', lambda *_: 'cudnn'
+    'gnlorp_jax.models.attention.implementation_for', lambda *_: 'cudnn'
   )
   monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
   # Not the model other tests share, whose kernels may be chosen by now.

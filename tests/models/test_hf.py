@@ -492,7 +492,10 @@ def test_damaged_and_absent_files_are_named(tmp_path):
   index.write_text('{}')
   with pytest.raises(ValueError) as error:
     load(tmp_path / 'out', model)
-  assert str(error.value) == f'{index} has no object "weight_map".'
+  assert str(error.value) == (
+    f'{index} has no object "weight_map", which says in which file each tensor '
+    'is. Get it and the weights from one checkpoint.'
+  )
 
 
 def exported_shards(folder):
@@ -593,7 +596,7 @@ def test_weights_in_codes_are_refused(tmp_path):
     (
       {'num_layers': 10**9},
       r'The model has 1000000000 layers, but .* holds 30 tensors in all: its '
-      'config.json is not that of its weights.',
+      'config.json is not that of its weights. Get both from one checkpoint.',
     ),
     (
       {'vocab_size': 2**30},
@@ -631,7 +634,7 @@ def test_size_of_a_config_is_compared_with_the_files(tmp_path, max_shard_bytes):
   assert str(error.value) == (
     f'{tmp_path / "out/config.json"} describes a model of 7,744,000,002,592 '
     f'parameters, but the files beside it hold {count:,} values: it is not '
-    'theirs.'
+    'theirs. Get config.json and weights from one checkpoint.'
   )
 
 
@@ -650,6 +653,10 @@ def test_config_that_is_no_object_is_refused(tmp_path):
     hf.load_config(tmp_path)
   path = tmp_path / 'config.json'
   assert str(error.value) == f'{path} must hold a JSON object, not [1].'
+  # Whatever is there is not printed in full.
+  (tmp_path / 'config.json').write_text(json.dumps(list(range(10_000))))
+  with pytest.raises(ValueError, match=r'not \[0, 1, 2, 3, 4, 5, \.\.\.\]\.'):
+    hf.load_config(tmp_path)
 
 
 def test_parameter_without_a_name_is_refused(tmp_path):

@@ -143,7 +143,7 @@ def test_what_is_marked_is_kept_and_nothing_else(capsys):
 
 
 def test_norm_from_one_equals_float64_and_starts_as_a_plain_norm():
-  norm = layers.RMSNorm(1e-6, jnp.float32, jnp.float32)
+  norm = layers.ZeroCenteredRMSNorm(1e-6, jnp.float32, jnp.float32)
   x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
   params = norm.init(jax.random.key(0), x)
   np.testing.assert_array_equal(params['params']['scale'], 0)

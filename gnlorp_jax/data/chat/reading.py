@@ -218,7 +218,7 @@ def _conversations(
 def _records(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   """Yields number of the line, or row, and record: or what is wrong with it."""
   if inner_suffix(path) == '.parquet':
-    yield from enumerate(table_rows(path), 1)
+    yield from enumerate((row for row, _ in table_rows(path)), 1)
     return
   try:
     raw = path.read_bytes()

@@ -20,6 +20,9 @@ FILES = (
   *('boolq.jsonl', '*/boolq.jsonl', 'dev.jsonl'),
 )
 EXAMPLES = ('boolq.train.json', '*/boolq.train.json', 'train.jsonl')
+_FORMATS = (
+  'instruction, answer (LLM-Adapters); or question, passage, answer or label'
+)
 _ASKED = re.compile(r'.*? question: (.*)\n\nAnswer format:.*', re.DOTALL)
 _ANSWERS = {'false': 0, '0': 0, 'true': 1, '1': 1}
 
@@ -47,7 +50,7 @@ def _read(path: pathlib.Path, limit: int | None) -> list[Choice]:
     try:
       found.append(_choice(record))
     except (KeyError, TypeError) as error:
-      raise records.unknown(path, number, record) from error
+      raise records.unknown(path, number, record, _FORMATS) from error
   return found
 
 

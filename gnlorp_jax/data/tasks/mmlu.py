@@ -11,6 +11,7 @@ published (no header, answers A to D) or with the header ``question, choice0,
 
 import csv
 import pathlib
+import reprlib
 
 from gnlorp_jax.data.tasks import options
 from gnlorp_jax.data.tasks.questions import Choice, Task, solved
@@ -84,7 +85,7 @@ def _read(path: pathlib.Path, subject: str) -> list[Choice]:
     if len(row) != 6 or row[5].strip() not in _ANSWERS:
       raise ValueError(
         f'Record {number} of {path} must have a question, four options and an '
-        f'answer (A to D, or 0 to 3), not {row!r}.'
+        f'answer (A to D, or 0 to 3), not {reprlib.repr(row)}.'
       )
     question, *choices, answer = row
     lines = [
@@ -94,5 +95,8 @@ def _read(path: pathlib.Path, subject: str) -> list[Choice]:
     context = '\n'.join([question.strip(), *lines, 'Answer:'])
     found.append(Choice(context, _LETTERS, _ANSWERS[answer.strip()], subject))
   if not found:
-    raise ValueError(f'{path} holds no questions.')
+    raise ValueError(
+      f'{path} holds no questions; expected rows of a question, four options '
+      'and an answer. Is it a copy that broke off?'
+    )
   return found

@@ -14,12 +14,17 @@ import csv
 import json
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gnlorp_jax.data.files import check_file, check_suffix
 
 _ASKED = ' to the question: '
+_FORMATS = (
+  'instruction, answer (LLM-Adapters); question, choices, answerKey or label '
+  '(ARC, OpenBookQA); or goal, sol1, sol2, label (PIQA)'
+)
 _OPTION = re.compile(r'(?:^|\s+)(?:Answer|Solution)[1-9]: ?')
 
 
@@ -150,12 +155,16 @@ def check_options(
 
 
 def unknown(
-  path: pathlib.Path, number: int, record: dict[str, Any]
+  path: pathlib.Path,
+  number: int,
+  record: dict[str, Any],
+  formats: str = _FORMATS,
 ) -> ValueError:
-  """The error of a record that cannot be understood."""
+  """The error of a record that cannot be understood; `formats` are known."""
   return ValueError(
     f'Record {number} of {path} is of no known format, or its answer is none '
-    f'of its options. It has the fields {list(record)}.'
+    f'of its options. It has the fields {reprlib.repr(list(record))}; expected '
+    f'{formats}.'
   )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from gnlorp_jax.models import decoder_hf, interface
-from gnlorp_jax.models.attention import Scores
+from gnlorp_jax.models.attention import ScoreRule
 from gnlorp_jax.models.decoder_config import WindowedConfig
 
 
@@ -34,12 +34,12 @@ class GemmaConfig(WindowedConfig):
     )
 
   @property
-  def scores(self) -> Scores:
+  def score_rule(self) -> ScoreRule:
     """How products of queries and keys become scores."""
-    return Scores(self.query_pre_attn_scalar**-0.5)
+    return ScoreRule(self.query_pre_attn_scalar**-0.5)
 
   @property
-  def final_cap(self) -> float | None:
+  def final_softcap(self) -> float | None:
     """Largest size of a logit, or None."""
     return self.final_logit_softcapping
 

@@ -12,7 +12,7 @@ import dataclasses
 from typing import ClassVar
 
 from gnlorp_jax.models import decoder_hf, interface
-from gnlorp_jax.models.attention import Scores
+from gnlorp_jax.models.attention import ScoreRule
 from gnlorp_jax.models.decoder import LABEL_RULES as LABEL_RULES
 from gnlorp_jax.models.decoder import flops_per_token as flops_per_token
 from gnlorp_jax.models.decoder import make as make
@@ -41,9 +41,9 @@ class Gemma2Config(_gemma.GemmaConfig):
     interface.check_positive(self, 'attn_logit_softcapping')
 
   @property
-  def scores(self) -> Scores:
+  def score_rule(self) -> ScoreRule:
     """How products of queries and keys become scores."""
-    return super().scores._replace(cap=self.attn_logit_softcapping)
+    return super().score_rule._replace(softcap=self.attn_logit_softcapping)
 
 
 def _slides(layer):

@@ -308,7 +308,7 @@ def load_classifier(
   *,
   head: heads.Head = heads.NEW,
   shapes: Params | None = None,
-  keep: Callable[[str, jax.Array], Any] | None = None,
+  convert: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
   """Reads an encoder, and the classifier if the folder has one that fits.
 
@@ -323,8 +323,8 @@ def load_classifier(
       classifier is the task's.
     shapes: Nested dict with the shape, the dtype and, if set, the sharding of
       every parameter; None: those of `make_classifier`, on the first device.
-    keep: ``keep(path, array)`` makes of a parameter what is returned for it, as
-      in `hf.load_params`; None keeps the arrays.
+    convert: ``convert(path, array)`` makes of a parameter what is returned for
+      it, as in `hf.load_params`; None keeps the arrays.
 
   Returns:
     The parameters of `make_classifier`, in their shardings: read one at a time,
@@ -336,7 +336,7 @@ def load_classifier(
   """
   if shapes is None:
     shapes = jax.eval_shape(make_classifier(config, num_outputs).init, key)
-  keep = keep or (lambda path, array: array)
+  convert = convert or (lambda path, array: array)
   found = hf_files.tensor_shapes(folder)
   has_one = 'classifier.out_proj.weight' in found
   fits = has_one and head.outputs is not None
@@ -352,13 +352,13 @@ def load_classifier(
     folder,
     table,
     {name: tree for name, tree in shapes.items() if fits or name != _HEAD},
-    _reordered(keep, head.outputs) if fits else keep,
+    _reordered(convert, head.outputs) if fits else convert,
     unread=HF_UNREAD if fits else f'{HF_UNREAD}|{_HF_HEADS}',
   )
   if not fits:
     new = _draw_classifier(config, num_outputs)(key)
     params[_HEAD] = jax.tree.map_with_path(
-      lambda path, leaf, array: keep(
+      lambda path, leaf, array: convert(
         '/'.join([_HEAD, *(entry.key for entry in path)]),
         jax.device_put(
           on_host.to_host(array).astype(leaf.dtype), leaf.sharding
@@ -391,7 +391,7 @@ def _log_head(
 
 
 def _reordered(
-  keep: Callable[[str, jax.Array], Any], outputs: Sequence[int]
+  convert: Callable[[str, jax.Array], Any], outputs: Sequence[int]
 ) -> Callable[[str, jax.Array], Any]:
   """Takes the classifier's outputs in an order, before they are kept."""
   order = np.array(outputs)
@@ -399,7 +399,7 @@ def _reordered(
   def kept(path: str, array: jax.Array) -> Any:
     if path.startswith(f'{_HEAD}/out/'):
       array = jax.device_put(array[..., order], array.sharding)
-    return keep(path, array)
+    return convert(path, array)
 
   return kept
 

@@ -216,7 +216,7 @@ def _program(
         key,
         head=head,
         shapes=shapes,
-        keep=folders.keeper(folder, step.weight_bits),
+        convert=folders.keeper(folder, step.weight_bits),
       )
 
   return program.build(

@@ -510,9 +510,9 @@ def test_gemma_2_without_caps():
   config = config_of(
     'gemma2', attn_logit_softcapping=None, final_logit_softcapping=None
   )
-  assert config.scores == (1 / 16, None) and config.final_cap is None
+  assert config.score_rule == (1 / 16, None) and config.final_softcap is None
   config = config_of('gemma2')
-  assert config.scores == (1 / 16, 50.0) and config.final_cap == 30.0
+  assert config.score_rule == (1 / 16, 50.0) and config.final_softcap == 30.0
 
 
 def test_what_is_absent_means_what_it_means_to_transformers():

@@ -212,7 +212,7 @@ def test_reordered_classifier_keeps_dtype_sharding_and_form(tmp_path):
     options={
       'shapes': shapes,
       'head': heads.Head((1, 2, 0), ''),
-      'keep': lambda path, array: {'codes': array},
+      'convert': lambda path, array: {'codes': array},
     },
   )
   for path, leaf in paths(shapes).items():
@@ -286,16 +286,16 @@ def test_classifier_is_read_into_fsdp_shardings(tmp_path, outputs):
 
 
 @pytest.mark.parametrize('outputs', [3, 2])
-def test_what_keep_makes_of_each_parameter_is_returned(tmp_path, outputs):
+def test_what_convert_makes_of_each_parameter_is_returned(tmp_path, outputs):
   model, params = build(3)
   export(tmp_path, 3, model, params)
   seen = []
 
-  def keep(path, array):
+  def convert(path, array):
     seen.append(path)
     return {'codes': array + 1}
 
-  got = load_classifier(tmp_path, outputs, options={'keep': keep})
+  got = load_classifier(tmp_path, outputs, options={'convert': convert})
   expected = load_classifier(tmp_path, outputs)
   assert sorted(seen) == sorted(paths(expected))
   assert_trees_equal(
