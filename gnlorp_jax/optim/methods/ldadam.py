@@ -51,7 +51,7 @@ from gnlorp_jax.optim.subspace.sides import (
 from gnlorp_jax.optim.subspace.start import (
   effective_rank,
   unfitted_subspace,
-  warn_of_clipped_ranks,
+  warning_of_ranks,
   zero_coordinates,
 )
 from gnlorp_jax.optim.subspace.turn import turn_basis, turn_between
@@ -273,18 +273,13 @@ def scale_by_ldadam(
       "whole: use 'short', 'long', 'in' or 'out'."
     )
   check_error_bits(error_bits)
-  adam = scale_by_adam(b1, b2, eps)
-  decays = _Decays(rho, b1, b2)
+  adam, decays = scale_by_adam(b1, b2, eps), _Decays(rho, b1, b2)
 
   def init_subspace(path: Any, param: jax.Array) -> Subspace:
     clipped = effective_rank(rank, path_name(path), param.shape)
     axis = _compressed_axis(param.shape, side)
     basis_NR = svd.random_basis(turned_shape(param.shape, axis), clipped)
     return unfitted_subspace({axis: basis_NR}, param.shape[:-2])
-
-  def init_fn(params: optax.Params) -> LDAdamState:
-    warn_of_clipped_ranks(rank, params)
-    return start(params)
 
   def start(params: optax.Params) -> LDAdamState:
     subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
@@ -337,6 +332,7 @@ def scale_by_ldadam(
       error=None if error_bits is None else new.error,
     )
 
+  init_fn = warning_of_ranks(rank, start)
   return skip_empty(optax.GradientTransformation(init_fn, update_fn))
 
 

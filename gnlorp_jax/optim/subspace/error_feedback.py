@@ -32,7 +32,8 @@ def check_error_bits(bits: int | None) -> None:
 
 
 def check_errors_stay(bits: int | None, projection: Projection) -> None:
-  """Raises a `ValueError` if errors that are fed back could grow."""
+  """`check_error_bits`, and a `ValueError` if errors that are fed back grow."""
+  check_error_bits(bits)
   if bits is not None and not projection.is_orthonormal:
     raise ValueError(
       f'error_bits={bits} would feed back what this projection leaves out, '

@@ -1,7 +1,8 @@
 """The subspaces of parameters before their first gradient."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from gnlorp_jax.optim.subspace.sides import (
 )
 
 _logger = logging.getLogger(__name__)
+
+State = TypeVar('State')
 
 
 def effective_rank(rank: int, name: str, shape: tuple[int, ...]) -> int:
@@ -50,6 +53,18 @@ def warn_of_clipped_ranks(rank: int, params: optax.Params) -> None:
       clipped,
       several if len(param.shape) > 2 else '',
     )
+
+
+def warning_of_ranks(
+  rank: int, start: Callable[[optax.Params], State]
+) -> Callable[[optax.Params], State]:
+  """`start`, which makes a state, with a warning of clipped ranks."""
+
+  def init(params: optax.Params) -> State:
+    warn_of_clipped_ranks(rank, params)
+    return start(params)
+
+  return init
 
 
 def unfitted_subspace(
