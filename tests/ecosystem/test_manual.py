@@ -1,5 +1,6 @@
 """The programs of the manual run as they stand, one after the other."""
 
+import json
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from gnlorp_jax import inspect
+from tests.compose import small_lm
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,7 +34,7 @@ def test_programs_of_the_guide_to_optimizers():
   pytest.importorskip('equinox')
   names = {}
   found = blocks('docs/optimizers.md')
-  assert len(found) == 9
+  assert len(found) == 11
   for number, block in enumerate(found):
     exec(compile(block, f'optimizers.md, program {number}', 'exec'), names)
     if 'largest_columns' in block:
@@ -56,6 +58,47 @@ def test_programs_of_the_guide_to_optimizers():
   params = {'up': {'kernel': jnp.ones((128, 96)), 'bias': jnp.ones(96)}}
   tx = names['tx']
   jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A folder with what the programs of the manual read."""
+  folder = tmp_path_factory.mktemp('place')
+  small_lm.write(folder / 'runs/mine/hf')
+  (folder / 'questions').mkdir()
+  question = {'goal': 'To eat', 'sol1': 'sit', 'sol2': 'fly', 'label': 0}
+  (folder / 'questions/piqa.jsonl').write_text(json.dumps(question))
+  scores = json.dumps({'scores': list(range(1, 31))})
+  (folder / 'layer_scores.json').write_text(scores)
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('page', 'name', 'expected'),
+  [
+    ('evaluation', 'found', lambda found: found['piqa']['questions'] == 1),
+    ('training', 'new', lambda new: 0 < len(new) <= 32),
+    ('layer-sampling', 'scores', lambda scores: scores[29] == 30.0),
+    ('plan', 'advice', lambda advice: advice.need <= 5 * 2**30),
+  ],
+)
+def test_program_of_a_page(place, monkeypatch, page, name, expected):
+  monkeypatch.chdir(place)
+  names = {'params': {'up': {'kernel': jnp.ones((256, 256))}}}
+  (block,) = blocks(f'docs/{page}.md')
+  exec(compile(block, f'{page}.md', 'exec'), names)
+  assert expected(names[name])
+
+
+def test_every_page_with_a_program_is_run():
+  pages = {
+    path.stem
+    for path in (ROOT / 'docs').rglob('*.md')
+    if blocks(path.relative_to(ROOT))
+  }
+  here = {'optimizers', 'evaluation', 'training', 'layer-sampling', 'plan'}
+  # In tests/models/test_adapters.py and tests/recipes/sft/test_recipe.py.
+  assert pages == here | {'finetuning', 'instruction-tuning'}
 
 
 def test_lines_of_the_readme():
