@@ -195,6 +195,16 @@ def _left_out(
   return grad_IO + toward(error_MN, axis)
 
 
+def _init_subspace(
+  path: Any, param: jax.Array, rank: int, side: Side
+) -> Subspace:
+  """The subspace of a parameter before its first gradient."""
+  clipped = effective_rank(rank, path_name(path), param.shape)
+  axis = _compressed_axis(param.shape, side)
+  basis_NR = svd.random_basis(turned_shape(param.shape, axis), clipped)
+  return unfitted_subspace({axis: basis_NR}, param.shape[:-2])
+
+
 def scale_by_ldadam(
   rank: int = 16,
   *,
@@ -276,18 +286,14 @@ def scale_by_ldadam(
   adam = scale_by_adam(b1, b2, eps)
   decays = _Decays(rho, b1, b2)
 
-  def init_subspace(path: Any, param: jax.Array) -> Subspace:
-    clipped = effective_rank(rank, path_name(path), param.shape)
-    axis = _compressed_axis(param.shape, side)
-    basis_NR = svd.random_basis(turned_shape(param.shape, axis), clipped)
-    return unfitted_subspace({axis: basis_NR}, param.shape[:-2])
-
   def init_fn(params: optax.Params) -> LDAdamState:
     warn_of_clipped_ranks(rank, params)
     return start(params)
 
   def start(params: optax.Params) -> LDAdamState:
-    subspace = jax.tree_util.tree_map_with_path(init_subspace, params)
+    subspace = jax.tree_util.tree_map_with_path(
+      lambda path, param: _init_subspace(path, param, rank, side), params
+    )
 
     def zeros() -> optax.Updates:
       return jax.tree.map(

@@ -31,8 +31,9 @@ def check_error_bits(bits: int | None) -> None:
     )
 
 
-def check_errors_stay(bits: int | None, projection: Projection) -> None:
-  """Raises a `ValueError` if errors that are fed back could grow."""
+def check_error_feedback(bits: int | None, projection: Projection) -> None:
+  """As `check_error_bits`; also if errors of a projection could grow."""
+  check_error_bits(bits)
   if bits is not None and not projection.is_orthonormal:
     raise ValueError(
       f'error_bits={bits} would feed back what this projection leaves out, '

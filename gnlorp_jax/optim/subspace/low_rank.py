@@ -30,8 +30,7 @@ from gnlorp_jax.optim.parts.split import (
 from gnlorp_jax.optim.parts.trees import record_of_trees
 from gnlorp_jax.optim.projections.base import Projection
 from gnlorp_jax.optim.subspace.error_feedback import (
-  check_error_bits,
-  check_errors_stay,
+  check_error_feedback,
   decode_error,
   encode_error,
   zero_errors,
@@ -211,10 +210,9 @@ def with_low_rank_projection(
   check_int('update_proj_gap', update_proj_gap)
   check_choice('side', side, get_args(Side))
   check_lazy(lazy_refresh)
-  check_error_bits(error_bits)
   _check_recovery(recovery, side, error_bits)
   method = quantize_basis(projections.as_projection(projection), basis_bits)
-  check_errors_stay(error_bits, method)
+  check_error_feedback(error_bits, method)
   rules = RefreshRules(method, update_proj_gap, lazy_refresh, on_refresh)
   inner_tx = optax.with_extra_args_support(inner)
 
