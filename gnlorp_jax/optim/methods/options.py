@@ -123,8 +123,8 @@ class CommonOptions(TypedDict, total=False):
       of them. `spare_norms_and_biases` is such a function.
     decay_order: ``before`` or ``after`` the step, see `descend`.
     moment_bits: 32, 8 or 4 bits for every element of the moments, but 32 for
-      embeddings; or ordered rules ``(regex, bits)`` over the paths, without one
-      32. Small matrices keep 32, see `quantize_moments`.
+      embeddings; or ordered rules ``(regex, bits)`` over the paths, where what
+      no rule finds keeps 32. So do small matrices, see `quantize_moments`.
     param_labels: ``all`` to treat embeddings and heads as kernels too, or
       ``blocks``, as by default, not to; rules ``(regex, label)`` or what
       `optax.partition` takes, with the labels ``low_rank`` (treated as a
