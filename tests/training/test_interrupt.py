@@ -15,9 +15,18 @@ from gnlorp_jax.training.interrupt import (
 )
 
 
+@pytest.fixture
+def heard():
+  """The usual handler of SIGHUP, which tests under nohup do not have."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
   'number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 )
+@pytest.mark.usefixtures('heard')
 def test_signal_is_noted_and_handlers_are_restored(number):
   before = signal.getsignal(number)
   with StopRequest() as stop:
