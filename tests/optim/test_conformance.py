@@ -672,6 +672,8 @@ def test_report_tells_rank_and_sides(name):
     'short': ('in', 'out'),
     'long': ('out', 'in'),
     'both': ('in+out',) * 2,
+    'in': ('in', 'in'),
+    'out': ('out', 'out'),
   }
   assert (up.rank, down.rank) == (rank, min(rank, 6))
   assert (up.side, down.side) == sides[options['side'].default]
