@@ -25,7 +25,7 @@ from gnlorp_jax.plan.accelerators import (
 from gnlorp_jax.plan.collectives import Collective
 from gnlorp_jax.plan.count import Plan, compiled, lower_bound
 from gnlorp_jax.plan.settings import Settings
-from gnlorp_jax.plan.suggest import Suggestion, suggestions
+from gnlorp_jax.plan.suggest import MOST_COMPILED, Suggestion, suggestions
 
 LABELS = {
   'weights': 'weights',
@@ -66,6 +66,11 @@ def report(settings: Settings, args: list[str]) -> None:
     print_plan(console, settings, plan)
     found = []
     if plan.fits(ACCELERATORS[settings.device].usable) is False:
+      if plan.xla is not None:
+        console.print(
+          f'\nTrying changes: up to {MOST_COMPILED} are compiled, each of '
+          'which takes about as long as this plan did.'
+        )
       found = suggestions(settings, plan, bound)
       print_suggestions(console, found)
   write(settings, as_json(settings, args, plan, found))
@@ -230,8 +235,12 @@ def print_suggestions(
       'Where only the lower bound fits it says perhaps, or unlikely if the '
       'saving seems too small: plan with that option to know.'
     )
-  if all(row.fits == 'no' for row in found):
-    console.print('None of them suffices alone: combine some.')
+  none_suffices = all(row.fits == 'no' for row in found)
+  console.print(
+    'None of them suffices alone: combine some.'
+    if none_suffices
+    else 'Changes may be combined.'
+  )
 
 
 def as_json(
