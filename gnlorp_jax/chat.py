@@ -36,7 +36,9 @@ def main(args: list[str] | None = None) -> None:
 
 def chat(config: ChatConfig) -> None:
   """Loads a model and talks."""
-  with rich.console.Console(stderr=True).status('Reading the model ...'):
+  # In a notebook rich would ask for ipywidgets.
+  console = rich.console.Console(stderr=True, force_jupyter=False)
+  with console.status('Reading the model ...'):
     dialogue = recipe.load(config)
   terminal.run(dialogue, config.prompt)
 

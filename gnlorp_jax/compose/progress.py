@@ -27,7 +27,8 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     rich.progress.TextColumn('ETA'),
     rich.progress.TimeRemainingColumn(),
   )
-  console = rich.console.Console(stderr=True)
+  # In a notebook rich would ask for ipywidgets.
+  console = rich.console.Console(stderr=True, force_jupyter=False)
   with rich.progress.Progress(*columns, console=console, expand=True) as shown:
     task = shown.add_task(title, total=None)
     yield lambda done, total: shown.update(task, completed=done, total=total)
