@@ -29,6 +29,8 @@
 # Face folder.
 
 # %%
+import contextlib
+import io
 import json
 import pathlib
 import random
@@ -106,7 +108,10 @@ train_sft(
 # the conversations.
 
 # %%
-chat([f'{folder}/run/hf', '--prompt', 'Shout pinaha.', '--temperature', '0'])
+# An answer appears piece by piece, as it is written. This page shows it whole.
+with contextlib.redirect_stdout(io.StringIO()) as answer:
+  chat([f'{folder}/run/hf', '--prompt', 'Shout pinaha.', '--temperature', '0'])
+print(answer.getvalue())
 
 # %% [markdown]
 # Next:
