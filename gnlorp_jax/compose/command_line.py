@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -327,16 +328,10 @@ def _check_option(option: str, value: str, default: Any) -> None:
 def _check_choice(option: str, value: str, group: Any, field: str) -> None:
   """Checks the value of a field that has a few, where one is given."""
   kind = typing.get_type_hints(type(group)).get(field)
-  kinds = typing.get_args(kind) or (kind,)
-  if typing.get_origin(kind) is typing.Literal:
-    kinds = (kind,)
-  choices = [
-    str(choice)
-    for one in kinds
-    if typing.get_origin(one) is typing.Literal
-    for choice in typing.get_args(one)
-  ]
+  is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+  kinds = typing.get_args(kind) if is_union else (kind,)
   literals = [k for k in kinds if typing.get_origin(k) is typing.Literal]
+  choices = [str(choice) for k in literals for choice in typing.get_args(k)]
   if not literals or {*kinds} - {*literals, type(None)}:
     return  # Any other value may be allowed as well.
   if type(None) in kinds:

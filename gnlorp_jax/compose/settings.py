@@ -431,6 +431,11 @@ class RunConfig:
     return numbers('learning_rates', self.learning_rates, float)
 
   @property
+  def num_runs(self) -> int:
+    """Runs of the command: all rates with one seed, the best with all."""
+    return len(self.searched_rates or (None,)) + len(self.seed_numbers) - 1
+
+  @property
   def is_single(self) -> bool:
     """Whether one learning rate and one seed are asked for."""
     return self.learning_rates is None and len(self.seed_numbers) == 1

@@ -168,7 +168,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def _tell_length(config: TrainConfig) -> None:
-  runs = len(config.searched_rates or (0,)) + len(config.seed_numbers) - 1
+  runs = config.num_runs
   _logger.info(
     '%s%d steps of %d sequences of %d tokens with %s, in %s.',
     *(f'{runs} runs of ' if runs > 1 else '', config.steps),

@@ -236,13 +236,12 @@ def tell_length(config: SftConfig, found: data.Chat, length: Length) -> None:
   """Says how long a run is, and where that may surprise."""
   steps, rows = length.steps, config.coreset.pool or config.batch_size
   rates = config.searched_rates or (config.optim.learning_rate,)
-  runs = len(rates) + len(config.seed_numbers) - 1
   _logger.info(
     'An epoch is %s of %s of up to %d tokens; %s in all%s, at a learning rate '
     'of %s.',
     *(_counted(length.per_epoch, 'step'), _counted(rows, 'row')),
     *(config.data.max_length, _counted(steps, 'step')),
-    f' in each of {runs} runs' if runs > 1 else '',
+    f' in each of {config.num_runs} runs' if config.num_runs > 1 else '',
     ' or '.join(f'{rate:g}' for rate in rates),
   )
   held_out = len(found.examples.validation)
